@@ -1,0 +1,236 @@
+// Package block is the ground floor: a fixed number of bytes that can be read, written and made
+// durable.
+//
+// Everything above it, exception stores, snapshots, block servers, sees disks only through [Device],
+// four methods that every implementer keeps. What some devices can do beyond that (write durably in
+// one step, zero or discard a range, tell where holes are, grow) is asked for by small interfaces,
+// and the functions of this package ([WriteDurable], [Zero], [Discard], [Extents], [Refresh]) fall
+// back to something correct where a device lacks the ability. Callers use the functions, never a
+// type assertion of their own.
+//
+// The package has three devices: [Memory], regular files and block special files ([Open]). Package
+// blocktest has the suite that each device passes, and devices that record, fail and crash.
+//
+// Errors: a range outside a device is a [*RangeError] and touches nothing; a write to a device opened
+// for reading is [ErrReadOnly]; a file that another process holds is [ErrInUse]. What the operating
+// system said is wrapped, so errors.Is(err, syscall.ENOSPC) works.
+package block
+
+import (
+	"errors"
+	"fmt"
+	"io"
+)
+
+// SectorSize is the unit of the snapshot format and of device sizes, in bytes.
+const SectorSize = 512
+
+// A Device is a fixed number of bytes that can be read, written and made durable.
+//
+// ReadAt and WriteAt take byte offsets, may be called concurrently with each other and with Flush,
+// and never grow the device: a range that is not wholly inside [0, Size) is a [*RangeError] and
+// touches nothing. On success they transfer len(p) bytes; a short transfer always comes with an error,
+// and io.EOF is never among them. WriteAt does not keep or change p. Two concurrent writes to
+// overlapping ranges leave one, the other, or a mix by sectors.
+//
+// Flush makes durable every write that returned before Flush was called. After a failed Flush the
+// state of those writes is unknown for good: a device that failed a Flush fails every later one.
+//
+// Size is in bytes and cheap. It never shrinks, and grows only through [Refresh] or [Grow].
+type Device interface {
+	io.ReaderAt
+	io.WriterAt
+	Flush() error
+	Size() int64
+}
+
+// ErrReadOnly reports a change asked of a device that was opened for reading.
+var ErrReadOnly = errors.New("device is read-only")
+
+// ErrInUse reports a file that another process (dmsnap, qemu, or, for a block special file, the
+// kernel) has opened in a way that excludes the use asked for.
+var ErrInUse = errors.New("in use by another process")
+
+// ErrNotFast reports that a range can't be zeroed any faster than by writing zeros (see [OnlyFast]).
+var ErrNotFast = errors.New("no fast way to write zeros")
+
+// A RangeError reports an access that is not wholly inside a device.
+type RangeError struct {
+	Op     string // "read", "write", "zero", "discard", "extents"
+	Off    int64  // first byte asked for
+	Length int64  // bytes asked for
+	Size   int64  // the device's size in bytes
+}
+
+func (e *RangeError) Error() string {
+	return fmt.Sprintf("%s of %d bytes at byte %d is outside a device of %d bytes", e.Op, e.Length, e.Off, e.Size)
+}
+
+// CheckRange returns a *RangeError unless [off, off+length) lies in [0, size). An empty range is inside
+// when 0 ≤ off ≤ size. Implementers of Device call it first.
+func CheckRange(op string, off, length, size int64) error {
+	if off < 0 || length < 0 || off > size || length > size-off {
+		return &RangeError{Op: op, Off: off, Length: length, Size: size}
+	}
+	return nil
+}
+
+// A DurableWriter can write and make that write durable in one step, as FUA does. Other writes need
+// not become durable. A returned error leaves the range unknown.
+type DurableWriter interface {
+	WriteDurableAt(p []byte, off int64) error
+}
+
+// WriteDurable writes p at off and returns when it is durable: in one step where dev can, else by a
+// write and a Flush.
+func WriteDurable(dev Device, p []byte, off int64) error {
+	if d, ok := dev.(DurableWriter); ok {
+		return d.WriteDurableAt(p, off)
+	}
+	if _, err := dev.WriteAt(p, off); err != nil {
+		return err
+	}
+	return dev.Flush()
+}
+
+// ZeroFlags refine [Zero].
+type ZeroFlags uint8
+
+const (
+	// KeepAllocated asks that the space stays reserved: the range must not become a hole.
+	KeepAllocated ZeroFlags = 1 << iota
+	// OnlyFast asks for ErrNotFast, with nothing changed, when zeroing would take as long as
+	// writing zeros.
+	OnlyFast
+)
+
+// A Zeroer can make a range read as zeros faster than by writing them. It may deallocate the range
+// unless KeepAllocated is given. It returns ErrNotFast, with nothing changed, when it can't do this
+// range faster; [Zero] then writes. Same concurrency and durability as WriteAt.
+type Zeroer interface {
+	ZeroAt(off, n int64, flags ZeroFlags) error
+}
+
+// zeros is what Zero writes where a device has no Zeroer; never written to.
+var zeros [256 << 10]byte
+
+// Zero makes n bytes at off read as zeros, by the device's own means or by writing.
+func Zero(dev Device, off, n int64, flags ZeroFlags) error {
+	if err := CheckRange("zero", off, n, dev.Size()); err != nil {
+		return err
+	}
+	if z, ok := dev.(Zeroer); ok {
+		if err := z.ZeroAt(off, n, flags); !errors.Is(err, ErrNotFast) {
+			return err
+		}
+	}
+	if flags&OnlyFast != 0 {
+		return ErrNotFast
+	}
+	for n > 0 {
+		m := min(n, int64(len(zeros)))
+		if _, err := dev.WriteAt(zeros[:m], off); err != nil {
+			return err
+		}
+		off, n = off+m, n-m
+	}
+	return nil
+}
+
+// A Discarder can give back the space of a range, whose content is undefined afterwards (each sector
+// may read as before, or as zeros). It is advice: success promises nothing about space.
+type Discarder interface {
+	Discard(off, n int64) error
+}
+
+// Discard tells dev that the content of n bytes at off is no longer needed. Without the ability it
+// checks the range and does nothing.
+func Discard(dev Device, off, n int64) error {
+	if err := CheckRange("discard", off, n, dev.Size()); err != nil {
+		return err
+	}
+	if d, ok := dev.(Discarder); ok {
+		return d.Discard(off, n)
+	}
+	return nil
+}
+
+// ExtentFlags say what is known of a range. The values are those of NBD's base:allocation context.
+type ExtentFlags uint32
+
+const (
+	Hole      ExtentFlags = 1 << iota // no space is allocated
+	ReadsZero                         // reads as zeros
+)
+
+// An Extent is a run of bytes with the same flags.
+type Extent struct {
+	Length int64 // bytes, > 0
+	Flags  ExtentFlags
+}
+
+// An Extenter knows where its holes are. The extents returned start at off, follow each other without
+// a gap, and cover at least one byte and at most n; an implementer may stop early, and neighbours
+// may share flags.
+type Extenter interface {
+	Extents(off, n int64) ([]Extent, error)
+}
+
+// Extents describes n > 0 bytes at off; see [Extenter]. A device without the ability is all data.
+func Extents(dev Device, off, n int64) ([]Extent, error) {
+	if err := CheckRange("extents", off, n, dev.Size()); err != nil {
+		return nil, err
+	}
+	if e, ok := dev.(Extenter); ok {
+		return e.Extents(off, n)
+	}
+	return []Extent{{Length: n}}, nil
+}
+
+// A Resizer is a device whose size may change while it is open: a file made longer by truncate(1), a
+// logical volume that was extended, or by Grow itself.
+type Resizer interface {
+	// Refresh looks the size up again and returns it. A device that became smaller keeps its
+	// old Size: reads past the new end fail as the operating system lets them.
+	Refresh() (int64, error)
+	// Grow makes the device at least size bytes long, the new part reading as zeros. A device that
+	// can't be made longer by its user (a block special file) returns an error.
+	Grow(size int64) error
+}
+
+// Refresh returns the size of dev after looking it up anew, where the device can change.
+func Refresh(dev Device) (int64, error) {
+	if r, ok := dev.(Resizer); ok {
+		return r.Refresh()
+	}
+	return dev.Size(), nil
+}
+
+// A BlockSizer knows its logical block size in bytes, a power of two, at least 512. Chunks must be a
+// multiple of it (specification 2.3).
+type BlockSizer interface {
+	BlockSize() int
+}
+
+// BlockSize returns the logical block size of dev, 512 where it does not say.
+func BlockSize(dev Device) int {
+	if b, ok := dev.(BlockSizer); ok {
+		return b.BlockSize()
+	}
+	return SectorSize
+}
+
+// An Identifier can tell which disk it stands for, so that two openings of one disk are recognised.
+type Identifier interface {
+	Identity() string
+}
+
+// Same reports whether a and b are the same disk.
+func Same(a, b Device) bool {
+	if a == b {
+		return true
+	}
+	x, ok := a.(Identifier)
+	y, ok2 := b.(Identifier)
+	return ok && ok2 && x.Identity() == y.Identity()
+}

@@ -1,0 +1,3 @@
+module github.com/dmsnap/dmsnap
+
+go 1.26.0
