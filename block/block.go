@@ -12,8 +12,8 @@
 // blocktest has the suite that each device passes, and devices that record, fail and crash.
 //
 // Errors: a range outside a device is a [*RangeError] and touches nothing; a write to a device opened
-// for reading is [ErrReadOnly]; a file that another process holds is [ErrInUse]. What the operating
-// system said is wrapped, so errors.Is(err, syscall.ENOSPC) works.
+// for reading is [ErrReadOnly]; a file that is open elsewhere in a way that excludes ours is
+// [ErrInUse]. What the operating system said is wrapped, so errors.Is(err, syscall.ENOSPC) works.
 package block
 
 import (
@@ -47,9 +47,9 @@ type Device interface {
 // ErrReadOnly reports a change asked of a device that was opened for reading.
 var ErrReadOnly = errors.New("device is read-only")
 
-// ErrInUse reports a file that another process (dmsnap, qemu, or, for a block special file, the
-// kernel) has opened in a way that excludes the use asked for.
-var ErrInUse = errors.New("in use by another process")
+// ErrInUse reports a file that is open elsewhere (in dmsnap, in qemu, in this process, or, for a block
+// special file, in the kernel) in a way that excludes the use asked for.
+var ErrInUse = errors.New("already in use")
 
 // ErrNotFast reports that a range can't be zeroed any faster than by writing zeros (see [OnlyFast]).
 var ErrNotFast = errors.New("no fast way to write zeros")

@@ -1,0 +1,481 @@
+package block
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// File is a regular file or a block special file. It implements all the optional abilities of this
+// package. Its methods may be called concurrently.
+//
+// Size is the exact size in bytes. A regular file may end within a sector; what that means is for
+// the layers above to say (a COW device leaves the rest unused, an origin would lose bytes).
+type File struct {
+	path     string
+	readOnly bool
+	special  bool // a block special file
+	block    int  // logical block size in bytes
+	identity string
+	locked   bool
+
+	// life is held for reading by each call that uses fd, and for writing by Close: a descriptor's
+	// number may be another file's as soon as it is closed.
+	life   sync.RWMutex
+	fd     int // -1 when closed
+	size   atomic.Int64
+	grow   sync.Mutex                // Grow looks at the size and changes it in one
+	syncs  sync.RWMutex              // see synced
+	failed atomic.Pointer[error]     // the first failure to make something durable
+	lacks  [numAbilities]atomic.Bool // what the file system refused to do before
+}
+
+// ability is something that not all file systems, block devices and kernels can do. The first refusal
+// is remembered, so that later calls don't ask again.
+type ability int
+
+const (
+	dsyncWrite ability = iota // pwritev2 with RWF_DSYNC
+	punchHole                 // fallocate with FALLOC_FL_PUNCH_HOLE
+	zeroRange                 // fallocate with FALLOC_FL_ZERO_RANGE
+	discardIoctl
+	numAbilities
+)
+
+// Options say how [Open] opens a file. The zero value opens for reading and writing and excludes
+// every other user that writes.
+type Options struct {
+	ReadOnly bool
+	Lock     LockMode
+}
+
+// Open opens a regular file or a block special file as a device. Anything else is an error that says
+// what the path is. A file in use in a way that excludes the use asked for is [ErrInUse]; a block
+// special file opened for writing that the kernel uses itself (mounted, part of a volume group) is
+// too.
+func Open(path string, o Options) (*File, error) {
+	lock, err := o.lockMode()
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	// The kind decides how to open: opening a FIFO blocks, opening a tape winds it, and a block
+	// special file wants O_EXCL.
+	var before unix.Stat_t
+	if err := retry(func() error { return unix.Stat(path, &before) }); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	if err := checkKind(before.Mode); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	special := before.Mode&unix.S_IFMT == unix.S_IFBLK
+	mode := unix.O_RDWR
+	if o.ReadOnly {
+		mode = unix.O_RDONLY
+	} else if special {
+		mode |= unix.O_EXCL
+	}
+	fd, err := openDescriptor(path, mode, 0)
+	if err == unix.EBUSY && special {
+		return nil, fmt.Errorf("open %s: %w (mounted, or claimed by another device or program): %w", path, ErrInUse, err)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := &File{path: path, readOnly: o.ReadOnly, special: special, fd: fd}
+	if err := f.prepare(before, lock); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return f, nil
+}
+
+// Create makes a new sparse regular file of size bytes, readable and writable for its owner only, and
+// opens it for writing. A path that exists already, as whatever, is an error wrapping fs.ErrExist. When
+// Create returns, the file and its name are durable.
+func Create(path string, size int64) (*File, error) {
+	if size < 0 {
+		return nil, fmt.Errorf("create %s: size of %d bytes", path, size)
+	}
+	fd, err := openDescriptor(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
+	if err != nil {
+		return nil, &fs.PathError{Op: "create", Path: path, Err: err}
+	}
+	f := &File{path: path, fd: fd}
+	err = f.fill(size)
+	if err == nil {
+		return f, nil
+	}
+	unix.Close(fd)
+	// The name is removed for tidiness only; a program that found the new file at once and holds
+	// it keeps it.
+	if !errors.Is(err, ErrInUse) {
+		os.Remove(path)
+	}
+	return nil, err
+}
+
+// fill does what Create does to the new and empty file.
+func (f *File) fill(size int64) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return f.error("create", err)
+	}
+	if err := f.prepare(st, LockWrite); err != nil {
+		return err
+	}
+	if err := f.Grow(size); err != nil {
+		return err
+	}
+	if err := retry(func() error { return unix.Fsync(f.fd) }); err != nil {
+		return f.error("create", err)
+	}
+	return syncDirectory(filepath.Dir(f.path))
+}
+
+// syncDirectory makes the names in a directory durable.
+func syncDirectory(path string) error {
+	fd, err := openDescriptor(path, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	err = retry(func() error { return unix.Fsync(fd) })
+	if err != nil && err != unix.EINVAL { // EINVAL: a file system that has no such thing
+		return &fs.PathError{Op: "fsync", Path: path, Err: err}
+	}
+	return nil
+}
+
+// prepare fills in what is known of the open descriptor, and locks it.
+func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return f.error("open", err)
+	}
+	if st.Mode&unix.S_IFMT != before.Mode&unix.S_IFMT || st.Dev != before.Dev || st.Ino != before.Ino {
+		return f.error("open", errors.New("replaced by another file while it was being opened"))
+	}
+	f.block = SectorSize
+	f.identity = fmt.Sprintf("file %d:%d", st.Dev, st.Ino)
+	if f.special {
+		f.identity = fmt.Sprintf("block device %d:%d", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
+		n, err := unix.IoctlGetUint32(f.fd, unix.BLKSSZGET)
+		if err != nil {
+			return f.error("logical block size", err)
+		}
+		f.block = int(n)
+	}
+	size, err := f.lookUpSize()
+	if err != nil {
+		return err
+	}
+	f.size.Store(size)
+	f.locked, err = lockFile(f.fd, f.path, lock)
+	return err
+}
+
+// checkKind says why a file of this mode is no device.
+func checkKind(mode uint32) error {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK:
+		return nil
+	case unix.S_IFDIR:
+		return unix.EISDIR
+	case unix.S_IFCHR:
+		return errors.New("a character device, not a disk image or block device")
+	case unix.S_IFIFO:
+		return errors.New("a pipe, not a disk image or block device")
+	case unix.S_IFSOCK:
+		return errors.New("a socket, not a disk image or block device")
+	}
+	return errors.New("not a disk image or block device")
+}
+
+// Path returns the path the file was opened by.
+func (f *File) Path() string { return f.path }
+
+// ReadOnly reports whether the file was opened for reading.
+func (f *File) ReadOnly() bool { return f.readOnly }
+
+// Size returns the size in bytes.
+func (f *File) Size() int64 { return f.size.Load() }
+
+// BlockSize returns the logical block size of a block special file, 512 for a regular file.
+func (f *File) BlockSize() int { return f.block }
+
+// Identity is equal for two openings of one disk: of one inode whatever its names, or of one block
+// device whatever its special files.
+func (f *File) Identity() string { return f.identity }
+
+// Locked reports whether the locks of the [LockMode] are held: not with LockNone, nor on a file system
+// without locks.
+func (f *File) Locked() bool { return f.locked }
+
+// ReadAt reads len(p) bytes at off; see [Device]. A file that was truncated below its Size gives
+// io.ErrUnexpectedEOF.
+func (f *File) ReadAt(p []byte, off int64) (int, error) {
+	if err := f.enter("read", off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	defer f.life.RUnlock()
+	for done := 0; done < len(p); {
+		n, err := unix.Pread(f.fd, p[done:], off+int64(done))
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return done, f.errorAt("read", off+int64(done), err)
+		case n == 0:
+			return done, f.errorAt("read", off+int64(done), io.ErrUnexpectedEOF)
+		default:
+			done += n
+		}
+	}
+	return len(p), nil
+}
+
+// WriteAt writes p at off; see [Device].
+func (f *File) WriteAt(p []byte, off int64) (int, error) {
+	if err := f.enterChange("write", off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	defer f.life.RUnlock()
+	return f.write(p, off)
+}
+
+// write is WriteAt without the checks.
+func (f *File) write(p []byte, off int64) (int, error) {
+	return f.writeBy(p, off, func(p []byte, off int64) (int, error) { return unix.Pwrite(f.fd, p, off) })
+}
+
+// writeBy writes p at off by as many calls of pwrite as it takes.
+func (f *File) writeBy(p []byte, off int64, pwrite func([]byte, int64) (int, error)) (int, error) {
+	for done := 0; done < len(p); {
+		n, err := pwrite(p[done:], off+int64(done))
+		switch {
+		case err == unix.EINTR:
+		case err != nil:
+			return done, f.errorAt("write", off+int64(done), err)
+		case n == 0:
+			return done, f.errorAt("write", off+int64(done), io.ErrShortWrite)
+		default:
+			done += n
+		}
+	}
+	return len(p), nil
+}
+
+// Flush makes durable every write that returned before the call (fdatasync). After a failure each
+// later Flush and WriteDurableAt returns the same error: the kernel reports lost writes once, and a
+// second attempt that succeeds says nothing about them.
+func (f *File) Flush() error {
+	if err := f.enter("flush", 0, 0); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	return f.synced(f.datasync)
+}
+
+func (f *File) datasync() error {
+	if err := retry(func() error { return unix.Fdatasync(f.fd) }); err != nil {
+		return f.error("flush", err)
+	}
+	return nil
+}
+
+// WriteDurableAt writes p at off and returns when it is durable, by one system call where kernel and
+// file system have it. A failure counts as a failed Flush, even where only the write failed, since
+// the two can't be told apart.
+func (f *File) WriteDurableAt(p []byte, off int64) error {
+	if err := f.enterChange("write", off, int64(len(p))); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	return f.synced(func() error {
+		if !f.lacks[dsyncWrite].Load() {
+			_, err := f.writeBy(p, off, func(p []byte, off int64) (int, error) {
+				return unix.Pwritev2(f.fd, [][]byte{p}, off, unix.RWF_DSYNC)
+			})
+			if !unsupported(err) {
+				return err
+			}
+			f.lacks[dsyncWrite].Store(true)
+		}
+		if _, err := f.write(p, off); err != nil {
+			return err
+		}
+		return f.datasync()
+	})
+}
+
+// synced runs a call that makes something durable, unless one failed before, and notes its failure.
+//
+// The race considered: the kernel reports a lost write once per open file. When two such calls run
+// at the same time one of them may be told of a write that the other answers for, and the other
+// succeeds. So a call that succeeded waits until all calls that ran beside it have noted what they
+// were told, and then looks.
+func (f *File) synced(call func() error) error {
+	if err := f.failed.Load(); err != nil {
+		return *err
+	}
+	f.syncs.RLock()
+	if err := call(); err != nil {
+		f.failed.CompareAndSwap(nil, &err)
+	}
+	f.syncs.RUnlock()
+
+	f.syncs.Lock()
+	defer f.syncs.Unlock()
+	if err := f.failed.Load(); err != nil {
+		return *err
+	}
+	return nil
+}
+
+// Refresh looks the size up again; see [Resizer].
+func (f *File) Refresh() (int64, error) {
+	if err := f.enter("refresh", 0, 0); err != nil {
+		return f.Size(), err
+	}
+	defer f.life.RUnlock()
+	f.grow.Lock()
+	defer f.grow.Unlock()
+	return f.refresh()
+}
+
+// refresh is Refresh without the checks, under f.grow.
+func (f *File) refresh() (int64, error) {
+	size, err := f.lookUpSize()
+	if err != nil {
+		return f.Size(), err
+	}
+	f.size.Store(max(size, f.Size()))
+	return f.Size(), nil
+}
+
+// lookUpSize asks the kernel for the size in bytes.
+func (f *File) lookUpSize() (int64, error) {
+	if f.special {
+		// Moves the descriptor's offset, which nothing uses.
+		size, err := unix.Seek(f.fd, 0, io.SeekEnd)
+		if err != nil {
+			return 0, f.error("size", err)
+		}
+		return size, nil
+	}
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return 0, f.error("size", err)
+	}
+	return st.Size, nil
+}
+
+// Grow makes a regular file at least size bytes long by a hole at its end. The new size is durable
+// after the next Flush. A block special file that is too short is an error.
+func (f *File) Grow(size int64) error {
+	if err := f.enterChange("grow", 0, 0); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	f.grow.Lock()
+	defer f.grow.Unlock()
+	if size <= f.Size() {
+		return nil
+	}
+	// Another program may have made the file longer since: never cut that off.
+	now, err := f.lookUpSize()
+	if err != nil {
+		return err
+	}
+	if now < size {
+		if f.special {
+			return f.error("grow", fmt.Errorf("a block device of %d bytes can't be made %d bytes long from here", now, size))
+		}
+		if err := retry(func() error { return unix.Ftruncate(f.fd, size) }); err != nil {
+			return f.error("grow", err)
+		}
+	}
+	_, err = f.refresh()
+	return err
+}
+
+// Close waits for calls under way, releases the locks and closes the file. It makes nothing durable:
+// that is Flush. Later calls return an error wrapping fs.ErrClosed.
+func (f *File) Close() error {
+	f.life.Lock()
+	defer f.life.Unlock()
+	if f.fd < 0 {
+		return f.error("close", fs.ErrClosed)
+	}
+	err := unix.Close(f.fd)
+	f.fd = -1
+	if err != nil {
+		return f.error("close", err)
+	}
+	return nil
+}
+
+// enter begins a call on a range. On success the caller holds f.life for reading.
+func (f *File) enter(op string, off, n int64) error {
+	f.life.RLock()
+	err := CheckRange(op, off, n, f.Size())
+	if f.fd < 0 {
+		err = f.error(op, fs.ErrClosed)
+	}
+	if err != nil {
+		f.life.RUnlock()
+	}
+	return err
+}
+
+// enterChange is enter for calls that change the file.
+func (f *File) enterChange(op string, off, n int64) error {
+	if err := f.enter(op, off, n); err != nil {
+		return err
+	}
+	if f.readOnly {
+		f.life.RUnlock()
+		return f.error(op, ErrReadOnly)
+	}
+	return nil
+}
+
+// error names the file in an error.
+func (f *File) error(op string, err error) error {
+	return &fs.PathError{Op: op, Path: f.path, Err: err}
+}
+
+// errorAt names the file and the place in an error.
+func (f *File) errorAt(op string, off int64, err error) error {
+	return f.error(op, fmt.Errorf("at byte %d: %w", off, err))
+}
+
+// unsupported reports an error that says that a file system, device or kernel lacks an ability.
+func unsupported(err error) bool {
+	return errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS)
+}
+
+// retry calls again what a signal interrupted.
+func retry(call func() error) error {
+	for {
+		if err := call(); err != unix.EINTR {
+			return err
+		}
+	}
+}
+
+// openDescriptor is open(2).
+func openDescriptor(path string, mode int, permission uint32) (int, error) {
+	fd := -1
+	err := retry(func() (err error) {
+		fd, err = unix.Open(path, mode|unix.O_CLOEXEC, permission)
+		return err
+	})
+	return fd, err
+}

@@ -1,0 +1,182 @@
+package block
+
+import (
+	"io"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+// ZeroAt makes a range read as zeros by deallocating it, or with KeepAllocated by marking it as
+// unwritten; see [Zeroer].
+//
+// On a block special file only whole logical blocks can be zeroed that way; what is left at either
+// end is written. There KeepAllocated lets the kernel write zeros where the device has nothing
+// better, so that together with OnlyFast it is always ErrNotFast.
+func (f *File) ZeroAt(off, n int64, flags ZeroFlags) error {
+	if err := f.enterChange("zero", off, n); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	if !f.special {
+		return f.zeroBlocks(off, n, flags)
+	}
+	start, end := f.wholeBlocks(off, n)
+	if start >= end {
+		_, err := f.write(zeros[:n], off) // less than two blocks
+		return err
+	}
+	// The middle first: ErrNotFast must leave everything as it was.
+	if err := f.zeroBlocks(start, end-start, flags); err != nil {
+		return err
+	}
+	if _, err := f.write(zeros[:start-off], off); err != nil {
+		return err
+	}
+	_, err := f.write(zeros[:off+n-end], end)
+	return err
+}
+
+// zeroBlocks zeroes a range that the file system or device takes as it is.
+func (f *File) zeroBlocks(off, n int64, flags ZeroFlags) error {
+	if flags&KeepAllocated == 0 {
+		done, err := f.fallocate(punchHole, unix.FALLOC_FL_PUNCH_HOLE, off, n)
+		if done || err != nil {
+			return err
+		}
+	}
+	// A block special file falls back to writing here, within the kernel.
+	if f.special && flags&OnlyFast != 0 {
+		return ErrNotFast
+	}
+	done, err := f.fallocate(zeroRange, unix.FALLOC_FL_ZERO_RANGE, off, n)
+	if done || err != nil {
+		return err
+	}
+	return ErrNotFast
+}
+
+// fallocate does one thing to a range; done is false, without an error, where that is impossible.
+func (f *File) fallocate(a ability, mode uint32, off, n int64) (done bool, err error) {
+	if n == 0 {
+		return true, nil
+	}
+	if f.lacks[a].Load() {
+		return false, nil
+	}
+	err = retry(func() error {
+		return unix.Fallocate(f.fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
+	})
+	if unsupported(err) {
+		f.lacks[a].Store(true)
+		return false, nil
+	}
+	if err != nil {
+		return false, f.errorAt("zero", off, err)
+	}
+	return true, nil
+}
+
+// Discard gives back the space of a range: by a hole in a regular file, which reads as zeros, by
+// BLKDISCARD on the whole blocks of a block special file. Where that is impossible it does nothing.
+func (f *File) Discard(off, n int64) error {
+	if err := f.enterChange("discard", off, n); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	if !f.special {
+		_, err := f.fallocate(punchHole, unix.FALLOC_FL_PUNCH_HOLE, off, n)
+		return err
+	}
+	start, end := f.wholeBlocks(off, n)
+	if start >= end || f.lacks[discardIoctl].Load() {
+		return nil
+	}
+	err := retry(func() error { return blkdiscard(f.fd, start, end-start) })
+	if unsupported(err) {
+		f.lacks[discardIoctl].Store(true)
+		return nil
+	}
+	if err != nil {
+		return f.errorAt("discard", start, err)
+	}
+	return nil
+}
+
+// blkdiscard is ioctl(BLKDISCARD), for which package unix has no function.
+func blkdiscard(fd int, off, n int64) error {
+	arg := [2]uint64{uint64(off), uint64(n)}
+	_, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), unix.BLKDISCARD, uintptr(unsafe.Pointer(&arg)))
+	if errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// wholeBlocks returns the part of a range that consists of whole logical blocks.
+func (f *File) wholeBlocks(off, n int64) (start, end int64) {
+	mask := int64(f.block) - 1
+	return (off + mask) &^ mask, (off + n) &^ mask
+}
+
+// fileExtents bounds the extents, and so the system calls, of one call of Extents.
+const fileExtents = 256
+
+// Extents tells data from holes; see [Extenter]. Space that was reserved and never written counts as a
+// hole. A block special file is all data. A call returns at most 256 extents.
+func (f *File) Extents(off, n int64) ([]Extent, error) {
+	if err := f.enter("extents", off, n); err != nil {
+		return nil, err
+	}
+	defer f.life.RUnlock()
+	if n == 0 {
+		return nil, nil
+	}
+	if f.special {
+		return []Extent{{Length: n}}, nil
+	}
+	var list []Extent
+	for end := off + n; off < end && len(list) < fileExtents; {
+		data, err := f.next(unix.SEEK_DATA, off, end)
+		if err != nil {
+			return nil, err
+		}
+		if data > off {
+			list = append(list, Extent{data - off, Hole | ReadsZero})
+			off = data
+			continue
+		}
+		hole, err := f.next(unix.SEEK_HOLE, off, end)
+		if err != nil {
+			return nil, err
+		}
+		// The race considered: data that was at off a moment ago may be punched out by now. Half a
+		// block called data does no harm, standing still would.
+		hole = max(hole, min(off+SectorSize, end))
+		list = append(list, Extent{Length: hole - off})
+		off = hole
+	}
+	return list, nil
+}
+
+// next returns where, in [off, end), the first data or the first hole begins, or end. Seeking moves the
+// descriptor's offset, which nothing uses.
+func (f *File) next(whence int, off, end int64) (int64, error) {
+	at, err := unix.Seek(f.fd, off, whence)
+	switch {
+	case err == nil:
+		return min(at, end), nil
+	case err == unix.EINVAL && whence == unix.SEEK_DATA:
+		return off, nil // the file system can't tell: all data
+	case err == unix.EINVAL:
+		return end, nil
+	case err == unix.ENXIO:
+		// No data up to the end of the file, unless the file ends earlier than it did.
+		size, err := f.lookUpSize()
+		if err == nil && size < end {
+			err = f.errorAt("extents", off, io.ErrUnexpectedEOF)
+		}
+		return end, err
+	}
+	return 0, f.errorAt("extents", off, err)
+}

@@ -1,0 +1,187 @@
+package block
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// LockMode says what a [File] shares with other users of the same file: dmsnap, qemu's programs, and
+// other Files of this process.
+//
+// The locks are advisory open-file-description locks on single bytes, the ones that qemu's programs
+// take and look for (docs/decisions/0001-locks.md). They go with the descriptor, also when the
+// process is killed.
+type LockMode int
+
+const (
+	// LockDefault is LockWrite for a file opened for writing, LockRead for one opened read-only.
+	LockDefault LockMode = iota
+	// LockWrite excludes other writers, and readers that exclude writers.
+	LockWrite
+	// LockRead excludes writers and lets other readers be.
+	LockRead
+	// LockShared reads whatever others do, except those that share nothing. What is read may
+	// change from one call to the next.
+	LockShared
+	// LockNone takes no locks and looks for none.
+	LockNone
+)
+
+// The bytes of a file that stand for uses of it. Whoever uses a file in way w read-locks byte
+// usesByte+w; whoever can't bear that others use it in way w read-locks byte bearsNotByte+w. Both look
+// for the other kind of lock after taking their own, so that of two that come at the same time at
+// least one sees the other.
+const (
+	usesByte     = 100
+	bearsNotByte = 200
+
+	useRead   = 0 // expects what it reads to be consistent
+	useWrite  = 1
+	useResize = 3
+)
+
+// lockPlan is the ways of use and the ways not borne of a LockMode.
+type lockPlan struct{ uses, bearsNot []int64 }
+
+var lockPlans = map[LockMode]lockPlan{
+	LockWrite:  {[]int64{useRead, useWrite, useResize}, []int64{useWrite, useResize}},
+	LockRead:   {[]int64{useRead}, []int64{useWrite, useResize}},
+	LockShared: {[]int64{useRead}, nil},
+}
+
+// lockMode resolves LockDefault and refuses a writer that lets others write.
+func (o Options) lockMode() (LockMode, error) {
+	switch {
+	case o.Lock == LockDefault && o.ReadOnly:
+		return LockRead, nil
+	case o.Lock == LockDefault:
+		return LockWrite, nil
+	case !o.ReadOnly && (o.Lock == LockRead || o.Lock == LockShared):
+		return 0, errors.New("a reader's lock on a file opened for writing")
+	}
+	return o.Lock, nil
+}
+
+// lockFile takes the locks of a mode on an open file. held is false, without an error, for LockNone
+// and where the file system has no locks. The descriptor must be closed after an error.
+func lockFile(fd int, path string, mode LockMode) (held bool, err error) {
+	if mode == LockNone {
+		return false, nil
+	}
+	plan := lockPlans[mode]
+	var take, look []int64
+	for _, w := range plan.uses {
+		take, look = append(take, usesByte+w), append(look, bearsNotByte+w)
+	}
+	for _, w := range plan.bearsNot {
+		take, look = append(take, bearsNotByte+w), append(look, usesByte+w)
+	}
+	for _, b := range take {
+		l := byteLock(unix.F_RDLCK, b)
+		err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
+		switch {
+		case noLocks(err):
+			return false, nil
+		case err == unix.EAGAIN || err == unix.EACCES:
+			// Someone write-locked the byte, or the whole file.
+			return false, inUse(fd, path, "")
+		case err != nil:
+			return false, &fs.PathError{Op: "lock", Path: path, Err: err}
+		}
+	}
+	for _, b := range look {
+		// A write lock would meet any lock there is; it is only asked about, never taken.
+		l := byteLock(unix.F_WRLCK, b)
+		if err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) }); err != nil {
+			return false, &fs.PathError{Op: "lock", Path: path, Err: err}
+		}
+		if l.Type != unix.F_UNLCK {
+			return false, inUse(fd, path, conflicts[b])
+		}
+	}
+	return true, nil
+}
+
+// conflicts says what a lock of somebody else on a byte means for us.
+var conflicts = map[int64]string{
+	usesByte + useWrite:      "it is being written",
+	usesByte + useResize:     "it may be resized",
+	bearsNotByte + useRead:   "it must not be read now",
+	bearsNotByte + useWrite:  "it must not be written now",
+	bearsNotByte + useResize: "it must not be resized now",
+}
+
+func byteLock(kind int16, at int64) unix.Flock_t {
+	return unix.Flock_t{Type: kind, Whence: unix.SEEK_SET, Start: at, Len: 1}
+}
+
+// noLocks reports an error that says that a file system or kernel has no such locks. EINVAL is the answer of a
+// kernel without open-file-description locks.
+func noLocks(err error) bool {
+	return unsupported(err) || err == unix.ENOLCK || err == unix.EINVAL
+}
+
+// inUse is the error for a conflict: whose, as far as can be known, and what about.
+func inUse(fd int, path, why string) error {
+	s := ""
+	if who := holders(fd); len(who) > 0 {
+		s = " by " + strings.Join(who, ", ")
+	}
+	if why != "" {
+		s += " (" + why + ")"
+	}
+	return fmt.Errorf("%s: %w%s", path, ErrInUse, s)
+}
+
+// holders names the processes that hold locks on the file: "qemu-nbd (process 4242)". The kernel does
+// not tell the owner of an open-file-description lock, since it has none; but each process's
+// descriptors can be looked through, as far as we may see them. fd itself is left out.
+func holders(fd int) []string {
+	var st unix.Stat_t
+	if unix.Fstat(fd, &st) != nil {
+		return nil
+	}
+	// As /proc/PID/fdinfo/FD shows a lock: "lock: 1: OFDLCK ADVISORY READ -1 fe:00:9977949 100 101".
+	file := fmt.Sprintf(" %02x:%02x:%d ", unix.Major(uint64(st.Dev)), unix.Minor(uint64(st.Dev)), st.Ino)
+	self := strconv.Itoa(os.Getpid())
+	var who []string
+	processes, _ := filepath.Glob("/proc/[0-9]*")
+	for _, p := range processes {
+		pid := filepath.Base(p)
+		if !holdsLock(p, file, pid == self, fd) {
+			continue
+		}
+		name, _ := os.ReadFile(p + "/comm")
+		s := fmt.Sprintf("%s (process %s)", strings.TrimSpace(string(name)), pid)
+		if pid == self {
+			s = "this process"
+		}
+		who = append(who, s)
+	}
+	return who
+}
+
+// holdsLock reports whether a process has a descriptor, other than fd of this process, with a lock on
+// the file.
+func holdsLock(process, file string, self bool, fd int) bool {
+	infos, _ := filepath.Glob(process + "/fdinfo/*")
+	for _, info := range infos {
+		if self && filepath.Base(info) == strconv.Itoa(fd) {
+			continue
+		}
+		text, _ := os.ReadFile(info)
+		for line := range strings.Lines(string(text)) {
+			if strings.HasPrefix(line, "lock:") && strings.Contains(line, file) {
+				return true
+			}
+		}
+	}
+	return false
+}
