@@ -1,0 +1,258 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// The errors of handover and merge, in the kernel's words (specification 5.12).
+var (
+	ErrPairing           = errors.New("Snapshot cow pairing for exception table handover failed")
+	ErrAlreadyMerging    = errors.New("A snapshot is already merging.")
+	ErrResumeSource      = errors.New("Unable to resume snapshot source until handover completes.")
+	ErrSourceRunning     = errors.New("Unable to perform snapshot handover until source is suspended.")
+	errHandoverCancelled = errors.New("Cancelling snapshot handover.")
+)
+
+// handoverSource returns the active snapshot whose store a newly loaded table with the same COW device
+// will take over, or nil when there is none, or ErrPairing when somebody waits for it already (or uses
+// the device otherwise). o.mu is held.
+func (o *Origin) handoverSource(cow block.Device) (*Snapshot, error) {
+	var source *Snapshot
+	for _, s := range o.snapshots {
+		if !block.Same(s.cow, cow) || s.drained() {
+			continue
+		}
+		if source != nil || !s.active || s.handsOver() {
+			return nil, ErrPairing
+		}
+		source = s
+	}
+	for _, m := range []*Merging{o.merging.Load(), o.waiting} {
+		if m != nil && block.Same(m.cow, cow) {
+			return nil, ErrPairing
+		}
+	}
+	return source, nil
+}
+
+// drained: the store was given away. handsOver: somebody waits for it. Both with life or origin.mu held.
+func (s *Snapshot) drained() bool   { return s.store == nil && s.source == nil }
+func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWaits != nil }
+
+// Resume activates a loaded snapshot, or lets a suspended one go on. The destination of a handover first
+// takes its source's store over, which must be suspended; the source is invalid from then on, in memory
+// only (specification 5.12). Of the destination's options only Store's O, the features and Sync count:
+// chunk size, and persistent or transient, are the store's.
+//
+// Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed. Resuming what isn't suspended does nothing.
+func (s *Snapshot) Resume() error {
+	o := s.origin
+	o.mu.Lock() // no origin write is under way: no exception is pending (8.1 #13)
+	defer o.mu.Unlock()
+	switch {
+	case s.closed:
+		return fs.ErrClosed
+	case !s.suspended:
+		return nil
+	case s.handsOver():
+		return ErrResumeSource
+	}
+	if s.source != nil {
+		if err := s.takeOver(s.source); err != nil {
+			return err
+		}
+	}
+	s.active = true
+	s.suspended = false
+	s.life.Unlock()
+	return nil
+}
+
+// takeOver moves the store of src to s. Both are suspended, so life of both is held for writing; o.mu is
+// too.
+func (s *Snapshot) takeOver(src *Snapshot) error {
+	if !src.suspended {
+		return ErrSourceRunning
+	}
+	o := s.origin
+	o.remove(s)
+	s.store, s.source = src.giveStore(), nil
+	if s.store != nil {
+		if s.store.Transient() {
+			s.opts.Store = Transient
+		} else if s.opts.Store == Transient {
+			s.opts.Store = src.opts.Store
+		}
+	}
+	s.overflowed.Store(src.overflowed.Load())
+	s.invalid.Store(src.invalid.Load())
+	o.insert(s) // anew: its chunk size is known now
+	return nil
+}
+
+// giveStore leaves s without a store. life and origin.mu are held for writing.
+func (s *Snapshot) giveStore() *store.Store {
+	st := s.store
+	s.store, s.active = nil, false
+	s.destination, s.mergeWaits = nil, nil
+	s.invalid.Store(true)
+	return st
+}
+
+// cancelHandover ends the waiting of both sides when s is closed. origin.mu is held for writing.
+func (s *Snapshot) cancelHandover() {
+	if s.source != nil {
+		s.source.destination, s.source = nil, nil
+		return
+	}
+	if d := s.destination; d != nil {
+		d.source, s.destination = nil, nil
+		d.invalid.Store(true)
+		notify(d.opts, Event{Kind: EventHandoverCancelled, Text: errHandoverCancelled.Error()})
+	}
+	if m := s.mergeWaits; m != nil {
+		m.source, s.mergeWaits = nil, nil
+		notify(m.opts, Event{Kind: EventHandoverCancelled, Text: errHandoverCancelled.Error()})
+	}
+}
+
+// LoadMerge is the constructor of a snapshot-merge table: it loads the store on cow, or becomes the
+// destination of a handover from the active snapshot of o that has it. Nothing happens until Resume.
+//
+// Errors: those of store.Open, ErrPairing, ErrAlreadyMerging when another merge is loaded on o, and
+// store.ErrNoMerge for a transient store, always (H3). An origin that is smaller than the chunks of the
+// store need is refused. Of opts only Store's O, Sync and Notify count.
+func (o *Origin) LoadMerge(cow block.Device, opts Options) (*Merging, error) {
+	if opts.Store == Transient {
+		return nil, store.ErrNoMerge
+	}
+	if err := o.checkCOW(cow); err != nil {
+		return nil, err
+	}
+	m := &Merging{origin: o, cow: cow, opts: opts}
+	o.mu.Lock()
+	source, err := o.canMerge(cow)
+	if err == nil {
+		if m.source = source; source != nil {
+			source.mergeWaits = m
+		}
+		o.waiting = m
+	}
+	o.mu.Unlock()
+	if source != nil || err != nil {
+		if err != nil {
+			return nil, err
+		}
+		return m, nil
+	}
+	st, err := m.open()
+	if err != nil {
+		m.Close()
+		return nil, err
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	m.store.Store(st)
+	return m, nil
+}
+
+// canMerge returns the source of a handover to a merge, if any, or why there can't be a merge. o.mu is
+// held.
+func (o *Origin) canMerge(cow block.Device) (*Snapshot, error) {
+	if o.merging.Load() != nil || o.waiting != nil {
+		return nil, ErrAlreadyMerging
+	}
+	source, err := o.handoverSource(cow)
+	if source != nil && source.store.Transient() {
+		return nil, store.ErrNoMerge
+	}
+	return source, err
+}
+
+// open loads the merge's store from its COW device and checks it against the origin.
+func (m *Merging) open() (*store.Store, error) {
+	st, err := store.Open(m.cow)
+	if err != nil {
+		return nil, err
+	}
+	if err := store.CheckBlockSize(st.Layout(), m.origin.dev); err != nil {
+		return nil, err
+	}
+	return st, m.checkSize(st)
+}
+
+// checkSize refuses a store with exceptions past the end of the origin: there is no place to merge them
+// to.
+func (m *Merging) checkSize(st *store.Store) error {
+	last, ok := st.Exceptions().Max()
+	if l := st.Layout(); ok && uint64(last) >= l.Chunks(m.origin.dev.Size(), true) {
+		return fmt.Errorf("origin of %d bytes is too small: the store has an exception for origin chunk %d of %d bytes", m.origin.dev.Size(), last, l.ChunkBytes())
+	}
+	return nil
+}
+
+// Resume makes m play the origin's part: from now on requests to the origin see the merged content, and
+// Step has work. A handover's source must be suspended; its exceptions are made durable first, and it is
+// invalid afterwards, in memory only (specification 5.12, 7.7).
+//
+// Errors: ErrSourceRunning; that of the source's last Sync, with nothing changed.
+func (m *Merging) Resume() error {
+	o := m.origin
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.merging.Load() == m {
+		return nil
+	}
+	if o.waiting != m {
+		return fs.ErrClosed
+	}
+	if src := m.source; src != nil {
+		if !src.suspended {
+			return ErrSourceRunning
+		}
+		if !src.invalid.Load() {
+			// A merge goes by the slots on disk.
+			if err := src.store.Sync(); err != nil {
+				return err
+			}
+			if err := m.checkSize(src.store); err != nil {
+				return err
+			}
+		}
+		m.overflowed = src.overflowed.Load()
+		m.store.Store(src.giveStore())
+		m.source = nil
+	}
+	if m.store.Load() == nil {
+		return errHandoverCancelled
+	}
+	o.waiting = nil
+	o.merging.Store(m)
+	return nil
+}
+
+// BeginMerge hands the snapshot's store to a merge into its origin and starts it: LoadMerge, Suspend,
+// Resume. The origin shows the snapshot's content at once; Step does the copying. The snapshot itself
+// reports Invalid and refuses requests from then on (specification 7.7); close it when convenient.
+//
+// When it fails the snapshot goes on as before.
+func (s *Snapshot) BeginMerge() (*Merging, error) {
+	m, err := s.origin.LoadMerge(s.cow, s.opts)
+	if err != nil {
+		return nil, err
+	}
+	if err = s.Suspend(); err == nil {
+		err = m.Resume()
+	}
+	if err != nil {
+		m.Close()
+		s.Resume()
+		return nil, err
+	}
+	return m, s.Resume()
+}

@@ -1,0 +1,58 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// The kernel's two reasons for invalidating a snapshot (specification 6.1).
+const (
+	reasonIO    = "Error reading/writing."
+	reasonSpace = "Unable to allocate exception."
+)
+
+func reasonFor(err error) string {
+	if errors.Is(err, store.ErrFull) {
+		return reasonSpace
+	}
+	return reasonIO
+}
+
+// invalidate is what a failed copy, a failed metadata write and a full COW device mean: the snapshot
+// can't be trusted any more and says so, on disk too, durably, when this returns. It returns the error
+// for a request of the snapshot.
+//
+// Several requests may find the failure at once. Whoever comes second waits here until the mark is on
+// disk: it may be an origin write that is going to change what could not be kept (H5).
+func (s *Snapshot) invalidate(reason string, cause error) error {
+	s.invalidating.Lock()
+	defer s.invalidating.Unlock()
+	if s.invalid.Load() {
+		return s.store.Err()
+	}
+	marked := s.store.Invalidate(fmt.Errorf("%s (%w)", reason, cause))
+	s.invalid.Store(true)
+	notify(s.opts, Event{Kind: EventInvalid, Text: "Invalidating snapshot: " + reason, Err: errors.Join(cause, marked)})
+	return s.store.Err()
+}
+
+// noSpace decides what it means that a write to the snapshot could get no chunk.
+func (s *Snapshot) noSpace(err error) error {
+	if !errors.Is(err, store.ErrFull) || s.opts.Store != PersistentOverflow {
+		return s.invalidate(reasonFor(err), err)
+	}
+	if s.overflowed.CompareAndSwap(false, true) {
+		notify(s.opts, Event{Kind: EventOverflow, Text: "Snapshot overflowed: " + reasonSpace, Err: err})
+	}
+	return fmt.Errorf("%w: %w", ErrOverflow, err)
+}
+
+// sync makes the store durable for a request of the snapshot.
+func (s *Snapshot) sync() error {
+	if err := s.store.Sync(); err != nil {
+		return s.invalidate(reasonIO, err)
+	}
+	return nil
+}

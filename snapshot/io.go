@@ -1,0 +1,310 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/gate"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// batchBytes bounds how much of a request is copied, reserved and owned at once; a chunk that is larger
+// is one batch.
+const batchBytes = copyUnit
+
+// ReadAt reads what the snapshot shows. A chunk that is just being copied reads as before, without
+// waiting (specification 5.4).
+func (s *Snapshot) ReadAt(p []byte, off int64) (int, error) {
+	if err := block.CheckRange("read", off, int64(len(p)), s.size); err != nil {
+		return 0, err
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.usable(); err != nil {
+		return 0, err
+	}
+	for done := int64(0); done < int64(len(p)); {
+		n, err := s.readPiece(p[done:], off+done)
+		if err != nil {
+			return int(done), err
+		}
+		done += n
+	}
+	return len(p), nil
+}
+
+// readPiece reads the first piece of p and returns its length.
+func (s *Snapshot) readPiece(p []byte, off int64) (int64, error) {
+	pc := nextPiece(s.store, off, int64(len(p)))
+	if !pc.mapped {
+		// From Enter on, an origin write to these chunks waits for us in Drain. One that passed its
+		// Drain before had made the exception visible by then, so look again.
+		first, count := chunks(s.store.Layout(), pc.off, pc.n)
+		reader := s.gate.Enter(span(first, count))
+		defer reader.Leave()
+		pc = nextPiece(s.store, off, pc.n)
+	}
+	from, dev := pc.off, s.origin.dev
+	if pc.mapped {
+		from, dev = pc.cow, s.cow
+	}
+	if _, err := dev.ReadAt(p[:pc.n], from); err != nil {
+		return 0, err
+	}
+	return pc.n, nil
+}
+
+func span(first ondisk.OriginChunk, count uint64) gate.Span {
+	return gate.Span{First: uint64(first), Last: uint64(first) + count - 1}
+}
+
+// WriteAt writes to the snapshot: in place where a chunk has an exception, else into a new chunk of the
+// COW device, for which the rest of the chunk is copied from the origin. The origin isn't changed. A
+// later Flush makes it durable (SyncFlush), or it is durable when WriteAt returns (SyncAlways).
+//
+// When the COW device is full the snapshot becomes invalid, or, with PersistentOverflow, refuses this
+// and every later write with ErrOverflow (specification 6.1, 6.2); earlier parts of the request may have
+// been written.
+func (s *Snapshot) WriteAt(p []byte, off int64) (int, error) {
+	if err := s.change("write", payload{data: p}, off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// WriteDurableAt is WriteAt, durable when it returns.
+func (s *Snapshot) WriteDurableAt(p []byte, off int64) error {
+	return s.change("write", payload{data: p, durable: true}, off, int64(len(p)))
+}
+
+// ZeroAt makes a range read as zeros, with the same effect on exceptions as a write.
+func (s *Snapshot) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if flags&block.OnlyFast != 0 {
+		return block.ErrNotFast // a chunk without an exception may have to be copied first
+	}
+	return s.change("zero", payload{zero: flags}, off, n)
+}
+
+// change applies pl to n bytes at off.
+func (s *Snapshot) change(op string, pl payload, off, n int64) error {
+	if err := block.CheckRange(op, off, n, s.size); err != nil {
+		return err
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
+	durable := pl.durable || s.opts.Sync == SyncAlways
+	pl.durable = false // one Sync at the end covers data and exceptions
+	for done := int64(0); done < n; {
+		k, err := s.changePiece(pl.part(done, n-done), off+done, n-done)
+		if err != nil {
+			return err
+		}
+		done += k
+	}
+	if durable {
+		return s.sync()
+	}
+	return nil
+}
+
+// changePiece applies the first piece of pl and returns its length; 0 when somebody else made the
+// exception first.
+func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
+	pc := nextPiece(s.store, off, n)
+	if pc.mapped {
+		return pc.n, pl.part(0, pc.n).put(s.cow, pc.cow, pc.n)
+	}
+	l := s.store.Layout()
+	first, count := chunks(l, pc.off, pc.n)
+	count = min(count, uint64(max(1, batchBytes/l.ChunkBytes())))
+	owned := s.gate.Own(span(first, count))
+	defer owned.Release()
+	_, count, mapped := s.store.LookupRun(first, count)
+	if mapped {
+		return 0, nil
+	}
+	r, err := s.store.Reserve(first, count)
+	if err != nil {
+		return 0, s.noSpace(err)
+	}
+	k := min(n, l.OriginOffset(first+ondisk.OriginChunk(r.Count))-off)
+	if err := s.fill(r, pl.part(0, k), off, k); err != nil {
+		return 0, s.invalidate(reasonIO, err)
+	}
+	if err := r.Commit(); err != nil {
+		return 0, s.invalidate(reasonIO, err)
+	}
+	return k, nil
+}
+
+// fill writes the reserved chunks: the origin's content with n bytes at off replaced by pl. The range
+// lies in the chunks and touches each. No read where it covers a chunk up to the origin's end.
+func (s *Snapshot) fill(r store.Reservation, pl payload, off, n int64) error {
+	l := s.store.Layout()
+	start := l.OriginOffset(r.Old)
+	end := min(l.OriginOffset(r.Old+ondisk.OriginChunk(r.Count)), s.origin.dev.Size())
+	to := l.COWOffset(r.New) - start // what to add to an offset of the origin
+	head, tail := off-start, end-(off+n)
+	if head == 0 && tail == 0 {
+		return pl.put(s.cow, off+to, n)
+	}
+	if end-start > copyUnit { // one large chunk
+		if err := copyRange(s.cow, start+to, s.origin.dev, start, head); err != nil {
+			return err
+		}
+		if err := copyRange(s.cow, off+n+to, s.origin.dev, off+n, tail); err != nil {
+			return err
+		}
+		return pl.put(s.cow, off+to, n)
+	}
+	return withBuffer(end-start, func(b []byte) error {
+		if err := s.readAround(b, start, head, tail); err != nil {
+			return err
+		}
+		pl.lay(b[head : head+n])
+		_, err := s.cow.WriteAt(b, start+to)
+		return err
+	})
+}
+
+// readAround reads the whole chunks at the edges of b, which begins at byte start of the origin, when
+// head bytes at its beginning or tail bytes at its end are not going to be replaced.
+func (s *Snapshot) readAround(b []byte, start, head, tail int64) error {
+	c := s.store.Layout().ChunkBytes()
+	size := int64(len(b))
+	first := min(c, size)      // of the first chunk
+	last := (size - 1) / c * c // where the last chunk begins
+	if head > 0 || last == 0 {
+		if _, err := s.origin.dev.ReadAt(b[:first], start); err != nil {
+			return fmt.Errorf("read origin: %w", err)
+		}
+	}
+	if tail > 0 && last > 0 {
+		if _, err := s.origin.dev.ReadAt(b[last:], start+last); err != nil {
+			return fmt.Errorf("read origin: %w", err)
+		}
+	}
+	return nil
+}
+
+// Flush makes durable every write that was acknowledged before the call. It reaches the COW device only,
+// and succeeds on an invalid snapshot (specification 5.4).
+func (s *Snapshot) Flush() error {
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.usable(); err != nil {
+		if errors.Is(err, store.ErrInvalid) {
+			return s.cow.Flush()
+		}
+		return err
+	}
+	return s.sync()
+}
+
+// Discard gives space back as the features say (specification 5.9). Without DiscardZeroesCOW it does
+// nothing. With it, a whole chunk that has an exception reads as zeros afterwards, a part of one is
+// undefined, and a chunk without one is unchanged; usage never shrinks. With DiscardPassdownOrigin the
+// range is discarded on the origin device as well, past everyone else's snapshots.
+func (s *Snapshot) Discard(off, n int64) error {
+	if err := block.CheckRange("discard", off, n, s.size); err != nil {
+		return err
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if !s.opts.DiscardZeroesCOW {
+		return nil
+	}
+	c := s.store.Layout().ChunkBytes()
+	for end := off + n; off < end; {
+		pc := nextPiece(s.store, off, end-off)
+		if !pc.mapped {
+			off += pc.n
+			continue
+		}
+		// Whole chunks in the middle, parts at the edges.
+		k := min(pc.n, c-off%c)
+		var err error
+		if k == c {
+			k = pc.n / c * c
+			err = block.Zero(s.cow, pc.cow, k, 0)
+		} else {
+			err = block.Discard(s.cow, pc.cow, k)
+		}
+		if err != nil {
+			return err
+		}
+		off += k
+	}
+	if s.opts.DiscardPassdownOrigin {
+		return block.Discard(s.origin.dev, off-n, n)
+	}
+	return nil
+}
+
+// maxExtents bounds one answer of Extents and Changed.
+const maxExtents = 4096
+
+// Extents tells where the holes of the snapshot are, by the device that holds each piece.
+func (s *Snapshot) Extents(off, n int64) ([]block.Extent, error) {
+	return s.describe(off, n, func(pc piece) ([]block.Extent, error) {
+		if pc.mapped {
+			return block.Extents(s.cow, pc.cow, pc.n)
+		}
+		return block.Extents(s.origin.dev, pc.off, pc.n)
+	})
+}
+
+// Lives is the flag of an extent of Changed that lives in the COW device.
+const Lives block.ExtentFlags = 1
+
+// Changed tells which ranges have exceptions: flag Lives, else 0. Like block.Extents it may stop early.
+func (s *Snapshot) Changed(off, n int64) ([]block.Extent, error) {
+	return s.describe(off, n, func(pc piece) ([]block.Extent, error) {
+		e := block.Extent{Length: pc.n}
+		if pc.mapped {
+			e.Flags = Lives
+		}
+		return []block.Extent{e}, nil
+	})
+}
+
+// describe gathers the extents of pieces from off on.
+func (s *Snapshot) describe(off, n int64, of func(piece) ([]block.Extent, error)) ([]block.Extent, error) {
+	if err := block.CheckRange("extents", off, n, s.size); err != nil {
+		return nil, err
+	}
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.usable(); err != nil {
+		return nil, err
+	}
+	return gatherExtents(s.store, off, n, of)
+}
+
+// gatherExtents joins the extents of the pieces of a range, until it is covered or they are many.
+func gatherExtents(st *store.Store, off, n int64, of func(piece) ([]block.Extent, error)) ([]block.Extent, error) {
+	var all []block.Extent
+	for n > 0 && len(all) < maxExtents {
+		es, err := of(nextPiece(st, off, n))
+		if err != nil {
+			return nil, err
+		}
+		for _, e := range es {
+			if k := len(all); k > 0 && all[k-1].Flags == e.Flags {
+				all[k-1].Length += e.Length
+			} else {
+				all = append(all, e)
+			}
+			off, n = off+e.Length, n-e.Length
+		}
+	}
+	return all, nil
+}

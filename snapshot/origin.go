@@ -1,0 +1,196 @@
+// Package snapshot is the engine: device-mapper's targets snapshot, snapshot-origin and
+// snapshot-merge as three devices (specification sections 5–7).
+//
+//   - [Origin] is a disk whose past is preserved. Before a write changes it, what each snapshot shows
+//     there is copied to that snapshot's COW device.
+//   - [Snapshot] shows the origin as it was when the snapshot was activated, plus what was written to
+//     the snapshot.
+//   - [Merging] is an origin into which a snapshot is being merged back, while both are in use.
+//
+// All three are a [block.Device] with its optional abilities. Writes to the disk beneath an Origin
+// that go past it aren't noticed.
+//
+// # What a caller may rely on
+//
+//   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a
+//     crash at any point: the exception is durable before the write reaches the origin.
+//   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways]
+//     when it returns, as the kernel has it.
+//   - An origin write is never failed because a snapshot failed: that snapshot becomes invalid, durably,
+//     before the write goes on (H5).
+//
+// # Locks
+//
+// In this order, each optional:
+//
+//  1. Snapshot.life: held for reading by every request to the snapshot, for writing while it is
+//     suspended, handed over or closed.
+//  2. Origin.mu: held for reading by every write to the origin and every merge step, once, at their
+//     beginning; for writing while the list of snapshots changes. So a snapshot that is attached
+//     sees all later writes, whatever their size (H7). Requests to a snapshot never take it.
+//  3. The gate of one snapshot, or of the merge: owners exclude each other chunk by chunk. An origin
+//     write passes the snapshots' gates one after the other and holds one at a time; a merge step
+//     holds its own window while it passes them.
+//  4. Snapshot.invalidating.
+//  5. The store's locks, then the device's.
+package snapshot
+
+import (
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently.
+type Origin struct {
+	dev block.Device
+
+	mu        sync.RWMutex
+	snapshots []*Snapshot // largest chunk first (specification 5.2), then in order of their loading
+
+	// merging is set while a merge plays the origin's part. Written with mu held for writing.
+	merging atomic.Pointer[Merging]
+}
+
+// NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
+// caller keeps dev open as long as the origin is used.
+func NewOrigin(dev block.Device) *Origin { return &Origin{dev: dev} }
+
+// Device returns the disk beneath.
+func (o *Origin) Device() block.Device { return o.dev }
+
+// Size returns the size in bytes.
+func (o *Origin) Size() int64 { return o.dev.Size() }
+
+// BlockSize returns the logical block size in bytes.
+func (o *Origin) BlockSize() int { return block.BlockSize(o.dev) }
+
+// ReadAt reads the origin, or what it will be when the merge under way has ended. It waits for nothing
+// but the devices (checklist 66).
+func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
+	if m := o.merging.Load(); m != nil {
+		return m.readAt(p, off)
+	}
+	return o.dev.ReadAt(p, off)
+}
+
+// WriteAt writes p after every snapshot has durably kept what it shows there.
+func (o *Origin) WriteAt(p []byte, off int64) (int, error) {
+	if err := block.CheckRange("write", off, int64(len(p)), o.Size()); err != nil {
+		return 0, err
+	}
+	if err := o.change(payload{data: p}, off, int64(len(p))); err != nil {
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// WriteDurableAt is WriteAt, durable when it returns.
+func (o *Origin) WriteDurableAt(p []byte, off int64) error {
+	if err := block.CheckRange("write", off, int64(len(p)), o.Size()); err != nil {
+		return err
+	}
+	return o.change(payload{data: p, durable: true}, off, int64(len(p)))
+}
+
+// ZeroAt makes a range read as zeros, after it was preserved like before a write.
+func (o *Origin) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if err := block.CheckRange("zero", off, n, o.Size()); err != nil {
+		return err
+	}
+	return o.change(payload{zero: flags}, off, n)
+}
+
+// change applies pl to n bytes at off.
+func (o *Origin) change(pl payload, off, n int64) error {
+	if n == 0 {
+		return nil
+	}
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	if m := o.merging.Load(); m != nil {
+		return m.change(pl, off, n)
+	}
+	o.preserve(off, n)
+	return pl.put(o.dev, off, n)
+}
+
+// Flush makes completed writes durable. It goes to the origin device alone, while merging also to the
+// COW device (specification 5.7, 7.5).
+func (o *Origin) Flush() error {
+	if m := o.merging.Load(); m != nil {
+		return m.Flush()
+	}
+	return o.dev.Flush()
+}
+
+// Extents tells where the holes of the origin are.
+func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
+	if m := o.merging.Load(); m != nil {
+		return m.Extents(off, n)
+	}
+	return block.Extents(o.dev, off, n)
+}
+
+// preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
+// reading. Snapshots that can't are invalid when it returns; it does not fail.
+//
+// Copies come first, for each snapshot in the order of the list; then one Sync a store, side by side:
+// writes that meet share them.
+func (o *Origin) preserve(off, n int64) {
+	var few [4]*Snapshot
+	dirty := few[:0]
+	for _, s := range o.snapshots {
+		if s.active && s.preserve(off, n) {
+			dirty = append(dirty, s)
+		}
+	}
+	if len(dirty) == 0 {
+		return
+	}
+	var others sync.WaitGroup
+	for _, s := range dirty[1:] {
+		others.Go(s.syncForOrigin)
+	}
+	dirty[0].syncForOrigin()
+	others.Wait()
+}
+
+// insert puts s in the list: before the first one with a smaller chunk, behind its equals
+// (specification 5.2). o.mu is held for writing.
+func (o *Origin) insert(s *Snapshot) {
+	i := slices.IndexFunc(o.snapshots, func(t *Snapshot) bool { return t.chunkSectors() < s.chunkSectors() })
+	if i < 0 {
+		i = len(o.snapshots)
+	}
+	o.snapshots = slices.Insert(o.snapshots, i, s)
+}
+
+// remove takes s out of the list. o.mu is held for writing.
+func (o *Origin) remove(s *Snapshot) {
+	o.snapshots = slices.DeleteFunc(o.snapshots, func(t *Snapshot) bool { return t == s })
+}
+
+// Snapshots returns the snapshots in the order in which a write visits them.
+func (o *Origin) Snapshots() []*Snapshot {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	return slices.Clone(o.snapshots)
+}
+
+// Merging returns the merge that plays the origin's part, or nil.
+func (o *Origin) Merging() *Merging { return o.merging.Load() }
+
+// checkCOW refuses a COW device that can't be one.
+func (o *Origin) checkCOW(cow block.Device) error {
+	if block.Same(o.dev, cow) {
+		return ErrSameDevice
+	}
+	if o.dev.Size()%block.SectorSize != 0 {
+		return fmt.Errorf("origin of %d bytes is not a whole number of %d-byte sectors", o.dev.Size(), block.SectorSize)
+	}
+	return nil
+}

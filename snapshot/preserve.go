@@ -1,0 +1,79 @@
+package snapshot
+
+import (
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// preserve makes s keep what it shows of n > 0 bytes at off, before the origin changes there, and
+// reports whether its store needs a Sync before the change may be made. It fails only by invalidating s.
+// origin.mu is held for reading.
+//
+// When it returns, every chunk of the range has an exception that Lookup finds, and no request to s
+// still reads it from the origin.
+func (s *Snapshot) preserve(off, n int64) (needsSync bool) {
+	if off >= s.size || s.store == nil {
+		return false // beyond a shorter snapshot (specification 5.7), or handed over
+	}
+	off, n = off, min(n, s.size-off)
+	l := s.store.Layout()
+	first, count := chunks(l, off, n)
+	for at, left := first, count; left > 0; {
+		if s.invalid.Load() {
+			return false
+		}
+		new, k, mapped := s.store.LookupRun(at, left)
+		if mapped {
+			// It may be committed and not yet durable, by another origin write or by a write to the
+			// snapshot: the origin must not change beneath it before it is.
+			if !s.store.Durable(new + ondisk.COWChunk(k-1)) {
+				needsSync = true
+			}
+		} else {
+			var err error
+			if k, err = s.copyOut(at, min(k, uint64(max(1, batchBytes/l.ChunkBytes())))); err != nil {
+				s.invalidate(reasonFor(err), err)
+				return false
+			}
+			needsSync = true
+		}
+		at, left = at+ondisk.OriginChunk(k), left-k
+	}
+	// Also where nothing was copied: whoever made the exception may still be waiting for a reader
+	// that began before.
+	s.gate.Drain(span(first, count))
+	return needsSync
+}
+
+// copyOut copies at most count chunks from first on to the COW device and commits their exceptions. It
+// returns how many have one now, 0 when somebody else made the first.
+func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, error) {
+	owned := s.gate.Own(span(first, count))
+	defer owned.Release()
+	_, count, mapped := s.store.LookupRun(first, count)
+	if mapped {
+		return 0, nil
+	}
+	r, err := s.store.Reserve(first, count)
+	if err != nil {
+		return 0, err
+	}
+	l := s.store.Layout()
+	start := l.OriginOffset(first)
+	end := min(l.OriginOffset(first+ondisk.OriginChunk(r.Count)), s.origin.dev.Size()) // 5.8
+	if err := copyRange(s.cow, l.COWOffset(r.New), s.origin.dev, start, end-start); err != nil {
+		return 0, fmt.Errorf("copy origin chunk %d to COW chunk %d: %w", r.Old, r.New, err)
+	}
+	return r.Count, r.Commit()
+}
+
+// syncForOrigin makes the exceptions durable that an origin write waits for.
+func (s *Snapshot) syncForOrigin() {
+	if err := s.store.Sync(); err != nil {
+		s.invalidate(reasonIO, err)
+	}
+}
+
+var _ block.Device = (*Snapshot)(nil)

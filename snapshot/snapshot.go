@@ -1,0 +1,305 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/gate"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// SyncMode says when a write to a snapshot is durable.
+type SyncMode uint8
+
+const (
+	SyncFlush  SyncMode = iota // when a later Flush, or the write's own FUA, returns
+	SyncAlways                 // when it returns
+)
+
+// ErrOverflow reports a write to a PO snapshot whose COW device was full once (specification 6.2).
+var ErrOverflow = errors.New("snapshot overflowed")
+
+// Options are how a COW device is to be used. The zero value is a persistent store ("P") that exists
+// already or gets the kernel's default chunk size, durable at Flush.
+type Options struct {
+	Store        StoreType
+	ChunkSectors uint32 // for a new store, 0: 32; an existing store's own size always wins
+	Features
+	Sync SyncMode
+	Size int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
+
+	// Notify is called when something happens that no request reports. It may be called from any
+	// goroutine, inside requests, and must neither block nor call back.
+	Notify func(Event)
+}
+
+// A Snapshot shows its origin as it was when the snapshot was activated, plus what was written to it.
+// It is a block.Device; every method may be called concurrently.
+//
+// Requests to a suspended snapshot wait until it is resumed or closed.
+type Snapshot struct {
+	origin *Origin
+	cow    block.Device
+	opts   Options
+	size   int64
+
+	life sync.RWMutex // see the package comment
+
+	// Written with life and origin.mu held for writing, so either may be held to read them.
+	store       *store.Store // nil while a handover is awaited, and after this one's was given away
+	active      bool         // resumed once: origin writes make exceptions
+	source      *Snapshot    // whose store is awaited
+	destination *Snapshot    // who awaits this one's store; a Merging's is its waiting
+	mergeWaits  *Merging
+	closed      bool
+	suspended   bool // life is held for writing by Suspend or Load
+
+	gate         gate.Gate
+	overflowed   atomic.Bool
+	invalid      atomic.Bool // set once invalidation has been dealt with
+	invalidating sync.Mutex
+}
+
+// Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a
+// snapshot of o: Load and Resume. From then on every write to o, whatever its size, is preserved (H7).
+func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
+	s, err := o.Load(cow, opts)
+	if err != nil {
+		return nil, err
+	}
+	if err := s.Resume(); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// Load is the constructor of a snapshot table (specification 5.1): the snapshot is there, suspended and
+// inactive, so that it gets no exceptions and its requests wait, until Resume.
+//
+// When an active snapshot of o has the same COW device, this one becomes the destination of a handover:
+// nothing is read, and Resume takes the other's store over (5.12).
+//
+// The caller keeps cow open until Close. Errors: those of store.Open and store.Create, ErrSameDevice,
+// ErrPassdown, ErrChunkNotSet, ErrPairing.
+func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
+	s, err := o.newSnapshot(cow, opts)
+	if err != nil {
+		return nil, err
+	}
+	o.mu.Lock()
+	source, err := o.handoverSource(cow)
+	if source != nil {
+		s.source, source.destination = source, s
+		o.insert(s)
+	}
+	o.mu.Unlock()
+	if source != nil || err != nil {
+		return s.orNil(err)
+	}
+	// Reading a large store takes long, so writes to the origin go on meanwhile: this snapshot isn't
+	// active yet and needs nothing of them. Somebody may load the same COW device at the same time,
+	// so the list is looked at again.
+	if s.store, err = openStore(o.dev, cow, opts); err != nil {
+		return nil, err
+	}
+	s.invalid.Store(errors.Is(s.store.Err(), store.ErrInvalid))
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if source, err := o.handoverSource(cow); source != nil || err != nil {
+		return nil, ErrPairing
+	}
+	o.insert(s)
+	return s, nil
+}
+
+func (s *Snapshot) orNil(err error) (*Snapshot, error) {
+	if err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// newSnapshot checks what can be checked without reading, and returns a suspended snapshot that is in
+// no list.
+func (o *Origin) newSnapshot(cow block.Device, opts Options) (*Snapshot, error) {
+	if err := o.checkCOW(cow); err != nil {
+		return nil, err
+	}
+	if err := opts.Check(); err != nil {
+		return nil, err
+	}
+	size := opts.Size
+	if size == 0 {
+		size = o.dev.Size()
+	}
+	if size < 0 || size%block.SectorSize != 0 || size > o.dev.Size() {
+		return nil, fmt.Errorf("snapshot of %d bytes is no whole number of sectors within the origin's %d bytes", size, o.dev.Size())
+	}
+	s := &Snapshot{origin: o, cow: cow, opts: opts, size: size, suspended: true}
+	s.life.Lock()
+	return s, nil
+}
+
+// openStore loads the store of a table that says opts, or creates it (specification 2.6).
+func openStore(origin, cow block.Device, opts Options) (*store.Store, error) {
+	sectors := opts.ChunkSectors
+	if opts.Store == Transient {
+		if sectors == 0 {
+			return nil, ErrChunkNotSet
+		}
+		l, err := newLayout(sectors, origin, cow)
+		if err != nil {
+			return nil, err
+		}
+		return store.NewTransient(cow, l), nil
+	}
+	st, err := store.Open(cow)
+	if errors.Is(err, ondisk.ErrNoStore) {
+		if sectors == 0 {
+			sectors = max(ondisk.KernelDefaultChunkSectors, uint32(block.BlockSize(cow)/block.SectorSize))
+		}
+		l, err := newLayout(sectors, origin, cow)
+		if err != nil {
+			return nil, err
+		}
+		return store.Create(cow, l, false)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := store.CheckBlockSize(st.Layout(), origin); err != nil {
+		return nil, err
+	}
+	if found := st.Layout().ChunkSectors; sectors != 0 && found != sectors {
+		notify(opts, Event{Kind: EventNotice,
+			Text: fmt.Sprintf("chunk size %d in device metadata overrides table chunk size of %d.", found, sectors)})
+	}
+	if errors.Is(st.Err(), store.ErrInvalid) {
+		notify(opts, Event{Kind: EventNotice, Text: "Snapshot is marked invalid."})
+	}
+	return st, nil
+}
+
+// newLayout checks a table's chunk size against both devices.
+func newLayout(sectors uint32, devs ...block.Device) (ondisk.Layout, error) {
+	l, err := ondisk.NewLayout(sectors)
+	if err != nil {
+		return l, err
+	}
+	return l, store.CheckBlockSize(l, devs...)
+}
+
+func notify(opts Options, e Event) {
+	if opts.Notify != nil {
+		opts.Notify(e)
+	}
+}
+
+// Suspend waits until no request is under way and makes new ones wait, until Resume or Close. Origin
+// writes go on making exceptions.
+func (s *Snapshot) Suspend() error {
+	s.life.Lock()
+	if s.closed {
+		s.life.Unlock()
+		return fs.ErrClosed
+	}
+	s.origin.mu.Lock()
+	defer s.origin.mu.Unlock()
+	s.suspended = true
+	return nil
+}
+
+// Close takes the snapshot off its origin and makes its exceptions durable. Waiting and later requests
+// fail with fs.ErrClosed. Nothing else is written: the store can be loaded again (specification 5.13).
+// The COW device stays open. The error is that of the last Sync.
+func (s *Snapshot) Close() error {
+	s.origin.mu.Lock()
+	held := s.suspended
+	s.suspended = false // whoever resets it owns the lock on life
+	s.origin.mu.Unlock()
+	if !held {
+		s.life.Lock()
+	}
+	defer s.life.Unlock()
+	s.origin.mu.Lock()
+	defer s.origin.mu.Unlock()
+	if s.closed {
+		return nil
+	}
+	s.closed = true
+	s.origin.remove(s)
+	s.cancelHandover()
+	if s.store == nil || s.invalid.Load() {
+		return nil
+	}
+	return s.store.Sync()
+}
+
+// Size returns the size in bytes.
+func (s *Snapshot) Size() int64 { return s.size }
+
+// BlockSize returns the logical block size in bytes: the larger of origin's and COW device's.
+func (s *Snapshot) BlockSize() int { return max(block.BlockSize(s.origin.dev), block.BlockSize(s.cow)) }
+
+// COW returns the COW device.
+func (s *Snapshot) COW() block.Device { return s.cow }
+
+// chunkSectors is the chunk size in force, 0 while there is no store. life or origin.mu is held.
+func (s *Snapshot) chunkSectors() uint32 {
+	if s.store == nil {
+		return 0
+	}
+	return s.store.Layout().ChunkSectors
+}
+
+// usable returns why requests are refused. life is held.
+func (s *Snapshot) usable() error {
+	switch {
+	case s.closed:
+		return fs.ErrClosed
+	case s.store == nil:
+		return fmt.Errorf("%w: its store was handed over", store.ErrInvalid)
+	case s.invalid.Load():
+		return s.store.Err()
+	}
+	return nil
+}
+
+// writable returns why writes are refused. life is held.
+func (s *Snapshot) writable() error {
+	if s.overflowed.Load() {
+		if err := s.usable(); err != nil {
+			return err
+		}
+		return ErrOverflow
+	}
+	return s.usable()
+}
+
+// Status returns how the snapshot fares. It waits for nothing.
+func (s *Snapshot) Status() Status {
+	s.origin.mu.RLock()
+	defer s.origin.mu.RUnlock()
+	st := Status{Target: TargetSnapshot, State: StateOK, Length: uint64(s.size) / block.SectorSize,
+		Store: s.opts.Store, Features: s.opts.Features, Overflowed: s.overflowed.Load()}
+	if s.store == nil {
+		if s.source == nil {
+			st.State = StateInvalid
+		}
+		return st
+	}
+	st.ChunkSectors, st.Exceptions, st.Usage = s.chunkSectors(), s.store.Len(), s.store.Usage()
+	switch {
+	case s.invalid.Load():
+		st.State = StateInvalid
+	case st.Overflowed:
+		st.State = StateOverflow
+	}
+	return st
+}

@@ -1,0 +1,79 @@
+package snapshot
+
+import (
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// State is how a snapshot or a merge fares, in one word. The words are promises of the command line.
+type State string
+
+const (
+	StateOK          State = "ok"
+	StateInvalid     State = "invalid"
+	StateOverflow    State = "overflow"
+	StateMerging     State = "merging"
+	StateMergeFailed State = "merge-failed"
+)
+
+// A Status is one look at a snapshot or a merge.
+type Status struct {
+	Target     string // TargetSnapshot or TargetMerge
+	State      State
+	Overflowed bool // also set while a merge of an overflowed snapshot hides nothing (H11)
+	Length     uint64 // sectors
+	Store      StoreType
+	Features
+	ChunkSectors uint32 // 0 while a handover is awaited
+	Exceptions   uint64
+	store.Usage
+}
+
+// Text is the kernel's status text (STATUSTYPE_INFO, specification 6.3): the first that matches of
+// Invalid, Merge failed, Overflow, and the usage numbers.
+func (st Status) Text() string {
+	switch {
+	case st.State == StateInvalid:
+		return "Invalid"
+	case st.State == StateMergeFailed:
+		return "Merge failed"
+	case st.Overflowed:
+		return "Overflow"
+	}
+	return st.Usage.String()
+}
+
+// Line is the whole line of `dmsetup status`: "0 4096 snapshot 24/1024 16".
+func (st Status) Line() string {
+	return fmt.Sprintf("0 %d %s %s", st.Length, st.Target, st.Text())
+}
+
+// Table is the line of `dmsetup table` (specification 6.4) for an origin and a COW device of these
+// names.
+func (st Status) Table(origin, cow string) string {
+	return Table{Length: st.Length, Target: st.Target, Origin: origin, COW: cow,
+		Store: st.Store, ChunkSectors: st.ChunkSectors, Features: st.Features}.String()
+}
+
+// Finished reports whether a merge has nothing left: the documentation's criterion, allocated ==
+// metadata sectors (specification 6.7), told from the exceptions themselves.
+func (st Status) Finished() bool { return st.Target == TargetMerge && st.State == StateMerging && st.Exceptions == 0 }
+
+// EventKind names what happened to a snapshot.
+type EventKind string
+
+const (
+	EventInvalid  EventKind = "invalid"
+	EventOverflow EventKind = "overflow" // the kernel raises none (H12)
+	EventMergeFailed EventKind = "merge-failed"
+	EventHandoverCancelled EventKind = "handover-cancelled"
+	EventNotice EventKind = "notice" // worth a line in a log, changes nothing
+)
+
+// An Event is told to Options.Notify.
+type Event struct {
+	Kind EventKind
+	Text string // the kernel's log line where it has one
+	Err  error  // what was behind it, or nil
+}

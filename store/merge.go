@@ -1,0 +1,267 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// A Run is a stretch of exceptions consecutive on both sides: origin chunks Old, Old+1, … live in COW
+// chunks New, New+1, ….
+type Run struct {
+	Old ondisk.OriginChunk
+	New ondisk.COWChunk
+	N   uint64
+}
+
+// LastRun returns the stretch that the kernel would merge next (prepare_merge, specification 4.1): the
+// last exception and those before it, in the same area, that lead up to it on both sides; at most max ≥
+// 1 of them. N is 0 when the store is empty. It changes nothing, so a failed call can be repeated.
+func (s *Store) LastRun(max uint64) (Run, error) {
+	last, err := s.lastInArea(max)
+	if err != nil || len(last) == 0 {
+		return Run{}, err
+	}
+	i := len(last) - 1
+	for i > 0 && last[i-1].Old+1 == last[i].Old && last[i-1].New+1 == last[i].New {
+		i--
+	}
+	return Run{Old: last[i].Old, New: last[i].New, N: uint64(len(last) - i)}, nil
+}
+
+// lastInArea returns, in slot order, at most max of the last exceptions, all from one area.
+func (s *Store) lastInArea(max uint64) ([]ondisk.Exception, error) {
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	if err := s.mergeable(); err != nil {
+		return nil, err
+	}
+	return s.readBack(s.durable, max)
+}
+
+// Last returns, in slot order, the last exceptions of the store: at most max ≥ 1, fewer only when the
+// store holds fewer. It changes nothing.
+//
+// What it reads is held against memory: an exception that is on disk but not in memory is a
+// *ondisk.CorruptError, so that neither a damaged area nor a device that lies once can make a merge
+// copy or drop the wrong chunk.
+func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	if err := s.mergeable(); err != nil {
+		return nil, err
+	}
+	var parts [][]ondisk.Exception
+	n := uint64(0)
+	for p := s.durable; n < max; {
+		part, err := s.readBack(p, max-n)
+		if err != nil {
+			return nil, err
+		}
+		if len(part) == 0 {
+			break
+		}
+		parts = append(parts, part)
+		n += uint64(len(part))
+		p = s.back(p, uint64(len(part)))
+	}
+	all := make([]ondisk.Exception, 0, n)
+	for i := len(parts) - 1; i >= 0; i-- {
+		all = append(all, parts[i]...)
+	}
+	return all, nil
+}
+
+// mergeable returns why nothing may be merged. s.syncing is held.
+func (s *Store) mergeable() error {
+	if s.transient {
+		return ErrNoMerge
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	if len(s.queue) > 0 || len(s.ready) > 0 {
+		panic("store: merge of a store with exceptions that are not durable")
+	}
+	return nil
+}
+
+// stepBack returns p, or the end of the area before it when nothing is used in p's area (specification
+// 4.1 step 1). ok is false at the very beginning.
+func (s *Store) stepBack(p position) (q position, ok bool) {
+	if p.index > 0 {
+		return p, true
+	}
+	if p.area == 0 {
+		return p, false
+	}
+	return position{p.area - 1, s.layout.SlotsPerArea()}, true
+}
+
+// back returns the position n ≥ 1 slots before p, all of them in one area. Like the kernel's counters it
+// stays in an area that it empties.
+func (s *Store) back(p position, n uint64) position {
+	p, _ = s.stepBack(p)
+	return position{p.area, p.index - n}
+}
+
+// readBack reads at most max slots before p, in one area, and checks them against memory.
+func (s *Store) readBack(p position, max uint64) ([]ondisk.Exception, error) {
+	p, ok := s.stepBack(p)
+	if !ok {
+		return nil, nil
+	}
+	n := min(p.index, max, scanPiece/ondisk.SlotSize)
+	buf := make([]byte, n*ondisk.SlotSize)
+	first := ondisk.Slot{Area: p.area, Index: p.index - n}
+	if _, err := s.dev.ReadAt(buf, s.layout.SlotOffset(first)); err != nil {
+		return nil, fmt.Errorf("read area %d: %w", p.area, err)
+	}
+	exceptions := make([]ondisk.Exception, n)
+	for i := range exceptions {
+		e := ondisk.DecodeException(buf[i*ondisk.SlotSize:])
+		if err := s.checkKnown(e, ondisk.Slot{Area: first.Area, Index: first.Index + uint64(i)}); err != nil {
+			return nil, err
+		}
+		exceptions[i] = e
+	}
+	return exceptions, nil
+}
+
+// checkKnown refuses an exception that was read again and isn't the one in memory.
+func (s *Store) checkKnown(e ondisk.Exception, at ondisk.Slot) error {
+	if m, ok := s.exceptions.Get(e.Old); !ok || m != e.New {
+		return &ondisk.CorruptError{Place: s.layout.Place(at),
+			What: fmt.Sprintf("exception for origin chunk %d in COW chunk %d is on disk but not in memory", e.Old, e.New)}
+	}
+	return nil
+}
+
+// DropLast removes the last n exceptions, which the caller has copied to the origin and made durable
+// there (commit_merge, specification 4.2): their slots become zero on disk, durably, and only then
+// numbers and memory follow. The first slot cleared ends the exceptions, so that a torn clear leaves
+// either an exception that was merged, and may be merged again, or void slots.
+//
+// Afterwards the next chunk is counted as if all that is left had been committed in order (4.2 step 4);
+// it is a figure for the status line, nothing may be reserved any more.
+//
+// A failed read changes nothing and may be tried again. After a failed write or flush the store
+// refuses (ErrFailed): reopen it and go on.
+func (s *Store) DropLast(n uint64) error {
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	if err := s.mergeable(); err != nil {
+		return err
+	}
+	if n == 0 || n > s.exceptions.Len() {
+		panic(fmt.Sprintf("store: drop of %d exceptions out of %d", n, s.exceptions.Len()))
+	}
+	stretches, end, gone, err := s.dropPlan(n)
+	if err != nil {
+		return err
+	}
+	tail, err := s.tailAt(end)
+	if err != nil {
+		return err
+	}
+	if err := s.clearSlots(stretches, end, tail); err != nil {
+		return s.fail(fmt.Errorf("%w: clear merged exceptions: %w", ErrFailed, err))
+	}
+	s.durable, s.tail = end, tail
+	s.mu.Lock()
+	s.pos, s.reserved = end, end
+	s.next = s.layout.AreaChunk(end.area) + ondisk.COWChunk(end.index) + 1
+	s.mu.Unlock()
+	for i := len(gone) - 1; i >= 0; i-- {
+		s.exceptions.Delete(gone[i].Old)
+	}
+	return nil
+}
+
+// stretch is a row of used slots in one area.
+type stretch struct {
+	area     uint64
+	from, to uint64
+}
+
+// dropPlan finds the slots of the last n exceptions, last area first, the position before them, and
+// what they hold.
+func (s *Store) dropPlan(n uint64) (stretches []stretch, end position, gone []ondisk.Exception, err error) {
+	end = s.durable
+	for n > 0 {
+		part, err := s.readBack(end, n)
+		if err != nil {
+			return nil, end, nil, err
+		}
+		if len(part) == 0 {
+			return nil, end, nil, errors.New("fewer exceptions on disk than in memory")
+		}
+		q := s.back(end, uint64(len(part)))
+		st := stretch{q.area, q.index, q.index + uint64(len(part))}
+		if k := len(stretches); k > 0 && stretches[k-1].area == st.area {
+			stretches[k-1].from = st.from
+		} else {
+			stretches = append(stretches, st)
+		}
+		gone = append(part, gone...)
+		end, n = q, n-uint64(len(part))
+	}
+	return stretches, end, gone, nil
+}
+
+// tailAt returns the block that holds slot p as it is to be when p is the end: slots before p as they
+// are on disk, each known to memory, zeros from p on.
+func (s *Store) tailAt(p position) ([]byte, error) {
+	slot := s.layout.SlotOffset(ondisk.Slot{Area: p.area, Index: p.index})
+	tail := make([]byte, metaBlock(s.layout))
+	i := slot % int64(len(tail))
+	if i == 0 {
+		return tail, nil
+	}
+	if _, err := s.dev.ReadAt(tail[:i], slot-i); err != nil {
+		return nil, fmt.Errorf("read area %d: %w", p.area, err)
+	}
+	for b := int64(0); b < i; b += ondisk.SlotSize {
+		at := ondisk.Slot{Area: p.area, Index: p.index - uint64((i-b)/ondisk.SlotSize)}
+		if err := s.checkKnown(ondisk.DecodeException(tail[b:]), at); err != nil {
+			return nil, err
+		}
+	}
+	return tail, nil
+}
+
+// clearSlots writes zeros over the stretches, and durably the new tail last: with one block to change,
+// as when runs are short, that is one write. A step over several blocks needs no order among them.
+func (s *Store) clearSlots(stretches []stretch, end position, tail []byte) error {
+	if err := s.scrubTail(); err != nil {
+		return err
+	}
+	slot := s.layout.SlotOffset(ondisk.Slot{Area: end.area, Index: end.index})
+	tailOff := slot - slot%int64(len(tail))
+	others := false
+	for _, st := range stretches {
+		from := s.layout.SlotOffset(ondisk.Slot{Area: st.area, Index: st.from})
+		to := s.layout.SlotOffset(ondisk.Slot{Area: st.area, Index: st.to})
+		if st.area == end.area {
+			from = max(from, tailOff+int64(len(tail)))
+		}
+		if from >= to {
+			continue
+		}
+		others = true
+		if err := block.Zero(s.dev, from, to-from, 0); err != nil {
+			return err
+		}
+	}
+	if others {
+		// Zeros first, as FUA on the tail's write would not cover them.
+		if err := s.dev.Flush(); err != nil {
+			return err
+		}
+	}
+	return block.WriteDurable(s.dev, tail, tailOff)
+}

@@ -1,0 +1,274 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"iter"
+	"slices"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// Create makes a new, empty store on dev and returns it (specification 2.7). It looks at the magic
+// first and returns ErrExists when it is not zero, unless force is set.
+//
+// The bytes are the kernel's; the order is safer than its (H6): zeros in area 0 and behind the header,
+// flush, then the header, durably. Until that last write dev holds no store, or still the one that was
+// there, emptied.
+func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
+	if size := dev.Size(); l.Chunks(size, false) < uint64(ondisk.FirstDataChunk) {
+		return nil, fmt.Errorf("COW device of %d bytes is too small for a store: header and first area need %d", size, 2*l.ChunkBytes())
+	}
+	if err := CheckBlockSize(l, dev); err != nil {
+		return nil, err
+	}
+	if !force {
+		switch h, err := ReadHeader(dev); {
+		case err != nil:
+			return nil, err
+		case h.Magic != 0:
+			return nil, ErrExists
+		}
+	}
+	s := newStore(dev, l)
+	s.header = ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: ondisk.Version, ChunkSectors: l.ChunkSectors}
+	if err := s.writeEmpty(); err != nil {
+		return nil, fmt.Errorf("create store: %w", err)
+	}
+	s.next = ondisk.FirstDataChunk
+	s.durableBelow.Store(uint64(s.next))
+	s.tail = make([]byte, metaBlock(l))
+	return s, nil
+}
+
+// writeEmpty is Create's order of writes.
+func (s *Store) writeEmpty() error {
+	c, b := s.layout.ChunkBytes(), metaBlock(s.layout)
+	if err := block.Zero(s.dev, c, c, 0); err != nil { // area 0
+		return err
+	}
+	if err := block.Zero(s.dev, b, c-b, 0); err != nil { // the header chunk's rest
+		return err
+	}
+	if err := s.dev.Flush(); err != nil {
+		return err
+	}
+	return writeHeader(s.dev, s.layout, s.header)
+}
+
+// writeHeader writes the first block of chunk 0, durably.
+func writeHeader(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
+	buf := make([]byte, metaBlock(l))
+	h.Encode(buf)
+	return block.WriteDurable(dev, buf, 0)
+}
+
+// ReadHeader reads the header of dev without judging it. A device shorter than a header has none:
+// that is a *ondisk.CorruptError.
+func ReadHeader(dev block.Device) (ondisk.Header, error) {
+	if dev.Size() < ondisk.SectorSize {
+		return ondisk.Header{}, &ondisk.CorruptError{Place: "header, byte 0x0",
+			What: fmt.Sprintf("device of %d bytes ends before the end of the header's sector", dev.Size())}
+	}
+	var buf [ondisk.SectorSize]byte
+	if _, err := dev.ReadAt(buf[:], 0); err != nil {
+		return ondisk.Header{}, fmt.Errorf("read header: %w", err)
+	}
+	return ondisk.DecodeHeader(buf[:]), nil
+}
+
+// CheckBlockSize refuses a chunk that is no multiple of a device's logical block (specification 2.3).
+func CheckBlockSize(l ondisk.Layout, devs ...block.Device) error {
+	for _, d := range devs {
+		if b := int64(block.BlockSize(d)); l.ChunkBytes()%b != 0 {
+			return fmt.Errorf("%w: chunk of %d bytes, block of %d", ondisk.ErrChunkNotBlocks, l.ChunkBytes(), b)
+		}
+	}
+	return nil
+}
+
+// Open loads the store on dev (specification 2.6). It writes nothing.
+//
+// Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for
+// anything that can't be a store: a bad header, an area past the end of the device, an exception whose
+// COW chunk lies outside the device, in the header or in an area, an origin or a COW chunk used
+// twice (stricter than the kernel, H9). Slots after the end mark are void (H4, H8).
+//
+// A store that is marked invalid opens, empty, with Err wrapping ErrInvalid: its areas are not read.
+func Open(dev block.Device) (*Store, error) {
+	h, err := ReadHeader(dev)
+	if err != nil {
+		return nil, err
+	}
+	if err := h.Check(); err != nil {
+		return nil, err
+	}
+	s := newStore(dev, ondisk.Layout{ChunkSectors: h.ChunkSectors})
+	s.header = h
+	if err := CheckBlockSize(s.layout, dev); err != nil {
+		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid on-disk chunk size %d: %v", h.ChunkSectors, err)}
+	}
+	s.next = ondisk.FirstDataChunk
+	if h.Valid == 0 {
+		s.err = fmt.Errorf("%w: its header says so", ErrInvalid)
+		return s, nil
+	}
+	if err := s.load(); err != nil {
+		return nil, err
+	}
+	return s, nil
+}
+
+// load reads the slots into memory and finds the end.
+func (s *Store) load() error {
+	l := s.layout
+	chunks := l.Chunks(s.dev.Size(), false)
+	ascending := true
+	end := ondisk.Slot{}
+	for e, err := range Scan(s.dev, l) {
+		if err != nil {
+			return err
+		}
+		end = e.Slot
+		if e.IsEnd() {
+			break
+		}
+		if err := checkNew(l, e, chunks); err != nil {
+			return err
+		}
+		if !s.exceptions.Insert(e.Exception) {
+			first, _ := s.exceptions.Get(e.Old)
+			return &ondisk.CorruptError{Place: l.Place(e.Slot),
+				What: fmt.Sprintf("origin chunk %d has two exceptions, in COW chunks %d and %d", e.Old, first, e.New)}
+		}
+		if e.New < s.next {
+			ascending = false
+		}
+		s.next = max(s.next, e.New+1)
+	}
+	if !ascending {
+		if err := s.checkShared(); err != nil {
+			return err
+		}
+	}
+	s.next = l.NextData(s.next)
+	s.pos = position{end.Area, end.Index}
+	s.reserved, s.durable = s.pos, s.pos
+	s.durableBelow.Store(uint64(s.next))
+	s.scrub = true
+	s.tail = make([]byte, metaBlock(l))
+	return s.readTail()
+}
+
+// checkNew refuses an exception whose data can't be where it says.
+func checkNew(l ondisk.Layout, e Entry, chunks uint64) error {
+	switch {
+	case uint64(e.New) >= chunks:
+		return &ondisk.CorruptError{Place: l.Place(e.Slot),
+			What: fmt.Sprintf("COW chunk %d is past the end of the device of %d chunks", e.New, chunks)}
+	case !l.IsData(e.New):
+		return &ondisk.CorruptError{Place: l.Place(e.Slot),
+			What: fmt.Sprintf("COW chunk %d holds metadata, not data", e.New)}
+	}
+	return nil
+}
+
+// checkShared finds a COW chunk that two exceptions name. Stores written in allocation order can't
+// have one, so only others pay for it.
+func (s *Store) checkShared() error {
+	news := make([]ondisk.COWChunk, 0, s.exceptions.Len())
+	for r := range s.exceptions.All() {
+		for i := range r.Count {
+			news = append(news, r.New+ondisk.COWChunk(i))
+		}
+	}
+	slices.Sort(news)
+	for i := 1; i < len(news); i++ {
+		if news[i] == news[i-1] {
+			return &ondisk.CorruptError{Place: fmt.Sprintf("COW chunk %d, byte 0x%x", news[i], s.layout.COWOffset(news[i])),
+				What: "two exceptions name it"}
+		}
+	}
+	return nil
+}
+
+// readTail reads the block that holds slot s.durable and clears what follows the end mark in it.
+func (s *Store) readTail() error {
+	off, i := s.tailOffset()
+	if _, err := s.dev.ReadAt(s.tail, off); err != nil {
+		return fmt.Errorf("read area %d: %w", s.durable.area, err)
+	}
+	clear(s.tail[i:])
+	return nil
+}
+
+// tailOffset returns where on dev the block of slot s.durable begins, and the slot's byte in it.
+func (s *Store) tailOffset() (off int64, i int64) {
+	slot := s.layout.SlotOffset(ondisk.Slot{Area: s.durable.area, Index: s.durable.index})
+	i = slot % metaBlock(s.layout) // chunks, and so areas, begin at multiples of a block
+	return slot - i, i
+}
+
+// An Entry is one slot as Scan finds it.
+type Entry struct {
+	Slot ondisk.Slot
+	ondisk.Exception
+}
+
+// scanPiece is how much of an area is read at once, in bytes.
+const scanPiece = 256 << 10
+
+// Scan yields the slots of dev in order, up to and including the end mark (the one entry for which
+// IsEnd is true, and always the last). It judges nothing but where areas lie: an area that is not
+// wholly inside dev is a *ondisk.CorruptError, and a failed read an error; either is the last thing
+// yielded. It is the one reader of areas: opening, checking and dumping all listen to it. It holds at
+// most 256 KiB whatever the bytes say, and ends because dev does.
+func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
+	return func(yield func(Entry, error) bool) {
+		chunks := l.Chunks(dev.Size(), false)
+		buf := make([]byte, min(l.ChunkBytes(), scanPiece))
+		for area := uint64(0); ; area++ {
+			if uint64(l.AreaChunk(area)) >= chunks {
+				yield(Entry{}, &ondisk.CorruptError{Place: fmt.Sprintf("area %d, byte 0x%x", area, l.COWOffset(l.AreaChunk(area))),
+					What: fmt.Sprintf("no end mark so far, and the device of %d sectors ends before the area does: it is cut short", dev.Size()/ondisk.SectorSize)})
+				return
+			}
+			more, err := scanArea(dev, l, area, buf, yield)
+			if err != nil {
+				yield(Entry{}, fmt.Errorf("read area %d: %w", area, err))
+			}
+			if !more {
+				return
+			}
+		}
+	}
+}
+
+// scanArea yields the slots of one area. more is false after the end mark, an error, or when yield
+// had enough.
+func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(Entry, error) bool) (more bool, err error) {
+	for i := uint64(0); i < l.SlotsPerArea(); {
+		if _, err := dev.ReadAt(buf, l.SlotOffset(ondisk.Slot{Area: area, Index: i})); err != nil {
+			return false, err
+		}
+		for b := buf; len(b) > 0; b = b[ondisk.SlotSize:] {
+			e := Entry{ondisk.Slot{Area: area, Index: i}, ondisk.DecodeException(b)}
+			if !yield(e, nil) || e.IsEnd() {
+				return false, nil
+			}
+			i++
+		}
+	}
+	return true, nil
+}
+
+// Exists reports whether dev begins with anything but a zero magic: whether Create would refuse it.
+func Exists(dev block.Device) (bool, error) {
+	h, err := ReadHeader(dev)
+	var short *ondisk.CorruptError
+	if errors.As(err, &short) {
+		return false, nil
+	}
+	return h.Magic != 0, err
+}

@@ -1,0 +1,147 @@
+package store
+
+import (
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// maxUnsynced is how many exceptions may wait for a Sync before Reserve makes one itself: 64 Ki, a
+// mebibyte of slots.
+const maxUnsynced = 64 << 10
+
+// reservation is one entry of the queue.
+type reservation struct {
+	run
+	done bool
+}
+
+// A Reservation is a stretch of COW chunks set aside for as many consecutive origin chunks. Its owner
+// writes the data and then calls Commit, or gives the whole store up with Invalidate: a reservation
+// that is neither committed nor followed by Invalidate holds up every later Sync.
+type Reservation struct {
+	Old   ondisk.OriginChunk
+	New   ondisk.COWChunk
+	Count uint64 // ≥ 1
+
+	store *Store
+	entry *reservation
+}
+
+// Reserve sets chunks aside for origin chunks old, old+1, … of which it takes at least one and at most
+// max ≥ 1: it stops where the next COW chunk is an area, and where the device ends. None of them may
+// have an exception or a reservation: the caller owns them (see internal/gate), and asking twice is a
+// fault of the program that shows up as a panic in Commit.
+//
+// Order: chunks ascend within a call and from call to call (specification 3.1).
+//
+// Errors: ErrFull when not even one fits. The last slot of an area counts as not fitting when the next
+// area has no room on the device, so that a COW device that ends there stays sound (H10). A device
+// that has grown is noticed. Also the store's own Err.
+func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error) {
+	if s.mustSync() {
+		if err := s.Sync(); err != nil {
+			return Reservation{}, err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return Reservation{}, s.err
+	}
+	n := s.room(s.dev.Size(), max)
+	if n == 0 {
+		size, err := block.Refresh(s.dev)
+		if err != nil {
+			return Reservation{}, fmt.Errorf("size of COW device: %w", err)
+		}
+		if n = s.room(size, max); n == 0 {
+			return Reservation{}, fmt.Errorf("%w: %d of %d chunks used", ErrFull, s.next, s.layout.Chunks(size, false))
+		}
+	}
+	e := &reservation{run: run{old, s.next, n}}
+	s.queue = append(s.queue, e)
+	s.next += ondisk.COWChunk(n)
+	if !s.transient {
+		s.next = s.layout.NextData(s.next)
+		s.reserved = s.advance(s.reserved, n)
+	}
+	return Reservation{Old: old, New: e.new, Count: n, store: s, entry: e}, nil
+}
+
+// room returns how many consecutive chunks from s.next on can be reserved on a device of size bytes,
+// at most max.
+func (s *Store) room(size int64, max uint64) uint64 {
+	chunks := s.layout.Chunks(size, false)
+	if uint64(s.next) >= chunks {
+		return 0
+	}
+	n := min(max, chunks-uint64(s.next))
+	if s.transient {
+		return n
+	}
+	e := s.layout.SlotsPerArea()
+	n = min(n, e+1-(uint64(s.next)-1)%(e+1)) // up to the next area's chunk
+	// The exception that fills area k needs area k+1 to be there.
+	if left := e - s.reserved.index; n >= left {
+		for area := s.reserved.area + 1; left <= n; area, left = area+1, left+e {
+			if uint64(s.layout.AreaChunk(area)) >= chunks {
+				return left - 1
+			}
+		}
+	}
+	return n
+}
+
+func (s *Store) mustSync() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.unsynced >= maxUnsynced
+}
+
+// Commit says that the data of the reserved chunks has been written: from now on Lookup finds them. It
+// returns the store's Err, and commits nothing, when the store has become unusable meanwhile.
+//
+// A transient store's exceptions are complete with that. A persistent store's are on disk after the
+// next Sync.
+func (r Reservation) Commit() error {
+	s := r.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return s.err
+	}
+	for i := range r.Count {
+		if !s.exceptions.Insert(ondisk.Exception{Old: r.Old + ondisk.OriginChunk(i), New: r.New + ondisk.COWChunk(i)}) {
+			panic(fmt.Sprintf("store: origin chunk %d committed twice", r.Old+ondisk.OriginChunk(i)))
+		}
+	}
+	r.entry.done = true
+	if s.queue[0] != r.entry {
+		return nil
+	}
+	for len(s.queue) > 0 && s.queue[0].done {
+		s.complete(s.queue[0].run)
+		s.queue[0] = nil
+		s.queue = s.queue[1:]
+	}
+	s.moved.Broadcast()
+	return nil
+}
+
+// complete takes a run out of the queue, in order. s.mu is held.
+func (s *Store) complete(r run) {
+	if s.transient {
+		return
+	}
+	s.pos = s.advance(s.pos, r.n)
+	s.unsynced += r.n
+	if k := len(s.ready); k > 0 {
+		if last := &s.ready[k-1]; last.old+ondisk.OriginChunk(last.n) == r.old && last.new+ondisk.COWChunk(last.n) == r.new {
+			last.n += r.n
+			return
+		}
+	}
+	s.ready = append(s.ready, r)
+}

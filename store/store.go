@@ -1,0 +1,228 @@
+// Package store keeps exceptions: which origin chunk of a snapshot lives in which chunk of a COW
+// device.
+//
+// A persistent store keeps them on the COW device in the kernel's format (specification sections 2–4),
+// a transient one in memory only (5.14). A [Store] hands out chunks ([Store.Reserve]), takes exceptions
+// whose data has been written ([Reservation.Commit]), makes them durable in the order in which they
+// were reserved ([Store.Sync]), gives the last ones back for merging ([Store.LastRun],
+// [Store.DropLast]) and can be made invalid for good ([Store.Invalidate]). It never touches an origin
+// and never copies data: package snapshot does.
+//
+// # Life of an exception
+//
+//	Reserve    a COW chunk is set aside; usage grows; nothing is on disk
+//	(caller)   writes the chunk's data at COWOffset(New)
+//	Commit     Lookup finds it; a crash may still lose it
+//	Sync       on disk and durable, together with its data
+//
+// Slots are written in the order of the reservations whatever order the copies end in, so a crash
+// leaves no holes (3.2); a Sync therefore waits for reservations that are older than the newest
+// committed one. Between two Syncs the store on disk is exactly what the last one left.
+//
+// # What is durable before what
+//
+// One function, the round in sync.go, decides it: zeros of a next area, data, flush; slots; flush.
+// The first slot that is zero ends the exceptions, and whatever a torn write leaves after it is void
+// (H8): [Open] ignores it, and the first round writes zeros over it before it adds a slot (H4).
+//
+// # When something fails
+//
+// A failed metadata write or flush leaves the disk unknown: the store keeps that error and returns it
+// from every later Reserve, Commit, Sync and DropLast, wrapped in [ErrFailed]. Nothing is retried.
+// Lookups go on working. Numbers in memory change only after the I/O they stand for succeeded (H1, H2).
+//
+// # Concurrency
+//
+// All methods may be called concurrently, but for LastRun, Last and DropLast: they belong to one
+// merge, while nothing is reserved.
+package store
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/chunkmap"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+var (
+	// ErrInvalid reports a store that is marked invalid, on disk or by Invalidate since.
+	ErrInvalid = errors.New("snapshot is invalid")
+
+	// ErrFull reports that the COW device has no room for another exception.
+	ErrFull = errors.New("COW device is full")
+
+	// ErrFailed reports a store that refuses writes after a failed metadata write or flush.
+	ErrFailed = errors.New("exception store failed")
+
+	// ErrExists reports a Create over an existing store.
+	ErrExists = errors.New("COW device already holds an exception store")
+
+	// ErrNoMerge reports a store that can't be merged: a transient one.
+	ErrNoMerge = errors.New("Snapshot exception store does not support snapshot-merge.")
+)
+
+// position is where the next exception goes: the kernel's current_area and current_committed.
+type position struct {
+	area  uint64
+	index uint64 // slots used in area, 0 ≤ index < E; E only never: a full area steps on
+}
+
+// A Store is one COW device's exceptions. See the package comment for what may be concurrent.
+type Store struct {
+	dev       block.Device
+	layout    ondisk.Layout
+	header    ondisk.Header // as found or written; transient: zero
+	transient bool
+
+	exceptions chunkmap.Map // those committed
+
+	// durableBelow: an exception whose New is less is durable. Reservations ascend and are made
+	// durable in order, so one number tells for all of them. Transient: everything is.
+	durableBelow atomic.Uint64
+
+	mu       sync.Mutex
+	moved    sync.Cond // queue's head moved on, or err was set
+	err      error     // why the store refuses: wraps ErrInvalid or ErrFailed; nil: it doesn't
+	next     ondisk.COWChunk
+	reserved position       // of the next reservation
+	pos      position       // of the next exception that completes in order
+	queue    []*reservation // not yet completed in order, oldest first
+	ready    []run          // completed in order, not yet durable
+	unsynced uint64         // exceptions in ready
+
+	// Sync rounds, see sync.go. tail and scrub belong to whoever holds syncing.
+	syncing sync.Mutex
+	rounds  atomic.Uint64 // begun
+	durable position      // of the next slot to be written
+	tail    []byte        // the metadata block that holds slot durable, as on disk
+	scrub   bool          // what follows tail in its area may hold void slots
+}
+
+// run is a stretch of exceptions whose chunks are consecutive on both sides.
+type run struct {
+	old ondisk.OriginChunk
+	new ondisk.COWChunk
+	n   uint64
+}
+
+// metaBlock is the unit in which slots are written, in bytes: a chunk, or 4 KiB of a larger one. Only
+// blocks that changed are written; the format cares for the bytes alone (specification 9.3), and
+// whole pages spare the page cache a read.
+func metaBlock(l ondisk.Layout) int64 { return min(l.ChunkBytes(), 4096) }
+
+func newStore(dev block.Device, l ondisk.Layout) *Store {
+	s := &Store{dev: dev, layout: l}
+	s.moved.L = &s.mu
+	return s
+}
+
+// NewTransient returns an empty store that keeps its exceptions in memory and its data from COW chunk
+// 0 on (specification 5.14). What dev held before is ignored and will be overwritten.
+func NewTransient(dev block.Device, l ondisk.Layout) *Store {
+	s := newStore(dev, l)
+	s.transient = true
+	s.durableBelow.Store(math.MaxUint64)
+	return s
+}
+
+// Layout returns the store's arithmetic.
+func (s *Store) Layout() ondisk.Layout { return s.layout }
+
+// Device returns the COW device.
+func (s *Store) Device() block.Device { return s.dev }
+
+// Transient reports whether the store keeps its exceptions in memory only.
+func (s *Store) Transient() bool { return s.transient }
+
+// Header returns the header as it was found or created; zero for a transient store.
+func (s *Store) Header() ondisk.Header { return s.header }
+
+// Lookup returns where origin chunk old lives.
+func (s *Store) Lookup(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
+	return s.exceptions.Get(old)
+}
+
+// LookupRun describes the longest uniform stretch of at most limit ≥ 1 origin chunks from old on: n
+// chunks that live in new, new+1, …, or n chunks without an exception.
+func (s *Store) LookupRun(old ondisk.OriginChunk, limit uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
+	return s.exceptions.Run(old, limit)
+}
+
+// Durable reports whether the exception that Lookup found in COW chunk new is on disk for good. An
+// origin may not be overwritten beneath an exception before it is.
+func (s *Store) Durable(new ondisk.COWChunk) bool { return uint64(new) < s.durableBelow.Load() }
+
+// Exceptions returns the committed exceptions in ascending order of their origin chunks.
+func (s *Store) Exceptions() *chunkmap.Map { return &s.exceptions }
+
+// Len is the number of committed exceptions.
+func (s *Store) Len() uint64 { return s.exceptions.Len() }
+
+// Err returns why the store refuses writes, or nil: an error that wraps ErrInvalid or ErrFailed.
+func (s *Store) Err() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.err
+}
+
+// Dirty reports whether there are exceptions that a Sync has yet to make durable.
+func (s *Store) Dirty() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.ready) > 0 || len(s.queue) > 0
+}
+
+// Usage is what a status line says of a store (specification 6.6), in sectors.
+type Usage struct {
+	Allocated uint64 // next_free·c: header, areas and data, from the moment of reservation
+	Total     uint64 // size of the COW device, not rounded to chunks
+	Metadata  uint64 // header and areas
+}
+
+// String is the kernel's status text: "24/1024 16".
+func (u Usage) String() string { return fmt.Sprintf("%d/%d %d", u.Allocated, u.Total, u.Metadata) }
+
+// Usage returns the numbers as they are now. The size of the COW device is looked up anew; when that
+// fails, the last known one counts.
+func (s *Store) Usage() Usage {
+	size, err := block.Refresh(s.dev)
+	if err != nil {
+		size = s.dev.Size()
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.usageAt(size)
+}
+
+func (s *Store) usageAt(size int64) Usage {
+	c := uint64(s.layout.ChunkSectors)
+	u := Usage{Allocated: uint64(s.next) * c, Total: uint64(size) / ondisk.SectorSize}
+	if !s.transient {
+		u.Metadata = (s.pos.area + 2) * c
+	}
+	return u
+}
+
+// advance moves p by n slots.
+func (s *Store) advance(p position, n uint64) position {
+	e := s.layout.SlotsPerArea()
+	i := p.index + n
+	return position{p.area + i/e, i % e}
+}
+
+// fail makes err the reason why the store refuses, unless it has one, and returns that reason. A
+// store that failed can still become invalid: that is the stronger word.
+func (s *Store) fail(err error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err == nil || errors.Is(err, ErrInvalid) && !errors.Is(s.err, ErrInvalid) {
+		s.err = err
+	}
+	s.moved.Broadcast()
+	return s.err
+}

@@ -1,0 +1,186 @@
+package store
+
+import (
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// Sync makes durable everything that was written to the COW device and every exception that was
+// committed before the call: data first, then slots in the order of the reservations. Callers that
+// meet share one round.
+//
+// It may wait for reservations that are older than the newest committed one, never for later ones. A
+// transient store only flushes its device, for the data's sake.
+//
+// An error is the store's Err from now on (see ErrFailed).
+func (s *Store) Sync() error {
+	// A round that began before this call may have flushed before our caller's last write, so only
+	// one that begins after it counts. Whoever gets the lock first makes that round for all who
+	// wait for it meanwhile.
+	mine := s.rounds.Load() + 1
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	if s.rounds.Load() >= mine {
+		return s.Err()
+	}
+	s.rounds.Add(1)
+	return s.round()
+}
+
+// round is what must be durable before what. s.syncing is held.
+func (s *Store) round() error {
+	batch, err := s.takeBatch()
+	if err != nil {
+		return err
+	}
+	if len(batch) == 0 {
+		if err := s.dev.Flush(); err != nil {
+			return s.fail(fmt.Errorf("%w: flush: %w", ErrFailed, err))
+		}
+		return nil
+	}
+	if err := s.writeBatch(batch); err != nil {
+		return s.fail(fmt.Errorf("%w: %w", ErrFailed, err))
+	}
+	return nil
+}
+
+// writeBatch is the barrier: zeros and data, flush, slots, flush. Memory follows the disk.
+//
+//  1. The area after each one that the batch fills is zeroed, and so are void slots behind the end
+//     mark: wherever a torn write of slots ends, a reader finds an end.
+//  2. Flush: data of the batch and the zeros are durable.
+//  3. Slots are written. Any part of them may reach the disk in any order: each names durable data, and
+//     the first one missing ends the exceptions.
+//  4. Flush: the batch is durable.
+func (s *Store) writeBatch(batch []run) error {
+	if err := s.zeroAhead(batch); err != nil {
+		return fmt.Errorf("zero area: %w", err)
+	}
+	if err := s.dev.Flush(); err != nil {
+		return fmt.Errorf("flush data: %w", err)
+	}
+	pos, tail, err := s.writeSlots(batch)
+	if err != nil {
+		return fmt.Errorf("write exceptions: %w", err)
+	}
+	if err := s.dev.Flush(); err != nil {
+		return fmt.Errorf("flush exceptions: %w", err)
+	}
+	s.durable, s.tail = pos, tail
+	last := batch[len(batch)-1]
+	s.durableBelow.Store(uint64(last.new) + last.n)
+	return nil
+}
+
+// takeBatch waits until every reservation older than the newest committed one has completed, and takes
+// all exceptions that are complete in order.
+func (s *Store) takeBatch() ([]run, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var newest *reservation
+	for i := len(s.queue) - 1; i >= 0; i-- {
+		if s.queue[i].done {
+			newest = s.queue[i]
+			break
+		}
+	}
+	// The queue's head only moves on; newest has left it when it isn't found any more. New
+	// reservations are appended behind it and not waited for.
+	for s.err == nil && newest != nil && s.queued(newest) {
+		s.moved.Wait()
+	}
+	if s.err != nil {
+		return nil, s.err
+	}
+	batch := s.ready
+	s.ready, s.unsynced = nil, 0
+	return batch, nil
+}
+
+func (s *Store) queued(r *reservation) bool {
+	for _, q := range s.queue {
+		if q == r {
+			return true
+		}
+	}
+	return false
+}
+
+// zeroAhead does step 1 of writeBatch.
+func (s *Store) zeroAhead(batch []run) error {
+	if err := s.scrubTail(); err != nil {
+		return err
+	}
+	var n uint64
+	for _, r := range batch {
+		n += r.n
+	}
+	c := s.layout.ChunkBytes()
+	for area := s.durable.area + 1; area <= s.advance(s.durable, n).area; area++ {
+		if err := block.Zero(s.dev, s.layout.COWOffset(s.layout.AreaChunk(area)), c, 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// scrubTail zeroes what follows the tail block in its area, once after Open. The block itself is clean
+// in memory and is written whole.
+func (s *Store) scrubTail() error {
+	if !s.scrub {
+		return nil
+	}
+	off, _ := s.tailOffset()
+	off += int64(len(s.tail))
+	end := s.layout.COWOffset(s.layout.AreaChunk(s.durable.area) + 1)
+	if err := block.Zero(s.dev, off, end-off, 0); err != nil {
+		return err
+	}
+	s.scrub = false
+	return nil
+}
+
+// slotsAtOnce bounds the buffer in which slots are gathered for one write, in bytes.
+const slotsAtOnce = 64 << 10
+
+// writeSlots does step 3 of writeBatch: blocks from s.tail on, neighbours in one write. It returns the
+// position after the batch and the block that holds it.
+func (s *Store) writeSlots(batch []run) (pos position, tail []byte, err error) {
+	off, i := s.tailOffset()
+	pos = s.durable
+	buf := append(make([]byte, 0, slotsAtOnce), s.tail...)
+	write := func() error {
+		_, err := s.dev.WriteAt(buf, off)
+		return err
+	}
+	for _, r := range batch {
+		for k := range r.n {
+			ondisk.Exception{Old: r.old + ondisk.OriginChunk(k), New: r.new + ondisk.COWChunk(k)}.Encode(buf[i:])
+			i += ondisk.SlotSize
+			pos = s.advance(pos, 1)
+			if i < int64(len(buf)) {
+				continue
+			}
+			// The block is full: the next one follows it, or begins the next area.
+			if pos.index != 0 && len(buf) < slotsAtOnce {
+				buf = append(buf, make([]byte, len(s.tail))...)
+				continue
+			}
+			if err := write(); err != nil {
+				return pos, nil, err
+			}
+			off, i = s.layout.SlotOffset(ondisk.Slot{Area: pos.area, Index: pos.index}), 0
+			buf = buf[:len(s.tail)]
+			clear(buf)
+		}
+	}
+	if i > 0 {
+		if err := write(); err != nil {
+			return pos, nil, err
+		}
+	}
+	return pos, append([]byte(nil), buf[len(buf)-len(s.tail):]...), nil
+}
