@@ -1,0 +1,254 @@
+package blocktest
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// A Faulty passes operations on to a device, except those that its Decide function fails and those
+// that are held. Its methods may be called concurrently.
+//
+// It keeps the contract of a device: once a Flush failed, all later ones fail the same way. Extents and
+// Refresh are passed on without being counted.
+type Faulty struct {
+	beneath
+
+	mu     sync.Mutex
+	decide Decide
+	count  int
+	holds  []*Hold
+	failed error // of the first Flush that failed
+}
+
+// Decide says what becomes of an operation: nil passes it on, an error fails it without touching the
+// device, and a *[ShortError] fails it halfway. It may be called concurrently, and may block, which
+// delays that operation alone.
+type Decide func(op Op) error
+
+// A ShortError fails an operation after part of it was done.
+type ShortError struct {
+	Done int64 // bytes that reach the device, or the reader, before the failure
+	Err  error
+}
+
+func (e *ShortError) Error() string { return fmt.Sprintf("after %d bytes: %v", e.Done, e.Err) }
+
+func (e *ShortError) Unwrap() error { return e.Err }
+
+// NewFaulty returns a device that fails as decide says; nil fails nothing.
+func NewFaulty(dev block.Device, decide Decide) *Faulty {
+	return &Faulty{beneath: beneath{dev}, decide: decide}
+}
+
+// FailNth fails the n-th operation, counted from 1 over all kinds, and no other.
+func FailNth(n int, err error) Decide {
+	return func(op Op) error {
+		if op.N == n {
+			return err
+		}
+		return nil
+	}
+}
+
+// FailFrom fails the n-th operation and all that follow: a disk that died.
+func FailFrom(n int, err error) Decide {
+	return func(op Op) error {
+		if op.N >= n {
+			return err
+		}
+		return nil
+	}
+}
+
+// FailKind fails all operations of a kind.
+func FailKind(k Kind, err error) Decide {
+	return func(op Op) error {
+		if op.Kind == k {
+			return err
+		}
+		return nil
+	}
+}
+
+// Set replaces the function that decides, for operations that begin after it.
+func (f *Faulty) Set(decide Decide) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.decide = decide
+}
+
+// Count returns how many operations began so far. A test that is to fail each operation once runs
+// without faults first and then from 1 to Count.
+func (f *Faulty) Count() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.count
+}
+
+// A Hold stops one operation until it is released.
+type Hold struct {
+	match   func(Op) bool
+	reached chan Op
+	release chan struct{}
+	once    sync.Once
+}
+
+// Hold stops the first operation that begins after it and that match accepts, before it touches the
+// device beneath. match must not call the Faulty. Use it as
+//
+//	h := dev.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Read && op.Overlaps(0, 4096) })
+//	defer h.Release()
+//	go read()
+//	<-h.Reached()
+//	... // what must happen, or must wait, while the read is under way
+//	h.Release()
+func (f *Faulty) Hold(match func(Op) bool) *Hold {
+	h := &Hold{match: match, reached: make(chan Op, 1), release: make(chan struct{})}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.holds = append(f.holds, h)
+	return h
+}
+
+// Reached delivers the operation, once, when it is there and being held.
+func (h *Hold) Reached() <-chan Op { return h.reached }
+
+// Release lets the operation go, or pass if it has not come yet. Further calls do nothing.
+func (h *Hold) Release() { h.once.Do(func() { close(h.release) }) }
+
+// admit counts an operation, holds it if it is to be held, and returns what was decided.
+func (f *Faulty) admit(op Op) error {
+	f.mu.Lock()
+	f.count++
+	op.N = f.count
+	decide := f.decide
+	hold := f.takeHold(op)
+	f.mu.Unlock()
+	if hold != nil {
+		hold.reached <- op
+		<-hold.release
+	}
+	if decide == nil {
+		return nil
+	}
+	return decide(op)
+}
+
+// takeHold removes and returns the first hold that matches, under f.mu. The operation then uses it up.
+func (f *Faulty) takeHold(op Op) *Hold {
+	for i, h := range f.holds {
+		if h.match(op) {
+			f.holds = append(f.holds[:i:i], f.holds[i+1:]...)
+			return h
+		}
+	}
+	return nil
+}
+
+// short returns how many of n bytes to transfer before returning err.
+func short(err error, n int64) int64 {
+	if e, ok := err.(*ShortError); ok {
+		return max(0, min(e.Done, n))
+	}
+	return 0
+}
+
+// ReadAt reads from the device beneath.
+func (f *Faulty) ReadAt(p []byte, off int64) (int, error) {
+	if err := block.CheckRange("read", off, int64(len(p)), f.Size()); err != nil {
+		return 0, err
+	}
+	if err := f.admit(Op{Kind: Read, Off: off, Len: int64(len(p))}); err != nil {
+		n, err2 := f.dev.ReadAt(p[:short(err, int64(len(p)))], off)
+		if err2 != nil {
+			err = err2
+		}
+		return n, err
+	}
+	return f.dev.ReadAt(p, off)
+}
+
+// WriteAt writes to the device beneath.
+func (f *Faulty) WriteAt(p []byte, off int64) (int, error) {
+	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
+		return 0, err
+	}
+	if err := f.admit(Op{Kind: Write, Off: off, Len: int64(len(p))}); err != nil {
+		return f.writePart(p, off, err)
+	}
+	return f.dev.WriteAt(p, off)
+}
+
+// writePart writes what a failed write leaves behind.
+func (f *Faulty) writePart(p []byte, off int64, err error) (int, error) {
+	n, err2 := f.dev.WriteAt(p[:short(err, int64(len(p)))], off)
+	if err2 != nil {
+		err = err2
+	}
+	return n, err
+}
+
+// WriteDurableAt writes durably to the device beneath. The part that a ShortError leaves behind is not
+// durable.
+func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
+	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
+		return err
+	}
+	if err := f.admit(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}); err != nil {
+		_, err := f.writePart(p, off, err)
+		return err
+	}
+	return block.WriteDurable(f.dev, p, off)
+}
+
+// Flush flushes the device beneath.
+func (f *Faulty) Flush() error {
+	err := f.admit(Op{Kind: Flush})
+	f.mu.Lock()
+	if f.failed == nil {
+		f.failed = err
+	}
+	err = f.failed
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return f.dev.Flush()
+}
+
+// ZeroAt zeroes a range of the device beneath, by writing where it has no other way.
+func (f *Faulty) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if err := block.CheckRange("zero", off, n, f.Size()); err != nil {
+		return err
+	}
+	if err := f.admit(Op{Kind: Zero, Off: off, Len: n, Flags: flags}); err != nil {
+		if part := short(err, n); part > 0 {
+			if err2 := block.Zero(f.dev, off, part, flags); err2 != nil {
+				err = err2
+			}
+		}
+		return err
+	}
+	return block.Zero(f.dev, off, n, flags)
+}
+
+// Discard discards a range of the device beneath.
+func (f *Faulty) Discard(off, n int64) error {
+	if err := block.CheckRange("discard", off, n, f.Size()); err != nil {
+		return err
+	}
+	if err := f.admit(Op{Kind: Discard, Off: off, Len: n}); err != nil {
+		return err
+	}
+	return block.Discard(f.dev, off, n)
+}
+
+// Grow makes the device beneath longer.
+func (f *Faulty) Grow(size int64) error {
+	if err := f.admit(Op{Kind: Grow, Len: size}); err != nil {
+		return err
+	}
+	return f.grow(size)
+}
