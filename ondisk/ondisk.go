@@ -59,10 +59,10 @@ type Exception struct {
 
 // A Header is the meaningful part of chunk 0.
 //
-//	 0       4       8       12      16            C
-//	 +-------+-------+-------+-------+----- … -----+
-//	 | magic | valid | vers. | chunk |    zeros    |
-//	 +-------+-------+-------+-------+----- … -----+
+//	0       4       8       12      16            C
+//	+-------+-------+-------+-------+----- … -----+
+//	| magic | valid | vers. | chunk |    zeros    |
+//	+-------+-------+-------+-------+----- … -----+
 //
 // Valid is kept as the number found: any value but 0 means valid, and the kernel leaves it as it is.
 type Header struct {
@@ -114,10 +114,10 @@ func (h Header) Check() error {
 
 // Encode puts e in the first SlotSize bytes of b.
 //
-//	 0                8               16
-//	 +----------------+----------------+
-//	 |   old chunk    |   new chunk    |
-//	 +----------------+----------------+
+//	0                8               16
+//	+----------------+----------------+
+//	|   old chunk    |   new chunk    |
+//	+----------------+----------------+
 func (e Exception) Encode(b []byte) {
 	binary.LittleEndian.PutUint64(b[0:], uint64(e.Old))
 	binary.LittleEndian.PutUint64(b[8:], uint64(e.New))

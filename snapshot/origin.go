@@ -53,6 +53,7 @@ type Origin struct {
 
 	// merging is set while a merge plays the origin's part. Written with mu held for writing.
 	merging atomic.Pointer[Merging]
+	waiting *Merging // loaded, not yet resumed
 }
 
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The

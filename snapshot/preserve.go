@@ -17,7 +17,7 @@ func (s *Snapshot) preserve(off, n int64) (needsSync bool) {
 	if off >= s.size || s.store == nil {
 		return false // beyond a shorter snapshot (specification 5.7), or handed over
 	}
-	off, n = off, min(n, s.size-off)
+	n = min(n, s.size-off)
 	l := s.store.Layout()
 	first, count := chunks(l, off, n)
 	for at, left := first, count; left > 0; {

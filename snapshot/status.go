@@ -21,7 +21,7 @@ const (
 type Status struct {
 	Target     string // TargetSnapshot or TargetMerge
 	State      State
-	Overflowed bool // also set while a merge of an overflowed snapshot hides nothing (H11)
+	Overflowed bool   // also set while a merge of an overflowed snapshot hides nothing (H11)
 	Length     uint64 // sectors
 	Store      StoreType
 	Features
@@ -58,17 +58,19 @@ func (st Status) Table(origin, cow string) string {
 
 // Finished reports whether a merge has nothing left: the documentation's criterion, allocated ==
 // metadata sectors (specification 6.7), told from the exceptions themselves.
-func (st Status) Finished() bool { return st.Target == TargetMerge && st.State == StateMerging && st.Exceptions == 0 }
+func (st Status) Finished() bool {
+	return st.Target == TargetMerge && st.State == StateMerging && st.Exceptions == 0
+}
 
 // EventKind names what happened to a snapshot.
 type EventKind string
 
 const (
-	EventInvalid  EventKind = "invalid"
-	EventOverflow EventKind = "overflow" // the kernel raises none (H12)
-	EventMergeFailed EventKind = "merge-failed"
+	EventInvalid           EventKind = "invalid"
+	EventOverflow          EventKind = "overflow" // the kernel raises none (H12)
+	EventMergeFailed       EventKind = "merge-failed"
 	EventHandoverCancelled EventKind = "handover-cancelled"
-	EventNotice EventKind = "notice" // worth a line in a log, changes nothing
+	EventNotice            EventKind = "notice" // worth a line in a log, changes nothing
 )
 
 // An Event is told to Options.Notify.

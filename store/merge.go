@@ -17,28 +17,31 @@ type Run struct {
 }
 
 // LastRun returns the stretch that the kernel would merge next (prepare_merge, specification 4.1): the
-// last exception and those before it, in the same area, that lead up to it on both sides; at most max ≥
-// 1 of them. N is 0 when the store is empty. It changes nothing, so a failed call can be repeated.
-func (s *Store) LastRun(max uint64) (Run, error) {
-	last, err := s.lastInArea(max)
-	if err != nil || len(last) == 0 {
-		return Run{}, err
-	}
-	i := len(last) - 1
-	for i > 0 && last[i-1].Old+1 == last[i].Old && last[i-1].New+1 == last[i].New {
-		i--
-	}
-	return Run{Old: last[i].Old, New: last[i].New, N: uint64(len(last) - i)}, nil
-}
-
-// lastInArea returns, in slot order, at most max of the last exceptions, all from one area.
-func (s *Store) lastInArea(max uint64) ([]ondisk.Exception, error) {
+// last exception and those before it, in the same area, that lead up to it on both sides. N is 0 when
+// the store is empty. It changes nothing, so a failed call can be repeated.
+func (s *Store) LastRun() (Run, error) {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
 	if err := s.mergeable(); err != nil {
-		return nil, err
+		return Run{}, err
 	}
-	return s.readBack(s.durable, max)
+	var r Run
+	for p := s.durable; ; {
+		part, err := s.readBack(p, s.layout.SlotsPerArea())
+		if err != nil {
+			return Run{}, err
+		}
+		for i := len(part) - 1; i >= 0; i-- {
+			if e := part[i]; r.N == 0 || e.Old+1 == r.Old && e.New+1 == r.New {
+				r = Run{e.Old, e.New, r.N + 1}
+			} else {
+				return r, nil
+			}
+		}
+		if p = s.back(p, uint64(len(part))); p.index == 0 {
+			return r, nil // the area's beginning, or nothing at all
+		}
+	}
 }
 
 // Last returns, in slot order, the last exceptions of the store: at most max ≥ 1, fewer only when the

@@ -1,0 +1,311 @@
+package snapshot
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/gate"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// ErrMergeFailed reports a step of a merge that failed, and writes that were held back by it.
+var ErrMergeFailed = errors.New("Merge failed")
+
+// Merging is an origin into which a snapshot is being merged back (specification section 7). It shows
+// the origin with the snapshot's remaining exceptions laid over it, is preserved for the other snapshots
+// like any origin, and makes no exceptions of its own.
+//
+// Requests go to the [Origin], which passes them on from Resume until Close. Step does the merging, one
+// window at a time, and may be called or not: what is not merged yet stays in the COW device, where
+// writes to it go too.
+type Merging struct {
+	origin *Origin
+	cow    block.Device
+	opts   Options
+
+	// source is who hands its store over; origin.mu guards it.
+	source *Snapshot
+
+	store      atomic.Pointer[store.Store] // nil before a handover
+	overflowed bool                        // as it was handed over
+
+	gate     gate.Gate   // owned by writers, chunk by chunk, and by a step for its window
+	stepping sync.Mutex  // one step at a time
+	failed   atomic.Bool // the last step failed
+	failures atomic.Uint64
+}
+
+// readAt reads the merged content. It waits for no step: the COW device keeps a chunk that is being
+// merged, nothing is reserved there any more, and once the exception is gone the origin has the same
+// bytes (specification 7.5).
+func (m *Merging) readAt(p []byte, off int64) (int, error) {
+	o := m.origin
+	if err := block.CheckRange("read", off, int64(len(p)), o.Size()); err != nil {
+		return 0, err
+	}
+	st := m.store.Load()
+	for done := int64(0); done < int64(len(p)); {
+		pc := nextPiece(st, off+done, int64(len(p))-done)
+		from, dev := m.place(pc)
+		if _, err := dev.ReadAt(p[done:done+pc.n], from); err != nil {
+			return int(done), err
+		}
+		done += pc.n
+	}
+	return len(p), nil
+}
+
+// place returns where a piece is kept.
+func (m *Merging) place(pc piece) (int64, block.Device) {
+	if pc.mapped {
+		return pc.cow, m.cow
+	}
+	return pc.off, m.origin.dev
+}
+
+// change applies pl to n > 0 bytes at off. origin.mu is held for reading.
+func (m *Merging) change(pl payload, off, n int64) error {
+	st := m.store.Load()
+	durable := pl.durable
+	pl.durable = false
+	for done := int64(0); done < n; {
+		k, err := m.changePiece(st, pl.part(done, n-done), off+done, n-done)
+		if err != nil {
+			return err
+		}
+		done += k
+	}
+	if durable {
+		return m.Flush()
+	}
+	return nil
+}
+
+// changePiece applies the first piece of pl and returns its length. It waits while a step owns the
+// piece's chunks; afterwards they are the origin's. When that step failed, the write fails with it
+// (specification 7.6).
+func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64, error) {
+	pc := nextPiece(st, off, n)
+	first, count := chunks(st.Layout(), pc.off, pc.n)
+	failures := m.failures.Load()
+	owned := m.gate.Own(span(first, count))
+	defer owned.Release()
+	if m.failures.Load() != failures {
+		return 0, fmt.Errorf("%w while the write was held back", ErrMergeFailed)
+	}
+	pc = nextPiece(st, off, pc.n)
+	if pc.mapped {
+		// A store that failed may or may not have dropped the exception on disk: writing to its chunk
+		// would be lost in one of the two cases.
+		if err := st.Err(); err != nil {
+			return 0, err
+		}
+	} else {
+		m.origin.preserve(pc.off, pc.n)
+	}
+	at, dev := m.place(pc)
+	return pc.n, pl.part(0, pc.n).put(dev, at, pc.n)
+}
+
+// Flush makes completed writes durable on both devices (specification 7.5).
+func (m *Merging) Flush() error {
+	st := m.store.Load()
+	if errors.Is(st.Err(), store.ErrInvalid) {
+		return m.origin.dev.Flush() // it is the origin alone
+	}
+	return errors.Join(st.Sync(), m.origin.dev.Flush())
+}
+
+// Extents tells where the holes of the merged content are.
+func (m *Merging) Extents(off, n int64) ([]block.Extent, error) {
+	if err := block.CheckRange("extents", off, n, m.origin.Size()); err != nil {
+		return nil, err
+	}
+	return gatherExtents(m.store.Load(), off, n, func(pc piece) ([]block.Extent, error) {
+		at, dev := m.place(pc)
+		return block.Extents(dev, at, pc.n)
+	})
+}
+
+// Step merges the last exceptions of the store, at most max of them, and returns how many; with max 0
+// exactly the run that the kernel would merge (specification 7.3). 0 and no error: the merge is
+// complete.
+//
+// In order: the other snapshots keep what they show; writes to the window are held back and those under
+// way waited for; COW to origin, in the order of the origin; flush of the origin; the exceptions are
+// dropped, durably; held-back writes go on, to the origin. Until the drop the same step can be repeated
+// with the same result, so it may be cut short anywhere.
+//
+// A failed step leaves the exceptions where they are, fails the writes it held back, and shows as "Merge
+// failed". The next Step tries again; after a failure of the store it loads the store anew first, so
+// that nothing is decided by numbers the disk may not share (H1, H2).
+//
+// Errors: ErrMergeFailed with its cause, the cause alone for an invalid store. Steps exclude each other;
+// everything else may be called meanwhile.
+func (m *Merging) Step(max uint64) (merged uint64, err error) {
+	m.stepping.Lock()
+	defer m.stepping.Unlock()
+	m.origin.mu.RLock()
+	defer m.origin.mu.RUnlock()
+	if err := m.reload(); err != nil {
+		return 0, m.fail(err)
+	}
+	st := m.store.Load()
+	if err := st.Err(); err != nil {
+		return 0, err
+	}
+	window, err := lastWindow(st, max)
+	if err != nil {
+		return 0, m.fail(fmt.Errorf("Read error in exception store: shutting down merge: %w", err))
+	}
+	merged = uint64(len(window))
+	if merged == 0 {
+		return 0, nil
+	}
+	runs := runsByOrigin(window)
+	for _, r := range runs {
+		off, n := m.originRange(st.Layout(), r)
+		m.origin.preserve(off, n)
+	}
+	spans := make([]gate.Span, len(runs))
+	for i, r := range runs {
+		spans[i] = span(r.Old, r.N)
+	}
+	owned := m.gate.Own(spans...)
+	defer owned.Release()
+	if err := m.mergeWindow(st, runs, merged); err != nil {
+		return 0, m.fail(err)
+	}
+	m.failed.Store(false)
+	return merged, nil
+}
+
+// mergeWindow copies the runs and drops their n exceptions. The window is owned.
+func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, n uint64) error {
+	for _, r := range runs {
+		off, size := m.originRange(st.Layout(), r)
+		if err := copyRange(m.origin.dev, off, m.cow, st.Layout().COWOffset(r.New), size); err != nil {
+			var ce *copyError
+			if errors.As(err, &ce) && ce.op == "read" {
+				return fmt.Errorf("Read error: shutting down merge: %w", err)
+			}
+			return fmt.Errorf("Write error: shutting down merge: %w", err)
+		}
+	}
+	if err := m.origin.dev.Flush(); err != nil {
+		return fmt.Errorf("Flush after merge failed: shutting down merge: %w", err)
+	}
+	if err := st.DropLast(n); err != nil {
+		return fmt.Errorf("Write error in exception store: shutting down merge: %w", err)
+	}
+	return nil
+}
+
+// originRange is where a run goes: cut at the origin's end, which the last chunk may overlap.
+func (m *Merging) originRange(l ondisk.Layout, r store.Run) (off, n int64) {
+	off = l.OriginOffset(r.Old)
+	return off, min(int64(r.N)<<l.Shift(), m.origin.dev.Size()-off)
+}
+
+// lastWindow returns the exceptions that a step of at most max merges, 0 meaning the kernel's run.
+func lastWindow(st *store.Store, max uint64) ([]ondisk.Exception, error) {
+	if max > 0 {
+		return st.Last(max)
+	}
+	r, err := st.LastRun()
+	if err != nil || r.N == 0 {
+		return nil, err
+	}
+	return st.Last(r.N)
+}
+
+// runsByOrigin sorts a window by origin chunk and joins what is consecutive on both sides.
+func runsByOrigin(window []ondisk.Exception) []store.Run {
+	slices.SortFunc(window, func(a, b ondisk.Exception) int { return cmp.Compare(a.Old, b.Old) })
+	var runs []store.Run
+	for _, e := range window {
+		if k := len(runs) - 1; k >= 0 && runs[k].Old+ondisk.OriginChunk(runs[k].N) == e.Old && runs[k].New+ondisk.COWChunk(runs[k].N) == e.New {
+			runs[k].N++
+		} else {
+			runs = append(runs, store.Run{Old: e.Old, New: e.New, N: 1})
+		}
+	}
+	return runs
+}
+
+// reload opens the store anew after it failed. What it can't open it leaves as it was. stepping is held.
+func (m *Merging) reload() error {
+	st := m.store.Load()
+	if !errors.Is(st.Err(), store.ErrFailed) {
+		return nil
+	}
+	// Writers may be looking at the old store. It refuses their writes to chunks in the COW device,
+	// and both have the same exceptions for all other chunks, so they may go on with either: the
+	// chunks for which the two differ were copied to the origin before their drop failed.
+	fresh, err := m.open()
+	if err != nil {
+		return fmt.Errorf("load the exception store again: %w", err)
+	}
+	m.store.Store(fresh)
+	return nil
+}
+
+// fail makes the merge a failed one.
+func (m *Merging) fail(err error) error {
+	m.failed.Store(true)
+	m.failures.Add(1)
+	err = fmt.Errorf("%w: %w", ErrMergeFailed, err)
+	notify(m.opts, Event{Kind: EventMergeFailed, Text: err.Error(), Err: err})
+	return err
+}
+
+// Status returns how the merge fares.
+func (m *Merging) Status() Status {
+	s := Status{Target: TargetMerge, State: StateMerging, Overflowed: m.overflowed,
+		Length: uint64(m.origin.Size()) / block.SectorSize, Store: m.opts.Store, Features: m.opts.Features}
+	st := m.store.Load()
+	if st == nil {
+		return s
+	}
+	s.ChunkSectors, s.Exceptions, s.Usage = st.Layout().ChunkSectors, st.Len(), st.Usage()
+	switch {
+	case errors.Is(st.Err(), store.ErrInvalid):
+		s.State = StateInvalid
+	case m.failed.Load():
+		s.State = StateMergeFailed
+	}
+	return s
+}
+
+// Store returns the store being merged.
+func (m *Merging) Store() *store.Store { return m.store.Load() }
+
+// Close ends the merge's part as an origin. A step under way is completed first. When exceptions are
+// left, the origin without the store is a mixture: load the store again, as a merge to go on or as a
+// snapshot; no request should reach the origin in between. A handover that was awaited is cancelled. The
+// COW device stays open.
+func (m *Merging) Close() error {
+	m.stepping.Lock()
+	defer m.stepping.Unlock()
+	o := m.origin
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if m.source != nil {
+		m.source.mergeWaits, m.source = nil, nil
+	}
+	if o.waiting == m {
+		o.waiting = nil
+	}
+	if o.merging.Load() != m {
+		return nil
+	}
+	err := m.Flush()
+	o.merging.Store(nil)
+	return err
+}
