@@ -100,7 +100,7 @@ func changes(dev block.Device) map[string]func(off, n int64) error {
 // read returns n bytes at off.
 func read(t *testing.T, dev block.Device, off, n int64) []byte {
 	t.Helper()
-	p := Pattern(int(n), 99) // so that what is not filled in shows
+	p := bytes.Repeat([]byte{0xa5}, int(n)) // so that what is not filled in shows
 	if got, err := dev.ReadAt(p, off); err != nil || int64(got) != n {
 		t.Fatalf("read of %d bytes at %d: %d, %v", n, off, got, err)
 	}
