@@ -16,6 +16,7 @@
 package blocktest
 
 import (
+	"encoding/binary"
 	"fmt"
 	"math/rand/v2"
 
@@ -109,14 +110,9 @@ func (op Op) String() string {
 // Pattern returns n bytes of noise, the same for the same seed.
 func Pattern(n int, seed uint64) []byte {
 	r := rand.New(rand.NewPCG(seed, 0x646d736e61700000))
-	p := make([]byte, n+7)
-	for i := 0; i < n; i += 8 {
-		v := r.Uint64()
-		for j := range 8 {
-			if i+j < len(p) {
-				p[i+j] = byte(v >> (8 * j))
-			}
-		}
+	p := make([]byte, 0, n+7)
+	for len(p) < n {
+		p = binary.LittleEndian.AppendUint64(p, r.Uint64())
 	}
 	return p[:n:n]
 }

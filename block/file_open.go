@@ -1,0 +1,170 @@
+package block
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"golang.org/x/sys/unix"
+)
+
+// Options say how [Open] opens a file. The zero value opens for reading and writing and excludes
+// every other user that writes.
+type Options struct {
+	ReadOnly bool
+	Lock     LockMode
+}
+
+// Open opens a regular file or a block special file as a device. Anything else is an error that says
+// what the path is. A file in use in a way that excludes the use asked for is [ErrInUse]; a block
+// special file opened for writing that the kernel uses itself (mounted, part of a volume group) is
+// too.
+func Open(path string, o Options) (*File, error) {
+	lock, err := o.lockMode()
+	if err != nil {
+		return nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	// The kind decides how to open: opening a FIFO blocks, opening a tape winds it, and a block
+	// special file wants O_EXCL.
+	var before unix.Stat_t
+	if err := retry(func() error { return unix.Stat(path, &before) }); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	if err := checkKind(before.Mode); err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	special := before.Mode&unix.S_IFMT == unix.S_IFBLK
+	mode := unix.O_RDWR
+	if o.ReadOnly {
+		mode = unix.O_RDONLY
+	} else if special {
+		mode |= unix.O_EXCL
+	}
+	fd, err := openDescriptor(path, mode, 0)
+	if err == unix.EBUSY && special {
+		return nil, fmt.Errorf("open %s: %w (mounted, or claimed by another device or program): %w", path, ErrInUse, err)
+	}
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := &File{path: path, readOnly: o.ReadOnly, special: special, fd: fd}
+	if err := f.prepare(before, lock); err != nil {
+		unix.Close(fd)
+		return nil, err
+	}
+	return f, nil
+}
+
+// Create makes a new sparse regular file of size bytes, readable and writable for its owner only, and
+// opens it for writing. A path that exists already, as whatever, is an error wrapping fs.ErrExist. When
+// Create returns, the file and its name are durable.
+func Create(path string, size int64) (*File, error) {
+	if size < 0 {
+		return nil, fmt.Errorf("create %s: size of %d bytes", path, size)
+	}
+	fd, err := openDescriptor(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
+	if err != nil {
+		return nil, &fs.PathError{Op: "create", Path: path, Err: err}
+	}
+	f := &File{path: path, fd: fd}
+	err = f.fill(size)
+	if err == nil {
+		return f, nil
+	}
+	unix.Close(fd)
+	// The name is removed for tidiness only; a program that found the new file at once and holds
+	// it keeps it.
+	if !errors.Is(err, ErrInUse) {
+		os.Remove(path)
+	}
+	return nil, err
+}
+
+// fill does what Create does to the new and empty file.
+func (f *File) fill(size int64) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return f.error("create", err)
+	}
+	if err := f.prepare(st, LockWrite); err != nil {
+		return err
+	}
+	if err := f.Grow(size); err != nil {
+		return err
+	}
+	if err := retry(func() error { return unix.Fsync(f.fd) }); err != nil {
+		return f.error("create", err)
+	}
+	return syncDirectory(filepath.Dir(f.path))
+}
+
+// syncDirectory makes the names in a directory durable.
+func syncDirectory(path string) error {
+	fd, err := openDescriptor(path, unix.O_RDONLY|unix.O_DIRECTORY, 0)
+	if err != nil {
+		return &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	defer unix.Close(fd)
+	err = retry(func() error { return unix.Fsync(fd) })
+	if err != nil && err != unix.EINVAL { // EINVAL: a file system that has no such thing
+		return &fs.PathError{Op: "fsync", Path: path, Err: err}
+	}
+	return nil
+}
+
+// prepare fills in what is known of the open descriptor, and locks it.
+func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(f.fd, &st); err != nil {
+		return f.error("open", err)
+	}
+	if st.Mode&unix.S_IFMT != before.Mode&unix.S_IFMT || st.Dev != before.Dev || st.Ino != before.Ino {
+		return f.error("open", errors.New("replaced by another file while it was being opened"))
+	}
+	f.block = SectorSize
+	f.identity = fmt.Sprintf("file %d:%d", st.Dev, st.Ino)
+	if f.special {
+		f.identity = fmt.Sprintf("block device %d:%d", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
+		n, err := unix.IoctlGetUint32(f.fd, unix.BLKSSZGET)
+		if err != nil {
+			return f.error("logical block size", err)
+		}
+		f.block = int(n)
+	}
+	size, err := f.lookUpSize()
+	if err != nil {
+		return err
+	}
+	f.size.Store(size)
+	f.locked, err = lockFile(f.fd, f.path, lock)
+	return err
+}
+
+// checkKind says why a file of this mode is no device.
+func checkKind(mode uint32) error {
+	switch mode & unix.S_IFMT {
+	case unix.S_IFREG, unix.S_IFBLK:
+		return nil
+	case unix.S_IFDIR:
+		return unix.EISDIR
+	case unix.S_IFCHR:
+		return errors.New("a character device, not a disk image or block device")
+	case unix.S_IFIFO:
+		return errors.New("a pipe, not a disk image or block device")
+	case unix.S_IFSOCK:
+		return errors.New("a socket, not a disk image or block device")
+	}
+	return errors.New("not a disk image or block device")
+}
+
+// openDescriptor is open(2).
+func openDescriptor(path string, mode int, permission uint32) (int, error) {
+	fd := -1
+	err := retry(func() (err error) {
+		fd, err = unix.Open(path, mode|unix.O_CLOEXEC, permission)
+		return err
+	})
+	return fd, err
+}
