@@ -1,0 +1,144 @@
+package merge
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// ErrStopped reports a merge whose driver was stopped before it was complete.
+var ErrStopped = errors.New("merge stopped before it was complete")
+
+// State is what a Driver is doing, in one word.
+type State string
+
+const (
+	Running State = "running"
+	Paused  State = "paused"
+	Failed  State = "failed" // a step failed; Resume tries it again
+	Done    State = "done"
+	Stopped State = "stopped"
+)
+
+// A Driver merges in the background while the origin is in use. Its methods may be called
+// concurrently.
+//
+//	running ⇄ paused      Pause, Resume
+//	running → failed      a step failed; Resume tries again
+//	running → done        complete; the Merging is closed, the origin is itself again
+//	any but done → stopped  Stop; the Merging stays loaded
+type Driver struct {
+	loop     *loop
+	progress func(Progress)
+	ended    chan struct{} // closed when the goroutine has ended
+
+	mu      sync.Mutex
+	state   State
+	err     error         // of state Failed, or of closing in state Done
+	changed chan struct{} // closed and replaced when state changes
+}
+
+// Start drives m, which must have been resumed, until it is complete or Stop is called. Stop must be
+// called in the end, so that the Driver's goroutine ends.
+func Start(m *snapshot.Merging, o Options) *Driver {
+	d := &Driver{loop: newLoop(m, o), progress: o.Progress, state: Running,
+		ended: make(chan struct{}), changed: make(chan struct{})}
+	go d.run()
+	return d
+}
+
+// run makes steps while there is something to do.
+func (d *Driver) run() {
+	defer close(d.ended)
+	for d.proceed() {
+		if d.progress != nil {
+			d.progress(d.loop.progress())
+		}
+		done, err := d.loop.step()
+		switch {
+		case err != nil:
+			d.move(Failed, err, Running, Paused)
+		case done:
+			// The race considered: Stop between the last step and here. The merge is complete all the
+			// same, and says so.
+			d.move(Done, d.loop.m.Close(), Running, Paused, Stopped)
+			return
+		}
+	}
+}
+
+// proceed waits while the driver is paused or failed. It returns false when it was stopped.
+func (d *Driver) proceed() bool {
+	for {
+		state, _, changed := d.look()
+		switch state {
+		case Running:
+			return true
+		case Stopped:
+			return false
+		}
+		<-changed
+	}
+}
+
+// look returns the state and a channel that is closed when it changes.
+func (d *Driver) look() (State, error, <-chan struct{}) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.state, d.err, d.changed
+}
+
+// move goes to a state from one of those named, and does nothing in any other.
+func (d *Driver) move(to State, err error, from ...State) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	for _, s := range from {
+		if d.state == s {
+			d.state, d.err = to, err
+			close(d.changed)
+			d.changed = make(chan struct{})
+			return
+		}
+	}
+}
+
+// Pause stops merging after the step under way. The origin goes on showing the merged content.
+func (d *Driver) Pause() { d.move(Paused, nil, Running) }
+
+// Resume goes on merging, also after a step failed.
+func (d *Driver) Resume() { d.move(Running, nil, Paused, Failed) }
+
+// Stop ends the driver after the step under way and waits for that. The Merging stays loaded unless it
+// was complete: close it, or start another driver.
+func (d *Driver) Stop() {
+	d.move(Stopped, ErrStopped, Running, Paused, Failed)
+	<-d.ended
+}
+
+// State returns what the driver is doing. The error says why the merge failed, or that the devices
+// could not be flushed when it was complete.
+func (d *Driver) State() (State, error) {
+	state, err, _ := d.look()
+	return state, err
+}
+
+// Progress tells how far the merge is.
+func (d *Driver) Progress() Progress { return d.loop.progress() }
+
+// Wait waits until the merge is complete (nil), failed (its error) or stopped (ErrStopped), or until ctx
+// ends (the cause of that). It goes on waiting while the merge is paused.
+func (d *Driver) Wait(ctx context.Context) error {
+	for {
+		state, err, changed := d.look()
+		if state != Running && state != Paused {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}

@@ -1,0 +1,107 @@
+// Package merge drives a merge to its end.
+//
+// A merge copies the exceptions of a snapshot's store into the origin, the last ones first, and drops
+// each from the store once its data is durable on the origin (specification section 7). One
+// [snapshot.Merging.Step] does that for one window of exceptions and can be cut off anywhere; this
+// package has the loops around it:
+//
+//   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] tells
+//     beforehand what it would do, and writes nothing.
+//   - [Driver] merges in the background while the origin is in use: pause, resume, wait, stop.
+//   - [Run] is the plain loop, for whoever has a Merging of their own.
+//
+// All of them stop between two steps. What was merged stays merged and what was not is still in the
+// store, so a merge that was stopped, or killed, goes on when it is started again.
+package merge
+
+import (
+	"context"
+
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// DefaultWindow is how much one step merges unless told otherwise, in bytes. Larger windows copy in
+// larger pieces and flush less often; writes to a window wait while it is merged, so it should take
+// no longer than a client is willing to wait.
+const DefaultWindow = 32 << 20
+
+// Options say how to drive a merge. The zero value is good.
+type Options struct {
+	// Window is how much one step merges, in bytes; 0 means DefaultWindow. A step merges at least
+	// one chunk.
+	Window int64
+
+	// Progress is called before the first step and after each, from the goroutine that makes the
+	// steps. It should return soon.
+	Progress func(Progress)
+}
+
+// Progress is how far a merge is. Total counts the exceptions that were there when the driving began.
+type Progress struct {
+	MergedChunks uint64
+	TotalChunks  uint64
+	ChunkBytes   int64
+}
+
+// MergedBytes is MergedChunks in bytes.
+func (p Progress) MergedBytes() int64 { return int64(p.MergedChunks) * p.ChunkBytes }
+
+// TotalBytes is TotalChunks in bytes.
+func (p Progress) TotalBytes() int64 { return int64(p.TotalChunks) * p.ChunkBytes }
+
+// Percent is how much of the merge is done, from 0 to 100.
+func (p Progress) Percent() float64 {
+	if p.TotalChunks == 0 {
+		return 100
+	}
+	return 100 * float64(p.MergedChunks) / float64(p.TotalChunks)
+}
+
+// loop is a merge with what is counted about it.
+type loop struct {
+	m      *snapshot.Merging
+	window uint64 // exceptions a step
+	chunk  int64  // bytes
+	total  uint64 // exceptions at the beginning
+}
+
+// newLoop begins to count. m has been resumed.
+func newLoop(m *snapshot.Merging, o Options) *loop {
+	window := o.Window
+	if window <= 0 {
+		window = DefaultWindow
+	}
+	st := m.Store()
+	chunk := st.Layout().ChunkBytes()
+	return &loop{m: m, window: uint64(max(1, window/chunk)), chunk: chunk, total: st.Len()}
+}
+
+// progress tells how far the merge is. What is left is asked of the store and not counted along: after
+// a failure the store may be loaded anew, and only it knows what its disk holds.
+func (l *loop) progress() Progress {
+	left := min(l.m.Store().Len(), l.total)
+	return Progress{MergedChunks: l.total - left, TotalChunks: l.total, ChunkBytes: l.chunk}
+}
+
+// step makes one step. done: nothing was left.
+func (l *loop) step() (done bool, err error) {
+	n, err := l.m.Step(l.window)
+	return n == 0 && err == nil, err
+}
+
+// Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of
+// that). m must have been resumed; it stays loaded, to be closed or run again by the caller.
+func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
+	l := newLoop(m, o)
+	for {
+		if o.Progress != nil {
+			o.Progress(l.progress())
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if done, err := l.step(); done || err != nil {
+			return err
+		}
+	}
+}

@@ -1,0 +1,75 @@
+package merge
+
+import (
+	"context"
+	"errors"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// A Work is what a merge has to do.
+type Work struct {
+	ChunkSectors uint32
+	Chunks       uint64 // exceptions to merge
+	Runs         uint64 // stretches of them that are consecutive on both devices
+	Bytes        int64  // to copy to the origin
+}
+
+// Plan tells what Offline would do with these devices, or the error with which it would refuse. It
+// writes nothing; the devices may be read-only.
+func Plan(origin, cow block.Device) (Work, error) {
+	m, err := load(origin, cow)
+	if err != nil {
+		return Work{}, err
+	}
+	defer m.Close() // never resumed: it has nothing to flush
+	return workOf(m.Store(), origin.Size()), nil
+}
+
+// workOf counts what is to be merged from st into an origin of size bytes.
+func workOf(st *store.Store, size int64) Work {
+	l := st.Layout()
+	w := Work{ChunkSectors: l.ChunkSectors, Chunks: st.Len()}
+	for r := range st.Exceptions().All() {
+		w.Runs++
+		w.Bytes += min(int64(r.Count)<<l.Shift(), size-l.OriginOffset(r.Old)) // the last chunk may overlap the end
+	}
+	return w
+}
+
+// Offline merges the store on cow into origin while nothing else uses the two, and leaves an empty
+// store. Work is what was to be done when it began.
+//
+// It refuses, with nothing written, what store.Open refuses, an invalid store (store.ErrInvalid), an
+// origin that is smaller than the store's chunks need, and a COW device that is the origin.
+//
+// When ctx ends it stops after the step under way and returns the cause; when a step fails, that error.
+// Either way the store is sound and calling Offline again goes on with what is left. Until then the
+// origin alone is a mixture.
+func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, error) {
+	m, err := load(origin, cow)
+	if err != nil {
+		return Work{}, err
+	}
+	w := workOf(m.Store(), origin.Size())
+	if err := m.Resume(); err != nil {
+		return w, errors.Join(err, m.Close())
+	}
+	return w, errors.Join(Run(ctx, m, o), m.Close())
+}
+
+// load makes the merge of two devices without starting it.
+func load(origin, cow block.Device) (*snapshot.Merging, error) {
+	m, err := snapshot.NewOrigin(origin).LoadMerge(cow, snapshot.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if err := m.Store().Err(); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("nothing to merge: %w", err)
+	}
+	return m, nil
+}
