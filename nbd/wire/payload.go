@@ -89,10 +89,10 @@ func appendName(b []byte, s string) []byte {
 
 // An InfoRequest is the data of OptInfo and OptGo.
 //
-//	 0        4            4+n      6+n
-//	 +--------+---- … -----+--------+--------+-- … --+
-//	 |   n    |    name    | count  |  type  |       |
-//	 +--------+---- … -----+--------+--------+-- … --+
+//	0        4            4+n      6+n
+//	+--------+---- … -----+--------+--------+-- … --+
+//	|   n    |    name    | count  |  type  |       |
+//	+--------+---- … -----+--------+--------+-- … --+
 type InfoRequest struct {
 	Name  string
 	Types []InfoType
@@ -160,10 +160,10 @@ func DecodeBlockSizes(b []byte) (BlockSizes, error) {
 
 // A MetaQuery is the data of OptListMetaContext and OptSetMetaContext.
 //
-//	 0        4            4+n      8+n
-//	 +--------+---- … -----+--------+--------+---- … ----+-- … --+
-//	 |   n    |   export   | count  | length |   query   |       |
-//	 +--------+---- … -----+--------+--------+---- … ----+-- … --+
+//	0        4            4+n      8+n
+//	+--------+---- … -----+--------+--------+---- … ----+-- … --+
+//	|   n    |   export   | count  | length |   query   |       |
+//	+--------+---- … -----+--------+--------+---- … ----+-- … --+
 type MetaQuery struct {
 	Export  string
 	Queries []string
@@ -228,10 +228,10 @@ type Descriptor struct {
 
 // AppendBlockStatus adds the payload of ChunkBlockStatus.
 //
-//	 0            4        8       12
-//	 +------------+--------+-------+-- … --+
-//	 | context ID | length | flags |       |
-//	 +------------+--------+-------+-- … --+
+//	0            4        8       12
+//	+------------+--------+-------+-- … --+
+//	| context ID | length | flags |       |
+//	+------------+--------+-------+-- … --+
 func AppendBlockStatus(b []byte, id uint32, ds []Descriptor) []byte {
 	b = be.AppendUint32(b, id)
 	for _, d := range ds {

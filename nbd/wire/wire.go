@@ -158,10 +158,10 @@ var be = binary.BigEndian
 
 // An OptionHeader goes before an option's data.
 //
-//	 0            8        12       16
-//	 +------------+--------+--------+---- … ----+
-//	 |   magic    | option | length |   data    |
-//	 +------------+--------+--------+---- … ----+
+//	0            8        12       16
+//	+------------+--------+--------+---- … ----+
+//	|   magic    | option | length |   data    |
+//	+------------+--------+--------+---- … ----+
 type OptionHeader struct {
 	Magic  uint64
 	Option Option
@@ -185,10 +185,10 @@ func DecodeOptionHeader(b []byte) OptionHeader {
 
 // An OptionReply goes before the data of an answer to an option.
 //
-//	 0            8        12       16       20
-//	 +------------+--------+--------+--------+---- … ----+
-//	 |   magic    | option |  type  | length |   data    |
-//	 +------------+--------+--------+--------+---- … ----+
+//	0            8        12       16       20
+//	+------------+--------+--------+--------+---- … ----+
+//	|   magic    | option |  type  | length |   data    |
+//	+------------+--------+--------+--------+---- … ----+
 type OptionReply struct {
 	Magic  uint64
 	Option Option
@@ -214,10 +214,10 @@ func DecodeOptionReply(b []byte) OptionReply {
 
 // A Request is the header of a command. Length is that of the range, and of the payload of a WRITE.
 //
-//	 0        4       6      8              16             24       28
-//	 +--------+-------+------+--------------+--------------+--------+
-//	 | magic  | flags | type |    cookie    |    offset    | length |
-//	 +--------+-------+------+--------------+--------------+--------+
+//	0        4       6      8              16             24       28
+//	+--------+-------+------+--------------+--------------+--------+
+//	| magic  | flags | type |    cookie    |    offset    | length |
+//	+--------+-------+------+--------------+--------------+--------+
 type Request struct {
 	Magic   uint32
 	Flags   CommandFlags
@@ -247,10 +247,10 @@ func DecodeRequest(b []byte) Request {
 
 // A Simple is a simple reply; data follows a successful READ.
 //
-//	 0        4        8              16
-//	 +--------+--------+--------------+
-//	 | magic  | error  |    cookie    |
-//	 +--------+--------+--------------+
+//	0        4        8              16
+//	+--------+--------+--------------+
+//	| magic  | error  |    cookie    |
+//	+--------+--------+--------------+
 type Simple struct {
 	Magic  uint32
 	Error  Errno
@@ -274,10 +274,10 @@ func DecodeSimple(b []byte) Simple {
 
 // A Chunk is the header of one part of a structured reply.
 //
-//	 0        4       6      8              16       20
-//	 +--------+-------+------+--------------+--------+---- … ----+
-//	 | magic  | flags | type |    cookie    | length |  payload  |
-//	 +--------+-------+------+--------------+--------+---- … ----+
+//	0        4       6      8              16       20
+//	+--------+-------+------+--------------+--------+---- … ----+
+//	| magic  | flags | type |    cookie    | length |  payload  |
+//	+--------+-------+------+--------------+--------+---- … ----+
 type Chunk struct {
 	Magic  uint32
 	Flags  uint16

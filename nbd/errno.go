@@ -1,0 +1,33 @@
+package nbd
+
+import (
+	"errors"
+	"io/fs"
+	"syscall"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/nbd/wire"
+)
+
+// errnoOf is where an error of a device becomes an error number of the protocol. EIO stands for all that
+// has no better word: a snapshot that became invalid, a merge that failed, a disk that did.
+func errnoOf(err error) wire.Errno {
+	var outside *block.RangeError
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, block.ErrReadOnly):
+		return wire.EPERM
+	case errors.Is(err, block.ErrNotFast):
+		return wire.ENOTSUP
+	case errors.As(err, &outside):
+		return wire.EINVAL
+	case errors.Is(err, fs.ErrClosed):
+		return wire.ESHUTDOWN
+	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
+		return wire.ENOSPC
+	case errors.Is(err, syscall.ENOMEM):
+		return wire.ENOMEM
+	}
+	return wire.EIO
+}

@@ -1,0 +1,213 @@
+package nbd
+
+import (
+	"context"
+	"fmt"
+	"sync"
+	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/nbd/wire"
+)
+
+// An Export is a device under a name.
+type Export struct {
+	Name        string // at most 4096 bytes of UTF-8 without NUL
+	Description string // for people; may be empty
+	Device      block.Device
+
+	ReadOnly  bool // changes are refused with EPERM, whatever the device can do
+	CanTrim   bool // TRIM is offered, and becomes block.Discard
+	MultiConn bool // a flush on any connection covers the writes completed on all: true for a Device served as it is
+
+	// PreferredBlock is the size in bytes, a power of two, that clients are told to prefer; 0: 4096.
+	PreferredBlock uint32
+
+	// Contexts are meta contexts that BLOCK_STATUS offers besides base:allocation, by name.
+	Contexts map[string]ContextFunc
+}
+
+// A ContextFunc tells the status of n > 0 bytes at off. Like block.Extents it may stop early, but not
+// before the first byte.
+type ContextFunc func(off, n int64) ([]block.Extent, error)
+
+// baseAllocation is the context that every export has.
+const baseAllocation = "base:allocation"
+
+// Counters are what an export has done since it was added.
+type Counters struct {
+	Connections  int64 `json:"connections"` // now
+	InFlight     int64 `json:"in_flight"`   // requests, now
+	Reads        int64 `json:"reads"`
+	ReadBytes    int64 `json:"read_bytes"`
+	Writes       int64 `json:"writes"` // and zeroes and trims
+	WrittenBytes int64 `json:"written_bytes"`
+	Flushes      int64 `json:"flushes"`
+	Errors       int64 `json:"errors"` // requests answered with one
+}
+
+// export is an Export while it is served.
+type export struct {
+	Export
+
+	// gone is closed by Remove. A request holds inFlight for reading, and checks gone then: Remove
+	// closes gone and takes inFlight for writing, so nothing uses the device afterwards.
+	gone     chan struct{}
+	goneOnce sync.Once
+	requests requestGroup
+
+	connections, reads, readBytes, writes, writtenBytes, flushes, errors atomic.Int64
+}
+
+// requestGroup counts requests under way and lets one caller wait for them to end after it has closed
+// the door. (A sync.WaitGroup must not grow from zero while somebody waits.)
+type requestGroup struct {
+	mu     sync.Mutex
+	n      int64
+	closed bool
+	empty  chan struct{} // made by close; closed when n is 0
+}
+
+// enter reports false after close.
+func (g *requestGroup) enter() bool {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.closed {
+		return false
+	}
+	g.n++
+	return true
+}
+
+func (g *requestGroup) leave() {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.n--
+	if g.closed && g.n == 0 {
+		close(g.empty)
+	}
+}
+
+// close refuses further requests and returns a channel that closes when none is left.
+func (g *requestGroup) close() <-chan struct{} {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if !g.closed {
+		g.closed = true
+		g.empty = make(chan struct{})
+		if g.n == 0 {
+			close(g.empty)
+		}
+	}
+	return g.empty
+}
+
+func (g *requestGroup) count() int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.n
+}
+
+// flags are the transmission flags of the export.
+func (e *export) flags() uint16 {
+	f := wire.HasFlags | wire.SendFlush | wire.SendFUA | wire.SendDF | wire.SendCache
+	if e.MultiConn {
+		f |= wire.CanMultiConn
+	}
+	if e.ReadOnly {
+		return f | wire.ReadOnly
+	}
+	f |= wire.SendWriteZeroes | wire.SendFastZero
+	if e.CanTrim {
+		f |= wire.SendTrim
+	}
+	return f
+}
+
+func (e *export) blockSizes() wire.BlockSizes {
+	s := wire.BlockSizes{Min: 1, Preferred: e.PreferredBlock, Max: wire.MaxPayload}
+	if s.Preferred == 0 {
+		s.Preferred = 4096
+	}
+	return s
+}
+
+// contextNames lists what BLOCK_STATUS offers, base:allocation first.
+func (e *export) context(name string) ContextFunc {
+	if name == baseAllocation {
+		return func(off, n int64) ([]block.Extent, error) { return block.Extents(e.Device, off, n) }
+	}
+	return e.Contexts[name]
+}
+
+// Add serves e from now on. A name that is taken or can't be one is an error.
+func (s *Server) Add(e Export) error {
+	if !wire.ValidName(e.Name) {
+		return fmt.Errorf("export name %q: more than %d bytes, or not UTF-8 without NUL", e.Name, wire.MaxName)
+	}
+	if b := e.PreferredBlock; b&(b-1) != 0 || b > wire.MaxPayload {
+		return fmt.Errorf("export %q: preferred block of %d bytes is no power of two up to %d", e.Name, b, wire.MaxPayload)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exports[e.Name] != nil {
+		return fmt.Errorf("export name %q is taken", e.Name)
+	}
+	s.exports[e.Name] = &export{Export: e, gone: make(chan struct{})}
+	return nil
+}
+
+// Remove ends the export name: new connections don't find it, requests under way are answered, later
+// ones refused with ESHUTDOWN, and its connections closed. When it returns nil nothing uses the device
+// any more. When ctx ends first the export is gone all the same, but requests may still be under way.
+func (s *Server) Remove(ctx context.Context, name string) error {
+	s.mu.Lock()
+	e := s.exports[name]
+	delete(s.exports, name)
+	s.mu.Unlock()
+	if e == nil {
+		return fmt.Errorf("no export %q", name)
+	}
+	empty := e.requests.close()
+	e.goneOnce.Do(func() { close(e.gone) })
+	select {
+	case <-empty:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("export %q: requests still under way: %w", name, context.Cause(ctx))
+	}
+}
+
+// SetDefault makes name what a client gets that asks for the export "". An export of that very name
+// goes first; "" as name ends it.
+func (s *Server) SetDefault(name string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.defaultName = name
+}
+
+// find returns the export that a client asked for, or nil.
+func (s *Server) find(name string) *export {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if e := s.exports[name]; e != nil || name != "" {
+		return e
+	}
+	return s.exports[s.defaultName]
+}
+
+// Counters returns what the export name has done, and whether there is one.
+func (s *Server) Counters(name string) (Counters, bool) {
+	s.mu.Lock()
+	e := s.exports[name]
+	s.mu.Unlock()
+	if e == nil {
+		return Counters{}, false
+	}
+	return Counters{
+		Connections: e.connections.Load(), InFlight: e.requests.count(),
+		Reads: e.reads.Load(), ReadBytes: e.readBytes.Load(),
+		Writes: e.writes.Load(), WrittenBytes: e.writtenBytes.Load(),
+		Flushes: e.flushes.Load(), Errors: e.errors.Load(),
+	}, true
+}
