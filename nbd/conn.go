@@ -41,10 +41,11 @@ type conn struct {
 
 	out replies
 
-	room     sync.Cond // of mu; held went down
-	mu       sync.Mutex
-	held     int64 // bytes of payloads under way
-	stopping bool  // don't wait for room any more
+	stopping atomic.Bool // no further request is taken
+
+	mu   sync.Mutex
+	room sync.Cond // of mu; held went down, or stopping was set
+	held int64     // bytes of payloads under way
 }
 
 func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
@@ -84,19 +85,14 @@ func (c *conn) serve(ctx context.Context) error {
 	return c.err
 }
 
-// stop ends the reading, at once where it waits for the client.
+// stop ends the reading, at once where it waits for the client. The mark goes before the deadline: a
+// reader that sets a deadline of its own looks for the mark afterwards.
 func (c *conn) stop() {
-	c.nc.SetReadDeadline(time.Now())
 	c.mu.Lock()
-	c.stopping = true
+	c.stopping.Store(true)
 	c.room.Broadcast()
 	c.mu.Unlock()
-}
-
-func (c *conn) isStopping() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.stopping
+	c.nc.SetReadDeadline(time.Now())
 }
 
 func (c *conn) startWorker() {
@@ -112,14 +108,14 @@ func (c *conn) work() bool {
 	c.idle.Add(1)
 	c.turn.Lock()
 	c.idle.Add(-1)
-	if c.ended {
+	if c.ended || c.stopping.Load() {
 		c.turn.Unlock()
 		return false
 	}
 	req, payload, err := c.read()
 	if err != nil || req.Command == wire.CmdDisconnect {
 		c.ended = true
-		if err != nil && !c.isStopping() {
+		if err != nil && !c.stopping.Load() {
 			c.err = err
 		}
 		c.turn.Unlock()
@@ -139,7 +135,7 @@ func (c *conn) work() bool {
 func (c *conn) read() (wire.Request, *buffer, error) {
 	if t := c.server.opts.IdleTimeout; t > 0 {
 		c.nc.SetReadDeadline(time.Now().Add(t))
-		if c.isStopping() { // stop's deadline may have come between
+		if c.stopping.Load() { // stop's deadline may have come before ours
 			return wire.Request{}, nil, net.ErrClosed
 		}
 	}
@@ -191,7 +187,7 @@ func (c *conn) readPayload(req wire.Request) (wire.Request, *buffer, error) {
 func (c *conn) hold(n int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for c.held > 0 && c.held+n > maxHeld && !c.stopping {
+	for c.held > 0 && c.held+n > maxHeld && !c.stopping.Load() {
 		c.room.Wait()
 	}
 	c.held += n

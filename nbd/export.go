@@ -50,11 +50,9 @@ type Counters struct {
 type export struct {
 	Export
 
-	// gone is closed by Remove. A request holds inFlight for reading, and checks gone then: Remove
-	// closes gone and takes inFlight for writing, so nothing uses the device afterwards.
-	gone     chan struct{}
+	gone     chan struct{} // closed by Remove
 	goneOnce sync.Once
-	requests requestGroup
+	requests requestGroup // those that use the device
 
 	connections, reads, readBytes, writes, writtenBytes, flushes, errors atomic.Int64
 }
@@ -132,7 +130,7 @@ func (e *export) blockSizes() wire.BlockSizes {
 	return s
 }
 
-// contextNames lists what BLOCK_STATUS offers, base:allocation first.
+// context returns what BLOCK_STATUS tells under a name, or nil.
 func (e *export) context(name string) ContextFunc {
 	if name == baseAllocation {
 		return func(off, n int64) ([]block.Extent, error) { return block.Extents(e.Device, off, n) }

@@ -6,10 +6,11 @@ import (
 	"time"
 )
 
-// A reply is what goes out for one request: a head, and data behind it.
+// A reply is what goes out for one request: a head, data behind it, and perhaps more.
 type reply struct {
 	head []byte
 	data []byte
+	more [][]byte
 	done func() // the bytes have left, or never will
 }
 
@@ -68,8 +69,9 @@ func (o *replies) write(batch []reply) error {
 		if len(r.data) > 0 {
 			v = append(v, r.data)
 		}
+		v = append(v, r.more...)
 	}
-	o.vectors = v
+	o.vectors = v[:0] // WriteTo moves v itself on
 	o.nc.SetWriteDeadline(time.Now().Add(o.timeout))
 	_, err := v.WriteTo(o.nc)
 	return err

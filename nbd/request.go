@@ -221,8 +221,7 @@ func isZero(b []byte) bool {
 // minHole is the shortest hole that is worth a chunk of its own, in bytes.
 const minHole = 4 << 10
 
-// readSparse answers a long READ: holes as the device knows them, data around them. The chunks of one
-// reply are built in one buffer with the data, so that it leaves as a whole.
+// readSparse answers a long READ: holes as the device knows them, data around them.
 func (c *conn) readSparse(r wire.Request, b []byte) (reply, error) {
 	holes, err := c.holes(r)
 	if err != nil {
@@ -232,32 +231,28 @@ func (c *conn) readSparse(r wire.Request, b []byte) (reply, error) {
 		r.Flags |= wire.FlagDF // nothing to leave out: one chunk
 		return c.readData(r, b)
 	}
-	dev := c.export.Device
-	var out []byte
+	var parts [][]byte
 	at := r.Offset
 	data := func(to uint64) error {
 		if at == to {
 			return nil
 		}
-		out = chunk(out, r, 0, wire.ChunkOffsetData, int(8+to-at))
-		out = wire.AppendOffset(out, at)
-		k := len(out)
-		out = append(out, b[:to-at]...)
-		_, err := dev.ReadAt(out[k:], int64(at))
+		p := b[at-r.Offset : to-r.Offset]
+		parts = append(parts, wire.AppendOffset(chunk(nil, r, 0, wire.ChunkOffsetData, 8+len(p)), at), p)
+		_, err := c.export.Device.ReadAt(p, int64(at))
 		return err
 	}
 	for _, h := range holes {
 		if err := data(h.off); err != nil {
 			return reply{}, err
 		}
-		out = chunk(out, r, 0, wire.ChunkOffsetHole, 12)
-		out = wire.AppendHole(out, h.off, h.n)
+		parts = append(parts, wire.AppendHole(chunk(nil, r, 0, wire.ChunkOffsetHole, 12), h.off, h.n))
 		at = h.off + uint64(h.n)
 	}
 	if err := data(r.Offset + uint64(r.Length)); err != nil {
 		return reply{}, err
 	}
-	return reply{head: chunk(out, r, wire.ChunkDone, wire.ChunkNone, 0)}, nil
+	return reply{more: append(parts, chunk(nil, r, wire.ChunkDone, wire.ChunkNone, 0))}, nil
 }
 
 type hole struct {

@@ -88,9 +88,9 @@ func (s *Server) Names() []string {
 }
 
 // Serve accepts connections on l, which it closes, until ctx ends; then no request is taken any more,
-// those under way are answered, and the connections closed. It returns within ShutdownTimeout and a
-// moment, nil when ctx ended, else the listener's error. Devices stay open and are not flushed: their
-// owner does that afterwards.
+// those under way are answered, and the connections closed: within ShutdownTimeout, as far as it is the
+// peers who delay it; a device that doesn't come back is waited for. It returns nil when ctx ended, else
+// the listener's error. Devices stay open and are not flushed: their owner does that afterwards.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
