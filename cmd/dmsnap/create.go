@@ -1,0 +1,195 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// creation is what a new store is to be like.
+type creation struct {
+	chunkSize sizeFlag
+	cowSize   sizeFlag
+	store     storeFlag
+	force     bool
+	json      bool
+}
+
+func newCreate() *cobra.Command {
+	var o creation
+	c := &cobra.Command{
+		Use:   "create ORIGIN COW",
+		Short: "Make an empty snapshot store for an origin",
+		Long: `Make an empty snapshot store on COW. The origin is only looked at for its size.
+
+A COW that does not exist is made as a sparse file, just large enough never to overflow whatever is
+written, unless --cow-size says otherwise. An existing file or block device is used at the size it has
+(an empty file is made as large as a new one) when nothing but zeros is where a store begins. --force
+makes a new store over an old one: the snapshot that was there is lost.
+
+When create fails no half-made file is left.`,
+		Example: `  dmsnap create disk.img disk.cow
+  dmsnap create disk.img disk.cow --chunk-size 64KiB --cow-size 10GiB`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			made, err := o.create(args[0], args[1])
+			if err != nil {
+				return err
+			}
+			if o.json {
+				return printJSON(c, made)
+			}
+			return printf(c, "%s: empty store, %s a chunk, room for %s of changes\n", made.Path,
+				bytesText(int64(made.ChunkSectors)*ondisk.SectorSize), bytesText(made.roomBytes()))
+		},
+	}
+	f := c.Flags()
+	f.Var(&o.chunkSize, "chunk-size", "size of a chunk, a power of two from 512 to 1GiB (default 4KiB)")
+	f.Var(&o.cowSize, "cow-size", "size of the COW file (default: never overflows)")
+	f.Var(&o.store, "store", "what the store is going to be used as: P or PO; the disk is the same for both")
+	f.BoolVar(&o.force, "force", false, "make the store over whatever is there")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	return c
+}
+
+// storeFlag is the value of --store.
+type storeFlag struct{ snapshot.StoreType }
+
+func (f *storeFlag) Set(s string) error {
+	for _, t := range []snapshot.StoreType{snapshot.Persistent, snapshot.PersistentOverflow, snapshot.Transient} {
+		if s == t.String() {
+			f.StoreType = t
+			return nil
+		}
+	}
+	return errors.New("must be P, PO or N")
+}
+
+func (f *storeFlag) Type() string { return "P|PO|N" }
+
+// created is what create prints as JSON.
+type created struct {
+	Path         string `json:"path"`
+	Store        string `json:"store"`
+	ChunkSectors uint32 `json:"chunk_sectors"`
+	TotalSectors uint64 `json:"total_sectors"`
+}
+
+// roomBytes is how much data fits before the snapshot overflows, in bytes.
+func (m created) roomBytes() int64 {
+	l := ondisk.Layout{ChunkSectors: m.ChunkSectors}
+	chunks := l.Chunks(int64(m.TotalSectors)*ondisk.SectorSize, false)
+	// The largest n for which ChunksNeeded(n) ≤ chunks.
+	e, left := l.SlotsPerArea(), chunks-2
+	n := left/(e+1)*e + min(left%(e+1), e-1)
+	return int64(n) * l.ChunkBytes()
+}
+
+// create makes a store as o says.
+func (o *creation) create(originPath, cowPath string) (made created, err error) {
+	if o.store.StoreType == snapshot.Transient {
+		return made, errors.New("--store N keeps its exceptions in memory: there is nothing to create")
+	}
+	sectors, err := o.chunkSize.chunkSectors()
+	if err != nil {
+		return made, err
+	}
+	layout, err := ondisk.NewLayout(sectors)
+	if err != nil {
+		return made, err
+	}
+	if err := checkDifferent(originPath, cowPath); err != nil {
+		return made, err
+	}
+	// Others may write to the origin now as ever; its size is all that is asked of it.
+	origin, err := openOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared})
+	if err != nil {
+		return made, err
+	}
+	defer origin.Close()
+	if err := store.CheckBlockSize(layout, origin); err != nil {
+		return made, about(originPath, err)
+	}
+	size, err := o.size(layout, origin.Size())
+	if err != nil {
+		return made, about(cowPath, err)
+	}
+	cow, isNew, err := openOrCreate(cowPath, size)
+	if err != nil {
+		return made, err
+	}
+	err = o.makeStore(cow, layout, size)
+	if err != nil && isNew {
+		// Nobody else can have the name: it was made with O_EXCL and is still locked.
+		err = errors.Join(err, os.Remove(cowPath))
+	}
+	made = created{cowPath, o.store.String(), sectors, uint64(cow.Size()) / ondisk.SectorSize}
+	return made, about(cowPath, errors.Join(err, cow.Close()))
+}
+
+// size is how large a COW file for an origin of so many bytes is made.
+func (o *creation) size(l ondisk.Layout, origin int64) (int64, error) {
+	if o.cowSize.set {
+		if least := 2 * l.ChunkBytes(); o.cowSize.bytes < least {
+			return 0, fmt.Errorf("--cow-size: %d bytes are too few for a store: header and first area need %d", o.cowSize.bytes, least)
+		}
+		return o.cowSize.bytes, nil
+	}
+	chunks := l.ChunksNeeded(l.Chunks(origin, true))
+	if chunks > uint64(math.MaxInt64/l.ChunkBytes()) {
+		return 0, errors.New("no file is large enough to keep every chunk of this origin: give --cow-size")
+	}
+	return int64(chunks) * l.ChunkBytes(), nil
+}
+
+// openOrCreate makes the file, or opens what is there.
+func openOrCreate(path string, size int64) (f *block.File, isNew bool, err error) {
+	f, err = block.Create(path, size)
+	if err == nil || !errors.Is(err, fs.ErrExist) {
+		return f, err == nil, about(path, err)
+	}
+	f, err = openDevice(path, block.Options{})
+	return f, false, err
+}
+
+// makeStore makes the store on an open device.
+func (o *creation) makeStore(cow *block.File, l ondisk.Layout, size int64) error {
+	if !o.force {
+		if err := checkVacant(cow); err != nil {
+			return err
+		}
+	}
+	if cow.Size() == 0 || o.cowSize.set {
+		if err := cow.Grow(size); err != nil {
+			return err
+		}
+	}
+	_, err := store.Create(cow, l, true)
+	return err
+}
+
+// checkVacant refuses to make a store where one is, or where something else is.
+func checkVacant(cow block.Device) error {
+	if cow.Size() == 0 {
+		return nil
+	}
+	h, err := store.ReadHeader(cow)
+	switch {
+	case err != nil:
+		return err
+	case h.Magic == ondisk.Magic:
+		return fmt.Errorf("%w: --force makes a new one over it", store.ErrExists)
+	case h.Magic != 0:
+		return fmt.Errorf("holds something that is no exception store (it begins with 0x%08x): --force makes one over it", h.Magic)
+	}
+	return nil
+}

@@ -1,0 +1,77 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/signal"
+	"syscall"
+)
+
+// Exit statuses. A script can tell "no" from "could not find out".
+const (
+	exitDone    = 0   // done, or yes
+	exitNo      = 1   // no
+	exitTrouble = 2   // wrong usage, I/O error, refused
+	exitSignal  = 128 // plus the signal's number: work was cut short by it
+)
+
+// errNo is the answer "no" of a verb that was asked something and has printed all there is to say.
+var errNo = errors.New("no")
+
+// interrupted is why a context ended: a signal came.
+type interrupted struct{ signal syscall.Signal }
+
+func (i interrupted) Error() string {
+	if i.signal == syscall.SIGTERM {
+		return "terminated"
+	}
+	return "interrupted"
+}
+
+// exitStatus decides what the process tells its parent, and says on stderr what went wrong.
+func exitStatus(err error, stderr io.Writer) int {
+	var i interrupted
+	switch {
+	case err == nil:
+		return exitDone
+	case errors.Is(err, errNo):
+		return exitNo
+	}
+	fmt.Fprintf(stderr, "dmsnap: %v\n", err)
+	if errors.As(err, &i) {
+		return exitSignal + int(i.signal)
+	}
+	return exitTrouble
+}
+
+// untilSignal returns a context that ends at the first SIGINT or SIGTERM, with an interrupted as its
+// cause. A second one ends the process at once. stop gives the signals back.
+func untilSignal() (ctx context.Context, stop func()) {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	signals := make(chan os.Signal, 2)
+	done := make(chan struct{})
+	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	go func() {
+		for ctx.Err() == nil {
+			select {
+			case s := <-signals:
+				cancel(interrupted{s.(syscall.Signal)})
+			case <-done:
+				return
+			}
+		}
+		select {
+		case s := <-signals:
+			os.Exit(exitSignal + int(s.(syscall.Signal)))
+		case <-done:
+		}
+	}()
+	return ctx, func() {
+		signal.Stop(signals)
+		close(done)
+		cancel(nil)
+	}
+}

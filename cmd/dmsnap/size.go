@@ -1,0 +1,92 @@
+package main
+
+import (
+	"fmt"
+	"math"
+	"strconv"
+	"strings"
+
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// sizeUnits are the suffixes of a size: s for sectors, powers of 1024, and, as GNU tools have it, powers of
+// 1000 where a plain B follows. Letters may be of either case.
+var sizeUnits = map[string]int64{
+	"": 1, "b": 1, "s": ondisk.SectorSize,
+	"k": 1 << 10, "ki": 1 << 10, "kib": 1 << 10, "kb": 1e3,
+	"m": 1 << 20, "mi": 1 << 20, "mib": 1 << 20, "mb": 1e6,
+	"g": 1 << 30, "gi": 1 << 30, "gib": 1 << 30, "gb": 1e9,
+	"t": 1 << 40, "ti": 1 << 40, "tib": 1 << 40, "tb": 1e12,
+	"p": 1 << 50, "pi": 1 << 50, "pib": 1 << 50, "pb": 1e15,
+}
+
+// parseSize reads a size: "4KiB", "64M", "4k", "16s" (sectors), "1048576". It returns bytes.
+func parseSize(s string) (int64, error) {
+	digits := strings.TrimRight(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
+	unit, known := sizeUnits[strings.ToLower(s[len(digits):])]
+	n, err := strconv.ParseUint(digits, 10, 63)
+	if !known || err != nil && !isRange(err) {
+		return 0, fmt.Errorf("%q is not a size such as 4096, 16s (sectors), 4KiB, 64M or 10GiB", s)
+	}
+	if err != nil || int64(n) > math.MaxInt64/unit {
+		return 0, fmt.Errorf("size %q is too large", s)
+	}
+	return int64(n) * unit, nil
+}
+
+func isRange(err error) bool {
+	e, ok := err.(*strconv.NumError)
+	return ok && e.Err == strconv.ErrRange
+}
+
+// A sizeFlag is the value of an option that takes a size, in bytes.
+type sizeFlag struct {
+	bytes int64
+	set   bool
+}
+
+func (f *sizeFlag) String() string {
+	if !f.set {
+		return ""
+	}
+	return strconv.FormatInt(f.bytes, 10)
+}
+
+func (f *sizeFlag) Set(s string) (err error) {
+	f.bytes, err = parseSize(s)
+	f.set = err == nil
+	return err
+}
+
+func (f *sizeFlag) Type() string { return "SIZE" }
+
+// chunkSectors reads f as a chunk size and returns sectors; the default one when it was not given.
+func (f *sizeFlag) chunkSectors() (uint32, error) {
+	if !f.set {
+		return ondisk.DefaultChunkSectors, nil
+	}
+	sectors := f.bytes / ondisk.SectorSize
+	if f.bytes%ondisk.SectorSize != 0 {
+		return 0, fmt.Errorf("--chunk-size: %d bytes are not a whole number of %d-byte sectors", f.bytes, ondisk.SectorSize)
+	}
+	// No larger number fits the check's argument, and none is any less too high.
+	if err := ondisk.CheckChunkSectors(uint32(min(sectors, 1<<31))); err != nil {
+		return 0, fmt.Errorf("--chunk-size: %w: %d bytes (a power of two from 512 to 1 GiB)", err, f.bytes)
+	}
+	return uint32(sectors), nil
+}
+
+// bytesText says a number of bytes as a person reads it: "1.5 GiB".
+func bytesText(n int64) string {
+	if n < 1<<10 {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	f, units := float64(n)/(1<<10), []string{"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	for f >= 1024 && len(units) > 1 {
+		f, units = f/1024, units[1:]
+	}
+	if f == math.Trunc(f) {
+		return fmt.Sprintf("%.0f %s", f, units[0])
+	}
+	return fmt.Sprintf("%.1f %s", f, units[0])
+}
