@@ -1,16 +1,28 @@
 // Package chunkmap holds which origin chunk lives in which chunk of the COW device: exceptions by the
 // tens of millions, in a few bytes each.
 //
-// The space of origin chunks is cut into pages of 512. Pages that hold something are found through 64
-// hash tables, each with a lock of its own. A page has one of two forms, whichever is smaller:
+// The origin is cut into pages of 1024 chunks. A page that holds something is found by its number in
+// one of 64 hash tables, each with a lock of its own:
 //
-//	runs    [first count new] [first count new] …   12 bytes a run, ascending; consecutive
-//	                                                chunks with consecutive homes are one run
-//	table   new[0]+1 new[1]+1 … new[511]+1           4 bytes a chunk (8 when a COW chunk needs
-//	                                                more than 32 bits); 0: no exception
+//	         number of the page, hashed
+//	                   |
+//	shard 0  shard 1  …|…  shard 63
+//	                   v
+//	directory   [number form words] [free] [number form words] …      32 bytes a slot
+//	                          |
+//	                          v
+//	list        [first count new] [first count new] …                 8 bytes a run
+//	table       new[0]+1 new[1]+1 … new[1023]+1                       4 bytes a chunk
 //
-// A store that was filled in order costs a run or two a page, one filled at random 12 bytes an
-// exception at worst, and bytes from a hostile disk no more than that, whatever numbers they name.
+// A list has the runs of the page, ascending: consecutive chunks with consecutive homes are one run. When
+// a list has a third as many runs as the page has chunks, it becomes a table, in which 0 means no
+// exception. Both have a wide variant, of twice the size, for homes with large numbers: a run from 2^44
+// on, a table's chunk from 2^32-1 on.
+//
+// So an exception costs about 10 bytes when they are scattered (12 at the point where a list becomes a
+// table, 4 in a full table), a tenth of a byte when they are in order, and about 90 where each has a page
+// of its own: no more, whatever numbers a hostile disk names. The hash is seeded, so that such a disk
+// can't choose pages that collide either.
 package chunkmap
 
 import (
@@ -22,22 +34,22 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-const (
-	pageShift  = 9
-	pageChunks = 1 << pageShift
-	shardBits  = 6
-)
+const shards = 64
 
-// A Map is ready in its zero value. All methods may be called concurrently; a lookup waits at most for
-// one change of a page in the same shard.
+// A Map is ready in its zero value. All methods may be called concurrently. They lock one page's shard
+// at a time: a lookup waits at most for one insertion or deletion in the same shard, and shows every one
+// that returned before.
 type Map struct {
 	n      atomic.Uint64
-	shards [1 << shardBits]shard
+	_      [56]byte // n changes often, the shards' words are read often
+	shards [shards]shard
 }
 
+// A shard has a cache line to itself, so that lookups on different processors don't slow each other.
 type shard struct {
-	mu    sync.RWMutex
-	pages map[uint64]*page // by page number
+	mu  sync.RWMutex
+	dir directory
+	_   [8]byte
 }
 
 // A Run is Count consecutive origin chunks from Old on, that live in as many from New on.
@@ -47,14 +59,11 @@ type Run struct {
 	Count uint64
 }
 
-// shardOf spreads pages over shards; neighbours go to different ones.
-func (m *Map) shardOf(page uint64) *shard {
-	return &m.shards[page*0x9E3779B97F4A7C15>>(64-shardBits)]
-}
-
-func split(old ondisk.OriginChunk) (page uint64, at int) {
+func split(old ondisk.OriginChunk) (number uint64, at int) {
 	return uint64(old) >> pageShift, int(old & (pageChunks - 1))
 }
+
+func (m *Map) shardOf(hash uint64) *shard { return &m.shards[hash%shards] }
 
 // Len is the number of exceptions.
 func (m *Map) Len() uint64 { return m.n.Load() }
@@ -62,95 +71,155 @@ func (m *Map) Len() uint64 { return m.n.Load() }
 // Get returns where old lives.
 func (m *Map) Get(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
 	number, at := split(old)
-	s := m.shardOf(number)
+	h := hash(number)
+	s := m.shardOf(h)
 	s.mu.RLock()
-	defer s.mu.RUnlock()
-	p := s.pages[number]
-	if p == nil {
-		return 0, false
+	var new uint64
+	ok := false
+	if p := s.dir.find(h, number); p != nil {
+		new, ok = p.get(at)
 	}
-	new, _, ok := p.run(at)
-	return new, ok
+	s.mu.RUnlock()
+	return ondisk.COWChunk(new), ok
 }
 
-// Run describes the longest uniform stretch of at most max ≥ 1 origin chunks from old on: either all in
-// consecutive COW chunks from new on, or all without an exception. Pages are looked at one after the
-// other; a change in between may show in a later one.
-func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
-	number, at := split(old)
-	new, n, mapped = m.runInPage(number, at)
-	for uint64(at)+n == pageChunks && n < max { // up to the page's end: it may go on in the next
-		number++
-		more, k, ok := m.runInPage(number, 0)
-		if ok != mapped || mapped && more != new+ondisk.COWChunk(n) || number == 0 {
-			break
-		}
-		n += k
-		at -= pageChunks
-		if k < pageChunks {
-			break
-		}
-	}
-	return new, min(n, max), mapped
-}
-
-func (m *Map) runInPage(number uint64, at int) (ondisk.COWChunk, uint64, bool) {
-	s := m.shardOf(number)
-	s.mu.RLock()
-	defer s.mu.RUnlock()
-	p := s.pages[number]
-	if p == nil {
-		return 0, uint64(pageChunks - at), false
-	}
-	new, n, ok := p.run(at)
-	return new, uint64(n), ok
-}
-
-// Insert adds e and reports true, or false, with nothing changed, when e.Old has an exception.
+// Insert adds e and reports true, or false, with nothing changed, when e.Old has an exception. e.New is
+// below 2^56, the most that the format can name.
 func (m *Map) Insert(e ondisk.Exception) bool {
+	if e.New >= 1<<56 {
+		panic("chunkmap: COW chunk of more than 56 bits")
+	}
 	number, at := split(e.Old)
-	s := m.shardOf(number)
+	h := hash(number)
+	s := m.shardOf(h)
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	p := s.pages[number]
+	p := s.dir.find(h, number)
 	if p == nil {
-		if s.pages == nil {
-			s.pages = make(map[uint64]*page)
-		}
-		p = new(page)
-		s.pages[number] = p
+		p = s.dir.add(h, number)
 	}
-	if !p.insert(at, e.New) {
-		return false
+	ok := p.insert(at, uint64(e.New))
+	s.mu.Unlock()
+	if ok {
+		m.n.Add(1)
 	}
-	m.n.Add(1)
-	return true
+	return ok
 }
 
 // Delete removes the exception of old and reports whether there was one.
 func (m *Map) Delete(old ondisk.OriginChunk) bool {
 	number, at := split(old)
-	s := m.shardOf(number)
+	h := hash(number)
+	s := m.shardOf(h)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	p := s.pages[number]
+	p := s.dir.find(h, number)
 	if p == nil || !p.delete(at) {
 		return false
 	}
-	if p.empty() {
-		delete(s.pages, number)
+	if len(p.words) == 0 {
+		s.dir.remove(p)
 	}
 	m.n.Add(^uint64(0))
 	return true
 }
 
-// All yields the exceptions in ascending order of Old, joined to runs as long as they go. It copies one
-// page at a time: changes meanwhile may or may not show.
+// Run describes the longest uniform stretch of at most max ≥ 1 origin chunks from old on: either all in
+// consecutive COW chunks from new on, or all without an exception. It ends at the largest number there
+// is. Pages are looked at one after the other; a change meanwhile may show in a later one.
+func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
+	if max == 0 {
+		panic("chunkmap: a run of no chunks")
+	}
+	max = min(max-1, uint64(lastChunk-old)) + 1
+	number, at := split(old)
+	start, n, mapped := m.runInPage(number, at)
+	if n < max && at+int(n) == pageChunks { // up to the page's end: it may go on
+		last, _ := split(old + ondisk.OriginChunk(max-1))
+		if mapped {
+			n += m.continued(number+1, last, start+n)
+		} else {
+			next := m.nextPage(number+1, last)
+			n += (next - number - 1) << pageShift
+			if next <= last {
+				if _, k, mapped := m.runInPage(next, 0); !mapped {
+					n += k
+				}
+			}
+		}
+	}
+	return ondisk.COWChunk(start), min(n, max), mapped
+}
+
+func (m *Map) runInPage(number uint64, at int) (new, n uint64, mapped bool) {
+	h := hash(number)
+	s := m.shardOf(h)
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	p := s.dir.find(h, number)
+	if p == nil {
+		return 0, uint64(pageChunks - at), false
+	}
+	new, k, mapped := p.stretch(at)
+	return new, uint64(k), mapped
+}
+
+// continued returns how many chunks from the start of page number on are in consecutive COW chunks from
+// new on, looking no further than page last.
+func (m *Map) continued(number, last, new uint64) (n uint64) {
+	for ; number <= last; number++ {
+		start, k, mapped := m.runInPage(number, 0)
+		if !mapped || start != new+n {
+			break
+		}
+		n += k
+		if k < pageChunks {
+			break
+		}
+	}
+	return n
+}
+
+// nextPage returns the first page from number on that holds something, or last+1. A gap may have more
+// pages than there are in the whole map, so after some it looks at those instead.
+func (m *Map) nextPage(number, last uint64) uint64 {
+	for range 64 {
+		if number > last {
+			return last + 1
+		}
+		h := hash(number)
+		s := m.shardOf(h)
+		s.mu.RLock()
+		p := s.dir.find(h, number)
+		s.mu.RUnlock()
+		if p != nil {
+			return number
+		}
+		number++
+	}
+	next := last + 1
+	for i := range m.shards {
+		s := &m.shards[i]
+		s.mu.RLock()
+		for n := range s.dir.numbers {
+			if n >= number && n < next {
+				next = n
+			}
+		}
+		s.mu.RUnlock()
+	}
+	return next
+}
+
+// All yields the exceptions in ascending order of Old, joined to runs as long as they go. No lock is held
+// while it yields: it copies one page at a time, so a page is consistent, and changes meanwhile may or
+// may not show.
 func (m *Map) All() iter.Seq[Run] {
 	return func(yield func(Run) bool) {
 		var last Run
+		var runs []Run
 		for _, number := range m.pageNumbers() {
-			for _, r := range m.pageRuns(number) {
+			runs = m.pageRuns(runs[:0], number)
+			for _, r := range runs {
 				if last.Count > 0 && last.Old+ondisk.OriginChunk(last.Count) == r.Old && last.New+ondisk.COWChunk(last.Count) == r.New {
 					last.Count += r.Count
 					continue
@@ -172,28 +241,27 @@ func (m *Map) pageNumbers() []uint64 {
 	for i := range m.shards {
 		s := &m.shards[i]
 		s.mu.RLock()
-		for n := range s.pages {
-			numbers = append(numbers, n)
-		}
+		numbers = slices.AppendSeq(numbers, s.dir.numbers)
 		s.mu.RUnlock()
 	}
 	slices.Sort(numbers)
 	return numbers
 }
 
-func (m *Map) pageRuns(number uint64) []Run {
-	s := m.shardOf(number)
+// pageRuns appends the runs of a page to runs.
+func (m *Map) pageRuns(runs []Run, number uint64) []Run {
+	h := hash(number)
+	s := m.shardOf(h)
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	p := s.pages[number]
+	p := s.dir.find(h, number)
 	if p == nil {
-		return nil
+		return runs
 	}
-	var runs []Run
 	for at := 0; at < pageChunks; {
-		new, n, ok := p.run(at)
-		if ok {
-			runs = append(runs, Run{ondisk.OriginChunk(number<<pageShift) + ondisk.OriginChunk(at), new, uint64(n)})
+		new, n, mapped := p.stretch(at)
+		if mapped {
+			runs = append(runs, Run{ondisk.OriginChunk(number<<pageShift) + ondisk.OriginChunk(at), ondisk.COWChunk(new), uint64(n)})
 		}
 		at += n
 	}
@@ -202,12 +270,23 @@ func (m *Map) pageRuns(number uint64) []Run {
 
 // Max returns the largest origin chunk with an exception.
 func (m *Map) Max() (ondisk.OriginChunk, bool) {
-	numbers := m.pageNumbers()
-	for i := len(numbers) - 1; i >= 0; i-- {
-		if runs := m.pageRuns(numbers[i]); len(runs) > 0 {
+	for {
+		largest, any := uint64(0), false
+		for i := range m.shards {
+			s := &m.shards[i]
+			s.mu.RLock()
+			for n := range s.dir.numbers {
+				largest, any = max(largest, n), true
+			}
+			s.mu.RUnlock()
+		}
+		if !any {
+			return 0, false
+		}
+		// Empty when its last exception was deleted meanwhile: then look again.
+		if runs := m.pageRuns(nil, largest); len(runs) > 0 {
 			r := runs[len(runs)-1]
 			return r.Old + ondisk.OriginChunk(r.Count-1), true
 		}
 	}
-	return 0, false
 }
