@@ -1,0 +1,74 @@
+# dmsnap. `make` alone lists the targets.
+
+GO      ?= go
+PREFIX  ?= /usr/local
+BIN     := bin/dmsnap
+TESTED  := ./...
+
+# Without a C compiler there is no race detector; say so instead of failing.
+RACE    := $(shell command -v $${CC:-cc} >/dev/null 2>&1 && echo -race)
+
+.PHONY: help
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: build
+build: ## build bin/dmsnap, one static binary
+	CGO_ENABLED=0 $(GO) build -trimpath -o $(BIN) ./cmd/dmsnap
+
+.PHONY: demo
+demo: build ## the main job end to end on a real file system image
+	$(GO) run ./demo -dmsnap $(BIN)
+
+.PHONY: test
+test: check-format ## formatting, vet, and all tests that need nothing but Go
+	$(GO) vet $(TESTED)
+	$(GO) test $(TESTED)
+
+.PHONY: check-format
+check-format:
+	@out=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
+	 if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi
+
+.PHONY: race
+race: ## the tests under the race detector (needs a C compiler)
+	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
+	 $(GO) test -race $(TESTED)
+
+.PHONY: interop
+interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)
+	$(GO) test -count=1 -v -run 'Interop' ./nbd ./test/interop
+
+.PHONY: test-kernel
+test-kernel: ## a running Linux kernel as judge (Debian's user-mode-linux)
+	DMSNAP_KERNEL=1 $(GO) test -count=1 -v -timeout 30m ./test/kernel/...
+
+.PHONY: deep
+deep: ## the random and crash tests for longer than a commit waits
+	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/...
+
+.PHONY: fuzz
+fuzz: ## every fuzz target for FUZZTIME (10s) each
+	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' .); do \
+	   for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
+	     echo "== $$(dirname $$f) $$name"; \
+	     $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $${FUZZTIME:-10s} ./$$(dirname $$f); \
+	   done; done
+
+.PHONY: man
+man: build ## man pages in dist/man, from the same source as --help
+	$(BIN) man dist/man
+
+.PHONY: install
+install: build man ## binary, man pages and completions under PREFIX (/usr/local)
+	install -D -m 755 $(BIN) $(DESTDIR)$(PREFIX)/bin/dmsnap
+	install -d $(DESTDIR)$(PREFIX)/share/man/man1
+	install -m 644 dist/man/*.1 $(DESTDIR)$(PREFIX)/share/man/man1
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/share/zsh/site-functions $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+	$(BIN) completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/dmsnap
+	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_dmsnap
+	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/dmsnap.fish
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin dist

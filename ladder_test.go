@@ -1,0 +1,137 @@
+// Package dmsnap_test holds the tests of the tree as a whole.
+package dmsnap_test
+
+import (
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/dmsnap/dmsnap"
+
+// floors is the ladder of ARCHITECTURE.md: a package imports packages of lower floors only, of its own
+// floor none but those listed in sees.
+var floors = map[string]int{
+	"block": 1, "ondisk": 1,
+	"block/blocktest":   2,
+	"internal/chunkmap": 2, "internal/gate": 2,
+	"store":    3,
+	"snapshot": 4,
+	"nbd/wire": 4,
+	"nbd":      5, "merge": 5,
+	"cmd/dmsnap": 6,
+
+	// Only tests and demonstrations use these; nothing below may.
+	"internal/kernelcase": 1, "internal/model": 1,
+	"demo": 7,
+}
+
+// core packages import the standard library and x/sys alone, so that a user of the library gets no more.
+var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "store", "snapshot", "merge", "nbd", "nbd/wire"}
+
+// forbidden: imports that the ladder alone would allow, with the reason.
+var forbidden = map[[2]string]string{
+	{"nbd", "snapshot"}:      "a transport sees block.Device, whatever is behind it",
+	{"nbd", "store"}:         "a transport sees block.Device, whatever is behind it",
+	{"nbd", "ondisk"}:        "a transport sees block.Device, whatever is behind it",
+	{"nbd/wire", "block"}:    "the protocol's bytes need no device",
+	{"nbd/wire", "snapshot"}: "the protocol's bytes need no device",
+	{"merge", "nbd"}:         "merging is not a matter of transport",
+}
+
+// grabBags are names that say nothing.
+var grabBags = []string{"util", "utils", "common", "helper", "helpers", "types", "misc"}
+
+// imports returns what the package in each folder imports, tests left out.
+func imports(t *testing.T) map[string][]string {
+	t.Helper()
+	found := map[string][]string{}
+	err := filepath.WalkDir(".", func(p string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if name := d.Name(); d.IsDir() && (name == "testdata" || name == "test" || strings.HasPrefix(name, ".") && name != ".") {
+			return fs.SkipDir
+		}
+		if d.IsDir() || !strings.HasSuffix(p, ".go") || strings.HasSuffix(p, "_test.go") {
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), p, nil, parser.ImportsOnly)
+		if err != nil {
+			return err
+		}
+		dir := filepath.ToSlash(filepath.Dir(p))
+		found[dir] = append(found[dir], "") // the folder has a package
+		for _, i := range file.Imports {
+			name, err := strconv.Unquote(i.Path.Value)
+			if err != nil {
+				return err
+			}
+			found[dir] = append(found[dir], name)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found
+}
+
+func TestImportsPointDown(t *testing.T) {
+	found := imports(t)
+	for dir, names := range found {
+		floor, ok := floors[dir]
+		if !ok {
+			t.Errorf("package %s has no floor: add it to the ladder, here and in ARCHITECTURE.md", dir)
+			continue
+		}
+		for _, name := range names {
+			to, ours := strings.CutPrefix(name, module+"/")
+			if !ours {
+				continue
+			}
+			if floors[to] >= floor {
+				t.Errorf("%s (floor %d) imports %s (floor %d): imports point down", dir, floor, to, floors[to])
+			}
+			if why := forbidden[[2]string{dir, to}]; why != "" {
+				t.Errorf("%s imports %s: %s", dir, to, why)
+			}
+		}
+	}
+	for dir := range floors {
+		if found[dir] == nil {
+			t.Errorf("the ladder has a package %s, the tree has none", dir)
+		}
+	}
+}
+
+func TestCoreNeedsNoModules(t *testing.T) {
+	found := imports(t)
+	for _, dir := range core {
+		for _, name := range found[dir] {
+			first, _, _ := strings.Cut(name, "/")
+			outside := strings.Contains(first, ".") && !strings.HasPrefix(name, module+"/")
+			if outside && !strings.HasPrefix(name, "golang.org/x/sys/") {
+				t.Errorf("%s imports %s: the library needs the standard library and x/sys alone", dir, name)
+			}
+			if dir == "ondisk" && (outside || name == "os" || name == "io" || name == "syscall") {
+				t.Errorf("ondisk imports %s: it does no I/O", name)
+			}
+		}
+	}
+}
+
+func TestNoGrabBags(t *testing.T) {
+	for dir := range imports(t) {
+		for _, bad := range grabBags {
+			if path.Base(dir) == bad {
+				t.Errorf("package %s: name what is in it", dir)
+			}
+		}
+	}
+}
