@@ -66,7 +66,7 @@ func (f *sizeFlag) chunkSectors() (uint32, error) {
 		return ondisk.DefaultChunkSectors, nil
 	}
 	sectors := f.bytes / ondisk.SectorSize
-	if f.bytes%ondisk.SectorSize != 0 {
+	if f.bytes < 0 || f.bytes%ondisk.SectorSize != 0 {
 		return 0, fmt.Errorf("--chunk-size: %d bytes are not a whole number of %d-byte sectors", f.bytes, ondisk.SectorSize)
 	}
 	// No larger number fits the check's argument, and none is any less too high.

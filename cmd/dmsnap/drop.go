@@ -1,0 +1,37 @@
+package main
+
+import (
+	"net/http"
+
+	"github.com/spf13/cobra"
+)
+
+func newDrop() *cobra.Command {
+	var control string
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "drop --control PATH NAME",
+		Short: "Detach a snapshot from an origin that is being served",
+		Long: `Detach a snapshot from a running server, while clients use the others and the origin. Its export ends, what
+was written to it is made durable, and its file is closed. The store stays as it is; but it is not
+preserved any more: once the origin is written to, it no longer shows the origin's past.`,
+		Example: `  dmsnap drop --control /run/dmsnap.ctl monday`,
+		Args:    cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			ctx, stop := untilSignal()
+			defer stop()
+			err := newController(control).call(ctx, http.MethodDelete, snapshotPath(args[0]), nil, &struct{}{})
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(c, map[string]string{"dropped": args[0]})
+			}
+			return printf(c, "%s dropped\n", printable(args[0]))
+		},
+	}
+	c.Flags().StringVar(&control, "control", "", "the server's control socket")
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.MarkFlagRequired("control")
+	return c
+}

@@ -1,0 +1,88 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"net/url"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+)
+
+// umask guards the process's one file mode mask.
+var umask sync.Mutex
+
+// listenUnix listens on a unix socket that its owner alone may connect to. A socket that nobody listens on
+// any more, left by a server that was killed, is replaced; anything else at the path is an error. The
+// listener removes the socket when it is closed.
+func listenUnix(path string) (net.Listener, error) {
+	if err := removeStale(path); err != nil {
+		return nil, err
+	}
+	// The mode must be right from the first moment: a chmod afterwards would leave a gap.
+	umask.Lock()
+	old := syscall.Umask(0o177)
+	l, err := net.Listen("unix", path)
+	syscall.Umask(old)
+	umask.Unlock()
+	if errors.Is(err, syscall.EINVAL) && len(path) > 107 {
+		return nil, fmt.Errorf("%s: the path of a socket can't be longer than 107 bytes", path)
+	}
+	return l, about(path, err)
+}
+
+// removeStale removes a socket that nobody listens on.
+func removeStale(path string) error {
+	info, err := os.Lstat(path)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if info.Mode().Type() != os.ModeSocket {
+		return fmt.Errorf("%s: exists and is not a socket", path)
+	}
+	c, err := net.Dial("unix", path)
+	if err == nil {
+		c.Close()
+		return fmt.Errorf("%s: a server listens there already", path)
+	}
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return os.Remove(path)
+	}
+	return about(path, err)
+}
+
+// listenTCP listens on HOST:PORT; without a HOST on the loopback interface, since the protocol asks
+// nobody for a password.
+func listenTCP(address string) (net.Listener, error) {
+	if !strings.Contains(address, ":") {
+		address = ":" + address
+	}
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	if host == "" {
+		host = "localhost"
+	}
+	return net.Listen("tcp", net.JoinHostPort(host, port))
+}
+
+// exportURI is the NBD URI of an export on a listener.
+func exportURI(l net.Addr, name string) string {
+	path := "/" + strings.ReplaceAll(url.PathEscape(name), "%2F", "/")
+	if l.Network() == "unix" {
+		return "nbd+unix://" + path + "?socket=" + escapeQuery(l.String())
+	}
+	return "nbd://" + l.String() + path
+}
+
+// escapeQuery escapes what must be in a query's value, and leaves a path readable.
+func escapeQuery(s string) string {
+	s = strings.ReplaceAll(url.QueryEscape(s), "+", "%20") // a plus is a plus to some readers
+	return strings.ReplaceAll(s, "%2F", "/")
+}

@@ -1,0 +1,257 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// serveOptions are what serve was asked.
+type serveOptions struct {
+	socket, listen string
+	control        string
+	exportOrigin   bool
+	readOnly       bool
+	create         bool
+	store          storeFlag
+	sync           syncFlag
+	chunkSize      sizeFlag
+}
+
+func newServe() *cobra.Command {
+	var o serveOptions
+	c := &cobra.Command{
+		Use:   "serve ORIGIN [[NAME=]COW...]",
+		Short: "Serve snapshots, and their origin, over NBD",
+		Long: `Serve the snapshots of an origin over NBD, each as an export: NAME, or the COW file's base name without its
+extension. The export "" is the first snapshot. --export-origin serves the origin too, as "origin"; what
+clients write there is preserved in every snapshot first. What goes before the first "=" is a NAME
+unless it has a slash.
+
+Without COW, ORIGIN.cow is used, and made when it is not there. Any other COW must hold a store, unless
+--create is given, which makes what is missing: the file, as dmsnap create would, or the store. With --store N
+the exceptions are kept in memory and the COW is scratch space, of no use afterwards.
+
+Without --socket or --listen, the socket is ORIGIN.sock. Sockets are for their owner alone (mode
+0600). --listen without a HOST means the loopback interface; NBD asks nobody for a password.
+
+The URI of each export is printed, one a line, when clients may connect. SIGINT and SIGTERM answer what is
+under way, make everything durable, and end with status 0.
+
+With --control PATH the server can be asked and told things while it runs: see status, snapshot, drop and
+merge.`,
+		Example: `  dmsnap serve disk.img
+  dmsnap serve disk.img before=disk.cow --export-origin --socket /run/dmsnap.sock --control /run/dmsnap.ctl
+  dmsnap serve disk.img a.cow b.cow --create --listen 127.0.0.1:10809`,
+		Args: cobra.MinimumNArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			ctx, stop := untilSignal()
+			defer stop()
+			// A reader of our output that went away is no reason to leave our clients alone.
+			signal.Ignore(syscall.SIGPIPE)
+			return o.run(ctx, args[0], args[1:], c.OutOrStdout(), c.ErrOrStderr())
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.socket, "socket", "", "listen on this unix socket (default ORIGIN.sock)")
+	f.StringVar(&o.listen, "listen", "", "listen on TCP instead, at [HOST:]PORT")
+	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
+	f.BoolVar(&o.exportOrigin, "export-origin", false, `serve the origin as "origin"`)
+	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
+	f.BoolVar(&o.create, "create", false, "make COW files and stores that are not there")
+	f.Var(&o.store, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
+	f.Var(&o.sync, "sync", "when a write to a snapshot is durable: at a flush, or always, before it is answered")
+	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
+	c.MarkFlagsMutuallyExclusive("socket", "listen")
+	c.MarkFlagsMutuallyExclusive("read-only", "create")
+	return c
+}
+
+// syncFlag is the value of --sync.
+type syncFlag struct{ snapshot.SyncMode }
+
+func (f *syncFlag) Set(s string) error {
+	switch s {
+	case "flush":
+		f.SyncMode = snapshot.SyncFlush
+	case "always":
+		f.SyncMode = snapshot.SyncAlways
+	default:
+		return errors.New("must be flush or always")
+	}
+	return nil
+}
+
+func (f *syncFlag) String() string {
+	if f.SyncMode == snapshot.SyncAlways {
+		return "always"
+	}
+	return "flush"
+}
+
+func (f *syncFlag) Type() string { return "flush|always" }
+
+// attachments reads the [NAME=]COW arguments.
+func (o *serveOptions) attachments(originPath string, args []string) []attachment {
+	one := attachment{create: o.create, chunkSize: o.chunkSize, store: o.store.StoreType}
+	if len(args) == 0 {
+		one.cow = originPath + ".cow"
+		one.name = exportName(one.cow)
+		one.create = !o.readOnly
+		return []attachment{one}
+	}
+	var list []attachment
+	for _, arg := range args {
+		name, path, named := strings.Cut(arg, "=")
+		if !named || strings.Contains(name, "/") {
+			name, path = exportName(arg), arg
+		}
+		one.name, one.cow = name, path
+		list = append(list, one)
+	}
+	return list
+}
+
+// exportName is what the snapshot on a path is called unless told otherwise.
+func exportName(path string) string {
+	base := filepath.Base(path)
+	if name := strings.TrimSuffix(base, filepath.Ext(base)); name != "" {
+		return name
+	}
+	return base
+}
+
+// flushEvery is how long what a client wrote and did not flush may stay in memory.
+const flushEvery = 5 * time.Second
+
+// run serves until ctx ends, or a listener fails.
+func (o *serveOptions) run(ctx context.Context, originPath string, cows []string, stdout, stderr io.Writer) (err error) {
+	if _, err := o.chunkSize.chunkSectors(); err != nil {
+		return err
+	}
+	log, endLog := newLog(stderr)
+	defer endLog()
+	s, err := newServer(originPath, o.readOnly, o.sync.SyncMode, log)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, s.close()) }()
+	for _, a := range o.attachments(originPath, cows) {
+		if err := s.attach(a); err != nil {
+			return err
+		}
+	}
+	s.setDefault()
+	if o.exportOrigin {
+		if err := s.exportOrigin(); err != nil {
+			return err
+		}
+	}
+	l, err := o.listener(originPath)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	s.uri = func(name string) string { return exportURI(l.Addr(), name) }
+	var ctl net.Listener
+	if o.control != "" {
+		if ctl, err = listenUnix(o.control); err != nil {
+			return err
+		}
+		defer ctl.Close()
+	}
+	return s.serve(ctx, l, ctl, stdout)
+}
+
+// listener listens where o says.
+func (o *serveOptions) listener(originPath string) (net.Listener, error) {
+	switch {
+	case o.listen != "":
+		return listenTCP(o.listen)
+	case o.socket != "":
+		return listenUnix(o.socket)
+	}
+	return listenUnix(originPath + ".sock")
+}
+
+// serve runs the NBD server on l, the control API on ctl unless it is nil, and the flush timer, until ctx
+// ends (nil) or one of them fails. When it returns none of them runs.
+func (s *server) serve(until context.Context, l, ctl net.Listener, stdout io.Writer) error {
+	ctx, cancel := context.WithCancelCause(until)
+	defer cancel(nil)
+	var all sync.WaitGroup
+	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
+	if ctl != nil {
+		all.Go(func() { cancel(s.serveControl(ctx, ctl)) })
+	}
+	all.Go(func() { s.flushLoop(ctx, flushEvery) })
+	for _, st := range s.status().Snapshots {
+		fmt.Fprintf(stdout, "%s  %s\n", printable(st.Name), st.URI)
+	}
+	if s.exported {
+		fmt.Fprintf(stdout, "%s  %s\n", originName, s.uri(originName))
+	}
+	all.Wait()
+	if cause := context.Cause(ctx); cause != context.Cause(until) {
+		return cause
+	}
+	return nil
+}
+
+// printable is a name as it is shown to people: quoted where it would tear the line or the terminal.
+func printable(name string) string {
+	if q := strconv.Quote(name); q != `"`+name+`"` || strings.Contains(name, " ") {
+		return q
+	}
+	return name
+}
+
+// newLog returns a function that writes lines to w without ever making its caller wait: lines are
+// dropped when w takes none. end writes those that are left.
+func newLog(w io.Writer) (log func(string), end func()) {
+	lines := make(chan string, 64)
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			select {
+			case s := <-lines:
+				fmt.Fprintf(w, "dmsnap: %s\n", s)
+			case <-quit:
+				for {
+					select {
+					case s := <-lines:
+						fmt.Fprintf(w, "dmsnap: %s\n", s)
+					default:
+						return
+					}
+				}
+			}
+		}
+	}()
+	return func(s string) {
+			select {
+			case lines <- s:
+			default:
+			}
+		}, func() {
+			close(quit)
+			select {
+			case <-done:
+			case <-time.After(time.Second): // w is stuck; what it says is not worth waiting for
+			}
+		}
+}

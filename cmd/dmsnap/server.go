@@ -1,0 +1,326 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// originName is the export of the origin.
+const originName = "origin"
+
+// A server is an origin with its snapshots, exported over NBD. Its methods may be called
+// concurrently; those that change what is served exclude each other.
+type server struct {
+	path     string // of the origin
+	file     *block.File
+	origin   *snapshot.Origin
+	readOnly bool
+	sync     snapshot.SyncMode
+	nbd      *nbd.Server
+	uri      func(name string) string // of an export; set before anything is served
+	log      func(line string)        // must not block
+
+	mu        sync.Mutex
+	snapshots []*served   // in the order they were attached
+	fallback  *served     // what a client gets that asks for the export ""
+	merging   *liveMerged // the merge under way, or the last one
+	exported  bool        // the origin is exported
+}
+
+// A served is a snapshot with its export.
+type served struct {
+	name, path string
+	dev        *switchable
+	cow        *block.File
+	snap       *snapshot.Snapshot // not of use any more once merge is set
+	merge      *liveMerged
+}
+
+// A liveMerged is a live merge, from its beginning on.
+type liveMerged struct {
+	name    string
+	merging *snapshot.Merging
+	driver  *merge.Driver
+}
+
+// attachment is what is asked of a new snapshot.
+type attachment struct {
+	name, cow string
+	create    bool
+	chunkSize sizeFlag
+	store     snapshot.StoreType
+}
+
+// A refusal is an error with the code by which the control API tells what kind it is.
+type refusal struct {
+	status int // HTTP
+	code   string
+	err    error
+}
+
+func (r *refusal) Error() string { return r.err.Error() }
+func (r *refusal) Unwrap() error { return r.err }
+
+func refuse(status int, code, format string, args ...any) error {
+	return &refusal{status, code, fmt.Errorf(format, args...)}
+}
+
+// The refusals of a server.
+func noSnapshot(name string) error {
+	return refuse(http.StatusNotFound, "no_such_snapshot", "no snapshot %q is served", name)
+}
+
+var errReadOnlyServer = refuse(http.StatusForbidden, "read_only", "the server is read-only")
+
+// newServer opens the origin.
+func newServer(path string, readOnly bool, mode snapshot.SyncMode, log func(string)) (*server, error) {
+	f, err := openOrigin(path, block.Options{ReadOnly: readOnly})
+	if err != nil {
+		return nil, err
+	}
+	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, sync: mode,
+		nbd: nbd.NewServer(nbd.Options{Log: log}), log: log}, nil
+}
+
+// exportOrigin serves the origin itself.
+func (s *server) exportOrigin() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.exported = true
+	return s.nbd.Add(nbd.Export{Name: originName, Description: "origin " + s.path, Device: s.origin,
+		ReadOnly: s.readOnly, MultiConn: true})
+}
+
+// attach opens or makes a COW device, attaches it to the origin and exports it. Clients go on
+// meanwhile; every origin write that begins after attach returned is preserved for it.
+func (s *server) attach(a attachment) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if a.name == "" || a.name == "." || a.name == ".." {
+		return refuse(http.StatusBadRequest, "bad_name", "%q can't be the name of a snapshot", a.name)
+	}
+	if s.find(a.name) != nil || a.name == originName && s.exported {
+		return refuse(http.StatusConflict, "name_taken", "the name %q is taken", a.name)
+	}
+	cow, isNew, err := s.openCOW(a)
+	if err != nil {
+		return err
+	}
+	v, err := s.attachDevice(a, cow)
+	if err != nil {
+		err = errors.Join(about(a.cow, err), cow.Close())
+		if isNew {
+			err = errors.Join(err, os.Remove(a.cow))
+		}
+		return err
+	}
+	s.snapshots = append(s.snapshots, v)
+	return nil
+}
+
+// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one.
+func (s *server) openCOW(a attachment) (cow *block.File, isNew bool, err error) {
+	if s.readOnly && (a.create || a.store == snapshot.Transient) {
+		return nil, false, errReadOnlyServer
+	}
+	if err := checkDifferent(s.path, a.cow); err != nil {
+		return nil, false, err
+	}
+	if a.create {
+		if isNew, err = s.createCOW(a); err != nil {
+			return nil, false, err
+		}
+	}
+	if cow, err = openDevice(a.cow, block.Options{ReadOnly: s.readOnly}); err != nil {
+		return nil, false, err
+	}
+	if a.store == snapshot.Transient {
+		h, err := store.ReadHeader(cow)
+		if err == nil && h.Magic == ondisk.Magic {
+			cow.Close()
+			return nil, false, fmt.Errorf("%s: %w: a snapshot of store N would overwrite it", a.cow, store.ErrExists)
+		}
+		return cow, isNew, nil
+	}
+	if err := checkStore(a.cow, cow); err != nil {
+		cow.Close()
+		return nil, false, err
+	}
+	return cow, isNew, nil
+}
+
+// createCOW makes the COW device, or the store on it, where there is none yet.
+func (s *server) createCOW(a attachment) (isNew bool, err error) {
+	_, err = os.Stat(a.cow)
+	isNew = errors.Is(err, os.ErrNotExist)
+	o := creation{chunkSize: a.chunkSize, store: storeFlag{a.store}}
+	if a.store == snapshot.Transient {
+		if !isNew {
+			return false, err
+		}
+		return true, s.createScratch(a)
+	}
+	if !isNew {
+		f, err := openDevice(a.cow, block.Options{ReadOnly: true, Lock: block.LockShared})
+		if err != nil {
+			return false, err
+		}
+		defer f.Close()
+		if exists, err := store.Exists(f); exists || err != nil {
+			return false, about(a.cow, err)
+		}
+	}
+	_, err = o.create(s.path, a.cow)
+	return isNew && err == nil, err
+}
+
+// createScratch makes a COW file that holds every chunk of the origin and nothing else.
+func (s *server) createScratch(a attachment) error {
+	sectors, err := a.chunkSize.chunkSectors()
+	if err != nil {
+		return err
+	}
+	l := ondisk.Layout{ChunkSectors: sectors}
+	f, err := block.Create(a.cow, int64(l.Chunks(s.file.Size(), true))*l.ChunkBytes())
+	if err != nil {
+		return about(a.cow, err)
+	}
+	return f.Close()
+}
+
+// attachDevice makes the snapshot on an open COW device and exports it.
+func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
+	opts := snapshot.Options{Store: a.store, Sync: s.sync,
+		// A client that trims a chunk expects its space back.
+		Features: snapshot.Features{DiscardZeroesCOW: true},
+		Notify:   func(e snapshot.Event) { s.log(a.name + ": " + e.Text) }}
+	if a.store == snapshot.Transient || a.chunkSize.set {
+		sectors, err := a.chunkSize.chunkSectors()
+		if err != nil {
+			return nil, err
+		}
+		opts.ChunkSectors = sectors
+	}
+	snap, err := s.origin.Attach(cow, opts)
+	if err != nil {
+		return nil, err
+	}
+	v := &served{name: a.name, path: a.cow, dev: &switchable{dev: snap}, cow: cow, snap: snap}
+	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: "snapshot " + a.cow, Device: v.dev,
+		ReadOnly: s.readOnly, CanTrim: true, MultiConn: true,
+		PreferredBlock: preferredBlock(snap),
+		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
+	}); err != nil {
+		return nil, errors.Join(err, snap.Close())
+	}
+	return v, nil
+}
+
+// preferredBlock is the chunk size, as far as it is sensible as the size of a request: writes of
+// whole chunks spare a read of the origin.
+func preferredBlock(snap *snapshot.Snapshot) uint32 {
+	return max(4096, min(snap.Status().ChunkSectors*ondisk.SectorSize, 64<<10))
+}
+
+// find returns the snapshot of a name, or nil. mu is held.
+func (s *server) find(name string) *served {
+	i := slices.IndexFunc(s.snapshots, func(v *served) bool { return v.name == name })
+	if i < 0 {
+		return nil
+	}
+	return s.snapshots[i]
+}
+
+// setDefault makes the first snapshot the export "". It stays so until it is dropped: the name never
+// goes over to another disk.
+func (s *server) setDefault() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.fallback = s.snapshots[0]
+	s.nbd.SetDefault(s.fallback.name)
+}
+
+// drop detaches a snapshot while clients use the server: its export ends, what was written to it is
+// made durable, its file is closed. A snapshot that is being merged is refused.
+func (s *server) drop(ctx context.Context, name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	if v == nil {
+		return noSnapshot(name)
+	}
+	if v.merge != nil && !v.merge.done() {
+		return refuse(http.StatusConflict, "merging", "snapshot %q is being merged", name)
+	}
+	if v == s.fallback {
+		s.nbd.SetDefault("")
+		s.fallback = nil
+	}
+	if err := s.nbd.Remove(ctx, name); err != nil {
+		s.log(err.Error()) // closing waits for the requests that are left
+	}
+	s.snapshots = slices.DeleteFunc(s.snapshots, func(o *served) bool { return o == v })
+	return v.close()
+}
+
+// close ends a snapshot that is not exported any more.
+func (v *served) close() error {
+	return about(v.path, errors.Join(v.snap.Close(), v.cow.Close()))
+}
+
+// flushLoop makes durable, now and then, what clients wrote to snapshots and did not flush.
+func (s *server) flushLoop(ctx context.Context, every time.Duration) {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			s.flushDirty()
+		}
+	}
+}
+
+func (s *server) flushDirty() {
+	s.mu.Lock()
+	list := slices.Clone(s.snapshots)
+	s.mu.Unlock()
+	for _, v := range list {
+		// The race considered: v may be dropped just now; its Close has made everything durable.
+		if err := v.dev.flushDirty(); err != nil && !errors.Is(err, os.ErrClosed) {
+			s.log(fmt.Sprintf("%s: flush: %v", v.name, err))
+		}
+	}
+}
+
+// close ends everything, after nbd has stopped serving.
+func (s *server) close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	if m := s.merging; m != nil {
+		m.driver.Stop()
+		errs = append(errs, m.merging.Close())
+	}
+	for _, v := range s.snapshots {
+		errs = append(errs, v.close())
+	}
+	if !s.readOnly {
+		errs = append(errs, s.origin.Flush())
+	}
+	return errors.Join(append(errs, s.file.Close())...)
+}

@@ -1,0 +1,52 @@
+package main
+
+import (
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+)
+
+func newSnapshot() *cobra.Command {
+	var control string
+	var create, asJSON bool
+	var chunkSize sizeFlag
+	var kind storeFlag
+	c := &cobra.Command{
+		Use:   "snapshot --control PATH NAME COW",
+		Short: "Attach a snapshot to an origin that is being served",
+		Long: `Attach a snapshot to the origin of a running server, while clients write to it. From the moment the
+verb ends, NAME shows the origin as it was then, and every later write to the origin is preserved in
+COW first.`,
+		Example: `  dmsnap snapshot --control /run/dmsnap.ctl monday monday.cow --create`,
+		Args:    cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			if _, err := chunkSize.chunkSectors(); err != nil {
+				return err
+			}
+			cow, err := filepath.Abs(args[1]) // the server may work in another folder
+			if err != nil {
+				return err
+			}
+			ctx, stop := untilSignal()
+			defer stop()
+			var s snapshotStatus
+			err = newController(control).call(ctx, "POST", "/v1/snapshots", snapshotRequest{
+				Name: args[0], COW: cow, Create: create, ChunkSize: chunkSize.bytes, Store: kind.String()}, &s)
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				return printJSON(c, s)
+			}
+			return printf(c, "%s  %s\n", printable(s.Name), s.URI)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&control, "control", "", "the server's control socket")
+	f.BoolVar(&create, "create", false, "make the COW file, or the store on it, when there is none")
+	f.Var(&chunkSize, "chunk-size", "size of a chunk of a store that is made (default 4KiB)")
+	f.Var(&kind, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
+	f.BoolVar(&asJSON, "json", false, "print JSON")
+	c.MarkFlagRequired("control")
+	return c
+}
