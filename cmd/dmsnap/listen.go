@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/url"
 	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
@@ -76,7 +77,11 @@ func listenTCP(address string) (net.Listener, error) {
 func exportURI(l net.Addr, name string) string {
 	path := "/" + strings.ReplaceAll(url.PathEscape(name), "%2F", "/")
 	if l.Network() == "unix" {
-		return "nbd+unix://" + path + "?socket=" + escapeQuery(l.String())
+		socket, err := filepath.Abs(l.String()) // the client may work in another folder
+		if err != nil {
+			socket = l.String()
+		}
+		return "nbd+unix://" + path + "?socket=" + escapeQuery(socket)
 	}
 	return "nbd://" + l.String() + path
 }
