@@ -142,7 +142,8 @@ func (c *conn) read() (wire.Request, *buffer, error) {
 	head, err := c.r.Peek(wire.RequestSize)
 	if err != nil {
 		if len(head) == 0 && err == io.EOF {
-			return wire.Request{}, nil, errGone
+			// Gone without a goodbye, as many clients do, but between two requests.
+			return wire.Request{Command: wire.CmdDisconnect}, nil, nil
 		}
 		return wire.Request{}, nil, fmt.Errorf("read request: %w", err)
 	}
@@ -159,9 +160,6 @@ func (c *conn) read() (wire.Request, *buffer, error) {
 	}
 	return req, nil, nil
 }
-
-// errGone: the client closed the connection without a goodbye.
-var errGone = fmt.Errorf("client went away: %w", io.EOF)
 
 // readPayload reads the data of a WRITE. What is too long or not wanted is skipped, so that the client
 // can be told; what is absurd ends the connection.
