@@ -82,7 +82,7 @@ func (m *Merging) change(pl payload, off, n int64) error {
 		done += k
 	}
 	if durable {
-		return m.Flush()
+		return m.flush()
 	}
 	return nil
 }
@@ -113,8 +113,8 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 	return pc.n, pl.part(0, pc.n).put(dev, at, pc.n)
 }
 
-// Flush makes completed writes durable on both devices (specification 7.5).
-func (m *Merging) Flush() error {
+// flush makes completed writes durable on both devices (specification 7.5).
+func (m *Merging) flush() error {
 	st := m.store.Load()
 	if errors.Is(st.Err(), store.ErrInvalid) {
 		return m.origin.dev.Flush() // it is the origin alone
@@ -122,8 +122,8 @@ func (m *Merging) Flush() error {
 	return errors.Join(st.Sync(), m.origin.dev.Flush())
 }
 
-// Extents tells where the holes of the merged content are.
-func (m *Merging) Extents(off, n int64) ([]block.Extent, error) {
+// extents tells where the holes of the merged content are.
+func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, m.origin.Size()); err != nil {
 		return nil, err
 	}
@@ -305,7 +305,7 @@ func (m *Merging) Close() error {
 	if o.merging.Load() != m {
 		return nil
 	}
-	err := m.Flush()
+	err := m.flush()
 	o.merging.Store(nil)
 	return err
 }

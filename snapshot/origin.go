@@ -25,12 +25,12 @@
 //
 //  1. Snapshot.life: held for reading by every request to the snapshot, for writing while it is
 //     suspended, handed over or closed.
-//  2. Origin.mu: held for reading by every write to the origin and every merge step, once, at their
-//     beginning; for writing while the list of snapshots changes. So a snapshot that is attached
-//     sees all later writes, whatever their size (H7). Requests to a snapshot never take it.
-//  3. The gate of one snapshot, or of the merge: owners exclude each other chunk by chunk. An origin
-//     write passes the snapshots' gates one after the other and holds one at a time; a merge step
-//     holds its own window while it passes them.
+//  2. Origin.mu: held for reading by every write to the origin, by every request to it while a merge is
+//     under way, and by every merge step, once, at their beginning; for writing while the list of
+//     snapshots changes. So a snapshot that is attached sees all later writes, whatever their size
+//     (H7). Requests to a snapshot never take it.
+//  3. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
+//     origin write passes the snapshots' gates one after the other and holds one at a time.
 //  4. Snapshot.invalidating.
 //  5. The store's locks, then the device's.
 package snapshot
@@ -72,10 +72,26 @@ func (o *Origin) BlockSize() int { return block.BlockSize(o.dev) }
 // ReadAt reads the origin, or what it will be when the merge under way has ended. It waits for nothing
 // but the devices (checklist 66).
 func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
-	if m := o.merging.Load(); m != nil {
+	if m := o.enterMerging(); m != nil {
+		defer o.mu.RUnlock()
 		return m.readAt(p, off)
 	}
 	return o.dev.ReadAt(p, off)
+}
+
+// enterMerging returns the merge that plays the origin's part, with mu held for reading so that it
+// isn't closed, and its COW device with it, while it is asked; or nil, with nothing held. Without a
+// merge reads take no lock.
+func (o *Origin) enterMerging() *Merging {
+	if o.merging.Load() == nil {
+		return nil
+	}
+	o.mu.RLock()
+	m := o.merging.Load()
+	if m == nil {
+		o.mu.RUnlock()
+	}
+	return m
 }
 
 // WriteAt writes p after every snapshot has durably kept what it shows there.
@@ -122,16 +138,18 @@ func (o *Origin) change(pl payload, off, n int64) error {
 // Flush makes completed writes durable. It goes to the origin device alone, while merging also to the
 // COW device (specification 5.7, 7.5).
 func (o *Origin) Flush() error {
-	if m := o.merging.Load(); m != nil {
-		return m.Flush()
+	if m := o.enterMerging(); m != nil {
+		defer o.mu.RUnlock()
+		return m.flush()
 	}
 	return o.dev.Flush()
 }
 
 // Extents tells where the holes of the origin are.
 func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
-	if m := o.merging.Load(); m != nil {
-		return m.Extents(off, n)
+	if m := o.enterMerging(); m != nil {
+		defer o.mu.RUnlock()
+		return m.extents(off, n)
 	}
 	return block.Extents(o.dev, off, n)
 }

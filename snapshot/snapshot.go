@@ -282,7 +282,7 @@ func (s *Snapshot) writable() error {
 	return s.usable()
 }
 
-// Status returns how the snapshot fares. It waits for nothing.
+// Status returns how the snapshot fares. Requests don't hold it up.
 func (s *Snapshot) Status() Status {
 	s.origin.mu.RLock()
 	defer s.origin.mu.RUnlock()

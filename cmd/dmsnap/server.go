@@ -115,6 +115,10 @@ func (s *server) attach(a attachment) error {
 	if s.find(a.name) != nil || a.name == originName && s.exported {
 		return refuse(http.StatusConflict, "name_taken", "the name %q is taken", a.name)
 	}
+	if s.merging != nil && !s.merging.done() {
+		// What is not merged yet is not on the origin's disk: a snapshot of it would be a mixture.
+		return refuse(http.StatusConflict, "merging", "snapshot %q is being merged: attach %q when that is complete", s.merging.name, a.name)
+	}
 	cow, isNew, err := s.openCOW(a)
 	if err != nil {
 		return err
