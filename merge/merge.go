@@ -94,10 +94,11 @@ func (l *loop) step() (done bool, err error) {
 func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 	l := newLoop(m, o)
 	for {
+		p := l.progress()
 		if o.Progress != nil {
-			o.Progress(l.progress())
+			o.Progress(p)
 		}
-		if ctx.Err() != nil {
+		if ctx.Err() != nil && p.MergedChunks < p.TotalChunks {
 			return context.Cause(ctx)
 		}
 		if done, err := l.step(); done || err != nil {
