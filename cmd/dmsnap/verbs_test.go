@@ -1,0 +1,364 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+func TestCreate(t *testing.T) {
+	p := newPair(t)
+	mustRun(t, "create", p.origin, p.cow)
+	wantContent(t, p.origin, p.content)
+	// 1 MiB and a half chunk are 257 chunks; with header, two areas of 256 slots: 260.
+	info, err := os.Stat(p.cow)
+	if err != nil || info.Size() != 260*4096 {
+		t.Errorf("COW file of %d bytes, %v, want %d", info.Size(), err, 260*4096)
+	}
+	if blocks := info.Sys().(*syscall.Stat_t).Blocks; blocks*512 > 64<<10 {
+		t.Errorf("the empty store takes %d bytes of disk", blocks*512)
+	}
+	st := mustJSON[fileStatus](t, "status", p.cow)
+	want := fileStatus{Path: p.cow, Version: 1, figures: figures{Store: "P", State: "ok", Valid: true, ChunkSectors: 8,
+		SectorsAllocated: 16, TotalSectors: 260 * 8, MetadataSectors: 16, Percent: 100 * 16.0 / (260 * 8), Dmsetup: "16/2080 16"}}
+	if st != want {
+		t.Errorf("status of a new store: %+v, want %+v", st, want)
+	}
+}
+
+// The default size holds every chunk of the origin, and one chunk less would not.
+func TestCreateNeverOverflows(t *testing.T) {
+	for _, chunk := range []string{"512", "4KiB", "64KiB"} {
+		p := newPair(t)
+		made := mustJSON[created](t, "create", p.origin, p.cow, "--chunk-size", chunk)
+		origin, cow := openFile(t, p.origin, true), openFile(t, p.cow, false)
+		snap, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := snap.WriteAt(p.content, 0); err != nil {
+			t.Errorf("chunk %s: a snapshot that was written all over: %v", chunk, err)
+		}
+		st := snap.Status()
+		if st.State != snapshot.StateOK || uint64(made.roomBytes()) != st.Exceptions*uint64(st.ChunkSectors)*512 {
+			t.Errorf("chunk %s: %s, %d exceptions; create said there is room for %d bytes", chunk, st.State, st.Exceptions, made.roomBytes())
+		}
+		snap.Close()
+	}
+}
+
+func TestRoomBytes(t *testing.T) {
+	for c := uint64(2); c < 200; c++ {
+		m := created{ChunkSectors: 1, TotalSectors: c}
+		n := uint64(m.roomBytes() / 512)
+		l := ondisk.Layout{ChunkSectors: 1}
+		if l.ChunksNeeded(n) > c || l.ChunksNeeded(n+1) <= c {
+			t.Errorf("%d chunks: room for %d exceptions, which need %d; one more needs %d", c, n, l.ChunksNeeded(n), l.ChunksNeeded(n+1))
+		}
+	}
+}
+
+func TestCreateOptions(t *testing.T) {
+	p := newPair(t)
+	made := mustJSON[created](t, "create", p.origin, p.cow, "--chunk-size", "16k", "--cow-size", "1M", "--store", "PO")
+	if want := (created{p.cow, "PO", 32, 2048}); made != want {
+		t.Errorf("made %+v, want %+v", made, want)
+	}
+	if st := mustJSON[fileStatus](t, "status", p.cow); st.ChunkSectors != 32 || st.TotalSectors != 2048 {
+		t.Errorf("status %+v", st)
+	}
+}
+
+func TestCreateOnWhatExists(t *testing.T) {
+	p := newPair(t)
+	writeFile(t, p.cow, make([]byte, 100<<10)) // a file of the user's size
+	mustRun(t, "create", p.origin, p.cow)
+	if got := len(readFile(t, p.cow)); got != 100<<10 {
+		t.Errorf("create made it %d bytes long", got)
+	}
+	empty := filepath.Join(p.dir, "empty")
+	writeFile(t, empty, nil)
+	mustRun(t, "create", p.origin, empty)
+	if got := len(readFile(t, empty)); got != 260*4096 {
+		t.Errorf("an empty file was made %d bytes long", got)
+	}
+
+	p.withStoreAt(t, filepath.Join(p.dir, "full.cow"))
+	full := filepath.Join(p.dir, "full.cow")
+	dmsnap("create", p.origin, full).wantRefused(t, full, "already holds an exception store", "--force")
+	if st := mustJSON[fileStatus](t, "status", full); st.Exceptions == 0 {
+		t.Error("the refused create emptied the store")
+	}
+	mustRun(t, "create", p.origin, full, "--force")
+	if st := mustJSON[fileStatus](t, "status", full); st.Exceptions != 0 || !st.Valid {
+		t.Errorf("after --force: %+v", st)
+	}
+	other := filepath.Join(p.dir, "letter.txt")
+	writeFile(t, other, bytes.Repeat([]byte("dear all\n"), 5000))
+	dmsnap("create", p.origin, other).wantRefused(t, other, "no exception store", "--force")
+}
+
+func (p pair) withStoreAt(t *testing.T, cow string) []byte {
+	t.Helper()
+	p.cow = cow
+	return p.withStore(t)
+}
+
+// A create that fails leaves no half-made file.
+func TestCreateLeavesNothingBehind(t *testing.T) {
+	p := newPair(t)
+	for _, args := range [][]string{
+		{"--cow-size", "8191"},
+		{"--chunk-size", "3k"},
+		{"--chunk-size", "1GiB", "--cow-size", "1GiB"},
+		{"--cow-size", "8388607T"},
+		{"--store", "N"},
+	} {
+		dmsnap(append([]string{"create", p.origin, p.cow}, args...)...).wantRefused(t)
+		if _, err := os.Stat(p.cow); !errors.Is(err, os.ErrNotExist) {
+			t.Errorf("create %q left a file behind (%v)", args, err)
+		}
+	}
+}
+
+func TestStatusOfAnInvalidStore(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	spoil(t, p.cow)
+	st := mustJSON[fileStatus](t, "status", p.cow)
+	if st.State != "invalid" || st.Valid || st.Dmsetup != "Invalid" {
+		t.Errorf("status %+v", st)
+	}
+	dmsnap("export", p.origin, p.cow, p.cow+".out").wantRefused(t, p.cow, "invalid", "full or failed")
+	before := digests(t, p.dir)
+	dmsnap("merge", p.origin, p.cow).wantRefused(t, p.cow, "invalid")
+	wantSame(t, p.dir, before)
+}
+
+// spoil marks a store invalid.
+func spoil(t *testing.T, cow string) {
+	t.Helper()
+	f := openFile(t, cow, false)
+	defer f.Close()
+	st, err := store.Open(f)
+	if err == nil {
+		err = st.Invalidate(errors.New("for the test"))
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// status reads a store that a server has open, says so, and writes nothing.
+func TestStatusOfAStoreInUse(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	before := digests(t, p.dir)
+	if mustJSON[fileStatus](t, "status", p.cow).InUse {
+		t.Error("in use, though nobody uses it")
+	}
+	f := openFile(t, p.cow, false)
+	st := mustJSON[fileStatus](t, "status", p.cow)
+	if !st.InUse || st.Exceptions != 5 {
+		t.Errorf("status of a store in use: %+v", st)
+	}
+	if text := mustRun(t, "status", p.cow); !strings.Contains(text, st.Dmsetup) || !strings.Contains(text, "in use") {
+		t.Errorf("text %q", text)
+	}
+	f.Close()
+	wantSame(t, p.dir, before)
+}
+
+func TestExport(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	out := filepath.Join(p.dir, "out.img")
+	before := digests(t, p.dir)
+	mustRun(t, "export", p.origin, p.cow, out)
+	wantContent(t, out, shown)
+	info, err := os.Stat(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if blocks := info.Sys().(*syscall.Stat_t).Blocks * 512; blocks > info.Size()-400<<10 {
+		t.Errorf("the image of %d bytes takes %d bytes of disk, though half of it is a hole", info.Size(), blocks)
+	}
+	if got := mustRun(t, "export", p.origin, p.cow, "-"); got != string(shown) {
+		t.Error("standard output has another content than the snapshot")
+	}
+	dmsnap("export", p.origin, p.cow, out).wantRefused(t, out, "exists", "--force")
+	writeFile(t, out, []byte("old"))
+	mustRun(t, "export", "--force", p.origin, p.cow, out)
+	wantContent(t, out, shown)
+
+	os.Remove(out)
+	wantSame(t, p.dir, before) // no temporary file, inputs untouched
+	for _, in := range []string{p.origin, p.cow} {
+		dmsnap("export", "--force", p.origin, p.cow, in).wantRefused(t, in, "same file")
+	}
+	dmsnap("export", "--force", p.origin, p.cow, "/dev/null").wantRefused(t, "/dev/null", "not a regular file")
+	dmsnap("export", p.origin, p.cow, filepath.Join(p.dir, "missing", "out")).wantRefused(t, "missing")
+	wantSame(t, p.dir, before)
+}
+
+// writePieces tells zeros from data whatever the alignment.
+func TestSparseWriterKeepsTheContent(t *testing.T) {
+	content := make([]byte, 50_000)
+	copy(content[5000:], "data")
+	copy(content[49_998:], "!!")
+	path := filepath.Join(t.TempDir(), "image")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	f.Truncate(int64(len(content)))
+	bar := newProgress(&bytes.Buffer{}, "test")
+	if err := copyOut(t.Context(), &sparseWriter{f: f}, onlyData{block.MemoryFrom(content)}, bar); err != nil {
+		t.Fatal(err)
+	}
+	wantContent(t, path, content)
+}
+
+// onlyData hides what a device knows of its holes.
+type onlyData struct{ block.Device }
+
+func TestMerge(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	before := digests(t, p.dir)
+	plan := mustJSON[mergeResult](t, "merge", "--dry-run", p.origin, p.cow)
+	if want := (mergeResult{true, 8, 5, 4, 5*4096 - 2048}); plan != want {
+		t.Errorf("dry run: %+v, want %+v", plan, want)
+	}
+	wantSame(t, p.dir, before)
+	did := mustJSON[mergeResult](t, "merge", p.origin, p.cow)
+	if plan.DryRun = false; did != plan {
+		t.Errorf("merged %+v, planned %+v", did, plan)
+	}
+	wantContent(t, p.origin, shown)
+	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 0 || !st.Valid || st.SectorsAllocated != st.MetadataSectors {
+		t.Errorf("store after the merge: %+v", st)
+	}
+	mustRun(t, "merge", p.origin, p.cow) // once more: nothing to do
+	wantContent(t, p.origin, shown)
+}
+
+func TestMergeAndExportRefuseAnOriginThatIsTooSmall(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	os.Truncate(p.origin, 1<<19)
+	before := digests(t, p.dir)
+	dmsnap("merge", p.origin, p.cow).wantRefused(t, "too small", "origin chunk 256")
+	dmsnap("merge", "-n", p.origin, p.cow).wantRefused(t, "too small")
+	dmsnap("export", p.origin, p.cow, p.cow+".out").wantRefused(t, "too small")
+	wantSame(t, p.dir, before)
+}
+
+func wantSame(t *testing.T, dir string, before map[string]string) {
+	t.Helper()
+	after := digests(t, dir)
+	for name, d := range before {
+		if after[name] != d {
+			t.Errorf("%s was changed: %s, now %s", name, d, after[name])
+		}
+		delete(after, name)
+	}
+	for name := range after {
+		t.Errorf("%s appeared", name)
+	}
+}
+
+func TestVersion(t *testing.T) {
+	v := mustJSON[versionInfo](t, "version")
+	if v.Go == "" || v.Platform == "" {
+		t.Errorf("version %+v", v)
+	}
+	if text := mustRun(t, "version"); !strings.HasPrefix(text, "dmsnap ") || !strings.Contains(text, v.Go) {
+		t.Errorf("version %q", text)
+	}
+}
+
+// Every verb has a summary, an example that names it, and a description of each option.
+func TestHelp(t *testing.T) {
+	root := newRoot()
+	verbs := root.Commands()
+	if len(verbs) < 9 {
+		t.Fatalf("%d verbs", len(verbs))
+	}
+	for _, c := range verbs {
+		text := mustRun(t, c.Name(), "--help")
+		if c.Short == "" || !strings.Contains(c.Example, "dmsnap "+c.Name()) || !strings.Contains(text, c.Example) {
+			t.Errorf("%s: no summary, no example, or not in its help:\n%s", c.Name(), text)
+		}
+	}
+	for _, shell := range []string{"bash", "zsh", "fish"} {
+		if text := mustRun(t, "completion", shell); !strings.Contains(text, "dmsnap") {
+			t.Errorf("completion for %s: %q", shell, text)
+		}
+	}
+}
+
+func TestMan(t *testing.T) {
+	t.Setenv("SOURCE_DATE_EPOCH", "1000000000")
+	a, b := filepath.Join(t.TempDir(), "a"), filepath.Join(t.TempDir(), "b")
+	mustRun(t, "man", a)
+	mustRun(t, "man", b)
+	wantSame(t, a, digests(t, b))
+	page := string(readFile(t, filepath.Join(a, "dmsnap-serve.1")))
+	for _, want := range []string{"Sep 2001", "export-origin", "EXAMPLE"} {
+		if !strings.Contains(page, want) {
+			t.Errorf("the page of serve has no %q", want)
+		}
+	}
+}
+
+func TestProgressIsQuietInAPipe(t *testing.T) {
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	bar := newProgress(w, "merge")
+	bar.show(1, 2)
+	bar.show(2, 2)
+	bar.end()
+	w.Close()
+	buf := make([]byte, 100)
+	if n, _ := r.Read(buf); n > 0 {
+		t.Errorf("a pipe got %q", buf[:n])
+	}
+}
+
+func TestProgressLine(t *testing.T) {
+	var out bytes.Buffer
+	now := time.Unix(1000, 0)
+	p := &progressBar{w: &out, what: "merge", width: func() int { return 100 }, now: func() time.Time { return now }}
+	p.show(64<<20, 192<<20) // what was merged before counts as done, and not as our speed
+	now = now.Add(2 * time.Second)
+	p.show(128<<20, 192<<20)
+	want := "\r\x1b[Kmerge [##########################--------------]  66.7 %  128 MiB of 192 MiB  32 MiB/s  2s left"
+	if got := out.String(); !strings.HasSuffix(got, want) {
+		t.Errorf("drew %q, want it to end in %q", got, want)
+	}
+	drawn := out.Len()
+	p.show(129<<20, 192<<20)
+	if out.Len() != drawn {
+		t.Error("it was drawn twice at the same moment")
+	}
+	p.show(192<<20, 192<<20)
+	p.end()
+	if !strings.HasSuffix(out.String(), "0s left\n") {
+		t.Errorf("it ends in %q", out.String()[drawn:])
+	}
+}
