@@ -37,6 +37,7 @@ type Merging struct {
 
 	gate     gate.Gate   // owned by writers, chunk by chunk, and by a step for its window
 	stepping sync.Mutex  // one step at a time
+	gathered []byte      // copyGathered's, for the next step
 	failed   atomic.Bool // the last step failed
 	failures atomic.Uint64
 }
@@ -188,15 +189,12 @@ func (m *Merging) Step(max uint64) (merged uint64, err error) {
 
 // mergeWindow copies the runs and drops their n exceptions. The window is owned.
 func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, n uint64) error {
-	for _, r := range runs {
-		off, size := m.originRange(st.Layout(), r)
-		if err := copyRange(m.origin.dev, off, m.cow, st.Layout().COWOffset(r.New), size); err != nil {
-			var ce *copyError
-			if errors.As(err, &ce) && ce.op == "read" {
-				return fmt.Errorf("Read error: shutting down merge: %w", err)
-			}
-			return fmt.Errorf("Write error: shutting down merge: %w", err)
+	if err := m.copyWindow(st.Layout(), runs); err != nil {
+		var ce *copyError
+		if errors.As(err, &ce) && ce.op == "read" {
+			return fmt.Errorf("Read error: shutting down merge: %w", err)
 		}
+		return fmt.Errorf("Write error: shutting down merge: %w", err)
 	}
 	if err := m.origin.dev.Flush(); err != nil {
 		return fmt.Errorf("Flush after merge failed: shutting down merge: %w", err)

@@ -1,0 +1,98 @@
+package snapshot
+
+import (
+	"cmp"
+	"slices"
+
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// gatherBytes is the most that is gathered in memory to be merged in the order of the origin, in bytes.
+const gatherBytes = 32 << 20
+
+// copyWindow copies the runs, ascending by origin chunk, from the COW device to the origin.
+//
+// Exceptions that were made one by one lie side by side in the COW device and far apart on the origin,
+// or the other way round. So as many runs as fit are gathered in memory: read in the order of the COW
+// device, what is consecutive there at once; written in the order of the origin, likewise. A run that is
+// long needs none of that.
+func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
+	for len(runs) > 0 {
+		k, bytes := 1, int64(runs[0].N)<<l.Shift()
+		for bytes < copyUnit && k < len(runs) {
+			next := int64(runs[k].N) << l.Shift()
+			if next >= copyUnit || bytes+next > gatherBytes {
+				break
+			}
+			bytes += next
+			k++
+		}
+		var err error
+		if k == 1 {
+			off, n := m.originRange(l, runs[0])
+			err = copyRange(m.origin.dev, off, m.cow, l.COWOffset(runs[0].New), n)
+		} else {
+			err = m.copyGathered(l, runs[:k], bytes)
+		}
+		if err != nil {
+			return err
+		}
+		runs = runs[k:]
+	}
+	return nil
+}
+
+// copyGathered copies runs of together so many bytes through one buffer, which has them in the order of
+// the COW device.
+func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) error {
+	if int64(cap(m.gathered)) < bytes {
+		m.gathered = make([]byte, bytes)
+	}
+	buf := m.gathered[:bytes]
+	byCOW := slices.Clone(runs)
+	slices.SortFunc(byCOW, func(a, b store.Run) int { return cmp.Compare(a.New, b.New) })
+	at := make(map[ondisk.COWChunk]int64, len(byCOW)) // where in buf a run begins
+	end := int64(0)
+	for i := 0; i < len(byCOW); {
+		start, first := end, byCOW[i].New
+		for next := first; i < len(byCOW) && byCOW[i].New == next; i++ {
+			at[next] = end
+			end += int64(byCOW[i].N) << l.Shift()
+			next += ondisk.COWChunk(byCOW[i].N)
+		}
+		if _, err := m.cow.ReadAt(buf[start:end], l.COWOffset(first)); err != nil {
+			return &copyError{"read", err}
+		}
+	}
+	return m.writeGathered(l, runs, func(r store.Run) []byte {
+		return buf[at[r.New]:][:int64(r.N)<<l.Shift()]
+	})
+}
+
+// writeGathered writes the runs' content to the origin, neighbours there in one write.
+func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(store.Run) []byte) error {
+	return withBuffer(copyUnit, func(joined []byte) error {
+		for len(runs) > 0 {
+			p, k, n := content(runs[0]), 1, runs[0].N
+			for k < len(runs) && runs[k].Old == runs[0].Old+ondisk.OriginChunk(n) {
+				q := content(runs[k])
+				if len(p)+len(q) > copyUnit {
+					break
+				}
+				if k == 1 {
+					p = append(joined[:0], p...)
+				}
+				p = append(p, q...)
+				n += runs[k].N
+				k++
+			}
+			off, size := m.originRange(l, store.Run{Old: runs[0].Old, N: n})
+			if _, err := m.origin.dev.WriteAt(p[:size], off); err != nil {
+				return &copyError{"write", err}
+			}
+			runs = runs[k:]
+		}
+		return nil
+	})
+}
