@@ -86,23 +86,16 @@ func (m *Map) Get(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
 // Insert adds e and reports true, or false, with nothing changed, when e.Old has an exception. e.New is
 // below 2^56, the most that the format can name.
 func (m *Map) Insert(e ondisk.Exception) bool {
-	if e.New >= 1<<56 {
-		panic("chunkmap: COW chunk of more than 56 bits")
-	}
 	number, at := split(e.Old)
 	h := hash(number)
 	s := m.shardOf(h)
 	s.mu.Lock()
-	p := s.dir.find(h, number)
-	if p == nil {
-		p = s.dir.add(h, number)
+	defer s.mu.Unlock()
+	if !s.dir.insert(h, number, at, e.New) {
+		return false
 	}
-	ok := p.insert(at, uint64(e.New))
-	s.mu.Unlock()
-	if ok {
-		m.n.Add(1)
-	}
-	return ok
+	m.n.Add(1)
+	return true
 }
 
 // Delete removes the exception of old and reports whether there was one.

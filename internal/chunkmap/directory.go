@@ -3,6 +3,8 @@ package chunkmap
 import (
 	"math/bits"
 	"math/rand/v2"
+
+	"github.com/dmsnap/dmsnap/ondisk"
 )
 
 // A directory finds the pages of a shard by number: a hash table with linear probing, whose slots are
@@ -48,6 +50,18 @@ func (d *directory) find(h, number uint64) *page {
 			return p
 		}
 	}
+}
+
+// insert adds chunk at of the page, or returns false when it is there.
+func (d *directory) insert(h, number uint64, at int, new ondisk.COWChunk) bool {
+	if new >= 1<<56 {
+		panic("chunkmap: COW chunk of more than 56 bits")
+	}
+	p := d.find(h, number)
+	if p == nil {
+		p = d.add(h, number)
+	}
+	return p.insert(at, uint64(new))
 }
 
 // add makes a page that isn't there.

@@ -35,24 +35,45 @@ func unpack(w uint64) run {
 }
 
 // find returns the index of the last run of a list that begins at or before chunk at, or -1.
+//
+// A long list is far from any cache, and the runs of one lie more or less evenly. So the search begins
+// where the run would be if they did, goes from there in growing steps until it has passed the run, and
+// halves what is left: mostly in one cache line.
 func (p *page) find(at int) int {
-	stride := p.stride()
-	after := uint64(at)<<firstBits | (1<<firstBits - 1) // the largest word of a run that begins at at
-	from, n := 0, len(p.words)/stride
-	// A store that is filled in order adds behind the last.
-	if n > 0 && p.words[(n-1)*stride] <= after {
-		return n - 1
+	k := p.stride()
+	n := len(p.words) / k
+	if n == 0 {
+		return -1
 	}
-	for n > 0 {
-		half := n / 2
-		if p.words[(from+half)*stride] <= after {
-			from += half + 1
-			n -= half + 1
-		} else {
-			n = half
+	after := uint64(at)<<firstBits | (1<<firstBits - 1) // the largest word of a run that begins at at
+	from, to := -1, n                                   // run from is at or before, run to behind
+	guess, step := at*n>>pageShift, 1
+	if p.words[guess*k] <= after {
+		for from = guess; from+step < n; step *= 2 {
+			if p.words[(from+step)*k] > after {
+				to = from + step
+				break
+			}
+			from += step
+		}
+	} else {
+		for to = guess; to-step >= 0; step *= 2 {
+			if p.words[(to-step)*k] <= after {
+				from = to - step
+				break
+			}
+			to -= step
 		}
 	}
-	return from - 1
+	for to-from > 1 {
+		half := int(uint(from+to) / 2)
+		if p.words[half*k] <= after {
+			from = half
+		} else {
+			to = half
+		}
+	}
+	return from
 }
 
 // setRun replaces run i of a list.
