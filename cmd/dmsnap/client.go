@@ -153,7 +153,8 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	return err
 }
 
-// tell says to the server what is to be done, and returns how the merge fares.
+// tell says to the server what is to be done, and returns how the merge fares. When none is named, the merge
+// under way is meant, or else that of the only snapshot there is.
 func (l *liveMerge) tell(ctx context.Context, ctl *controller, args []string) (m mergeStatus, err error) {
 	name := ""
 	if len(args) > 0 {
@@ -174,28 +175,20 @@ func (l *liveMerge) tell(ctx context.Context, ctl *controller, args []string) (m
 		return m, err
 	}
 	if name == "" {
-		if name, err = onlyMerge(ctx, ctl); err != nil {
+		var r serverReply
+		if err := ctl.call(ctx, "GET", "/v1/status", nil, &r); err != nil {
 			return m, err
 		}
+		switch {
+		case r.Merge != nil && (r.Merge.State != merge.Done || l.wait && len(r.Snapshots) != 1):
+			return *r.Merge, nil
+		case len(r.Snapshots) != 1:
+			return m, fmt.Errorf("NAME is needed: %d snapshots are served and none is being merged", len(r.Snapshots))
+		}
+		name = r.Snapshots[0].Name
 	}
 	err = ctl.call(ctx, "POST", "/v1/merge", map[string]string{"name": name}, &m)
 	return m, err
-}
-
-// onlyMerge returns the snapshot that is meant when none is named: the one being merged, or else the only one
-// there is.
-func onlyMerge(ctx context.Context, ctl *controller) (string, error) {
-	var r serverReply
-	if err := ctl.call(ctx, "GET", "/v1/status", nil, &r); err != nil {
-		return "", err
-	}
-	switch {
-	case r.Merge != nil && r.Merge.State != merge.Done:
-		return r.Merge.Name, nil
-	case len(r.Snapshots) == 1:
-		return r.Snapshots[0].Name, nil
-	}
-	return "", fmt.Errorf("NAME is needed: %d snapshots are served and none is being merged", len(r.Snapshots))
 }
 
 // waitForMerge waits until the merge is neither running nor paused. A signal ends the waiting and not the

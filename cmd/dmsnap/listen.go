@@ -4,12 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
 	"sync"
 	"syscall"
+
+	"github.com/dmsnap/dmsnap/nbd"
 )
 
 // umask guards the process's one file mode mask.
@@ -75,19 +76,9 @@ func listenTCP(address string) (net.Listener, error) {
 
 // exportURI is the NBD URI of an export on a listener.
 func exportURI(l net.Addr, name string) string {
-	path := "/" + strings.ReplaceAll(url.PathEscape(name), "%2F", "/")
-	if l.Network() == "unix" {
-		socket, err := filepath.Abs(l.String()) // the client may work in another folder
-		if err != nil {
-			socket = l.String()
-		}
-		return "nbd+unix://" + path + "?socket=" + escapeQuery(socket)
+	u := nbd.URI{Network: l.Network(), Address: l.String(), Export: name}
+	if path, err := filepath.Abs(u.Address); err == nil && u.Network == "unix" {
+		u.Address = path // the client may work in another folder
 	}
-	return "nbd://" + l.String() + path
-}
-
-// escapeQuery escapes what must be in a query's value, and leaves a path readable.
-func escapeQuery(s string) string {
-	s = strings.ReplaceAll(url.QueryEscape(s), "+", "%20") // a plus is a plus to some readers
-	return strings.ReplaceAll(s, "%2F", "/")
+	return u.String()
 }

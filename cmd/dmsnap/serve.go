@@ -144,22 +144,11 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	log, endLog := newLog(stderr)
 	defer endLog()
-	s, err := newServer(originPath, o.readOnly, o.sync.SyncMode, log)
+	s, err := o.open(originPath, cows, log)
 	if err != nil {
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	for _, a := range o.attachments(originPath, cows) {
-		if err := s.attach(a); err != nil {
-			return err
-		}
-	}
-	s.setDefault()
-	if o.exportOrigin {
-		if err := s.exportOrigin(); err != nil {
-			return err
-		}
-	}
 	l, err := o.listener(originPath)
 	if err != nil {
 		return err
@@ -174,6 +163,25 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		defer ctl.Close()
 	}
 	return s.serve(ctx, l, ctl, stdout)
+}
+
+// open opens the origin and attaches the snapshots. The caller closes the server.
+func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server, err error) {
+	if s, err = newServer(originPath, o.readOnly, o.sync.SyncMode, log); err != nil {
+		return nil, err
+	}
+	for _, a := range o.attachments(originPath, cows) {
+		if err := s.attach(a); err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+	}
+	s.setDefault()
+	if o.exportOrigin {
+		if err := s.exportOrigin(); err != nil {
+			return nil, errors.Join(err, s.close())
+		}
+	}
+	return s, nil
 }
 
 // listener listens where o says.

@@ -32,6 +32,7 @@ type server struct {
 	nbd      *nbd.Server
 	uri      func(name string) string // of an export; set before anything is served
 	log      func(line string)        // must not block
+	drive    func(*snapshot.Merging) *merge.Driver
 
 	mu        sync.Mutex
 	snapshots []*served   // in the order they were attached
@@ -92,7 +93,8 @@ func newServer(path string, readOnly bool, mode snapshot.SyncMode, log func(stri
 		return nil, err
 	}
 	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, sync: mode,
-		nbd: nbd.NewServer(nbd.Options{Log: log}), log: log}, nil
+		nbd: nbd.NewServer(nbd.Options{Log: log}), log: log,
+		drive: func(m *snapshot.Merging) *merge.Driver { return merge.Start(m, merge.Options{}) }}, nil
 }
 
 // exportOrigin serves the origin itself.

@@ -45,7 +45,7 @@ func (s *server) startMerge(name string) error {
 		return about(v.path, err)
 	}
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
-	v.merge = &liveMerged{name, m, merge.Start(m, merge.Options{})}
+	v.merge = &liveMerged{name, m, s.drive(m)}
 	s.merging = v.merge
 	return nil
 }

@@ -1,0 +1,235 @@
+package main
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"io"
+	"math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// A process is the program in a process of its own.
+type process struct {
+	*exec.Cmd
+	stdout *bufio.Reader
+	stderr bytes.Buffer
+}
+
+// launch starts the program.
+func launch(t *testing.T, args ...string) *process {
+	t.Helper()
+	p := &process{Cmd: exec.Command(program(t), args...)}
+	pipe, err := p.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.stdout, p.Stderr = bufio.NewReader(pipe), &p.stderr
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Process.Kill() }) // an error: it has ended, as it should
+	return p
+}
+
+// end waits for the process, at most ten seconds, and returns its exit status; -1 when a signal ended it.
+func (p *process) end(t *testing.T) int {
+	t.Helper()
+	late := time.AfterFunc(10*time.Second, func() { p.Process.Kill() })
+	io.Copy(io.Discard, p.stdout)
+	p.Wait()
+	if !late.Stop() {
+		t.Fatal("it did not end within ten seconds")
+	}
+	return p.ProcessState.ExitCode()
+}
+
+func TestServeProcess(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+		p := newPair(t)
+		p.withStore(t)
+		socket, control := filepath.Join(p.dir, "s"), filepath.Join(p.dir, "c")
+		s := launch(t, "serve", p.origin, "a="+p.cow, "--export-origin", "--socket", socket, "--control", control)
+		for _, want := range []string{"a  nbd+unix:///a?socket=" + socket + "\n", "origin  nbd+unix:///origin?socket=" + socket + "\n"} {
+			if line, err := s.stdout.ReadString('\n'); line != want {
+				t.Fatalf("it printed %q (%v), want %q; %s", line, err, want, &s.stderr)
+			}
+		}
+		if st := mustJSON[serverReply](t, "status", "--control", control); st.Snapshots[0].Exceptions != 5 {
+			t.Errorf("status %+v", st)
+		}
+		dmsnap("merge", p.origin, p.cow).wantRefused(t, p.origin, "in use")
+		dmsnap("serve", p.origin, p.cow, "--socket", socket).wantRefused(t, p.origin, "in use")
+		began := time.Now()
+		s.Process.Signal(sig)
+		if status := s.end(t); status != exitDone || s.stderr.Len() > 0 {
+			t.Errorf("%v: status %d, %s", sig, status, &s.stderr)
+		}
+		if d := time.Since(began); d > 5*time.Second {
+			t.Errorf("%v: it took %v to end", sig, d)
+		}
+		for _, path := range []string{socket, control} {
+			if _, err := os.Lstat(path); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("%s is left: %v", path, err)
+			}
+		}
+		// A server that was killed leaves its sockets; the next one takes their place.
+		for range 2 {
+			s = launch(t, "serve", p.origin, p.cow, "--socket", socket, "--control", control)
+			if _, err := s.stdout.ReadString('\n'); err != nil {
+				t.Fatalf("%v: %s", err, &s.stderr)
+			}
+			s.Process.Kill()
+			s.end(t)
+		}
+	}
+}
+
+// bigPair is a pair with 48 MiB of exceptions out of order, enough to be interrupted.
+func bigPair(t *testing.T) (p pair, shown []byte) {
+	t.Helper()
+	const size, piece = 48 << 20, 64 << 10
+	dir := t.TempDir()
+	p = pair{dir: dir, origin: filepath.Join(dir, "disk.img"), cow: filepath.Join(dir, "disk.cow")}
+	writeFile(t, p.origin, make([]byte, size))
+	mustRun(t, "create", p.origin, p.cow)
+	origin, cow := openFile(t, p.origin, true), openFile(t, p.cow, false)
+	snap, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown = make([]byte, size)
+	r := rand.New(rand.NewPCG(5, 5))
+	for _, i := range r.Perm(size / piece) {
+		b := shown[i*piece : (i+1)*piece]
+		for j := 0; j < len(b); j += 512 {
+			b[j] = byte(r.Uint32()) | 1
+		}
+		writeAt(t, snap, b, int64(i*piece))
+	}
+	for _, err := range []error{snap.Close(), cow.Close(), origin.Close()} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return p, shown
+}
+
+// A merge that is killed, whenever, goes on when it is started again.
+func TestMergeKilledAtAnyMomentGoesOn(t *testing.T) {
+	p, shown := bigPair(t)
+	killed := 0
+	for delay := 2 * time.Millisecond; ; delay += delay / 2 {
+		m := launch(t, "merge", p.origin, p.cow)
+		time.Sleep(delay) // a moment is what this test is about
+		m.Process.Kill()
+		status := m.end(t)
+		st := mustJSON[fileStatus](t, "status", p.cow)
+		if !st.Valid {
+			t.Fatalf("killed after %v: %+v", delay, st)
+		}
+		if got := mustRun(t, "export", p.origin, p.cow, "-"); got != string(shown) {
+			t.Fatalf("killed after %v, with %d exceptions left: the snapshot shows something else", delay, st.Exceptions)
+		}
+		if status == exitDone {
+			break
+		}
+		killed++
+	}
+	if killed == 0 {
+		t.Error("it was never killed in time")
+	}
+	mustRun(t, "merge", p.origin, p.cow)
+	wantContent(t, p.origin, shown)
+}
+
+// The first signal ends a merge or an export between two steps, with a status that says so.
+func TestInterruptedWork(t *testing.T) {
+	p, shown := bigPair(t)
+	out := filepath.Join(p.dir, "out.img")
+	before := digests(t, p.dir)
+	for _, c := range []struct {
+		sig    syscall.Signal
+		status int
+		word   string
+	}{{syscall.SIGINT, 130, "interrupted"}, {syscall.SIGTERM, 143, "terminated"}} {
+		// The pipe is full and nobody reads: the export is certainly under way.
+		e := launch(t, "export", p.origin, p.cow, "-")
+		if _, err := e.stdout.ReadByte(); err != nil {
+			t.Fatal(err)
+		}
+		e.Process.Signal(c.sig)
+		if status := e.end(t); status != c.status || !strings.Contains(e.stderr.String(), c.word) {
+			t.Errorf("export, %v: status %d, %s", c.sig, status, &e.stderr)
+		}
+		// A second one ends it where it stands.
+		e = launch(t, "export", p.origin, p.cow, "-")
+		e.stdout.ReadByte()
+		ended := make(chan struct{})
+		go func() { e.Process.Wait(); close(ended) }()
+		for i := 0; ; i++ {
+			e.Process.Signal(c.sig)
+			select {
+			case <-ended:
+			case <-time.After(50 * time.Millisecond):
+				if i < 100 {
+					continue
+				}
+				t.Error("two signals did not end an export that nobody reads")
+			}
+			break
+		}
+		wantSame(t, p.dir, before)
+	}
+	// Into a file: whole under its name, or nothing at all.
+	for delay := 2 * time.Millisecond; ; delay += delay / 2 {
+		e := launch(t, "export", p.origin, p.cow, out)
+		time.Sleep(delay)
+		e.Process.Signal(syscall.SIGTERM)
+		status := e.end(t)
+		if status == exitDone {
+			wantContent(t, out, shown)
+			os.Remove(out)
+			wantSame(t, p.dir, before)
+			break
+		}
+		wantSame(t, p.dir, before)
+	}
+	m := launch(t, "merge", p.origin, p.cow)
+	m.Process.Signal(syscall.SIGINT)
+	// So early a signal may come before anybody listens for it (-1), in the middle, or not at all.
+	if status := m.end(t); status != -1 && status != exitDone && (status != 130 || !strings.Contains(m.stderr.String(), "merge again to go on")) {
+		t.Errorf("merge: status %d, %s", status, &m.stderr)
+	}
+	mustRun(t, "merge", p.origin, p.cow)
+	wantContent(t, p.origin, shown)
+}
+
+// An export that is killed leaves nothing under the final name.
+func TestExportKilledLeavesNoImage(t *testing.T) {
+	p, shown := bigPair(t)
+	out := filepath.Join(p.dir, "out.img")
+	for delay := 2 * time.Millisecond; ; delay += delay / 2 {
+		e := launch(t, "export", p.origin, p.cow, out)
+		time.Sleep(delay)
+		e.Process.Kill()
+		status := e.end(t)
+		if _, err := os.Stat(out); err == nil {
+			wantContent(t, out, shown)
+			os.Remove(out)
+		} else if status == exitDone {
+			t.Fatal("done, and no image")
+		}
+		if status == exitDone {
+			return
+		}
+	}
+}
