@@ -1,0 +1,112 @@
+package nbd_test
+
+import (
+	"bytes"
+	"context"
+	"net"
+	"path/filepath"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/nbd"
+)
+
+// serve serves exports on a unix socket until the test ends, and returns the server and a function that
+// gives an export's URI.
+func serve(t testing.TB, o nbd.Options, exports ...nbd.Export) (*nbd.Server, func(name string) string) {
+	t.Helper()
+	s := nbd.NewServer(o)
+	for _, e := range exports {
+		if err := s.Add(e); err != nil {
+			t.Fatal(err)
+		}
+	}
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	ended := make(chan error, 1)
+	go func() { ended <- s.Serve(ctx, l) }()
+	t.Cleanup(func() {
+		cancel()
+		select {
+		case <-ended:
+		case <-time.After(20 * time.Second):
+			t.Error("Serve does not end")
+		}
+	})
+	return s, func(name string) string {
+		return nbd.URI{Network: "unix", Address: socket, Export: name}.String()
+	}
+}
+
+func dial(t testing.TB, uri string, contexts ...string) *nbd.Client {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Second)
+	defer cancel()
+	c, err := nbd.Dial(ctx, uri, contexts...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// A device behind server and client is still a device: the whole way there and back passes the suite.
+func TestConformanceThroughTheProtocol(t *testing.T) {
+	blocktest.Run(t, func(t *testing.T) block.Device {
+		_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: block.MemoryFrom(blocktest.Pattern(1<<20, 1)), CanTrim: true})
+		return dial(t, uri("x"))
+	})
+	t.Run("read-only", func(t *testing.T) {
+		blocktest.RunReadOnly(t, func(t *testing.T) block.Device {
+			_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: block.NewMemory(1 << 20), ReadOnly: true, CanTrim: true})
+			return dial(t, uri("x"))
+		})
+	})
+}
+
+func TestClientLargeTransfers(t *testing.T) {
+	const size = 100 << 20
+	mem := block.NewMemory(size)
+	_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: mem})
+	c := dial(t, uri("x"))
+	p := blocktest.Pattern(size-1000, 3)
+	clear(p[1<<20 : 50<<20])
+	if n, err := c.WriteAt(p, 500); n != len(p) || err != nil {
+		t.Fatal(n, err)
+	}
+	q := bytes.Repeat([]byte{1}, len(p))
+	if n, err := c.ReadAt(q, 500); n != len(p) || err != nil || !bytes.Equal(p, q) {
+		t.Fatal(n, err, bytes.Equal(p, q))
+	}
+}
+
+func TestClientConcurrent(t *testing.T) {
+	_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: block.NewMemory(64 << 20)})
+	c := dial(t, uri("x"))
+	var all sync.WaitGroup
+	for i := range 64 {
+		all.Go(func() {
+			p, q := blocktest.Pattern(16<<10, uint64(i)), make([]byte, 16<<10)
+			for k := range int64(16) {
+				off := int64(i)<<20 + k*(16<<10)
+				if _, err := c.WriteAt(p, off); err != nil {
+					t.Error(err)
+				}
+				if _, err := c.ReadAt(q, off); err != nil || !bytes.Equal(p, q) {
+					t.Errorf("worker %d: %v", i, err)
+				}
+			}
+			if err := c.Flush(); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+}
