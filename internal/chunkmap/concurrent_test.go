@@ -15,7 +15,7 @@ import (
 func TestConcurrent(t *testing.T) {
 	const (
 		writers = 3
-		chunks  = 30000
+		chunks  = 10000
 	)
 	// Stretches of seven consecutive homes, and those of the writers by turns.
 	home := func(old ondisk.OriginChunk) ondisk.COWChunk {

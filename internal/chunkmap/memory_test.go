@@ -13,14 +13,14 @@ func TestMemory(t *testing.T) {
 	if unsafe.Sizeof(shard{}) != 64 || unsafe.Sizeof(page{}) != 32 {
 		t.Errorf("a shard has %d bytes, a slot of a directory %d", unsafe.Sizeof(shard{}), unsafe.Sizeof(page{}))
 	}
-	const n = million
+	const n = million / 8
 	for _, c := range []struct {
 		name  string
 		limit float64
 		old   func(i uint64) uint64
 		new   func(i uint64) uint64
 	}{
-		{"in order", 0.12, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/256 }},
+		{"in order", 0.15, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/256 }},
 		{"in order, chunks of one sector", 0.5, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/32 }},
 		{"in order from the last", 4.5, func(i uint64) uint64 { return n - i }, func(i uint64) uint64 { return i + 2 }},
 		{"every chunk, scattered", 4.5, func(i uint64) uint64 { return permute(i, n) }, func(i uint64) uint64 { return i }},
