@@ -190,6 +190,15 @@ func TestNothingIsLostAtTheEnd(t *testing.T) {
 	wantContent(t, p.origin, p.content)
 }
 
+func TestSyncAlways(t *testing.T) {
+	p := newPair(t)
+	r := start(t, p, serveOptions{create: true, sync: syncFlag{snapshot.SyncAlways}}, p.cow)
+	writeAt(t, r.dev("disk"), []byte("one"), 0)
+	if n := mustJSON[fileStatus](t, "status", p.cow).Exceptions; n != 1 {
+		t.Errorf("%d exceptions on disk when the write returned, want 1", n)
+	}
+}
+
 // A live merge beside clients of the snapshot's export, of the origin, and another snapshot.
 func TestLiveMerge(t *testing.T) {
 	p := newPair(t)
@@ -445,6 +454,7 @@ func TestControlAPI(t *testing.T) {
 		{"POST", "/v1/snapshots", `{"name":"disk","cow":"x"}`, 409, "name_taken"},
 		{"POST", "/v1/snapshots", `{"name":"","cow":"x"}`, 400, "bad_name"},
 		{"POST", "/v1/snapshots", `{"name":"..","cow":"x"}`, 400, "bad_name"},
+		{"POST", "/v1/snapshots", `{"name":"/","cow":"x"}`, 400, "bad_name"},
 		{"POST", "/v1/snapshots", `{"name":"new"}`, 400, "bad_request"},
 		{"POST", "/v1/snapshots", `{"name":"new","cow":"x","chunk_size":7}`, 400, "bad_request"},
 		{"POST", "/v1/snapshots", `{"name":"new","cow":"x","store":"Q"}`, 400, "bad_request"},

@@ -111,7 +111,7 @@ func (s *server) exportOrigin() error {
 func (s *server) attach(a attachment) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if a.name == "" || a.name == "." || a.name == ".." {
+	if slices.Contains([]string{"", ".", "..", "/"}, a.name) { // they have no address in the control API
 		return refuse(http.StatusBadRequest, "bad_name", "%q can't be the name of a snapshot", a.name)
 	}
 	if s.find(a.name) != nil || a.name == originName && s.exported {
