@@ -106,13 +106,22 @@ func (d *demo) show() error {
 	}
 
 	title("Live merge: the snapshot goes back into the origin, both still served")
+	if err := d.dmsnap("merge", "--control", "control.sock", "snap"); err != nil {
+		return err
+	}
+	rest := differing(disk, tomorrow)
+	rest = rest[len(rest)*3/4:]
+	if err := d.write(server.uris["snap"], tomorrow, rest); err != nil {
+		return fmt.Errorf("write while merging: %w", err)
+	}
+	fmt.Printf("   wrote the last %d blocks to the snapshot's export meanwhile\n", len(rest))
 	if err := d.dmsnap("merge", "--control", "control.sock", "snap", "--wait"); err != nil {
 		return err
 	}
 	if err := d.checkExport(server.uris["origin"], tomorrow); err != nil {
 		return fmt.Errorf("merged origin over NBD: %w", err)
 	}
-	d.note("after the live merge the origin, over NBD, is the snapshot: sha256 %s", short(tomorrow))
+	d.note("the live merge, with writes coming in, made the origin the snapshot: sha256 %s", short(tomorrow))
 	if err := server.stop(); err != nil {
 		return err
 	}
@@ -136,26 +145,32 @@ func (d *demo) show() error {
 // writeBoth makes the snapshot tomorrow's disk and the origin the other one, through NBD, and looks that
 // neither saw the other's writes.
 func (d *demo) writeBoth(server *server, disk, tomorrow, other []byte) error {
-	n, err := d.writeDifference(server.uris["snap"], disk, tomorrow)
-	if err != nil {
+	blocks := differing(disk, tomorrow)
+	blocks = blocks[:len(blocks)*3/4] // the others follow while it is merged
+	if err := d.write(server.uris["snap"], tomorrow, blocks); err != nil {
 		return fmt.Errorf("write to the snapshot: %w", err)
 	}
-	fmt.Printf("   wrote %d blocks of 4 KiB to the snapshot\n", n)
+	fmt.Printf("   wrote %d blocks of 4 KiB to the snapshot\n", len(blocks))
 	if err := d.checkExport(server.uris["origin"], disk); err != nil {
 		return fmt.Errorf("origin after writes to the snapshot: %w", err)
 	}
-	d.note("%d blocks written to the snapshot left the origin as it was: sha256 %s", n, short(disk))
-	if n, err = d.writeDifference(server.uris["origin"], disk, other); err != nil {
+	d.note("%d blocks written to the snapshot left the origin as it was: sha256 %s", len(blocks), short(disk))
+	view := bytes.Clone(disk)
+	for _, off := range blocks {
+		copy(view[off:off+blockSize], tomorrow[off:])
+	}
+	blocks = differing(disk, other)
+	if err := d.write(server.uris["origin"], other, blocks); err != nil {
 		return fmt.Errorf("write to the origin: %w", err)
 	}
-	fmt.Printf("   wrote %d blocks of 4 KiB to the origin\n", n)
+	fmt.Printf("   wrote %d blocks of 4 KiB to the origin\n", len(blocks))
 	if err := d.checkExport(server.uris["origin"], other); err != nil {
 		return fmt.Errorf("origin: %w", err)
 	}
-	if err := d.checkExport(server.uris["snap"], tomorrow); err != nil {
+	if err := d.checkExport(server.uris["snap"], view); err != nil {
 		return fmt.Errorf("snapshot after writes to the origin: %w", err)
 	}
-	d.note("%d blocks written to the origin left the snapshot as it was: sha256 %s", n, short(tomorrow))
+	d.note("%d blocks written to the origin left the snapshot as it was: sha256 %s", len(blocks), short(view))
 	return nil
 }
 
@@ -292,22 +307,30 @@ func (s *server) stop() error {
 	return nil
 }
 
-// writeDifference makes the export at uri, which is from, into to: only blocks that differ are written.
-func (d *demo) writeDifference(uri string, from, to []byte) (blocks int, err error) {
-	c, err := nbd.Dial(context.Background(), uri)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { err = errors.Join(err, c.Close()) }()
-	for off := 0; off < len(from); off += blockSize {
-		if b := to[off : off+blockSize]; !bytes.Equal(from[off:off+blockSize], b) {
-			if _, err := c.WriteAt(b, int64(off)); err != nil {
-				return blocks, err
-			}
-			blocks++
+// differing lists the offsets of the blocks in which two images differ.
+func differing(a, b []byte) []int {
+	var offs []int
+	for off := 0; off < len(a); off += blockSize {
+		if !bytes.Equal(a[off:off+blockSize], b[off:off+blockSize]) {
+			offs = append(offs, off)
 		}
 	}
-	return blocks, c.Flush()
+	return offs
+}
+
+// write makes the blocks at these offsets of the export at uri those of image, and flushes.
+func (d *demo) write(uri string, image []byte, offs []int) (err error) {
+	c, err := nbd.Dial(context.Background(), uri)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, c.Close()) }()
+	for _, off := range offs {
+		if _, err := c.WriteAt(image[off:off+blockSize], int64(off)); err != nil {
+			return err
+		}
+	}
+	return c.Flush()
 }
 
 // checkExport reads the whole export and wants it to be image.
