@@ -7,12 +7,15 @@
 // reading any other (checklist 47). They are only ever waited for, by [Gate.Drain], before the origin
 // changes beneath them (specification 5.6).
 //
-// Few holders are there at a time, as many as there are requests under way, so they are kept in plain
-// lists under one lock; only a merge owns many spans at once, and those are searched by halving.
+// There are as many holders at a time as there are requests under way, mostly below a hundred, so they
+// are two plain lists, one of owners and one of readers, each under a mutex. Whoever comes looks once
+// through the list, counts those it has to wait for, and leaves itself with each; the last of them that
+// goes wakes it. So what a release costs depends on who waits for it, not on how many there are. Those
+// that wait are in the list of owners too, and a later one that overlaps waits behind them: the waits
+// point back in time, which rules out a deadlock, and an owner of much doesn't starve.
 package gate
 
 import (
-	"sort"
 	"sync"
 	"sync/atomic"
 )
@@ -21,187 +24,97 @@ import (
 type Span struct{ First, Last uint64 }
 
 func (a Span) overlaps(b Span) bool { return a.First <= b.Last && b.First <= a.Last }
+func (a Span) covers(b Span) bool   { return a.First <= b.First && b.Last <= a.Last }
 
-// A Gate is ready in its zero value. Its methods may be called concurrently.
+// A Gate is ready in its zero value. Its methods may be called concurrently. It keeps memory for as many
+// holders as it had at once.
 type Gate struct {
-	mu      sync.Mutex
-	owners  []*Owned // holding
-	waiting []*Owned // in the order in which they came
+	owning sync.Mutex
+	owners holders // and those that wait to be
 
-	readers  []reader // slots; free ones have a zero serial
-	free     []int
-	serial   uint64
-	left     *sync.Cond   // a reader that somebody may wait for has left; made at need
-	draining int          // callers that wait in Drain
-	entered  atomic.Int64 // readers inside
+	reading sync.Mutex
+	readers holders
+	entered atomic.Int64 // len of readers, for Drain to look at without the lock
 }
 
-// reader is one slot of Gate.readers.
-type reader struct {
-	span   Span
-	serial uint64 // unique per Enter; 0: the slot is free
-}
-
-// Owned is what Own returned: chunks owned until Release.
-type Owned struct {
-	gate  *Gate
-	spans []Span // ascending, disjoint
-	one   [1]Span
-	ready chan struct{} // closed when a waiting owner gets its turn; nil if it never waited
-}
-
-var pool = sync.Pool{New: func() any { return new(Owned) }}
+// An Owned is what Own returned: chunks owned until Release.
+type Owned struct{ ticket }
 
 // Own waits until nobody else owns a chunk of the spans, and then owns all of them at once: so callers
-// that own several spans can't deadlock with each other. Spans are ascending and disjoint.
+// that own several spans can't deadlock with each other. Spans are ascending and disjoint. Whoever owns a
+// chunk must not ask for it again.
 //
 // First come, first served among those that overlap: a merge that wants a whole window gets it however
 // many small owners follow.
-func (g *Gate) Own(spans ...Span) *Owned {
-	o := pool.Get().(*Owned)
-	o.gate, o.ready = g, nil
-	if len(spans) == 1 {
-		o.one[0] = spans[0]
-		o.spans = o.one[:]
-	} else {
-		o.spans = append([]Span(nil), spans...)
+func (g *Gate) Own(spans ...Span) Owned {
+	hull := hullOf(spans)
+	g.owning.Lock()
+	h := g.owners.take(g, spans)
+	g.owners.queue(h, hull)
+	g.owners.add(h, hull)
+	o := Owned{ticket{h, h.serial}}
+	wait := h.waits > 0
+	g.owning.Unlock()
+	if wait {
+		<-h.ready
 	}
-	g.mu.Lock()
-	if !overlapsAny(o, g.owners) && !overlapsAny(o, g.waiting) {
-		g.owners = append(g.owners, o)
-		g.mu.Unlock()
-		return o
-	}
-	o.ready = make(chan struct{})
-	ready := o.ready
-	g.waiting = append(g.waiting, o)
-	g.mu.Unlock()
-	<-ready
 	return o
 }
 
 // Release gives the chunks up. Releasing twice panics.
-func (o *Owned) Release() {
-	g := o.gate
-	if g == nil {
-		panic("gate: released twice")
-	}
-	g.mu.Lock()
-	for i, x := range g.owners {
-		if x == o {
-			last := len(g.owners) - 1
-			g.owners[i], g.owners[last] = g.owners[last], nil
-			g.owners = g.owners[:last]
-			break
-		}
-	}
-	g.admit()
-	g.mu.Unlock()
-	o.gate, o.spans = nil, nil
-	pool.Put(o)
+func (o Owned) Release() {
+	g := o.gate("released")
+	g.owning.Lock()
+	defer g.owning.Unlock()
+	g.owners.drop(o.ticket, "released")
 }
 
-// admit lets those waiting in who overlap neither an owner nor anybody who came before them. g.mu is
-// held.
-func (g *Gate) admit() {
-	still := g.waiting[:0]
-	for _, w := range g.waiting {
-		if overlapsAny(w, g.owners) || overlapsAny(w, still) {
-			still = append(still, w)
-			continue
-		}
-		g.owners = append(g.owners, w)
-		close(w.ready)
-	}
-	clear(g.waiting[len(still):])
-	g.waiting = still
-}
-
-func overlapsAny(o *Owned, others []*Owned) bool {
-	for _, x := range others {
-		if overlap(o.spans, x.spans) {
-			return true
-		}
-	}
-	return false
-}
-
-// overlap reports whether two ascending lists of disjoint spans share a chunk: each span of the shorter
-// is searched for in the longer.
-func overlap(a, b []Span) bool {
-	if len(a) > len(b) {
-		a, b = b, a
-	}
-	for _, s := range a {
-		i := 0
-		if len(b) > 1 {
-			i = sort.Search(len(b), func(i int) bool { return b[i].Last >= s.First })
-		}
-		if i < len(b) && s.overlaps(b[i]) {
-			return true
-		}
-	}
-	return false
-}
-
-// A Reader is what Enter returned.
-type Reader struct {
-	gate *Gate
-	slot int
-}
+// A Reader is what Enter returned: somebody who may be reading until Leave.
+type Reader struct{ ticket }
 
 // Enter registers a reader of the span. It never waits for anybody.
 //
-// A caller looks after Enter whether it still has to read from the origin: whoever made the exception
-// before that either drains after it, and finds this reader, or made it visible before.
+// A caller looks after Enter whether it still has to read from the origin. Whoever made an exception
+// drains after that, so it either finds this reader, or had made the exception visible before Enter.
 func (g *Gate) Enter(s Span) Reader {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.serial++
-	slot := len(g.readers)
-	if k := len(g.free) - 1; k >= 0 {
-		slot = g.free[k]
-		g.free = g.free[:k]
-		g.readers[slot] = reader{s, g.serial}
-	} else {
-		g.readers = append(g.readers, reader{s, g.serial})
-	}
-	g.entered.Add(1)
-	return Reader{g, slot}
+	g.reading.Lock()
+	h := g.readers.take(g, nil)
+	g.readers.add(h, s)
+	r := Reader{ticket{h, h.serial}}
+	g.entered.Store(int64(len(g.readers.list)))
+	g.reading.Unlock()
+	return r
 }
 
-// Leave ends the reader. It is called once.
+// Leave ends the reader. Leaving twice panics.
 func (r Reader) Leave() {
-	g := r.gate
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	g.readers[r.slot] = reader{}
-	g.free = append(g.free, r.slot)
-	g.entered.Add(-1)
-	if g.draining > 0 {
-		g.left.Broadcast()
-	}
+	g := r.gate("left")
+	g.reading.Lock()
+	defer g.reading.Unlock()
+	g.readers.drop(r.ticket, "left")
+	g.entered.Store(int64(len(g.readers.list)))
 }
 
 // Drain waits until no reader is left that had entered before the call and whose span overlaps s.
 // Readers that enter later aren't waited for, so it ends.
 func (g *Gate) Drain(s Span) {
+	// Without the lock: a reader that this misses entered after the exception was made, and finds it.
 	if g.entered.Load() == 0 {
 		return
 	}
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.left == nil {
-		g.left = sync.NewCond(&g.mu)
-	}
-	upTo := g.serial
-	g.draining++
-	defer func() { g.draining-- }()
-	for i := 0; i < len(g.readers); {
-		if r := g.readers[i]; r.serial != 0 && r.serial <= upTo && r.span.overlaps(s) {
-			g.left.Wait() // for any to leave; then look at the same slot again
-			continue
+	g.reading.Lock()
+	h := g.readers.take(g, nil) // it waits, but isn't in the list
+	for _, x := range g.readers.list {
+		if x.hull.overlaps(s) {
+			h.waitFor(x.holder)
 		}
-		i++
 	}
+	wait := h.waits > 0
+	g.reading.Unlock()
+	if wait {
+		<-h.ready
+	}
+	g.reading.Lock()
+	g.readers.giveBack(h)
+	g.reading.Unlock()
 }
