@@ -298,6 +298,34 @@ func TestFewPages(t *testing.T) {
 	}
 }
 
+// TestTableLimit turns lists into tables that hold the largest home of a narrow one, and one more.
+func TestTableLimit(t *testing.T) {
+	for _, last := range []ondisk.COWChunk{math.MaxUint32 - 1, math.MaxUint32} {
+		p := newPair(t)
+		p.insert(1, last)
+		for i := range ondisk.OriginChunk(pageChunks / 2) {
+			p.insert(2*i+2, ondisk.COWChunk(i)*3)
+		}
+		table := p.page(0).form() >= narrowTable
+		if table != (last < math.MaxUint32) {
+			t.Errorf("with a home of %d: table is %v", last, table)
+		}
+		for i := range ondisk.OriginChunk(pageChunks/2 - 1) {
+			p.insert(2*i+3, ondisk.COWChunk(i)*3)
+		}
+		if p.page(0).form() < narrowTable {
+			t.Errorf("with a home of %d: a full page is a list", last)
+		}
+		p.check(rand.New(rand.NewPCG(0, 0)))
+	}
+}
+
+// page returns the page of a number.
+func (p *pair) page(number uint64) *page {
+	h := hash(number)
+	return p.shardOf(h).dir.find(h, number)
+}
+
 // FuzzMap replays four bytes an operation: what, page, chunk, home.
 func FuzzMap(f *testing.F) {
 	f.Add([]byte("i0a0i0b1i0c2d0b1"))
