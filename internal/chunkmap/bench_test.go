@@ -151,6 +151,7 @@ func BenchmarkGetBesideInserts(b *testing.B) {
 			m.Insert(e)
 		}
 	}()
+	b.ResetTimer()
 	b.RunParallel(func(pb *testing.PB) {
 		i := rand.IntN(len(es))
 		for pb.Next() {
