@@ -3,9 +3,11 @@ package nbd
 import (
 	"bufio"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -14,8 +16,10 @@ import (
 )
 
 const (
-	maxInFlight = 64       // requests of one connection under way
-	maxHeld     = 64 << 20 // bytes of payloads of one connection under way, replies included
+	maxInFlight = 64                  // requests of one connection under way
+	maxSkip     = 2 * wire.MaxPayload // bytes of a refused write that are skipped; more, and we hang up
+	progress    = 1 << 20             // bytes that a peer has StallTimeout for, either way
+	lastCall    = 100 * time.Millisecond
 )
 
 // conn is a connection in its transmission.
@@ -31,27 +35,27 @@ type conn struct {
 	structured bool
 	contexts   []metaContext
 
-	turn    sync.Mutex // guards r, ended and err: whoever holds it reads
-	r       *bufio.Reader
-	ended   bool  // nobody reads any more
-	err     error // why, nil in good order
-	workers atomic.Int32
-	idle    atomic.Int32 // workers that wait for their turn
-	all     sync.WaitGroup
+	turn     sync.Mutex // guards r, deadline, ended and err: whoever holds it reads
+	r        *bufio.Reader
+	deadline bool  // a deadline is set for reading
+	ended    bool  // nobody reads any more
+	err      error // why, nil in good order
+	workers  atomic.Int32
+	idle     atomic.Int32 // workers that wait for their turn
+	all      sync.WaitGroup
+	underWay atomic.Int32 // tasks that were read and not answered yet
 
-	out replies
+	held held
+	out  replies
 
-	stopping atomic.Bool // no further request is taken
-
-	mu   sync.Mutex
-	room sync.Cond // of mu; held went down, or stopping was set
-	held int64     // bytes of payloads under way
+	stopping atomic.Bool   // requests are refused
+	stopped  chan struct{} // closed when stopping is set
 }
 
 func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
-	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r}
-	c.room.L = &c.mu
-	c.out = replies{nc: nc, timeout: s.opts.WriteTimeout}
+	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{})}
+	c.held.init(&s.payloads, c.stopped)
+	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
 	return c
 }
 
@@ -80,19 +84,15 @@ func (c *conn) serve(ctx context.Context) error {
 	c.all.Wait()
 	close(done)
 	watcher.Wait()
-	c.turn.Lock()
-	defer c.turn.Unlock()
 	return c.err
 }
 
-// stop ends the reading, at once where it waits for the client. The mark goes before the deadline: a
-// reader that sets a deadline of its own looks for the mark afterwards.
+// stop makes the connection refuse requests from now on, and end soon: when what is under way has been
+// answered, and the client has asked nothing more for a moment.
 func (c *conn) stop() {
-	c.mu.Lock()
 	c.stopping.Store(true)
-	c.room.Broadcast()
-	c.mu.Unlock()
-	c.nc.SetReadDeadline(time.Now())
+	close(c.stopped)
+	c.nc.SetReadDeadline(time.Now().Add(lastCall))
 }
 
 func (c *conn) startWorker() {
@@ -108,14 +108,14 @@ func (c *conn) work() bool {
 	c.idle.Add(1)
 	c.turn.Lock()
 	c.idle.Add(-1)
-	if c.ended || c.stopping.Load() {
+	if c.ended {
 		c.turn.Unlock()
 		return false
 	}
-	req, payload, err := c.read()
-	if err != nil || req.Command == wire.CmdDisconnect {
+	t, err := c.read()
+	if t == nil {
 		c.ended = true
-		if err != nil && !c.stopping.Load() {
+		if !c.stopping.Load() {
 			c.err = err
 		}
 		c.turn.Unlock()
@@ -126,74 +126,106 @@ func (c *conn) work() bool {
 		c.startWorker()
 	}
 	c.turn.Unlock()
-	c.carryOut(req, payload)
+	t.carryOut()
 	return true
 }
 
-// read takes one request off the stream, with the payload of a WRITE. An error ends the connection: the
-// stream has ended or is out of step.
-func (c *conn) read() (wire.Request, *buffer, error) {
-	if t := c.server.opts.IdleTimeout; t > 0 {
-		c.nc.SetReadDeadline(time.Now().Add(t))
-		if c.stopping.Load() { // stop's deadline may have come before ours
-			return wire.Request{}, nil, net.ErrClosed
+// read takes one request off the stream, with the payload of a WRITE. No task means that the connection
+// ends: in good order, or because the stream has ended or is out of step.
+func (c *conn) read() (*task, error) {
+	r, err := c.readHead()
+	if err != nil || r.Command == wire.CmdDisconnect {
+		return nil, err
+	}
+	t := newTask(c, r)
+	if t.errno == 0 && (r.Command == wire.CmdRead || r.Command == wire.CmdWrite) {
+		t.hold()
+	}
+	if r.Command == wire.CmdWrite {
+		if t.errno == 0 {
+			err = c.readFull(t.payload.b)
+		} else {
+			err = c.skip(r.Length)
 		}
 	}
+	if err != nil {
+		t.end()
+		return nil, fmt.Errorf("read %d bytes to write: %w", r.Length, err)
+	}
+	return t, nil
+}
+
+// readHead reads the header of a request. A client that has gone without a goodbye, but between two
+// requests, has as good as said it.
+func (c *conn) readHead() (wire.Request, error) {
+	c.await(c.server.opts.IdleTimeout)
 	head, err := c.r.Peek(wire.RequestSize)
+	for len(head) == 0 && errors.Is(err, os.ErrDeadlineExceeded) && c.underWay.Load() > 0 {
+		// Who waits for an answer is not idle, and must not be hung up on before it.
+		c.await(max(c.server.opts.IdleTimeout, lastCall))
+		head, err = c.r.Peek(wire.RequestSize)
+	}
 	if err != nil {
 		if len(head) == 0 && err == io.EOF {
-			// Gone without a goodbye, as many clients do, but between two requests.
-			return wire.Request{Command: wire.CmdDisconnect}, nil, nil
+			return wire.Request{Command: wire.CmdDisconnect}, nil
 		}
-		return wire.Request{}, nil, fmt.Errorf("read request: %w", err)
+		return wire.Request{}, fmt.Errorf("read request: %w", err)
 	}
-	req := wire.DecodeRequest(head)
+	r := wire.DecodeRequest(head)
 	c.r.Discard(wire.RequestSize)
-	if req.Magic != wire.MagicRequest {
-		return req, nil, fmt.Errorf("request magic is 0x%08x", req.Magic)
+	if r.Magic != wire.MagicRequest {
+		return r, fmt.Errorf("request magic is 0x%08x", r.Magic)
 	}
-	switch req.Command {
-	case wire.CmdWrite:
-		return c.readPayload(req)
-	case wire.CmdRead:
-		c.hold(min(int64(req.Length), wire.MaxPayload))
-	}
-	return req, nil, nil
+	return r, nil
 }
 
-// readPayload reads the data of a WRITE. What is too long or not wanted is skipped, so that the client
-// can be told; what is absurd ends the connection.
-func (c *conn) readPayload(req wire.Request) (wire.Request, *buffer, error) {
-	if req.Length > wire.MaxPayload {
-		if req.Length > 2*wire.MaxPayload {
-			return req, nil, fmt.Errorf("write of %d bytes: more than %d", req.Length, wire.MaxPayload)
+// await sets the deadline of the next reading, none for 0.
+//
+// The race considered: stop marks first and sets its deadline then, so whoever sets another one looks for
+// the mark afterwards.
+func (c *conn) await(d time.Duration) {
+	if d == 0 && !c.deadline {
+		return
+	}
+	if c.deadline = d > 0; c.deadline {
+		c.nc.SetReadDeadline(time.Now().Add(d))
+	} else {
+		c.nc.SetReadDeadline(time.Time{})
+	}
+	if c.stopping.Load() {
+		c.nc.SetReadDeadline(time.Now().Add(lastCall))
+	}
+}
+
+// readFull fills p. A client that stops in the middle is given up.
+func (c *conn) readFull(p []byte) error {
+	for len(p) > 0 {
+		part := p[:min(len(p), progress)]
+		if c.r.Buffered() < len(part) {
+			c.await(c.server.opts.StallTimeout)
 		}
-		_, err := io.CopyN(io.Discard, c.r, int64(req.Length))
-		return req, nil, err
+		if _, err := io.ReadFull(c.r, part); err != nil {
+			return err
+		}
+		p = p[len(part):]
 	}
-	c.hold(int64(req.Length))
-	p := getBuffer(req.Length)
-	if _, err := io.ReadFull(c.r, p.b); err != nil {
-		p.free()
-		c.letGo(int64(req.Length))
-		return req, nil, fmt.Errorf("read %d bytes to write: %w", req.Length, err)
-	}
-	return req, p, nil
+	return nil
 }
 
-// hold waits until n more bytes may be under way. One request always may.
-func (c *conn) hold(n int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.held > 0 && c.held+n > maxHeld && !c.stopping.Load() {
-		c.room.Wait()
+// skip drops the payload of a refused write, so that the client can be told.
+func (c *conn) skip(n uint32) error {
+	if n > maxSkip {
+		return fmt.Errorf("more than %d", wire.MaxPayload)
 	}
-	c.held += n
-}
-
-func (c *conn) letGo(n int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.held -= n
-	c.room.Broadcast()
+	for n > 0 {
+		part := min(n, progress)
+		if c.r.Buffered() < int(part) {
+			c.await(c.server.opts.StallTimeout)
+		}
+		if _, err := c.r.Discard(int(part)); err != nil {
+			return err
+		}
+		n -= part
+	}
+	return nil
 }

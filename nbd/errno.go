@@ -21,6 +21,9 @@ func errnoOf(err error) wire.Errno {
 	case errors.Is(err, block.ErrNotFast):
 		return wire.ENOTSUP
 	case errors.As(err, &outside):
+		if outside.Op == "write" || outside.Op == "zero" {
+			return wire.ENOSPC
+		}
 		return wire.EINVAL
 	case errors.Is(err, fs.ErrClosed):
 		return wire.ESHUTDOWN

@@ -3,6 +3,7 @@ package nbd
 import (
 	"context"
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 
@@ -55,6 +56,18 @@ type export struct {
 	requests requestGroup // those that use the device
 
 	connections, reads, readBytes, writes, writtenBytes, flushes, errors atomic.Int64
+
+	told [wire.CmdBlockStatus + 1]atomic.Bool // by command: a failure was logged
+}
+
+// failed tells the log of a device's failure. The client is told the number only, since the text names
+// what is the server's own affair; and only the first failure of each command is told, since a disk that
+// fails does so thousands of times a second.
+func (e *export) failed(s *Server, r wire.Request, err error) {
+	if errnoOf(err) == wire.ENOTSUP || e.told[r.Command].Swap(true) {
+		return
+	}
+	s.opts.Log(fmt.Sprintf("export %q: command %d on %d bytes at byte %d: %v", e.Name, r.Command, r.Length, r.Offset, err))
 }
 
 // requestGroup counts requests under way and lets one caller wait for them to end after it has closed
@@ -106,9 +119,12 @@ func (g *requestGroup) count() int64 {
 	return g.n
 }
 
-// flags are the transmission flags of the export.
-func (e *export) flags() uint16 {
-	f := wire.HasFlags | wire.SendFlush | wire.SendFUA | wire.SendDF | wire.SendCache
+// flags are the transmission flags of the export. DF is about structured replies.
+func (e *export) flags(structured bool) uint16 {
+	f := wire.HasFlags | wire.SendFlush | wire.SendFUA | wire.SendCache
+	if structured {
+		f |= wire.SendDF
+	}
 	if e.MultiConn {
 		f |= wire.CanMultiConn
 	}
@@ -133,15 +149,30 @@ func (e *export) blockSizes() wire.BlockSizes {
 // context returns what BLOCK_STATUS tells under a name, or nil.
 func (e *export) context(name string) ContextFunc {
 	if name == baseAllocation {
-		return func(off, n int64) ([]block.Extent, error) { return block.Extents(e.Device, off, n) }
+		return e.allocation
 	}
 	return e.Contexts[name]
 }
 
+func (e *export) allocation(off, n int64) ([]block.Extent, error) {
+	return block.Extents(e.Device, off, n)
+}
+
 // Add serves e from now on. A name that is taken or can't be one is an error.
 func (s *Server) Add(e Export) error {
+	if e.Device == nil {
+		panic("nbd: export without a device")
+	}
 	if !wire.ValidName(e.Name) {
 		return fmt.Errorf("export name %q: more than %d bytes, or not UTF-8 without NUL", e.Name, wire.MaxName)
+	}
+	if !wire.ValidName(e.Description) {
+		return fmt.Errorf("export %q: description of more than %d bytes, or not UTF-8 without NUL", e.Name, wire.MaxName)
+	}
+	for name := range e.Contexts {
+		if !wire.ValidName(name) || !strings.Contains(name, ":") || strings.HasPrefix(name, "base:") {
+			return fmt.Errorf("export %q: meta context %q: want namespace:name, a namespace other than base", e.Name, name)
+		}
 	}
 	if b := e.PreferredBlock; b&(b-1) != 0 || b > wire.MaxPayload {
 		return fmt.Errorf("export %q: preferred block of %d bytes is no power of two up to %d", e.Name, b, wire.MaxPayload)

@@ -20,10 +20,13 @@ const (
 	maxOptions = 4096     // options in a handshake
 )
 
+const noExport = "there is no such export" // for clients
+
 // metaContext is a context that the client chose, under the number that block status replies carry.
 type metaContext struct {
-	id   uint32
-	name string
+	id     uint32
+	name   string
+	status ContextFunc // of the export that is served
 }
 
 // handshake is a connection before the transmission.
@@ -39,7 +42,7 @@ type handshake struct {
 }
 
 func newHandshake(s *Server, nc net.Conn) *handshake {
-	return &handshake{server: s, r: bufio.NewReaderSize(nc, 64<<10), w: bufio.NewWriterSize(nc, 4<<10)}
+	return &handshake{server: s, r: newReader(nc), w: bufio.NewWriterSize(nc, 4<<10)}
 }
 
 // run greets the client and answers its options. It returns the export to serve, or nil when the client
@@ -110,7 +113,8 @@ func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, er
 		e, err := h.exportName(string(data))
 		return e, true, err
 	case wire.OptAbort:
-		return nil, true, h.reply(o, wire.RepAck, nil)
+		h.reply(o, wire.RepAck, nil) // who aborts need not wait for the answer
+		return nil, true, nil
 	case wire.OptList:
 		return nil, false, h.list(data)
 	case wire.OptInfo:
@@ -139,7 +143,7 @@ func (h *handshake) exportName(name string) (*export, error) {
 	}
 	h.settle(name, e)
 	b := binary.BigEndian.AppendUint64(nil, uint64(e.Device.Size()))
-	b = binary.BigEndian.AppendUint16(b, e.flags())
+	b = binary.BigEndian.AppendUint16(b, e.flags(h.structured))
 	if !h.noZeroes {
 		b = append(b, make([]byte, 124)...)
 	}
@@ -166,10 +170,10 @@ func (h *handshake) info(o wire.Option, data []byte) (*export, error) {
 	}
 	e := h.server.find(r.Name)
 	if e == nil {
-		return nil, h.refuse(o, wire.RepErrUnknown, fmt.Sprintf("no export %q", r.Name))
+		return nil, h.refuse(o, wire.RepErrUnknown, noExport)
 	}
 	infos := [][]byte{
-		wire.ExportInfo{Size: uint64(e.Device.Size()), Flags: e.flags()}.Append(nil),
+		wire.ExportInfo{Size: uint64(e.Device.Size()), Flags: e.flags(h.structured)}.Append(nil),
 		e.blockSizes().Append(nil),
 	}
 	if slices.Contains(r.Types, wire.InfoName) {
@@ -189,12 +193,16 @@ func (h *handshake) info(o wire.Option, data []byte) (*export, error) {
 	return e, h.reply(o, wire.RepAck, nil)
 }
 
-// settle drops contexts that were chosen for another export than the one that is served.
+// settle drops contexts that were chosen for another export than the one that is served, or that it has no
+// more.
 func (h *handshake) settle(name string, e *export) {
 	if h.contextsOf != name {
 		h.contexts = nil
 	}
-	h.contexts = slices.DeleteFunc(h.contexts, func(c metaContext) bool { return e.context(c.name) == nil })
+	for i := range h.contexts {
+		h.contexts[i].status = e.context(h.contexts[i].name)
+	}
+	h.contexts = slices.DeleteFunc(h.contexts, func(c metaContext) bool { return c.status == nil })
 }
 
 // metaContexts answers OptListMetaContext, and OptSetMetaContext, which replaces the choice made before.
@@ -210,16 +218,19 @@ func (h *handshake) metaContexts(o wire.Option, data []byte) error {
 	if err != nil {
 		return h.refuse(o, wire.RepErrInvalid, err.Error())
 	}
+	if i := slices.IndexFunc(q.Queries, func(s string) bool { return !strings.Contains(s, ":") }); i >= 0 {
+		return h.refuse(o, wire.RepErrInvalid, "query without a namespace")
+	}
 	e := h.server.find(q.Export)
 	if e == nil {
-		return h.refuse(o, wire.RepErrUnknown, fmt.Sprintf("no export %q", q.Export))
+		return h.refuse(o, wire.RepErrUnknown, noExport)
 	}
 	names := append([]string{baseAllocation}, slices.Sorted(maps.Keys(e.Contexts))...)
 	for i, name := range names {
 		if !asked(name, q.Queries, set) {
 			continue
 		}
-		c := metaContext{uint32(i + 1), name}
+		c := metaContext{id: uint32(i + 1), name: name}
 		listed := wire.MetaContext{Name: name}
 		if set {
 			h.contexts = append(h.contexts, c)

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"net"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -11,7 +12,6 @@ type reply struct {
 	head []byte
 	data []byte
 	more [][]byte
-	done func() // the bytes have left, or never will
 }
 
 // replies is the way out of a connection. Whoever adds a reply while nobody writes becomes the writer,
@@ -21,26 +21,35 @@ type reply struct {
 // Every request that is under way has at most one reply here, so the queue is as bounded as they are.
 type replies struct {
 	nc      net.Conn
-	timeout time.Duration
+	timeout time.Duration // for progress bytes to be taken
 
 	mu      sync.Mutex
-	queue   []reply
+	queue   []*task
 	writing bool
 	err     error // the first write that failed; later replies are dropped
 
-	batch   []reply     // the writer's own
-	vectors net.Buffers // the writer's own
+	// The writer's own:
+	batch   []*task
+	vectors net.Buffers
+	part    net.Buffers
+	cut     [1][]byte
 }
 
-// send puts r on its way. r.done is called in any case, perhaps by another goroutine.
-func (o *replies) send(r reply) {
+// send puts the reply of t on its way. t has ended when the bytes have left, or never will: before send
+// returns, or later in another goroutine.
+func (o *replies) send(t *task) {
 	o.mu.Lock()
-	o.queue = append(o.queue, r)
+	o.queue = append(o.queue, t)
 	if o.writing {
 		o.mu.Unlock()
 		return
 	}
 	o.writing = true
+	o.mu.Unlock()
+	// Let workers that are ready to run go first: where requests came in one piece their replies leave in
+	// one, too. This is worth a factor of three at depth 32, and costs nothing when nobody else is ready.
+	runtime.Gosched()
+	o.mu.Lock()
 	for len(o.queue) > 0 {
 		o.batch, o.queue = o.queue, o.batch[:0]
 		err := o.err
@@ -48,9 +57,9 @@ func (o *replies) send(r reply) {
 		if err == nil {
 			err = o.write(o.batch)
 		}
-		for i := range o.batch {
-			o.batch[i].done()
-			o.batch[i] = reply{}
+		for i, t := range o.batch {
+			t.end()
+			o.batch[i] = nil
 		}
 		o.mu.Lock()
 		if o.err == nil && err != nil {
@@ -62,17 +71,34 @@ func (o *replies) send(r reply) {
 	o.mu.Unlock()
 }
 
-func (o *replies) write(batch []reply) error {
+// write sends a batch, in steps for which the peer has some time each.
+func (o *replies) write(batch []*task) error {
 	v := o.vectors[:0]
-	for _, r := range batch {
-		v = append(v, r.head)
-		if len(r.data) > 0 {
-			v = append(v, r.data)
+	for _, t := range batch {
+		v = append(v, t.head)
+		if len(t.data) > 0 {
+			v = append(v, t.data)
 		}
-		v = append(v, r.more...)
+		v = append(v, t.more...)
 	}
-	o.vectors = v[:0] // WriteTo moves v itself on
-	o.nc.SetWriteDeadline(time.Now().Add(o.timeout))
-	_, err := v.WriteTo(o.nc)
-	return err
+	o.vectors = v
+	defer clear(o.vectors)
+	for len(v) > 0 {
+		n, k := len(v[0]), 1
+		for k < len(v) && n+len(v[k]) <= progress {
+			n += len(v[k])
+			k++
+		}
+		if n <= progress {
+			o.part, v = v[:k], v[k:]
+		} else {
+			o.cut[0] = v[0][:progress]
+			o.part, v[0] = o.cut[:], v[0][progress:]
+		}
+		o.nc.SetWriteDeadline(time.Now().Add(o.timeout))
+		if _, err := o.part.WriteTo(o.nc); err != nil {
+			return err
+		}
+	}
+	return nil
 }

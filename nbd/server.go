@@ -21,9 +21,8 @@
 //
 // # Bounds
 //
-// Per connection: 64 requests under way, 32 MiB a request, 64 MiB in all (a connection stops reading until
-// its replies have left); 64 KiB an option and 4096 options; the handshake must end in time, and a peer
-// that does not take its replies for a while is hung up on. See [Options] for connections.
+// Memory is bounded whatever clients do: requests, bytes and options a connection, bytes in all, time in
+// which a peer must go on. docs/nbd.md has the numbers, [Options] those that can be chosen.
 package nbd
 
 import (
@@ -34,23 +33,31 @@ import (
 	"sort"
 	"sync"
 	"time"
+
+	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
 // Options are a Server's limits. The zero value is usable.
 type Options struct {
 	HandshakeTimeout time.Duration // for the whole handshake; 0: 10 s
-	WriteTimeout     time.Duration // for a reply to be taken; 0: 30 s
-	IdleTimeout      time.Duration // without a request; 0: none
+	StallTimeout     time.Duration // for a peer to take or send the next MiB in the middle of a message; 0: 30 s
+	IdleTimeout      time.Duration // for a client to ask something when nothing is under way; 0: none
 	ShutdownTimeout  time.Duration // for requests under way when Serve is told to end; 0: 5 s
 	MaxConnections   int           // more are closed at once; 0: no limit
 
-	// Log is told what went wrong with a connection, in one line. It may be called concurrently.
+	// MaxPayloads is how many bytes of payloads longer than 64 KiB may be under way, of all connections
+	// together. Those that don't fit wait. 0: 1 GiB; at least the longest payload, 32 MiB.
+	MaxPayloads int64
+
+	// Log is told what went wrong with a connection or a device, in one line. It may be called
+	// concurrently.
 	Log func(line string)
 }
 
 // A Server serves exports. Its methods may be called concurrently.
 type Server struct {
-	opts Options
+	opts     Options
+	payloads budget // see Options.MaxPayloads
 
 	mu          sync.Mutex
 	exports     map[string]*export
@@ -61,12 +68,15 @@ type Server struct {
 // NewServer returns a server without exports.
 func NewServer(o Options) *Server {
 	setDefault(&o.HandshakeTimeout, 10*time.Second)
-	setDefault(&o.WriteTimeout, 30*time.Second)
+	setDefault(&o.StallTimeout, 30*time.Second)
 	setDefault(&o.ShutdownTimeout, 5*time.Second)
+	if o.MaxPayloads == 0 {
+		o.MaxPayloads = 1 << 30
+	}
 	if o.Log == nil {
 		o.Log = func(string) {}
 	}
-	return &Server{opts: o, exports: make(map[string]*export)}
+	return &Server{opts: o, exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
 }
 
 func setDefault(d *time.Duration, to time.Duration) {
@@ -87,11 +97,21 @@ func (s *Server) Names() []string {
 	return names
 }
 
-// Serve accepts connections on l, which it closes, until ctx ends; then no request is taken any more,
-// those under way are answered, and the connections closed: within ShutdownTimeout, as far as it is the
-// peers who delay it; a device that doesn't come back is waited for. It returns nil when ctx ended, else
-// the listener's error. Devices stay open and are not flushed: their owner does that afterwards.
+// Serve accepts connections on l, which it closes, until ctx ends. Then it accepts no more, answers the
+// requests under way, refuses later ones with ESHUTDOWN, closes the connections, and flushes the device of
+// each export that is not read-only: within ShutdownTimeout, as far as it is the peers who delay it; a
+// device that doesn't come back is waited for. Devices stay open.
+//
+// It returns the errors of the flushes when ctx ended, else the listener's error.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
+	if err := s.accept(ctx, l); err != nil {
+		return err
+	}
+	return s.flush()
+}
+
+// accept serves the connections of l until ctx ends, or the listener fails.
+func (s *Server) accept(ctx context.Context, l net.Listener) error {
 	stop := context.AfterFunc(ctx, func() { l.Close() })
 	defer stop()
 	defer l.Close()
@@ -121,6 +141,22 @@ func (s *Server) Serve(ctx context.Context, l net.Listener) error {
 			}
 		})
 	}
+}
+
+// flush flushes the exports that are not read-only. One that is being removed is its owner's affair.
+func (s *Server) flush() error {
+	var errs []error
+	for _, name := range s.Names() {
+		e := s.find(name)
+		if e == nil || e.ReadOnly || !e.requests.enter() {
+			continue
+		}
+		if err := e.Device.Flush(); err != nil {
+			errs = append(errs, fmt.Errorf("export %q: flush: %w", name, err))
+		}
+		e.requests.leave()
+	}
+	return errors.Join(errs...)
 }
 
 func temporary(err error) bool {
