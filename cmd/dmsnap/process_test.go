@@ -132,6 +132,9 @@ func TestMergeKilledAtAnyMomentGoesOn(t *testing.T) {
 		time.Sleep(delay) // a moment is what this test is about
 		m.Process.Kill()
 		status := m.end(t)
+		if status != -1 && status != exitDone {
+			t.Fatalf("merge: status %d, %s", status, &m.stderr)
+		}
 		st := mustJSON[fileStatus](t, "status", p.cow)
 		if !st.Valid {
 			t.Fatalf("killed after %v: %+v", delay, st)
@@ -201,7 +204,9 @@ func TestInterruptedWork(t *testing.T) {
 			wantSame(t, p.dir, before)
 			break
 		}
-		wantSame(t, p.dir, before)
+		if wantSame(t, p.dir, before); status != -1 && status != 143 {
+			t.Fatalf("export: status %d, %s", status, &e.stderr)
+		}
 	}
 	m := launch(t, "merge", p.origin, p.cow)
 	m.Process.Signal(syscall.SIGINT)
@@ -222,6 +227,9 @@ func TestExportKilledLeavesNoImage(t *testing.T) {
 		time.Sleep(delay)
 		e.Process.Kill()
 		status := e.end(t)
+		if status != -1 && status != exitDone {
+			t.Fatalf("export: status %d, %s", status, &e.stderr)
+		}
 		if _, err := os.Stat(out); err == nil {
 			wantContent(t, out, shown)
 			os.Remove(out)
