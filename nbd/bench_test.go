@@ -4,35 +4,14 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
-	"net"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
-
-// begin speaks just enough of the handshake to reach the transmission with simple replies.
-func begin(t testing.TB, uri string) net.Conn {
-	t.Helper()
-	u, err := nbd.ParseURI(uri)
-	if err != nil {
-		t.Fatal(err)
-	}
-	nc, err := net.Dial(u.Network, u.Address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { nc.Close() })
-	b := []byte{0, 0, 0, wire.FlagFixedNewstyle | wire.FlagNoZeroes}
-	b = wire.OptionHeader{Magic: wire.MagicOption, Option: wire.OptExportName, Length: uint32(len(u.Export))}.Append(b)
-	nc.Write(append(b, u.Export...))
-	if _, err := io.ReadFull(nc, make([]byte, 18+10)); err != nil {
-		t.Fatal(err)
-	}
-	return nc
-}
 
 // BenchmarkServer sends requests of 4 KiB in batches of a depth, from a client that does next to nothing. Its
 // allocations are the server's.
@@ -47,7 +26,8 @@ func BenchmarkServer(b *testing.B) {
 					mem.WriteAt(make([]byte, 1<<20), off)
 				}
 				_, uri := serve(b, nbd.Options{}, nbd.Export{Name: "x", Device: mem})
-				nc := begin(b, uri("x"))
+				nc := begin(b, uri("x"), false).nc
+				nc.SetDeadline(time.Time{})
 				out, in := make([]byte, 0, depth*(wire.RequestSize+length)), make([]byte, depth*(wire.SimpleSize+length))
 				payload := make([]byte, length)
 				each := wire.SimpleSize + length
