@@ -72,12 +72,12 @@ func TestConformanceThroughTheProtocol(t *testing.T) {
 }
 
 func TestClientLargeTransfers(t *testing.T) {
-	const size = 100 << 20
+	const size = 36 << 20
 	mem := block.NewMemory(size)
 	_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: mem})
 	c := dial(t, uri("x"))
 	p := blocktest.Pattern(size-1000, 3)
-	clear(p[1<<20 : 50<<20])
+	clear(p[1<<20 : 20<<20])
 	if n, err := c.WriteAt(p, 500); n != len(p) || err != nil {
 		t.Fatal(n, err)
 	}
