@@ -48,7 +48,9 @@ type cow struct {
 }
 
 // cow makes an empty COW device of so many sectors.
-func (r *rig) cow(name string, sectors int64) *cow { return r.cowOf(name, make([]byte, sectors*sector)) }
+func (r *rig) cow(name string, sectors int64) *cow {
+	return r.cowOf(name, make([]byte, sectors*sector))
+}
 
 // cowOf makes a COW device with a content. A store on it is checked when the test ends.
 func (r *rig) cowOf(name string, content []byte) *cow {
