@@ -81,6 +81,7 @@ func (s *Snapshot) takeOver(src *Snapshot) error {
 	}
 	o := s.origin
 	o.remove(s)
+	s.invalid.Store(src.invalid.Load()) // before the source becomes invalid
 	s.store, s.source = src.giveStore(), nil
 	if s.store != nil {
 		if s.store.Transient() {
@@ -90,7 +91,6 @@ func (s *Snapshot) takeOver(src *Snapshot) error {
 		}
 	}
 	s.overflowed.Store(src.overflowed.Load())
-	s.invalid.Store(src.invalid.Load())
 	o.insert(s) // anew: its chunk size is known now
 	return nil
 }
