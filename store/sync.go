@@ -135,9 +135,10 @@ func (s *Store) scrubTail() error {
 	}
 	off, _ := s.tailOffset()
 	off += int64(len(s.tail))
-	end := s.layout.COWOffset(s.layout.AreaChunk(s.durable.area) + 1)
-	if err := block.Zero(s.dev, off, end-off, 0); err != nil {
-		return err
+	if end := s.layout.COWOffset(s.layout.AreaChunk(s.durable.area) + 1); end > off {
+		if err := block.Zero(s.dev, off, end-off, 0); err != nil {
+			return err
+		}
 	}
 	s.scrub = false
 	return nil
