@@ -54,17 +54,18 @@ func consecutive(c uint32, n, old uint64) []pair {
 
 func TestC090WorkedExamples(t *testing.T) {
 	d := consecutive(1, 64, 100)
+	run := func(old ondisk.OriginChunk, new ondisk.COWChunk, n uint64) store.Run { return store.Run{Old: old, New: new, N: n} }
 	for _, c := range []struct {
 		name  string
 		img   []byte
 		runs  []store.Run
 		after []uint64 // next_free, in chunks, where the specification gives it
 	}{
-		{"A", image(8, 1024, exampleA...), []store.Run{{40, 9, 2}, {28, 8, 1}, {29, 7, 1}, {30, 6, 1}, {20, 5, 1}, {10, 2, 3}},
+		{"A", image(8, 1024, exampleA...), []store.Run{run(40, 9, 2), run(28, 8, 1), run(29, 7, 1), run(30, 6, 1), run(20, 5, 1), run(10, 2, 3)},
 			[]uint64{9, 8, 7, 6, 5, 2}},
 		{"B", image(8, 1024, []pair{{5, 4}, {6, 3}, {7, 2}, {20, 5}, {21, 6}, {22, 7}, {23, 9}}...),
-			[]store.Run{{23, 9, 1}, {20, 5, 3}, {7, 2, 1}, {6, 3, 1}, {5, 4, 1}}, nil},
-		{"D", image(1, 400, d...), []store.Run{{132, 35, 32}, {100, 2, 32}}, nil},
+			[]store.Run{run(23, 9, 1), run(20, 5, 3), run(7, 2, 1), run(6, 3, 1), run(5, 4, 1)}, nil},
+		{"D", image(1, 400, d...), []store.Run{run(132, 35, 32), run(100, 2, 32)}, nil},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			dev := block.MemoryFrom(c.img)
