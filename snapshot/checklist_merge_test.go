@@ -54,7 +54,9 @@ func consecutive(c uint32, n, old uint64) []pair {
 
 func TestC090WorkedExamples(t *testing.T) {
 	d := consecutive(1, 64, 100)
-	run := func(old ondisk.OriginChunk, new ondisk.COWChunk, n uint64) store.Run { return store.Run{Old: old, New: new, N: n} }
+	run := func(old ondisk.OriginChunk, new ondisk.COWChunk, n uint64) store.Run {
+		return store.Run{Old: old, New: new, N: n}
+	}
 	for _, c := range []struct {
 		name  string
 		img   []byte
