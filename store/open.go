@@ -120,12 +120,16 @@ func Open(dev block.Device) (*Store, error) {
 	return s, nil
 }
 
+// loadAtOnce is how many exceptions are put into the map together: 16 MiB of them.
+const loadAtOnce = 1 << 20
+
 // load reads the slots into memory and finds the end.
 func (s *Store) load() error {
 	l := s.layout
 	chunks := l.Chunks(s.dev.Size(), false)
 	ascending := true
 	end := ondisk.Slot{}
+	var batch []ondisk.Exception
 	for e, err := range Scan(s.dev, l) {
 		if err != nil {
 			return err
@@ -137,15 +141,19 @@ func (s *Store) load() error {
 		if err := checkNew(l, e, chunks); err != nil {
 			return err
 		}
-		if !s.exceptions.Insert(e.Exception) {
-			first, _ := s.exceptions.Get(e.Old)
-			return &ondisk.CorruptError{Place: l.Place(e.Slot),
-				What: fmt.Sprintf("origin chunk %d has two exceptions, in COW chunks %d and %d", e.Old, first, e.New)}
-		}
 		if e.New < s.next {
 			ascending = false
 		}
 		s.next = max(s.next, e.New+1)
+		if batch = append(batch, e.Exception); len(batch) == loadAtOnce {
+			if err := s.insertLoaded(batch); err != nil {
+				return err
+			}
+			batch = batch[:0]
+		}
+	}
+	if err := s.insertLoaded(batch); err != nil {
+		return err
 	}
 	if !ascending {
 		if err := s.checkShared(); err != nil {
@@ -159,6 +167,19 @@ func (s *Store) load() error {
 	s.scrub = true
 	s.tail = make([]byte, metaBlock(l))
 	return s.readTail()
+}
+
+// insertLoaded puts the next exceptions of the store, in the order of their slots, into memory.
+func (s *Store) insertLoaded(batch []ondisk.Exception) error {
+	before := s.exceptions.Len()
+	i := s.exceptions.InsertAll(batch)
+	if i == len(batch) {
+		return nil
+	}
+	p := s.advance(position{}, before+uint64(i)) // slots are used without a gap
+	first, _ := s.exceptions.Get(batch[i].Old)
+	return &ondisk.CorruptError{Place: s.layout.Place(ondisk.Slot{Area: p.area, Index: p.index}),
+		What: fmt.Sprintf("origin chunk %d has two exceptions, in COW chunks %d and %d", batch[i].Old, first, batch[i].New)}
 }
 
 // checkNew refuses an exception whose data can't be where it says.
