@@ -1,0 +1,550 @@
+package store_test
+
+import (
+	"bytes"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+const sector = 512
+
+var errDisk = errors.New("the disk fails")
+
+// newStore makes a store of a chunk size on a device of so many sectors, whose operations are logged and
+// can be failed. The test ends with a look at what is on disk.
+func newStore(t *testing.T, c uint32, sectors int64) (s *store.Store, mem *block.Memory, faults *blocktest.Faulty, log *blocktest.Log) {
+	t.Helper()
+	mem = block.NewMemory(sectors * sector)
+	faults, log = blocktest.NewFaulty(mem, nil), new(blocktest.Log)
+	s, err := store.Create(log.Record("COW", faults), ondisk.Layout{ChunkSectors: c}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { reopen(t, mem) })
+	log.Clear()
+	return s, mem, faults, log
+}
+
+// reopen opens what is on disk: it must be a store, with as many exceptions as slots before the end.
+func reopen(t *testing.T, mem *block.Memory) *store.Store {
+	t.Helper()
+	s, err := store.Open(mem)
+	if err != nil {
+		t.Fatalf("store is not sound: %v", err)
+	}
+	if s.Err() == nil {
+		if n := len(scan(t, mem, s.Layout())); uint64(n) != s.Len() {
+			t.Fatalf("%d slots, %d exceptions", n, s.Len())
+		}
+	}
+	return s
+}
+
+// scan returns the exceptions on disk in slot order.
+func scan(t *testing.T, mem *block.Memory, l ondisk.Layout) (all []ondisk.Exception) {
+	t.Helper()
+	for e, err := range store.Scan(mem, l) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !e.IsEnd() {
+			all = append(all, e.Exception)
+		}
+	}
+	return all
+}
+
+// add makes an exception for n origin chunks from old on.
+func add(t *testing.T, s *store.Store, old ondisk.OriginChunk, n uint64) {
+	t.Helper()
+	for n > 0 {
+		r, err := s.Reserve(old, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		old, n = old+ondisk.OriginChunk(r.Count), n-r.Count
+	}
+}
+
+func mustSync(t *testing.T, s *store.Store) {
+	t.Helper()
+	if err := s.Sync(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestKernelVectors are the specification's appendix B.1 to B.3, read off a running kernel.
+func TestKernelVectors(t *testing.T) {
+	s, mem, _, _ := newStore(t, 8, 1024)
+	if got := hex.EncodeToString(mem.Bytes()[:16]); got != "536e4170010000000100000008000000" {
+		t.Errorf("B.1: %s", got)
+	}
+	for _, old := range []ondisk.OriginChunk{2, 4, 0x123} {
+		add(t, s, old, 1)
+	}
+	mustSync(t, s)
+	want := "02000000000000000200000000000000" + "04000000000000000300000000000000" + "23010000000000000400000000000000" +
+		strings.Repeat("00", 4096-48)
+	if got := hex.EncodeToString(mem.Bytes()[4096:8192]); got != want {
+		t.Errorf("B.2: %s", got[:128])
+	}
+
+	s, mem, _, _ = newStore(t, 1, 400)
+	before := bytes.Clone(mem.Bytes()[100*sector : 101*sector])
+	for i := range ondisk.OriginChunk(70) {
+		add(t, s, 1000+2*i, 1)
+	}
+	mustSync(t, s)
+	var b3 []string
+	for i, e := range scan(t, mem, s.Layout()) {
+		if i%32 == 0 || i%32 == 31 || i == 69 {
+			b3 = append(b3, fmt.Sprintf("%d→%d", e.Old, e.New))
+		}
+	}
+	if got := strings.Join(b3, " "); got != "1000→2 1062→33 1064→35 1126→66 1128→68 1138→73" {
+		t.Errorf("B.3: %s", got)
+	}
+	if !bytes.Equal(mem.Bytes()[100*sector:101*sector], before) {
+		t.Error("B.3: chunk 100 was touched")
+	}
+	if got := s.Usage().String(); got != "74/400 4" {
+		t.Errorf("B.3: status %s", got)
+	}
+}
+
+func TestReserveStopsAtAreasAndAtTheEnd(t *testing.T) {
+	s, mem, _, _ := newStore(t, 1, 40)
+	var got []string
+	for old := ondisk.OriginChunk(0); ; {
+		r, err := s.Reserve(old, 20)
+		if err != nil {
+			if !errors.Is(err, store.ErrFull) {
+				t.Fatal(err)
+			}
+			break
+		}
+		got = append(got, fmt.Sprintf("%d+%d→%d", r.Old, r.Count, r.New))
+		old += ondisk.OriginChunk(r.Count)
+		if err := r.Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got, want := strings.Join(got, " "), "0+20→2 20+12→22 32+5→35"; got != want {
+		t.Errorf("reserved %s, want %s", got, want)
+	}
+	mustSync(t, s)
+	// A longer device is noticed, and nothing was lost meanwhile.
+	if err := mem.Grow(42 * sector); err != nil {
+		t.Fatal(err)
+	}
+	add(t, s, 100, 2)
+	mustSync(t, s)
+	if n := reopen(t, mem).Len(); n != 39 {
+		t.Errorf("%d exceptions", n)
+	}
+}
+
+func TestSlotsFollowReservationsWhateverTheOrderOfCommits(t *testing.T) {
+	s, mem, _, _ := newStore(t, 8, 1024)
+	var rs []store.Reservation
+	for i := range ondisk.OriginChunk(5) {
+		r, err := s.Reserve(10*i, 1)
+		if err != nil {
+			t.Fatal(err)
+		}
+		rs = append(rs, r)
+	}
+	for _, i := range []int{3, 1} {
+		if err := rs[i].Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, ok := s.Lookup(30); !ok {
+		t.Error("a committed exception is not found")
+	}
+	if _, ok := s.Lookup(0); ok {
+		t.Error("an exception that was not committed is found")
+	}
+	synced := make(chan error)
+	go func() { synced <- s.Sync() }() // waits for 0 and 2, not for 4
+	for _, i := range []int{2, 0} {
+		select {
+		case <-synced:
+			t.Error("Sync did not wait for an older reservation")
+		default:
+		}
+		if err := rs[i].Commit(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := <-synced; err != nil {
+		t.Fatal(err)
+	}
+	for i, e := range scan(t, mem, s.Layout()) {
+		if want := (ondisk.Exception{Old: ondisk.OriginChunk(10 * i), New: ondisk.COWChunk(2 + i)}); e != want {
+			t.Errorf("slot %d is %v, want %v", i, e, want)
+		}
+	}
+	if n := len(scan(t, mem, s.Layout())); n != 4 {
+		t.Errorf("%d slots, want 4", n)
+	}
+	if !s.Durable(5) || s.Durable(6) || !s.Dirty() {
+		t.Errorf("durable %v, %v; dirty %v", s.Durable(5), s.Durable(6), s.Dirty())
+	}
+	if err := rs[4].Commit(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestSyncsThatMeetShareARound(t *testing.T) {
+	s, _, faults, log := newStore(t, 8, 4096)
+	hold := faults.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Flush })
+	add(t, s, 0, 1)
+	var all sync.WaitGroup
+	all.Go(func() { mustSync(t, s) })
+	<-hold.Reached() // its round is under way and does not cover what comes now
+	log.Clear()
+	began := make(chan struct{}, 100)
+	for i := range ondisk.OriginChunk(100) {
+		all.Go(func() {
+			add(t, s, 10+2*i, 1)
+			began <- struct{}{}
+			mustSync(t, s)
+		})
+	}
+	for range 100 {
+		<-began
+	}
+	hold.Release()
+	all.Wait()
+	flushes := strings.Count(log.String(), "COW F")
+	// The rest of the first round has one. Those who waited share one round of two, or two rounds when
+	// some came late.
+	if flushes > 20 {
+		t.Errorf("%d flushes for 100 exceptions", flushes)
+	}
+	if s.Dirty() {
+		t.Error("something is not durable")
+	}
+}
+
+func TestAFailedSyncIsFinal(t *testing.T) {
+	for name, fail := range map[string]blocktest.Decide{
+		"zero": blocktest.FailKind(blocktest.Zero, errDisk), "flush": blocktest.FailKind(blocktest.Flush, errDisk),
+		"slots": blocktest.FailKind(blocktest.Write, errDisk), "second flush": nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			s, mem, faults, log := newStore(t, 1, 400)
+			add(t, s, 1, 30)
+			mustSync(t, s)
+			add(t, s, 100, 30) // over an area's edge
+			if fail == nil {
+				// Zero, flush, slots of two areas, flush: the last one.
+				n := faults.Count() + 5
+				fail = blocktest.FailNth(n, errDisk)
+			}
+			faults.Set(fail)
+			if err := s.Sync(); !errors.Is(err, store.ErrFailed) || !errors.Is(err, errDisk) {
+				t.Fatalf("sync: %v", err)
+			}
+			faults.Set(nil)
+			log.Clear()
+			if err := s.Sync(); !errors.Is(err, store.ErrFailed) {
+				t.Errorf("second sync: %v", err)
+			}
+			if _, err := s.Reserve(1000, 1); !errors.Is(err, store.ErrFailed) {
+				t.Errorf("reserve: %v", err)
+			}
+			if _, err := s.LastRun(); !errors.Is(err, store.ErrFailed) {
+				t.Errorf("last run: %v", err)
+			}
+			if _, ok := s.Lookup(100); !ok || s.Len() != 60 {
+				t.Error("lookups must go on")
+			}
+			if s.Durable(36) {
+				t.Error("what failed counts as durable")
+			}
+			if ops := log.String(); ops != "" {
+				t.Errorf("a failed store went on:\n%s", ops)
+			}
+			if n := reopen(t, mem).Len(); n < 30 {
+				t.Errorf("%d exceptions on disk", n)
+			}
+		})
+	}
+}
+
+func TestInvalidate(t *testing.T) {
+	s, mem, faults, _ := newStore(t, 8, 1024)
+	add(t, s, 7, 3)
+	mustSync(t, s)
+	cause := errors.New("cause")
+	if err := s.Invalidate(cause); err != nil {
+		t.Fatal(err)
+	}
+	for what, err := range map[string]error{"err": s.Err(), "sync": s.Sync(), "reserve": func() error { _, err := s.Reserve(9, 1); return err }()} {
+		if !errors.Is(err, store.ErrInvalid) || !errors.Is(err, cause) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	if got := hex.EncodeToString(mem.Bytes()[:16]); got != "536e4170000000000100000008000000" {
+		t.Errorf("header %s", got)
+	}
+	if n := len(scan(t, mem, s.Layout())); n != 3 {
+		t.Errorf("%d slots are left of 3", n)
+	}
+	if again := reopen(t, mem); !errors.Is(again.Err(), store.ErrInvalid) || again.Len() != 0 {
+		t.Errorf("opened as %v with %d exceptions", again.Err(), again.Len())
+	}
+
+	// A store whose mark can't be written refuses all the same.
+	s, mem, faults, _ = newStore(t, 8, 1024)
+	faults.Set(func(op blocktest.Op) error {
+		if op.Kind.Changes() {
+			return errDisk
+		}
+		return nil
+	})
+	if err := s.Invalidate(cause); !errors.Is(err, errDisk) {
+		t.Errorf("invalidate: %v", err)
+	}
+	if !errors.Is(s.Err(), store.ErrInvalid) {
+		t.Errorf("err %v", s.Err())
+	}
+}
+
+// TestAMergeBelievesMemory: what a device says of the slots once, and wrongly, neither merges nor drops.
+func TestAMergeBelievesMemory(t *testing.T) {
+	mem := block.NewMemory(1024 * sector)
+	lying := &liar{Device: mem}
+	s, err := store.Create(lying, ondisk.Layout{ChunkSectors: 8}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add(t, s, 10, 5)
+	mustSync(t, s)
+	for name, lie := range map[string]func([]byte){
+		"another origin chunk": func(b []byte) { b[len(b)-16]++ },
+		"another COW chunk":    func(b []byte) { b[len(b)-8]++ },
+		"zeros":                func(b []byte) { clear(b) },
+	} {
+		lying.lie = lie
+		var corrupt *ondisk.CorruptError
+		if r, err := s.LastRun(); !errors.As(err, &corrupt) || !strings.HasPrefix(corrupt.Place, "area 0 slot ") {
+			t.Errorf("%s: last run %v, %v", name, r, err)
+		}
+		if es, err := s.Last(3); !errors.As(err, &corrupt) {
+			t.Errorf("%s: last %v, %v", name, es, err)
+		}
+		if err := s.DropLast(2); !errors.As(err, &corrupt) {
+			t.Errorf("%s: drop %v", name, err)
+		}
+		if s.Err() != nil || s.Len() != 5 {
+			t.Errorf("%s: %v, %d exceptions", name, s.Err(), s.Len())
+		}
+		lying.lie = nil
+		if n := reopen(t, mem).Len(); n != 5 {
+			t.Errorf("%s: %d exceptions on disk", name, n)
+		}
+	}
+	if err := s.DropLast(5); err != nil {
+		t.Fatal(err)
+	}
+	if n := reopen(t, mem).Len(); n != 0 {
+		t.Errorf("%d exceptions on disk", n)
+	}
+}
+
+// liar changes what is read.
+type liar struct {
+	block.Device
+	lie func([]byte)
+}
+
+func (l *liar) ReadAt(p []byte, off int64) (int, error) {
+	n, err := l.Device.ReadAt(p, off)
+	if l.lie != nil {
+		l.lie(p)
+	}
+	return n, err
+}
+
+// TestDropLastInWindows drops any number over area edges, reopening after each.
+func TestDropLastInWindows(t *testing.T) {
+	for _, window := range []uint64{1, 7, 31, 32, 33, 64, 100} {
+		s, mem, _, _ := newStore(t, 1, 400)
+		for i := range ondisk.OriginChunk(100) {
+			add(t, s, 1000-3*i, 1)
+		}
+		mustSync(t, s)
+		for left := uint64(100); left > 0; {
+			n := min(window, left)
+			es, err := s.Last(n)
+			if err != nil || uint64(len(es)) != n {
+				t.Fatalf("last %d: %d, %v", n, len(es), err)
+			}
+			for i, e := range es {
+				if want := ondisk.OriginChunk(1000 - 3*(left-n+uint64(i))); e.Old != want {
+					t.Fatalf("exception %d of the last %d is %v, want origin chunk %d", i, n, e, want)
+				}
+			}
+			if err := s.DropLast(n); err != nil {
+				t.Fatal(err)
+			}
+			left -= n
+			again := reopen(t, mem)
+			if s.Len() != left || again.Len() != left {
+				t.Fatalf("%d left in memory, %d on disk, want %d", s.Len(), again.Len(), left)
+			}
+			for _, e := range es {
+				if _, ok := s.Lookup(e.Old); ok {
+					t.Fatalf("origin chunk %d is still there", e.Old)
+				}
+			}
+		}
+		if len(bytes.Trim(mem.Bytes()[sector:2*sector], "\x00")) > 0 {
+			t.Error("area 0 is not zero")
+		}
+	}
+}
+
+func TestManyExceptionsOverManyRounds(t *testing.T) {
+	// More than wait for a Sync at once, in a store of several areas.
+	const n = 70000
+	s, mem, _, _ := newStore(t, 8, 8*(n+n/256+4))
+	for i := range ondisk.OriginChunk(n) {
+		add(t, s, 5*i, 1)
+	}
+	if !s.Durable(1000) {
+		t.Error("65536 exceptions wait for a Sync that nobody may make")
+	}
+	mustSync(t, s)
+	again := reopen(t, mem)
+	if again.Len() != n || again.Usage() != s.Usage() {
+		t.Errorf("%d exceptions, %v; want %v", again.Len(), again.Usage(), s.Usage())
+	}
+	for _, i := range []ondisk.OriginChunk{0, 1, 255, 256, n - 1} {
+		a, _ := s.Lookup(5 * i)
+		if b, ok := again.Lookup(5 * i); !ok || a != b {
+			t.Errorf("origin chunk %d: %d, was %d", 5*i, b, a)
+		}
+	}
+}
+
+func TestTransient(t *testing.T) {
+	mem := block.NewMemory(42 * sector)
+	s := store.NewTransient(mem, ondisk.Layout{ChunkSectors: 8})
+	add(t, s, 100, 2)
+	add(t, s, 7, 3)
+	if got := s.Usage().String(); got != "40/42 0" {
+		t.Errorf("status %s", got)
+	}
+	if new, n, ok := s.LookupRun(100, 9); new != 0 || n != 2 || !ok {
+		t.Errorf("run %d+%d %v", new, n, ok)
+	}
+	if _, err := s.Reserve(1, 1); !errors.Is(err, store.ErrFull) {
+		t.Errorf("reserve: %v", err)
+	}
+	mustSync(t, s)
+	if _, err := s.LastRun(); !errors.Is(err, store.ErrNoMerge) {
+		t.Errorf("last run: %v", err)
+	}
+	if err := s.Invalidate(errDisk); err != nil {
+		t.Error(err)
+	}
+	if len(bytes.Trim(mem.Bytes(), "\x00")) > 0 {
+		t.Error("a transient store wrote metadata")
+	}
+}
+
+// FuzzOpen: whatever stands on a device, Open says what it is or names the place, and what it opens is
+// within the device.
+func FuzzOpen(f *testing.F) {
+	mem := block.NewMemory(64 * sector)
+	s, err := store.Create(mem, ondisk.Layout{ChunkSectors: 1}, false)
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(bytes.Clone(mem.Bytes()[:16]), uint16(64))
+	for i := range ondisk.OriginChunk(40) {
+		r, err := s.Reserve(3*i, 1)
+		if err != nil {
+			f.Fatal(err)
+		}
+		if err := r.Commit(); err != nil {
+			f.Fatal(err)
+		}
+	}
+	if err := s.Sync(); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(bytes.TrimRight(mem.Bytes(), "\x00"), uint16(64))
+	f.Add(bytes.TrimRight(mem.Bytes(), "\x00"), uint16(20))
+	f.Add([]byte{}, uint16(0))
+	f.Fuzz(func(t *testing.T, content []byte, sectors uint16) {
+		image := make([]byte, int(sectors%512)*sector)
+		copy(image, content)
+		mem := block.MemoryFrom(bytes.Clone(image))
+		s, err := store.Open(mem)
+		if !bytes.Equal(mem.Bytes(), image) {
+			t.Fatal("Open wrote")
+		}
+		var corrupt *ondisk.CorruptError
+		if err != nil {
+			if !errors.Is(err, ondisk.ErrNoStore) && (!errors.As(err, &corrupt) || corrupt.Place == "") {
+				t.Fatalf("error without a place: %v", err)
+			}
+			return
+		}
+		if s.Err() != nil {
+			return
+		}
+		taken := make(map[ondisk.COWChunk]bool)
+		for r := range s.Exceptions().All() {
+			for i := range r.Count {
+				new := r.New + ondisk.COWChunk(i)
+				if taken[new] || !s.Layout().IsData(new) || s.Layout().COWOffset(new+1) > mem.Size() {
+					t.Fatalf("origin chunk %d in COW chunk %d", r.Old, new)
+				}
+				taken[new] = true
+			}
+		}
+		// It takes another exception, or is full, and opens again with it.
+		n := s.Len()
+		free := ondisk.OriginChunk(0)
+		for {
+			if _, ok := s.Lookup(free); !ok {
+				break
+			}
+			free++
+		}
+		r, err := s.Reserve(free, 1)
+		if err != nil {
+			if !errors.Is(err, store.ErrFull) {
+				t.Fatal(err)
+			}
+			return
+		}
+		if err := r.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		if again := reopen(t, mem); again.Len() != n+1 {
+			t.Fatalf("%d exceptions after adding one to %d", again.Len(), n)
+		}
+	})
+}
