@@ -52,7 +52,7 @@ fuzz: ## every fuzz target for FUZZTIME (10s) each
 	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' .); do \
 	   for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
 	     echo "== $$(dirname $$f) $$name"; \
-	     $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $${FUZZTIME:-10s} ./$$(dirname $$f); \
+	     $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $${FUZZTIME:-10s} -fuzzminimizetime 10x ./$$(dirname $$f); \
 	   done; done
 
 .PHONY: man
