@@ -40,8 +40,16 @@ interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (s
 	$(GO) test -count=1 -v -run 'Interop' ./nbd ./test/interop
 
 .PHONY: test-kernel
-test-kernel: ## a running Linux kernel as judge (Debian's user-mode-linux)
-	DMSNAP_KERNEL=1 $(GO) test -count=1 -v -timeout 30m ./test/kernel/...
+test-kernel: ## a running Linux kernel as judge (Debian's user-mode-linux); RUN=name, DMSNAP_SEED=n
+	DMSNAP_KERNEL=1 $(GO) test -count=1 -v -timeout 30m -run '$(RUN)' ./test/kernel/...
+
+.PHONY: test-kernel-long
+test-kernel-long: ## the same with 500 random scripts and more of everything
+	DMSNAP_KERNEL=1 DMSNAP_SCRIPTS=$${DMSNAP_SCRIPTS:-500} DMSNAP_ROUNDS=$${DMSNAP_ROUNDS:-20} $(GO) test -count=1 -v -timeout 3h -run '$(RUN)' ./test/kernel/...
+
+.PHONY: test-kernel-qemu
+test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERNEL_IMAGE=a vmlinuz package)
+	DMSNAP_KERNEL=qemu DMSNAP_SCRIPTS=$${DMSNAP_SCRIPTS:-20} $(GO) test -count=1 -v -timeout 1h -run '$(RUN)' ./test/kernel/...
 
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits

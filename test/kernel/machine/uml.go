@@ -1,0 +1,96 @@
+package machine
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+)
+
+// umlModules is where Debian's package keeps the modules, a folder a version.
+const umlModules = "/usr/lib/uml/modules"
+
+// A Config says how a machine is to be.
+type Config struct {
+	Guest  string   // the program of test/kernel/guest
+	Dir    string   // an empty folder for the machine's use; Dir/share is seen by both
+	Memory int      // MiB; 0 means 1024
+	Disks  []string // files of the host that the guest gets as disks, in order
+}
+
+// Modules that every guest loads.
+var wanted = []string{"loop", "dm_mod", "dm_snapshot", "dm_flakey", "dm_delay", "dm_log_writes", "nbd"}
+
+// Wanted returns the modules that tests may rely on.
+func Wanted() []string { return wanted }
+
+// HaveUML returns why user-mode Linux can't be used here, or nil.
+func HaveUML() error {
+	for _, tool := range []string{"linux.uml", "dmsetup", "losetup"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			return fmt.Errorf("%w (Debian: apt-get install user-mode-linux dmsetup)", err)
+		}
+	}
+	if os.Geteuid() != 0 {
+		return fmt.Errorf("the guest uses the host's files as they are, and dmsetup wants root")
+	}
+	_, err := umlModuleDir()
+	return err
+}
+
+func umlModuleDir() (string, error) {
+	found, err := filepath.Glob(umlModules + "/*/modules.dep")
+	if err != nil || len(found) == 0 {
+		return "", fmt.Errorf("no modules in %s", umlModules)
+	}
+	return filepath.Dir(found[len(found)-1]), nil
+}
+
+// UML boots Debian's user-mode Linux over the host's root folder, read-only. Disks appear as
+// /dev/ubda, /dev/ubdb, …: what the guest wrote to one is in the host's file, flushed or not.
+func UML(c Config) (*Machine, error) {
+	modules, err := umlModuleDir()
+	if err != nil {
+		return nil, err
+	}
+	share := filepath.Join(c.Dir, "share")
+	if err := os.MkdirAll(share, 0o755); err != nil {
+		return nil, err
+	}
+	toGuest, in, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	out, fromGuest, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	args := []string{
+		fmt.Sprintf("mem=%dM", memory(c)), "rootfstype=hostfs", "rootflags=/", "ro", "init=" + c.Guest,
+		"uml_dir=" + c.Dir + "/", "umid=guest", "con=null", "con0=null,fd:1", "ssl=null", "ssl0=fd:3,fd:4",
+		"panic=-1",
+		"DMSNAP_LINE=/dev/ttyS0", "DMSNAP_SHARE=hostfs:" + share, "DMSNAP_MODULES=" + modules,
+	}
+	for i, d := range c.Disks {
+		args = append(args, fmt.Sprintf("ubd%d=%s", i, d))
+	}
+	cmd := exec.Command("linux.uml", args...)
+	cmd.ExtraFiles = []*os.File{toGuest, fromGuest}
+	cmd.Env = append(os.Environ(), "TMPDIR="+c.Dir)
+	return boot(line{cmd: cmd, in: in, out: out, started: func() error {
+		toGuest.Close()
+		fromGuest.Close()
+		return nil
+	}}, share)
+}
+
+func memory(c Config) int {
+	if c.Memory == 0 {
+		return 1024
+	}
+	return c.Memory
+}
+
+// UBD is the guest's name of disk i of a machine made by UML.
+func UBD(i int) string { return "/dev/ubd" + strings.ToLower(string(rune('A'+i))) }

@@ -1,0 +1,177 @@
+// Package kernel_test lets a running Linux kernel judge dmsnap: the same operations in both, and each
+// other's stores. It runs with DMSNAP_KERNEL=1, as `make test-kernel` does; see README.md.
+package kernel_test
+
+import (
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/test/kernel/job"
+	"github.com/dmsnap/dmsnap/test/kernel/machine"
+)
+
+// unavailable says why there is no kernel to ask, or is empty.
+var unavailable string
+
+// binaries is the folder of the static programs that run inside guests.
+var binaries string
+
+func TestMain(m *testing.M) {
+	os.Exit(run(m))
+}
+
+func run(m *testing.M) int {
+	switch {
+	case os.Getenv("DMSNAP_KERNEL") == "":
+		unavailable = "no kernel is asked without DMSNAP_KERNEL=1 (make test-kernel)"
+		return m.Run()
+	case judge() == "uml":
+		if err := machine.HaveUML(); err != nil {
+			unavailable = "no user-mode Linux: " + err.Error()
+			fmt.Println("SKIPPED:", unavailable)
+			return m.Run()
+		}
+	}
+	dir, err := os.MkdirTemp("", "dmsnap-kernel-")
+	if err != nil {
+		fmt.Println(err)
+		return 1
+	}
+	defer os.RemoveAll(dir)
+	binaries = dir
+	for name, pkg := range map[string]string{"guest": "./guest", "dmsnap": "../../cmd/dmsnap"} {
+		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), pkg)
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			fmt.Printf("build %s: %v\n%s", pkg, err, out)
+			return 1
+		}
+	}
+	start := time.Now()
+	code := m.Run()
+	closeShared()
+	if tally.boots > 0 {
+		fmt.Printf("%s (%v in all)\n", tally.String(), time.Since(start).Round(time.Second))
+	}
+	return code
+}
+
+// judge is the kind of machine that is asked: "uml" or "qemu".
+func judge() string {
+	if os.Getenv("DMSNAP_KERNEL") == "qemu" {
+		return "qemu"
+	}
+	return "uml"
+}
+
+// tally counts what was compared, for the summary at the end.
+var tally counts
+
+type counts struct {
+	mu                                             sync.Mutex
+	releases                                       []string
+	boots                                          int
+	scripts, operations, observations              int
+	exchanged, rounds, kills, percentages, hazards int
+}
+
+func (c *counts) add(change func(*counts)) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	change(c)
+}
+
+func (c *counts) String() string {
+	return fmt.Sprintf("judged by Linux %s (%d boots): %d scripts, %d operations and %d states compared; "+
+		"%d stores exchanged, %d cross-merge rounds, %d kill points, %d LVM percentages, %d hazards reproduced",
+		strings.Join(c.releases, ", "), c.boots, c.scripts, c.operations, c.observations,
+		c.exchanged, c.rounds, c.kills, c.percentages, c.hazards)
+}
+
+// boot starts a machine of the kind that judges, with the modules loaded and an empty pool, and checks
+// at the end of the test that the kernel had nothing to complain about.
+func boot(t testing.TB, disks ...string) *machine.Machine {
+	t.Helper()
+	need(t)
+	m, err := newMachine(t.TempDir(), disks)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Close)
+	return m
+}
+
+func need(t testing.TB) {
+	t.Helper()
+	if unavailable != "" {
+		t.Skip("SKIPPED: " + unavailable)
+	}
+}
+
+func newMachine(dir string, disks []string) (*machine.Machine, error) {
+	c := machine.Config{Guest: filepath.Join(binaries, "guest"), Dir: dir, Disks: disks}
+	start := machine.UML
+	m, err := start(c)
+	if err != nil {
+		return nil, err
+	}
+	r, err := m.Do(job.Op{Do: job.Module, Argv: machine.Wanted()}, job.Op{Do: job.Pool, Dev: pool, N: poolBytes})
+	if err == nil && (r[0].Err != "" || r[1].Err != "") {
+		err = fmt.Errorf("modules: %s; pool: %s\n%s", r[0].Err, r[1].Err, m.Console())
+	}
+	if err != nil {
+		m.Kill()
+		return nil, err
+	}
+	tally.add(func(c *counts) {
+		c.boots++
+		if !slices.Contains(c.releases, m.Release) {
+			c.releases = append(c.releases, m.Release)
+		}
+	})
+	return m, nil
+}
+
+// shared is the machine of the tests that leave it as they found it: one boot for all of them.
+var shared struct {
+	m   *machine.Machine
+	dir string
+}
+
+// sharedMachine returns the running machine, or a new one when a test broke the last.
+func sharedMachine(t testing.TB) *machine.Machine {
+	t.Helper()
+	need(t)
+	if shared.m != nil {
+		if _, err := shared.m.Do(job.Op{Do: job.Ping}); err == nil {
+			return shared.m
+		}
+		closeShared()
+	}
+	dir, err := os.MkdirTemp("", "dmsnap-guest-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := newMachine(dir, nil)
+	if err != nil {
+		os.RemoveAll(dir)
+		t.Fatal(err)
+	}
+	shared.m, shared.dir = m, dir
+	return m
+}
+
+func closeShared() {
+	if shared.m != nil {
+		shared.m.Close()
+		os.RemoveAll(shared.dir)
+		shared.m = nil
+	}
+}
