@@ -253,9 +253,11 @@ func startQEMUNBD(t *testing.T, args []string) (stop func()) {
 		if fd < 0 {
 			return
 		}
-		unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
+		// A signal that comes while it starts to wait can be lost in it, so it is sent until it is heard.
 		for {
-			if _, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, -1); err != unix.EINTR {
+			unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
+			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 200)
+			if n > 0 || err != nil && err != unix.EINTR {
 				break
 			}
 		}

@@ -20,7 +20,7 @@ func TestMemory(t *testing.T) {
 		old   func(i uint64) uint64
 		new   func(i uint64) uint64
 	}{
-		{"in order", 0.15, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/256 }},
+		{"in order", 0.25, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/256 }},
 		{"in order, chunks of one sector", 0.5, func(i uint64) uint64 { return i }, func(i uint64) uint64 { return i + 2 + i/32 }},
 		{"in order from the last", 4.5, func(i uint64) uint64 { return n - i }, func(i uint64) uint64 { return i + 2 }},
 		{"every chunk, scattered", 4.5, func(i uint64) uint64 { return permute(i, n) }, func(i uint64) uint64 { return i }},
