@@ -20,6 +20,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"syscall"
 )
 
 // SectorSize is the unit of the snapshot format and of device sizes, in bytes.
@@ -135,6 +136,35 @@ func Zero(dev Device, off, n int64, flags ZeroFlags) error {
 		off, n = off+m, n-m
 	}
 	return nil
+}
+
+// An Allocator can reserve space for a range, so that writes to it don't run out of space later. The
+// content stays as it is. It returns ErrNotFast, with nothing changed, where space can't be reserved
+// without writing.
+type Allocator interface {
+	Allocate(off, n int64) error
+}
+
+// Allocate reserves space for n bytes at off. can is false, without an error, where dev has no such
+// notion or no means.
+func Allocate(dev Device, off, n int64) (can bool, err error) {
+	if err := CheckRange("allocate", off, n, dev.Size()); err != nil {
+		return false, err
+	}
+	a, ok := dev.(Allocator)
+	if !ok {
+		return false, nil
+	}
+	if err = a.Allocate(off, n); errors.Is(err, ErrNotFast) {
+		return false, nil
+	}
+	return true, err
+}
+
+// IsNoSpace reports whether err says that a file system is full, a quota used up or a file as long as
+// it may be: what an operator mends by making room.
+func IsNoSpace(err error) bool {
+	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
 }
 
 // A Discarder can give back the space of a range, whose content is undefined afterwards (each sector

@@ -43,6 +43,7 @@ const (
 	dsyncWrite ability = iota // pwritev2 with RWF_DSYNC
 	punchHole                 // fallocate with FALLOC_FL_PUNCH_HOLE
 	zeroRange                 // fallocate with FALLOC_FL_ZERO_RANGE
+	allocate                  // plain fallocate
 	discardIoctl
 	numAbilities
 )

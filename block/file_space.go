@@ -72,9 +72,25 @@ func (f *File) fallocate(a ability, mode uint32, off, n int64) (done bool, err e
 		return false, nil
 	}
 	if err != nil {
-		return false, f.errorAt("zero", off, err)
+		return false, f.errorAt("allocate", off, err)
 	}
 	return true, nil
+}
+
+// Allocate reserves space for a range of a regular file; see [Allocator].
+func (f *File) Allocate(off, n int64) error {
+	if err := f.enterChange("allocate", off, n); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	if f.special {
+		return ErrNotFast
+	}
+	done, err := f.fallocate(allocate, 0, off, n)
+	if err == nil && !done {
+		return ErrNotFast
+	}
+	return err
 }
 
 // Discard gives back the space of a range: by a hole in a regular file, which reads as zeros, by

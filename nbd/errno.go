@@ -27,7 +27,7 @@ func errnoOf(err error) wire.Errno {
 		return wire.EINVAL
 	case errors.Is(err, fs.ErrClosed):
 		return wire.ESHUTDOWN
-	case errors.Is(err, syscall.ENOSPC), errors.Is(err, syscall.EDQUOT), errors.Is(err, syscall.EFBIG):
+	case block.IsNoSpace(err):
 		return wire.ENOSPC
 	case errors.Is(err, syscall.ENOMEM):
 		return wire.ENOMEM

@@ -18,8 +18,8 @@ type reservation struct {
 }
 
 // A Reservation is a stretch of COW chunks set aside for as many consecutive origin chunks. Its owner
-// writes the data and then calls Commit, or gives the whole store up with Invalidate: a reservation
-// that is neither committed nor followed by Invalidate holds up every later Sync.
+// writes the data and then calls Commit, or Cancel when it could not, or gives the whole store up with
+// Invalidate: a reservation that meets none of these holds up every later Sync.
 type Reservation struct {
 	Old   ondisk.OriginChunk
 	New   ondisk.COWChunk
@@ -60,6 +60,9 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 			return Reservation{}, fmt.Errorf("%w: %d of %d chunks used", ErrFull, s.next, s.layout.Chunks(size, false))
 		}
 	}
+	if err := s.allocate(s.next + ondisk.COWChunk(n)); err != nil {
+		return Reservation{}, err
+	}
 	e := &reservation{run: run{old, s.next, n}}
 	s.queue = append(s.queue, e)
 	s.next += ondisk.COWChunk(n)
@@ -68,6 +71,50 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 		s.reserved = s.advance(s.reserved, n)
 	}
 	return Reservation{Old: old, New: e.new, Count: n, store: s, entry: e}, nil
+}
+
+// spaceStep bounds by how much more than needed space is reserved at once: an eighth of what is in use,
+// at least 64 KiB and at most 8 MiB, so that small stores stay small and calls are few.
+func spaceStep(used int64) int64 { return min(max(used/8, 64<<10), 8<<20) }
+
+// allocate reserves space on the device below chunk end, in steps. Chunks ascend, and the slots of an
+// exception lie before its data, so one number tells how far it has got. s.mu is held: whoever needs
+// a chunk needs the space too.
+func (s *Store) allocate(end ondisk.COWChunk) error {
+	need := s.layout.COWOffset(end)
+	if s.noSpace || need <= s.space {
+		return nil
+	}
+	from := s.space
+	if from == 0 { // after Open: the area in use may have holes, and what lies between need not be ours
+		from = s.layout.COWOffset(s.next)
+		if err := s.allocateRange(s.layout.COWOffset(s.layout.AreaChunk(s.reserved.area)), s.layout.ChunkBytes()); err != nil {
+			return err
+		}
+	}
+	// As much as is sensible; when there isn't so much, as much as is needed.
+	far := min(need+spaceStep(need), s.dev.Size())
+	if err := s.allocateRange(from, far-from); err == nil {
+		s.space = far
+		return nil
+	}
+	if err := s.allocateRange(from, need-from); err != nil {
+		return err
+	}
+	s.space = need
+	return nil
+}
+
+func (s *Store) allocateRange(off, n int64) error {
+	can, err := block.Allocate(s.dev, off, n)
+	s.noSpace = s.noSpace || !can && err == nil
+	switch {
+	case err == nil:
+		return nil
+	case block.IsNoSpace(err):
+		return fmt.Errorf("%w: %w", ErrFull, err)
+	}
+	return fmt.Errorf("reserve space: %w", err)
 }
 
 // room returns how many consecutive chunks from s.next on can be reserved on a device of size bytes,
@@ -118,21 +165,47 @@ func (r Reservation) Commit() error {
 		}
 	}
 	r.entry.done = true
-	if s.queue[0] != r.entry {
-		return nil
+	if s.queue[0] == r.entry {
+		s.completeReady()
 	}
+	return nil
+}
+
+// Cancel gives a reservation back whose data could not be written. Its chunks are handed out again when
+// it is the newest reservation; else they stay unused until the store is loaded anew, which the format
+// allows (specification 3.5). Like Commit it must be called at most once.
+func (r Reservation) Cancel() {
+	s := r.store
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return
+	}
+	if !s.transient {
+		s.reserved = s.retreat(s.reserved, r.entry.n)
+	}
+	if last := len(s.queue) - 1; s.queue[last] == r.entry {
+		s.next = r.entry.new
+		s.queue = s.queue[:last]
+	}
+	r.entry.n = 0
+	r.entry.done = true
+	s.completeReady()
+}
+
+// completeReady takes what has completed in order out of the queue. s.mu is held.
+func (s *Store) completeReady() {
 	for len(s.queue) > 0 && s.queue[0].done {
 		s.complete(s.queue[0].run)
 		s.queue[0] = nil
 		s.queue = s.queue[1:]
 	}
 	s.moved.Broadcast()
-	return nil
 }
 
 // complete takes a run out of the queue, in order. s.mu is held.
 func (s *Store) complete(r run) {
-	if s.transient {
+	if s.transient || r.n == 0 {
 		return
 	}
 	s.pos = s.advance(s.pos, r.n)

@@ -53,7 +53,8 @@ var (
 	// ErrInvalid reports a store that is marked invalid, on disk or by Invalidate since.
 	ErrInvalid = errors.New("snapshot is invalid")
 
-	// ErrFull reports that the COW device has no room for another exception.
+	// ErrFull reports that the COW device has no room for another exception: its end is reached, or
+	// the file system has no space left (then block.IsNoSpace is true as well).
 	ErrFull = errors.New("COW device is full")
 
 	// ErrFailed reports a store that refuses writes after a failed metadata write or flush.
@@ -94,6 +95,8 @@ type Store struct {
 	queue    []*reservation // not yet completed in order, oldest first
 	ready    []run          // completed in order, not yet durable
 	unsynced uint64         // exceptions in ready
+	space    int64          // device bytes from the last area on to here have their space reserved
+	noSpace  bool           // the device has no notion of reserving space
 
 	// Sync rounds, see sync.go. tail and scrub belong to whoever holds syncing.
 	syncing sync.Mutex
@@ -213,6 +216,13 @@ func (s *Store) advance(p position, n uint64) position {
 	e := s.layout.SlotsPerArea()
 	i := p.index + n
 	return position{p.area + i/e, i % e}
+}
+
+// retreat moves p back by n slots.
+func (s *Store) retreat(p position, n uint64) position {
+	e := s.layout.SlotsPerArea()
+	i := p.area*e + p.index - n
+	return position{i / e, i % e}
 }
 
 // fail makes err the reason why the store refuses, unless it has one, and returns that reason. A

@@ -548,3 +548,111 @@ func FuzzOpen(f *testing.F) {
 		}
 	})
 }
+
+// TestFullFileSystem: when there is no space, Reserve says so before anything is at stake, and goes on
+// when there is space again.
+func TestFullFileSystem(t *testing.T) {
+	mem := block.NewMemory(4096 * sector)
+	quota := blocktest.NewQuota(mem, 256<<10, true)
+	s, err := store.Create(quota, ondisk.Layout{ChunkSectors: 1}, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { reopen(t, mem) })
+	fill := func(from ondisk.OriginChunk) (n uint64) {
+		for {
+			r, err := s.Reserve(from+ondisk.OriginChunk(n), 1)
+			if errors.Is(err, store.ErrFull) && block.IsNoSpace(err) {
+				return n
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := quota.WriteAt(make([]byte, sector), s.Layout().COWOffset(r.New)); err != nil {
+				t.Fatalf("no space for what was reserved: %v", err)
+			}
+			if err := r.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			n++
+		}
+	}
+	first := fill(0)
+	if first < 400 || first > 512 {
+		t.Errorf("%d chunks of 512 bytes in 256 KiB", first)
+	}
+	mustSync(t, s)
+	if n := reopen(t, mem).Len(); n != first {
+		t.Errorf("%d exceptions on disk of %d", n, first)
+	}
+	quota.SetLimit(320 << 10)
+	second := fill(10000)
+	if second < 100 {
+		t.Errorf("%d more chunks in 64 KiB", second)
+	}
+	mustSync(t, s)
+	// A store that is opened knows nothing of the space beneath, and asks.
+	if s, err = store.Open(quota); err != nil {
+		t.Fatal(err)
+	}
+	if n := fill(20000); n != 0 {
+		t.Errorf("%d chunks more", n)
+	}
+}
+
+// TestCancel: a reservation given back leaves no trace when it is the newest, and an unused chunk else.
+func TestCancel(t *testing.T) {
+	s, mem, _, _ := newStore(t, 1, 400)
+	add(t, s, 0, 31)
+	var rs []store.Reservation
+	for i := range ondisk.OriginChunk(4) {
+		r, err := s.Reserve(100+i, 1) // over the area's edge
+		if err != nil {
+			t.Fatal(err)
+		}
+		rs = append(rs, r)
+	}
+	usage := s.Usage()
+	rs[3].Cancel()
+	if got := s.Usage(); got.Allocated != usage.Allocated-1 {
+		t.Errorf("usage %v after %v", got, usage)
+	}
+	rs[0].Cancel()
+	if err := rs[2].Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := rs[1].Commit(); err != nil {
+		t.Fatal(err)
+	}
+	add(t, s, 200, 30)
+	mustSync(t, s)
+	again := reopen(t, mem)
+	if again.Len() != 63 || s.Len() != 63 {
+		t.Errorf("%d exceptions, %d on disk", s.Len(), again.Len())
+	}
+	for old, want := range map[ondisk.OriginChunk]ondisk.COWChunk{101: 35, 102: 36, 200: 37} {
+		if new, ok := again.Lookup(old); !ok || new != want {
+			t.Errorf("origin chunk %d in COW chunk %d, want %d", old, new, want)
+		}
+	}
+	if _, ok := again.Lookup(100); ok {
+		t.Error("a reservation that was given back is there")
+	}
+	// All that is left of the device can be used, and not a chunk more than its slots.
+	var n int
+	for r, err := s.Reserve(1000, 1); ; r, err = s.Reserve(1000+ondisk.OriginChunk(n), 1) {
+		if errors.Is(err, store.ErrFull) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		n++
+	}
+	mustSync(t, s)
+	if got := reopen(t, mem).Len(); got != 63+uint64(n) {
+		t.Errorf("%d exceptions on disk, want %d", got, 63+n)
+	}
+}

@@ -120,7 +120,7 @@ func (s *Store) zeroAhead(batch []run) error {
 	}
 	c := s.layout.ChunkBytes()
 	for area := s.durable.area + 1; area <= s.advance(s.durable, n).area; area++ {
-		if err := block.Zero(s.dev, s.layout.COWOffset(s.layout.AreaChunk(area)), c, 0); err != nil {
+		if err := block.Zero(s.dev, s.layout.COWOffset(s.layout.AreaChunk(area)), c, s.keepSpace()); err != nil {
 			return err
 		}
 	}
@@ -136,12 +136,23 @@ func (s *Store) scrubTail() error {
 	off, _ := s.tailOffset()
 	off += int64(len(s.tail))
 	if end := s.layout.COWOffset(s.layout.AreaChunk(s.durable.area) + 1); end > off {
-		if err := block.Zero(s.dev, off, end-off, 0); err != nil {
+		if err := block.Zero(s.dev, off, end-off, s.keepSpace()); err != nil {
 			return err
 		}
 	}
 	s.scrub = false
 	return nil
+}
+
+// keepSpace is how areas that are still to be used are zeroed: without giving back the space that
+// Reserve made sure of.
+func (s *Store) keepSpace() block.ZeroFlags {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.noSpace || s.space == 0 {
+		return 0
+	}
+	return block.KeepAllocated
 }
 
 // slotsAtOnce bounds the buffer in which slots are gathered for one write, in bytes.

@@ -132,6 +132,15 @@ func (b beneath) BlockSize() int { return block.BlockSize(b.dev) }
 // Refresh looks up the size of the device beneath.
 func (b beneath) Refresh() (int64, error) { return block.Refresh(b.dev) }
 
+// Allocate reserves space on the device beneath, where that can.
+func (b beneath) Allocate(off, n int64) error {
+	can, err := block.Allocate(b.dev, off, n)
+	if err == nil && !can {
+		return block.ErrNotFast
+	}
+	return err
+}
+
 // Identity is that of the device beneath, so that block.Same sees through the wrapper.
 func (b beneath) Identity() string {
 	if i, ok := b.dev.(block.Identifier); ok {
