@@ -1,0 +1,114 @@
+package snapshot_test
+
+import (
+	"fmt"
+	"hash/maphash"
+	"os"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block/blocktest"
+)
+
+// deep asks for what takes longer than a commit waits (make deep).
+var deep = os.Getenv("DMSNAP_DEEP") != ""
+
+// TestCrash cuts the power after every operation of every scenario, and after every call, and looks at what
+// the disks could then hold: all, nothing, prefixes, single sectors missing or alone, and random subsets of
+// what was not flushed; every subset where there are few. Each image is asked everything that check asks.
+func TestCrash(t *testing.T) {
+	choices := blocktest.Choices{All: 16, Limit: 6, Random: 4}
+	if deep {
+		choices = blocktest.Choices{All: 1 << 12, Random: 300}
+	}
+	var all atomic.Int64
+	for _, sc := range scenarios {
+		t.Run(sc.name, func(t *testing.T) {
+			x := explore(t, choices)
+			l := newLab(t, sc.size)
+			l.watch = x.add
+			l.look("the beginning")
+			sc.run(t, l)
+			x.wait()
+			t.Logf("%d moments, %d images, %d different ones, none wrong", x.moments, x.images.Load(), x.different.Load())
+			all.Add(x.different.Load())
+		})
+	}
+	t.Logf("%d different images in all", all.Load())
+}
+
+// An explorer checks the images of moments, in goroutines of its own.
+type explorer struct {
+	t         *testing.T
+	choices   blocktest.Choices
+	moments   int
+	todo      chan *moment
+	workers   sync.WaitGroup
+	images    atomic.Int64
+	different atomic.Int64
+	failed    atomic.Bool
+	seed      maphash.Seed
+	seen      sync.Map // by hash of epoch and disks
+}
+
+func explore(t *testing.T, choices blocktest.Choices) *explorer {
+	x := &explorer{t: t, choices: choices, todo: make(chan *moment, 16), seed: maphash.MakeSeed()}
+	for range runtime.GOMAXPROCS(0) {
+		x.workers.Go(func() {
+			for m := range x.todo {
+				x.look(m)
+			}
+		})
+	}
+	t.Cleanup(x.wait) // also when the scenario ends early
+	return x
+}
+
+func (x *explorer) add(m *moment) {
+	x.moments++
+	x.todo <- m
+}
+
+// wait waits until all moments were looked at.
+func (x *explorer) wait() {
+	if x.todo != nil {
+		close(x.todo)
+		x.todo = nil
+	}
+	x.workers.Wait()
+}
+
+// look checks the images of one moment, until one is wrong.
+func (x *explorer) look(m *moment) {
+	choices := x.choices
+	choices.Seed = uint64(m.n)
+	for img := range m.cut.Images(choices) {
+		if x.failed.Load() {
+			return
+		}
+		x.images.Add(1)
+		if _, again := x.seen.LoadOrStore(x.hash(m, img), nil); again {
+			continue // cuts that follow each other have most images in common
+		}
+		n := x.different.Add(1)
+		if err := m.check(img, deep || n%4 == 0); err != nil {
+			x.failed.Store(true)
+			x.t.Errorf("cut %d, after %s, %v: %v", m.n, m.after, img, err)
+		}
+	}
+}
+
+// hash tells images apart that are to be checked apart.
+func (x *explorer) hash(m *moment, img *blocktest.Image) uint64 {
+	var h maphash.Hash
+	h.SetSeed(x.seed)
+	fmt.Fprint(&h, m.epoch)
+	h.Write(img.Disk(m.disk))
+	for _, p := range m.cows {
+		h.Write(img.Disk(p.disk))
+	}
+	return h.Sum64()
+}
+
