@@ -40,6 +40,9 @@ func (s *Snapshot) invalidate(reason string, cause error) error {
 
 // noSpace decides what it means that a write to the snapshot could get no chunk.
 func (s *Snapshot) noSpace(err error) error {
+	if none := s.noRoom(err); none != nil {
+		return none
+	}
 	if !errors.Is(err, store.ErrFull) || s.opts.Store != PersistentOverflow {
 		return s.invalidate(reasonFor(err), err)
 	}
@@ -51,8 +54,12 @@ func (s *Snapshot) noSpace(err error) error {
 
 // sync makes the store durable for a request of the snapshot.
 func (s *Snapshot) sync() error {
-	if err := s.store.Sync(); err != nil {
-		return s.invalidate(reasonIO, err)
+	err := s.store.Sync()
+	if err == nil {
+		return nil
 	}
-	return nil
+	if none := s.noRoom(err); none != nil {
+		return none
+	}
+	return s.invalidate(reasonIO, err)
 }

@@ -64,9 +64,9 @@ func span(first ondisk.OriginChunk, count uint64) gate.Span {
 // COW device, for which the rest of the chunk is copied from the origin. The origin isn't changed. A
 // later Flush makes it durable (SyncFlush), or it is durable when WriteAt returns (SyncAlways).
 //
-// When the COW device is full the snapshot becomes invalid, or, with PersistentOverflow, refuses this
-// and every later write with ErrOverflow (specification 6.1, 6.2); earlier parts of the request may have
-// been written.
+// When there is no room in the COW device the snapshot becomes invalid, or, with PersistentOverflow,
+// refuses this and every later write with ErrOverflow (specification 6.1, 6.2), unless Options.OnFull
+// says otherwise; earlier parts of the request may have been written.
 func (s *Snapshot) WriteAt(p []byte, off int64) (int, error) {
 	if err := s.change("write", payload{data: p}, off, int64(len(p))); err != nil {
 		return 0, err
@@ -92,6 +92,11 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	if err := block.CheckRange(op, off, n, s.size); err != nil {
 		return err
 	}
+	return s.origin.untilRoom(func() error { return s.changeNow(pl, off, n) })
+}
+
+// changeNow applies pl, as far as there is room. Doing it again does no harm.
+func (s *Snapshot) changeNow(pl payload, off, n int64) error {
 	s.life.RLock()
 	defer s.life.RUnlock()
 	if err := s.writable(); err != nil {
@@ -128,15 +133,19 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	if mapped {
 		return 0, nil
 	}
-	r, err := s.store.Reserve(first, count)
+	r, err := s.reserve(first, count)
 	if err != nil {
 		return 0, s.noSpace(err)
 	}
 	k := min(n, l.OriginOffset(first+ondisk.OriginChunk(r.Count))-off)
 	if err := s.fill(r, pl.part(0, k), off, k); err != nil {
+		if none := s.noRoom(err); none != nil {
+			r.Cancel()
+			return 0, none
+		}
 		return 0, s.invalidate(reasonIO, err)
 	}
-	if err := r.Commit(); err != nil {
+	if err := s.commit(r); err != nil {
 		return 0, s.invalidate(reasonIO, err)
 	}
 	return k, nil

@@ -107,8 +107,8 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 		if err := st.Err(); err != nil {
 			return 0, err
 		}
-	} else {
-		m.origin.preserve(pc.off, pc.n)
+	} else if err := m.origin.preserve(pc.off, pc.n); err != nil {
+		return 0, err
 	}
 	at, dev := m.place(pc)
 	return pc.n, pl.part(0, pc.n).put(dev, at, pc.n)
@@ -152,6 +152,15 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
+	err = m.origin.untilRoom(func() error {
+		merged, err = m.stepNow(max)
+		return err
+	})
+	return merged, err
+}
+
+// stepNow does a step. stepping is held.
+func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	m.origin.mu.RLock()
 	defer m.origin.mu.RUnlock()
 	if err := m.reload(); err != nil {
@@ -172,7 +181,12 @@ func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	runs := runsByOrigin(window)
 	for _, r := range runs {
 		off, n := m.originRange(st.Layout(), r)
-		m.origin.preserve(off, n)
+		if err := m.origin.preserve(off, n); err != nil {
+			if waitsForRoom(err) {
+				return 0, err
+			}
+			return 0, m.fail(err)
+		}
 	}
 	spans := make([]gate.Span, len(runs))
 	for i, r := range runs {

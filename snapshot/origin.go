@@ -36,6 +36,7 @@
 package snapshot
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"sync"
@@ -54,6 +55,8 @@ type Origin struct {
 	// merging is set while a merge plays the origin's part. Written with mu held for writing.
 	merging atomic.Pointer[Merging]
 	waiting *Merging // loaded, not yet resumed
+
+	pauses pauses
 }
 
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
@@ -126,12 +129,19 @@ func (o *Origin) change(pl payload, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
+	return o.untilRoom(func() error { return o.changeNow(pl, off, n) })
+}
+
+// changeNow applies pl unless a snapshot that is to be protected has no room. Doing it again does no harm.
+func (o *Origin) changeNow(pl payload, off, n int64) error {
 	o.mu.RLock()
 	defer o.mu.RUnlock()
 	if m := o.merging.Load(); m != nil {
 		return m.change(pl, off, n)
 	}
-	o.preserve(off, n)
+	if err := o.preserve(off, n); err != nil {
+		return err
+	}
 	return pl.put(o.dev, off, n)
 }
 
@@ -155,27 +165,39 @@ func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 }
 
 // preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
-// reading. Snapshots that can't are invalid when it returns; it does not fail.
+// reading. Snapshots that can't are invalid when it returns, but for those whose policy is to have the
+// write fail or wait: then it fails with ErrNoRoom.
 //
 // Copies come first, for each snapshot in the order of the list; then one Sync a store, side by side:
 // writes that meet share them.
-func (o *Origin) preserve(off, n int64) {
+func (o *Origin) preserve(off, n int64) error {
 	var few [4]*Snapshot
 	dirty := few[:0]
 	for _, s := range o.snapshots {
-		if s.active && s.preserve(off, n) {
+		if !s.active {
+			continue
+		}
+		needsSync, err := s.preserve(off, n)
+		if err != nil {
+			return err
+		}
+		if needsSync {
 			dirty = append(dirty, s)
 		}
 	}
 	if len(dirty) == 0 {
-		return
+		return nil
 	}
-	var others sync.WaitGroup
-	for _, s := range dirty[1:] {
-		others.Go(s.syncForOrigin)
+	if len(dirty) == 1 {
+		return dirty[0].syncForOrigin()
 	}
-	dirty[0].syncForOrigin()
-	others.Wait()
+	errs := make([]error, len(dirty))
+	var all sync.WaitGroup
+	for i, s := range dirty {
+		all.Go(func() { errs[i] = s.syncForOrigin() })
+	}
+	all.Wait()
+	return errors.Join(errs...)
 }
 
 // insert puts s in the list: before the first one with a smaller chunk, behind its equals

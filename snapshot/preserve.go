@@ -8,21 +8,22 @@ import (
 )
 
 // preserve makes s keep what it shows of n > 0 bytes at off, before the origin changes there, and
-// reports whether its store needs a Sync before the change may be made. It fails only by invalidating s.
-// origin.mu is held for reading.
+// reports whether its store needs a Sync before the change may be made. It fails only with ErrNoRoom, to
+// protect s where that is its policy; other failures invalidate s, and the change goes on. origin.mu is
+// held for reading.
 //
 // When it returns, every chunk of the range has an exception that Lookup finds, and no request to s
 // still reads it from the origin.
-func (s *Snapshot) preserve(off, n int64) (needsSync bool) {
+func (s *Snapshot) preserve(off, n int64) (needsSync bool, err error) {
 	if off >= s.size || s.store == nil {
-		return false // beyond a shorter snapshot (specification 5.7), or handed over
+		return false, nil // beyond a shorter snapshot (specification 5.7), or handed over
 	}
 	n = min(n, s.size-off)
 	l := s.store.Layout()
 	first, count := chunks(l, off, n)
 	for at, left := first, count; left > 0; {
 		if s.invalid.Load() {
-			return false
+			return false, nil
 		}
 		new, k, mapped := s.store.LookupRun(at, left)
 		if mapped {
@@ -32,10 +33,12 @@ func (s *Snapshot) preserve(off, n int64) (needsSync bool) {
 				needsSync = true
 			}
 		} else {
-			var err error
 			if k, err = s.copyOut(at, min(k, uint64(max(1, batchBytes/l.ChunkBytes())))); err != nil {
+				if none := s.noRoom(err); none != nil {
+					return needsSync, none
+				}
 				s.invalidate(reasonFor(err), err)
-				return false
+				return false, nil
 			}
 			needsSync = true
 		}
@@ -44,7 +47,7 @@ func (s *Snapshot) preserve(off, n int64) (needsSync bool) {
 	// Also where nothing was copied: whoever made the exception may still be waiting for a reader
 	// that began before.
 	s.gate.Drain(span(first, count))
-	return needsSync
+	return needsSync, nil
 }
 
 // copyOut copies at most count chunks from first on to the COW device and commits their exceptions. It
@@ -56,7 +59,7 @@ func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, erro
 	if mapped {
 		return 0, nil
 	}
-	r, err := s.store.Reserve(first, count)
+	r, err := s.reserve(first, count)
 	if err != nil {
 		return 0, err
 	}
@@ -64,16 +67,25 @@ func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, erro
 	start := l.OriginOffset(first)
 	end := min(l.OriginOffset(first+ondisk.OriginChunk(r.Count)), s.origin.dev.Size()) // 5.8
 	if err := copyRange(s.cow, l.COWOffset(r.New), s.origin.dev, start, end-start); err != nil {
+		if s.noRoom(err) != nil {
+			r.Cancel()
+		}
 		return 0, fmt.Errorf("copy origin chunk %d to COW chunk %d: %w", r.Old, r.New, err)
 	}
-	return r.Count, r.Commit()
+	return r.Count, s.commit(r)
 }
 
-// syncForOrigin makes the exceptions durable that an origin write waits for.
-func (s *Snapshot) syncForOrigin() {
-	if err := s.store.Sync(); err != nil {
-		s.invalidate(reasonIO, err)
+// syncForOrigin makes the exceptions durable that an origin write waits for. It fails like preserve.
+func (s *Snapshot) syncForOrigin() error {
+	err := s.store.Sync()
+	if err == nil {
+		return nil
 	}
+	if none := s.noRoom(err); none != nil {
+		return none
+	}
+	s.invalidate(reasonIO, err)
+	return nil
 }
 
 var _ block.Device = (*Snapshot)(nil)

@@ -30,8 +30,10 @@ type Options struct {
 	Store        StoreType
 	ChunkSectors uint32 // for a new store, 0: 32; an existing store's own size always wins
 	Features
-	Sync SyncMode
-	Size int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
+	Sync   SyncMode
+	OnFull FullPolicy
+	Grow   Growth
+	Size   int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
 
 	// Notify is called when something happens that no request reports. It may be called from any
 	// goroutine, inside requests, and must neither block nor call back.
@@ -61,6 +63,8 @@ type Snapshot struct {
 
 	gate         gate.Gate
 	overflowed   atomic.Bool
+	full         atomic.Bool // the last write that needed room found none
+	growing      sync.Mutex
 	invalid      atomic.Bool // set once invalidation has been dealt with
 	invalidating sync.Mutex
 }
@@ -295,6 +299,7 @@ func (s *Snapshot) Status() Status {
 		return st
 	}
 	st.ChunkSectors, st.Exceptions, st.Usage = s.chunkSectors(), s.store.Len(), s.store.Usage()
+	st.Full = s.full.Load()
 	switch {
 	case s.invalid.Load():
 		st.State = StateInvalid

@@ -22,6 +22,7 @@ type Status struct {
 	Target     string // TargetSnapshot or TargetMerge
 	State      State
 	Overflowed bool   // also set while a merge of an overflowed snapshot hides nothing (H11)
+	Full       bool   // no room for the last write that needed some, which OnFull had fail or wait
 	Length     uint64 // sectors
 	Store      StoreType
 	Features
@@ -68,6 +69,8 @@ type EventKind string
 const (
 	EventInvalid           EventKind = "invalid"
 	EventOverflow          EventKind = "overflow" // the kernel raises none (H12)
+	EventFull              EventKind = "full"     // writes fail or wait, as OnFull says
+	EventGrown             EventKind = "grown"
 	EventMergeFailed       EventKind = "merge-failed"
 	EventHandoverCancelled EventKind = "handover-cancelled"
 	EventNotice            EventKind = "notice" // worth a line in a log, changes nothing

@@ -1,0 +1,182 @@
+package snapshot
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// FullPolicy says what becomes of a write that needs room in the COW device when there is none: its end
+// is reached, or the file system beneath is full. Writes that need no room, reads and flushes go on
+// whatever it says.
+type FullPolicy uint8
+
+const (
+	FullInvalidate FullPolicy = iota // the kernel's way: the snapshot is lost, or with PO overflows (6.1, 6.2)
+	FullFail                         // the write fails with ErrNoRoom; nothing else changes
+	FullPause                        // the write waits until there is room, or the snapshot is closed
+)
+
+// ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no room. It is
+// also syscall.ENOSPC.
+var ErrNoRoom = errors.New("no room in the COW device")
+
+// Growth is how a COW file is made longer when its end is reached. The zero value leaves it as it is.
+type Growth struct {
+	Step int64 // bytes at a time; at least an area and a chunk are added
+	Max  int64 // bytes that the file may have in the end, 0: no bound
+}
+
+// noRoomError is ErrNoRoom of one snapshot.
+type noRoomError struct {
+	snapshot *Snapshot
+	err      error
+}
+
+func (e *noRoomError) Error() string   { return fmt.Sprintf("%v: %v", ErrNoRoom, e.err) }
+func (e *noRoomError) Unwrap() []error { return []error{ErrNoRoom, syscall.ENOSPC, e.err} }
+
+// reserve sets chunks aside; see store.Reserve. It makes the COW device longer first where that is the
+// policy. What it returns when there is no room is for noRoom to judge.
+func (s *Snapshot) reserve(first ondisk.OriginChunk, count uint64) (store.Reservation, error) {
+	r, err := s.store.Reserve(first, count)
+	if errors.Is(err, store.ErrFull) && s.opts.Grow.Step > 0 && !block.IsNoSpace(err) {
+		r, err = s.growAndReserve(first, count)
+	}
+	return r, err
+}
+
+// commit is r.Commit; there was room for it.
+func (s *Snapshot) commit(r store.Reservation) error {
+	if s.full.Load() {
+		s.full.Store(false)
+	}
+	return r.Commit()
+}
+
+// growAndReserve makes the COW device longer, unless somebody else did so meanwhile.
+func (s *Snapshot) growAndReserve(first ondisk.OriginChunk, count uint64) (store.Reservation, error) {
+	s.growing.Lock()
+	defer s.growing.Unlock()
+	r, err := s.store.Reserve(first, count)
+	if !errors.Is(err, store.ErrFull) || block.IsNoSpace(err) {
+		return r, err
+	}
+	g, size := s.opts.Grow, s.cow.Size()
+	longer := size + max(g.Step, 2*s.store.Layout().ChunkBytes())
+	if g.Max > 0 {
+		longer = min(longer, g.Max)
+	}
+	dev, can := s.cow.(block.Resizer)
+	if longer <= size || !can {
+		return r, err
+	}
+	if growErr := dev.Grow(longer); growErr != nil {
+		return r, fmt.Errorf("%w, and it could not be made longer: %w", err, growErr)
+	}
+	notify(s.opts, Event{Kind: EventGrown, Text: fmt.Sprintf("COW device was made longer, from %d to %d bytes", size, longer)})
+	return s.store.Reserve(first, count)
+}
+
+// noRoom returns the error of a write that found no room under a policy that protects the snapshot; nil
+// where err is something else, or the policy is the kernel's. The first one raises an event.
+//
+// A store that failed because its slots found no space, on a file system that can't reserve it, counts
+// too: it refuses writes for good, but what it made durable is sound and there when it is loaded anew.
+func (s *Snapshot) noRoom(err error) error {
+	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
+		return nil
+	}
+	if s.full.CompareAndSwap(false, true) {
+		text := "No room in the COW device: writes that need some fail."
+		if s.opts.OnFull == FullPause {
+			text = "No room in the COW device: writes that need some wait."
+		}
+		notify(s.opts, Event{Kind: EventFull, Text: text, Err: err})
+	}
+	return &noRoomError{s, err}
+}
+
+// retryEvery is how often a waiting write looks whether there is room.
+const retryEvery = time.Second
+
+// pauses are the writes that wait for room. They hold no lock, so that snapshots can be closed, grown and
+// attached meanwhile.
+type pauses struct {
+	mu      sync.Mutex
+	retry   chan struct{} // closed to make all of them try again
+	ended   bool
+	waiting int
+}
+
+// wait waits until it is time to try again. It returns false when nobody may wait any more.
+func (p *pauses) wait() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return false
+	}
+	if p.retry == nil {
+		p.retry = make(chan struct{})
+	}
+	retry := p.retry
+	p.waiting++
+	p.mu.Unlock()
+	again := time.NewTimer(retryEvery)
+	select {
+	case <-retry:
+	case <-again.C:
+	}
+	again.Stop()
+	p.mu.Lock()
+	p.waiting--
+	return !p.ended
+}
+
+// wake makes all waiting writes try again.
+func (p *pauses) wake(end bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.ended = p.ended || end
+	if p.retry != nil {
+		close(p.retry)
+		p.retry = nil
+	}
+}
+
+// waitsForRoom reports whether err is a lack of room that is to be waited for.
+func waitsForRoom(err error) bool {
+	var none *noRoomError
+	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause
+}
+
+// untilRoom calls do until it ends with anything but a lack of room that may be waited for.
+func (o *Origin) untilRoom(do func() error) error {
+	for {
+		err := do()
+		if !waitsForRoom(err) || !o.pauses.wait() {
+			return err
+		}
+	}
+}
+
+// RetryPaused makes every write that waits for room (FullPause) look for it now. Without it they look once
+// a second.
+func (o *Origin) RetryPaused() { o.pauses.wake(false) }
+
+// EndPauses fails every write that waits for room, with ErrNoRoom, and lets none wait from now on: the
+// process is ending.
+func (o *Origin) EndPauses() { o.pauses.wake(true) }
+
+// Paused is the number of writes, to the origin and its snapshots, that wait for room.
+func (o *Origin) Paused() int {
+	o.pauses.mu.Lock()
+	defer o.pauses.mu.Unlock()
+	return o.pauses.waiting
+}
