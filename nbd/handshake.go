@@ -155,7 +155,11 @@ func (h *handshake) list(data []byte) error {
 		return h.refuse(wire.OptList, wire.RepErrInvalid, "no data expected")
 	}
 	for _, name := range h.server.Names() {
-		if err := h.append(wire.OptList, wire.RepServer, wire.AppendServer(nil, name)); err != nil {
+		e := h.server.find(name)
+		if e == nil {
+			continue // removed meanwhile
+		}
+		if err := h.append(wire.OptList, wire.RepServer, wire.AppendServer(nil, name, e.Description)); err != nil {
 			return err
 		}
 	}

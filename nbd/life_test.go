@@ -409,15 +409,16 @@ func TestPayloadsAreBounded(t *testing.T) {
 	s := start(t, nbd.Options{MaxPayloads: 1, ShutdownTimeout: time.Second}, "unix", nbd.Export{Name: "x", Device: dev}) // 32 MiB, the least
 	var holds []*blocktest.Hold
 	var peers []*peer
-	for range 4 {
+	for i := range 4 {
 		p := begin(t, s.uri("x"), true)
 		h := dev.Hold(ofKind(blocktest.Read))
 		defer h.Release()
 		p.request(wire.CmdRead, wire.FlagDF, 1, 0, size)
+		if i < 2 {
+			<-h.Reached()
+		}
 		peers, holds = append(peers, p), append(holds, h)
 	}
-	<-holds[0].Reached()
-	<-holds[1].Reached()
 	small := begin(t, s.uri("x"), false)
 	small.request(wire.CmdWrite, 0, 1, 0, 64<<10)
 	small.write(make([]byte, 64<<10))

@@ -119,6 +119,11 @@ func DecodeInfoRequest(b []byte) (InfoRequest, error) {
 }
 
 // An ExportInfo is the data of InfoExport: size in bytes and transmission flags.
+//
+//	0       2              10      12
+//	+-------+--------------+-------+
+//	| type  |     size     | flags |
+//	+-------+--------------+-------+
 type ExportInfo struct {
 	Size  uint64
 	Flags uint16
@@ -140,6 +145,11 @@ func DecodeExportInfo(b []byte) (ExportInfo, error) {
 }
 
 // A BlockSizes is the data of InfoBlockSize, in bytes.
+//
+//	0       2        6           10       14
+//	+-------+--------+-----------+--------+
+//	| type  |  min   | preferred |  max   |
+//	+-------+--------+-----------+--------+
 type BlockSizes struct{ Min, Preferred, Max uint32 }
 
 // Append adds s to b, type first.
@@ -189,7 +199,12 @@ func DecodeMetaQuery(b []byte) (MetaQuery, error) {
 	return q, c.done("meta context query")
 }
 
-// A MetaContext is the data of RepMetaContext.
+// A MetaContext is the data of RepMetaContext. The name goes to the end.
+//
+//	0        4
+//	+--------+---- … -----+
+//	|   ID   |    name    |
+//	+--------+---- … -----+
 type MetaContext struct {
 	ID   uint32
 	Name string
@@ -209,8 +224,13 @@ func DecodeMetaContext(b []byte) (MetaContext, error) {
 	return m, c.done("meta context")
 }
 
-// AppendServer adds the data of RepServer: an export's name.
-func AppendServer(b []byte, name string) []byte { return appendName(b, name) }
+// AppendServer adds the data of RepServer: an export's name, and what people should read, perhaps nothing.
+//
+//	0        4            4+n
+//	+--------+---- … -----+---- … -----+
+//	|   n    |    name    |    text    |
+//	+--------+---- … -----+---- … -----+
+func AppendServer(b []byte, name, text string) []byte { return append(appendName(b, name), text...) }
 
 // DecodeServer reads the name in the data of RepServer; a description may follow.
 func DecodeServer(b []byte) (string, error) {
@@ -251,7 +271,12 @@ func DecodeBlockStatus(b []byte) (id uint32, ds []Descriptor, err error) {
 	return id, ds, c.done("block status")
 }
 
-// AppendError adds the payload of ChunkError: number and message.
+// AppendError adds the payload of ChunkError. That of ChunkErrorOffset ends with an offset.
+//
+//	0        4       6            6+n
+//	+--------+-------+---- … -----+- - - - - - - -+
+//	| error  |   n   |  message   |    offset     |
+//	+--------+-------+---- … -----+- - - - - - - -+
 func AppendError(b []byte, e Errno, message string) []byte {
 	b = be.AppendUint32(b, uint32(e))
 	b = be.AppendUint16(b, uint16(len(message)))
@@ -269,10 +294,20 @@ func DecodeError(b []byte) (Errno, string, error) {
 	return e, m, c.done("error")
 }
 
-// AppendOffset adds the offset with which the payloads of ChunkOffsetData and ChunkOffsetHole begin.
+// AppendOffset adds the offset with which the payload of ChunkOffsetData begins.
+//
+//	0              8
+//	+--------------+---- … ----+
+//	|    offset    |   data    |
+//	+--------------+---- … ----+
 func AppendOffset(b []byte, off uint64) []byte { return be.AppendUint64(b, off) }
 
 // AppendHole adds the payload of ChunkOffsetHole.
+//
+//	0              8        12
+//	+--------------+--------+
+//	|    offset    | length |
+//	+--------------+--------+
 func AppendHole(b []byte, off uint64, n uint32) []byte {
 	return be.AppendUint32(be.AppendUint64(b, off), n)
 }

@@ -21,60 +21,60 @@ const (
 
 // Handshake flags: 16 bits from the server, 32 from the client, with the same meaning.
 const (
-	FlagFixedNewstyle = 1 << 0
-	FlagNoZeroes      = 1 << 1
+	FlagFixedNewstyle = 1 << 0 // NBD_FLAG_FIXED_NEWSTYLE, NBD_FLAG_C_FIXED_NEWSTYLE
+	FlagNoZeroes      = 1 << 1 // NBD_FLAG_NO_ZEROES, NBD_FLAG_C_NO_ZEROES
 )
 
 // Transmission flags, which tell what an export can do.
 const (
-	HasFlags uint16 = 1 << iota
-	ReadOnly
-	SendFlush
-	SendFUA
-	Rotational
-	SendTrim
-	SendWriteZeroes
-	SendDF
-	CanMultiConn
-	SendResize
-	SendCache
-	SendFastZero
+	HasFlags        uint16 = 1 << iota // NBD_FLAG_HAS_FLAGS
+	ReadOnly                           // NBD_FLAG_READ_ONLY
+	SendFlush                          // NBD_FLAG_SEND_FLUSH
+	SendFUA                            // NBD_FLAG_SEND_FUA
+	Rotational                         // NBD_FLAG_ROTATIONAL
+	SendTrim                           // NBD_FLAG_SEND_TRIM
+	SendWriteZeroes                    // NBD_FLAG_SEND_WRITE_ZEROES
+	SendDF                             // NBD_FLAG_SEND_DF
+	CanMultiConn                       // NBD_FLAG_CAN_MULTI_CONN
+	SendResize                         // NBD_FLAG_SEND_RESIZE
+	SendCache                          // NBD_FLAG_SEND_CACHE
+	SendFastZero                       // NBD_FLAG_SEND_FAST_ZERO
 )
 
 // Option is what a client asks for in the handshake.
 type Option uint32
 
 const (
-	OptExportName      Option = 1
-	OptAbort           Option = 2
-	OptList            Option = 3
-	OptStartTLS        Option = 5
-	OptInfo            Option = 6
-	OptGo              Option = 7
-	OptStructuredReply Option = 8
-	OptListMetaContext Option = 9
-	OptSetMetaContext  Option = 10
-	OptExtendedHeaders Option = 11
+	OptExportName      Option = 1  // NBD_OPT_EXPORT_NAME
+	OptAbort           Option = 2  // NBD_OPT_ABORT
+	OptList            Option = 3  // NBD_OPT_LIST
+	OptStartTLS        Option = 5  // NBD_OPT_STARTTLS
+	OptInfo            Option = 6  // NBD_OPT_INFO
+	OptGo              Option = 7  // NBD_OPT_GO
+	OptStructuredReply Option = 8  // NBD_OPT_STRUCTURED_REPLY
+	OptListMetaContext Option = 9  // NBD_OPT_LIST_META_CONTEXT
+	OptSetMetaContext  Option = 10 // NBD_OPT_SET_META_CONTEXT
+	OptExtendedHeaders Option = 11 // NBD_OPT_EXTENDED_HEADERS
 )
 
 // OptionReplyType answers an option; with the top bit set it is an error.
 type OptionReplyType uint32
 
 const (
-	RepAck         OptionReplyType = 1
-	RepServer      OptionReplyType = 2
-	RepInfo        OptionReplyType = 3
-	RepMetaContext OptionReplyType = 4
+	RepAck         OptionReplyType = 1 // NBD_REP_ACK
+	RepServer      OptionReplyType = 2 // NBD_REP_SERVER
+	RepInfo        OptionReplyType = 3 // NBD_REP_INFO
+	RepMetaContext OptionReplyType = 4 // NBD_REP_META_CONTEXT
 
-	RepErrUnsup       OptionReplyType = 1<<31 | 1
-	RepErrPolicy      OptionReplyType = 1<<31 | 2
-	RepErrInvalid     OptionReplyType = 1<<31 | 3
-	RepErrPlatform    OptionReplyType = 1<<31 | 4
-	RepErrTLSRequired OptionReplyType = 1<<31 | 5
-	RepErrUnknown     OptionReplyType = 1<<31 | 6
-	RepErrShutdown    OptionReplyType = 1<<31 | 7
-	RepErrBlockSize   OptionReplyType = 1<<31 | 8
-	RepErrTooBig      OptionReplyType = 1<<31 | 9
+	RepErrUnsup       OptionReplyType = 1<<31 | 1 // NBD_REP_ERR_UNSUP
+	RepErrPolicy      OptionReplyType = 1<<31 | 2 // NBD_REP_ERR_POLICY
+	RepErrInvalid     OptionReplyType = 1<<31 | 3 // NBD_REP_ERR_INVALID
+	RepErrPlatform    OptionReplyType = 1<<31 | 4 // NBD_REP_ERR_PLATFORM
+	RepErrTLSRequired OptionReplyType = 1<<31 | 5 // NBD_REP_ERR_TLS_REQD
+	RepErrUnknown     OptionReplyType = 1<<31 | 6 // NBD_REP_ERR_UNKNOWN
+	RepErrShutdown    OptionReplyType = 1<<31 | 7 // NBD_REP_ERR_SHUTDOWN
+	RepErrBlockSize   OptionReplyType = 1<<31 | 8 // NBD_REP_ERR_BLOCK_SIZE_REQD
+	RepErrTooBig      OptionReplyType = 1<<31 | 9 // NBD_REP_ERR_TOO_BIG
 )
 
 // IsError reports whether t is an error.
@@ -84,56 +84,56 @@ func (t OptionReplyType) IsError() bool { return t>>31 != 0 }
 type InfoType uint16
 
 const (
-	InfoExport      InfoType = 0
-	InfoName        InfoType = 1
-	InfoDescription InfoType = 2
-	InfoBlockSize   InfoType = 3
+	InfoExport      InfoType = 0 // NBD_INFO_EXPORT
+	InfoName        InfoType = 1 // NBD_INFO_NAME
+	InfoDescription InfoType = 2 // NBD_INFO_DESCRIPTION
+	InfoBlockSize   InfoType = 3 // NBD_INFO_BLOCK_SIZE
 )
 
 // Command is what a request asks for.
 type Command uint16
 
 const (
-	CmdRead        Command = 0
-	CmdWrite       Command = 1
-	CmdDisconnect  Command = 2
-	CmdFlush       Command = 3
-	CmdTrim        Command = 4
-	CmdCache       Command = 5
-	CmdWriteZeroes Command = 6
-	CmdBlockStatus Command = 7
+	CmdRead        Command = 0 // NBD_CMD_READ
+	CmdWrite       Command = 1 // NBD_CMD_WRITE
+	CmdDisconnect  Command = 2 // NBD_CMD_DISC
+	CmdFlush       Command = 3 // NBD_CMD_FLUSH
+	CmdTrim        Command = 4 // NBD_CMD_TRIM
+	CmdCache       Command = 5 // NBD_CMD_CACHE
+	CmdWriteZeroes Command = 6 // NBD_CMD_WRITE_ZEROES
+	CmdBlockStatus Command = 7 // NBD_CMD_BLOCK_STATUS
 )
 
 // CommandFlags refine a command.
 type CommandFlags uint16
 
 const (
-	FlagFUA CommandFlags = 1 << iota
-	FlagNoHole
-	FlagDF
-	FlagReqOne
-	FlagFastZero
+	FlagFUA      CommandFlags = 1 << iota // NBD_CMD_FLAG_FUA
+	FlagNoHole                            // NBD_CMD_FLAG_NO_HOLE
+	FlagDF                                // NBD_CMD_FLAG_DF
+	FlagReqOne                            // NBD_CMD_FLAG_REQ_ONE
+	FlagFastZero                          // NBD_CMD_FLAG_FAST_ZERO
 )
 
 // ChunkType is the kind of a structured reply's chunk; with the top bit set it is an error.
 type ChunkType uint16
 
 const (
-	ChunkNone        ChunkType = 0
-	ChunkOffsetData  ChunkType = 1
-	ChunkOffsetHole  ChunkType = 2
-	ChunkBlockStatus ChunkType = 5
-	ChunkError       ChunkType = 1<<15 | 1
-	ChunkErrorOffset ChunkType = 1<<15 | 2
+	ChunkNone        ChunkType = 0         // NBD_REPLY_TYPE_NONE
+	ChunkOffsetData  ChunkType = 1         // NBD_REPLY_TYPE_OFFSET_DATA
+	ChunkOffsetHole  ChunkType = 2         // NBD_REPLY_TYPE_OFFSET_HOLE
+	ChunkBlockStatus ChunkType = 5         // NBD_REPLY_TYPE_BLOCK_STATUS
+	ChunkError       ChunkType = 1<<15 | 1 // NBD_REPLY_TYPE_ERROR
+	ChunkErrorOffset ChunkType = 1<<15 | 2 // NBD_REPLY_TYPE_ERROR_OFFSET
 )
 
 // IsError reports whether t is an error.
 func (t ChunkType) IsError() bool { return t>>15 != 0 }
 
-// ChunkDone is the flag of the last chunk of a reply.
+// ChunkDone is the flag of the last chunk of a reply, NBD_REPLY_FLAG_DONE.
 const ChunkDone uint16 = 1
 
-// Errno is an error number on the wire; it is the same on every system. 0 is success.
+// Errno is an error number on the wire, NBD_E… in the protocol; it is the same on every system. 0 is success.
 type Errno uint32
 
 const (
