@@ -106,10 +106,10 @@ func (c *labCOW) set(s state) {
 
 // attach makes or loads the store and activates a snapshot. What its origin holds has been flushed.
 func (c *labCOW) attach() {
-	if c.snap != nil || c.mixture() {
+	if c.snap != nil || c.mixture() || c.state == unmarked {
 		return
 	}
-	if c.state == absent || c.state == idle {
+	if c.state <= creating || c.state == idle {
 		for i, s := range c.raw {
 			if len(*s) != 1 && c.inject != nil {
 				return // a flush failed
@@ -127,12 +127,20 @@ func (c *labCOW) attach() {
 	}
 	c.call(call{kind: callAttach, on: c}, func() error {
 		s, err := c.origin.Attach(c.faulty, c.opts)
-		if err == nil {
-			c.snap = s
-			c.set(live)
+		if err != nil {
+			return err
 		}
-		return err
+		c.snap = s
+		if c.state != dead {
+			c.set(live)
+		} else if st := s.Status().State; st != snapshot.StateInvalid {
+			c.t.Errorf("%s was invalid and is %s", c.name, st)
+		}
+		return nil
 	})
+	if c.snap == nil && c.state > creating && c.state != idle {
+		c.set(unmarked) // nobody keeps anything for it any more
+	}
 }
 
 // sectors returns n sectors of a device from at on.
@@ -227,7 +235,7 @@ func (c *labCOW) discard(at, n int64) {
 		var touched cells
 		var whole []bool
 		for i := at; i < at+n; i++ {
-			if changed[i] {
+			if changed != nil && changed[i] {
 				touched = append(touched, c.view[i])
 				whole = append(whole, i-i%k >= at && i-i%k+k <= at+n)
 			}
@@ -246,11 +254,14 @@ func (c *labCOW) discard(at, n int64) {
 	})
 }
 
-// changed tells of each sector whether it has an exception.
+// changed tells of each sector whether it has an exception; nil when the snapshot is invalid.
 func (c *labCOW) changed() []bool {
 	var all []bool
 	for off := int64(0); off < c.snap.Size(); {
 		es, err := c.snap.Changed(off, c.snap.Size()-off)
+		if isInvalid(err) {
+			return nil
+		}
 		if err != nil {
 			c.t.Fatal(err)
 		}
@@ -337,7 +348,7 @@ func (l *lab) writeAs(at, n int64, as how) {
 	if l.mixture() {
 		return
 	}
-	l.call(call{kind: callOriginWrite}, func() error { return l.put(l.origin, l.raw, at, n, as, false) })
+	l.call(call{kind: callOriginWrite, fua: as == durable}, func() error { return l.put(l.origin, l.raw, at, n, as, false) })
 }
 
 // overflows writes to the origin what these snapshots have no room for.

@@ -111,4 +111,3 @@ func (x *explorer) hash(m *moment, img *blocktest.Image) uint64 {
 	}
 	return h.Sum64()
 }
-
