@@ -71,3 +71,38 @@ func TestChecklistComplete(t *testing.T) {
 		}
 	}
 }
+
+// TestProtocolTableComplete: docs/nbd.md speaks of every name of the protocol that the code has.
+func TestProtocolTableComplete(t *testing.T) {
+	page, err := os.ReadFile("docs/nbd.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	name := regexp.MustCompile(`NBD_[A-Z_]+[A-Z]`)
+	code, err := filepath.Glob("nbd/wire/*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := make(map[string]bool)
+	for _, file := range code {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, n := range name.FindAllString(string(b), -1) {
+			names[n] = true
+		}
+	}
+	if len(names) < 60 {
+		t.Errorf("only %d names", len(names))
+	}
+	told := make(map[string]bool)
+	for _, n := range name.FindAllString(string(page), -1) {
+		told[n] = true
+	}
+	for n := range names {
+		if !told[n] {
+			t.Errorf("docs/nbd.md says nothing of %s", n)
+		}
+	}
+}
