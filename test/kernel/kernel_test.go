@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -25,11 +26,12 @@ type kernel struct {
 	m       *machine.Machine
 	devices []string         // mapped devices in the order of their creation
 	place   map[string]int64 // first sector in the pool of devices cut from it
+	numbers map[string]string
 }
 
 // newKernel lends the machine to a test.
 func newKernel(t testing.TB, m *machine.Machine) *kernel {
-	k := &kernel{t: t, m: m, place: map[string]int64{}}
+	k := &kernel{t: t, m: m, place: map[string]int64{}, numbers: map[string]string{}}
 	t.Cleanup(k.clear)
 	return k
 }
@@ -44,7 +46,7 @@ func (k *kernel) clear() {
 		}
 		k.devices = k.devices[:len(k.devices)-1]
 	}
-	k.place = map[string]int64{}
+	k.place, k.numbers = map[string]int64{}, map[string]string{}
 	k.must(job.Op{Do: job.Pool, Dev: pool, N: poolBytes})
 	if c := k.m.Complaints(); len(c) > 0 {
 		k.t.Errorf("the kernel complains: %v", c)
@@ -132,12 +134,8 @@ func (k *kernel) create(name, table string) {
 func (k *kernel) remove(name string) {
 	k.t.Helper()
 	k.must(job.Op{Do: job.Remove, Dev: "dm:" + name})
-	for i, d := range k.devices {
-		if d == name {
-			k.devices = append(k.devices[:i], k.devices[i+1:]...)
-			return
-		}
-	}
+	k.devices = slices.DeleteFunc(k.devices, func(d string) bool { return d == name })
+	delete(k.numbers, name)
 }
 
 func (k *kernel) status(name string) string {
@@ -150,9 +148,13 @@ func (k *kernel) table(name string) string {
 	return k.must(job.Op{Do: job.Table, Dev: "dm:" + name})[0].Out
 }
 
+// number is the device's major:minor, as tables say it.
 func (k *kernel) number(name string) string {
 	k.t.Helper()
-	return k.must(job.Op{Do: job.Number, Dev: "dm:" + name})[0].Out
+	if k.numbers[name] == "" {
+		k.numbers[name] = k.must(job.Op{Do: job.Number, Dev: "dm:" + name})[0].Out
+	}
+	return k.numbers[name]
 }
 
 // get returns n bytes of a device from off on, to the end with n 0.

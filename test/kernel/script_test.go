@@ -93,8 +93,10 @@ func newSnapConf(r *rand.Rand, originSectors int64) snapConf {
 		c.chunk = 1 << r.IntN(11)
 	}
 	c.store = []string{"P", "P", "P", "PO", "PO", "N"}[r.IntN(6)]
-	if r.IntN(8) == 0 {
-		c.length = 1 + r.Int64N(originSectors)
+	// Shorter ones end with a chunk: a write behind the end is not held up for the copy of a chunk that
+	// straddles it, so what the COW device gets behind the end, which nobody sees, is chance.
+	if r.IntN(8) == 0 && originSectors > c.chunk {
+		c.length = c.chunk * (1 + r.Int64N(originSectors/c.chunk))
 	}
 	if r.IntN(3) == 0 {
 		c.features = []string{"1 discard_zeroes_cow", "2 discard_zeroes_cow discard_passdown_origin"}[r.IntN(2)]
@@ -118,6 +120,12 @@ func sound(chunk, chunks int64) int64 {
 	return chunks
 }
 
+// grown is the size of a COW device after a growth of so many sectors.
+func grown(c snapConf, by int64) int64 {
+	sectors := c.cowSectors + by
+	return max(sectors, sound(c.chunk, sectors/c.chunk)*c.chunk)
+}
+
 func newStep(r *rand.Rand, s script) step {
 	st := step{target: r.IntN(len(s.snaps)), seed: r.Uint64N(1 << 32)}
 	c := s.snaps[st.target]
@@ -129,9 +137,9 @@ func newStep(r *rand.Rand, s script) step {
 		st.kind, st.target = doWrite, origin
 		st.off, st.n = extent(r, s.originSectors, c.chunk)
 	case p < 83:
-		if st.kind = doFlush; c.discards() {
+		if st.kind = doFlush; c.discards() && c.length >= c.chunk {
 			st.kind = doDiscard
-			st.off, st.n = extent(r, c.length, c.chunk)
+			st.off, st.n = wholeChunks(r, c)
 		}
 	case p < 86:
 		st.kind = doFlush
@@ -145,6 +153,16 @@ func newStep(r *rand.Rand, s script) step {
 		st.kind = doMerge
 	}
 	return st
+}
+
+// wholeChunks picks a range to discard. Only of whole chunks the outcome is defined: a range that begins
+// inside a chunk is cut by the kernel's block layer into pieces of a chunk's length, each of which dm cuts
+// again, so that no piece is a whole chunk, and what a part becomes is up to the COW device.
+func wholeChunks(r *rand.Rand, c snapConf) (off, n int64) {
+	whole := c.length / c.chunk
+	first := r.Int64N(whole)
+	count := min(whole-first, 1+r.Int64N(16))
+	return first * c.chunk * 512, count * c.chunk * 512
 }
 
 // extent picks a range in bytes: of all alignments, and of the kinds that mean something to a chunk.
