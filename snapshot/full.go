@@ -153,7 +153,7 @@ func (p *pauses) wake(end bool) {
 // waitsForRoom reports whether err is a lack of room that is to be waited for.
 func waitsForRoom(err error) bool {
 	var none *noRoomError
-	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause
+	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause && !none.snapshot.patienceEnded.Load()
 }
 
 // untilRoom calls do until it ends with anything but a lack of room that may be waited for.
@@ -169,6 +169,12 @@ func (o *Origin) untilRoom(do func() error) error {
 // RetryPaused makes every write that waits for room (FullPause) look for it now. Without it they look once
 // a second.
 func (o *Origin) RetryPaused() { o.pauses.wake(false) }
+
+// EndPauses fails the writes that wait for room in s, with ErrNoRoom, and lets none wait from now on.
+func (s *Snapshot) EndPauses() {
+	s.patienceEnded.Store(true)
+	s.origin.pauses.wake(false)
+}
 
 // EndPauses fails every write that waits for room, with ErrNoRoom, and lets none wait from now on: the
 // process is ending.

@@ -61,12 +61,14 @@ type Snapshot struct {
 	closed      bool
 	suspended   bool // life is held for writing by Suspend or Load
 
-	gate         gate.Gate
-	overflowed   atomic.Bool
-	full         atomic.Bool // the last write that needed room found none
-	growing      sync.Mutex
-	invalid      atomic.Bool // set once invalidation has been dealt with
-	invalidating sync.Mutex
+	gate       gate.Gate
+	overflowed atomic.Bool
+	full       atomic.Bool // the last write that needed room found none
+	growing    sync.Mutex
+
+	patienceEnded atomic.Bool // no write waits for room any more
+	invalid       atomic.Bool // set once invalidation has been dealt with
+	invalidating  sync.Mutex
 }
 
 // Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a

@@ -56,6 +56,7 @@ func (s *server) routes() http.Handler {
 	handle("GET /v1/status", func(*http.Request) (any, error) { return s.status(), nil })
 	handle("GET /v1/snapshots/{name}", func(r *http.Request) (any, error) { return s.snapshotStatus(r.PathValue("name")) })
 	handle("POST /v1/snapshots", s.postSnapshot)
+	handle("POST /v1/snapshots/{name}/grow", s.postGrow)
 	handle("DELETE /v1/snapshots/{name}", func(r *http.Request) (any, error) {
 		// Half a drop helps nobody: it goes on when the client has gone.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), dropTimeout)
@@ -145,6 +146,23 @@ func (s *server) postSnapshot(r *http.Request) (any, error) {
 		return nil, err
 	}
 	return s.snapshotStatus(q.Name)
+}
+
+// growRequest is the body of POST /v1/snapshots/{name}/grow.
+type growRequest struct {
+	Size int64 `json:"size"` // bytes
+}
+
+func (s *server) postGrow(r *http.Request) (any, error) {
+	var q growRequest
+	if err := readBody(r, &q); err != nil {
+		return nil, err
+	}
+	name := r.PathValue("name")
+	if err := s.grow(name, q.Size); err != nil {
+		return nil, err
+	}
+	return s.snapshotStatus(name)
 }
 
 func (s *server) postMerge(r *http.Request) (any, error) {

@@ -28,11 +28,13 @@ type serveOptions struct {
 	create         bool
 	store          storeFlag
 	sync           syncFlag
+	onFull         fullFlag
+	grow, growMax  sizeFlag
 	chunkSize      sizeFlag
 }
 
 func newServe() *cobra.Command {
-	var o serveOptions
+	o := serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}}
 	c := &cobra.Command{
 		Use:   "serve ORIGIN [[NAME=]COW...]",
 		Short: "Serve snapshots, and their origin, over NBD",
@@ -47,6 +49,10 @@ the exceptions are kept in memory and the COW is scratch space, of no use afterw
 
 Without --socket or --listen, the socket is ORIGIN.sock. Sockets are for their owner alone (mode
 0600). --listen without a HOST means the loopback interface; NBD asks nobody for a password.
+
+A COW without room, be it its own size or a full file system beneath, loses nothing: writes that need
+room, to the snapshot and to the origin, fail with "no space" until there is some, and everything else
+goes on. See --on-full, --grow, and dmsnap grow.
 
 The URI of each export is printed, one a line, when clients may connect. SIGINT and SIGTERM answer what is
 under way, make everything durable, and end with status 0.
@@ -74,6 +80,9 @@ merge.`,
 	f.BoolVar(&o.create, "create", false, "make COW files and stores that are not there")
 	f.Var(&o.store, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
 	f.Var(&o.sync, "sync", "when a write to a snapshot is durable: at a flush, or always, before it is answered")
+	f.Var(&o.onFull, "on-full", "what becomes of writes that need room in a COW that has none: they fail, pause until there is some, or invalidate the snapshot as the kernel does")
+	f.Var(&o.grow, "grow", "make a COW file that is full longer by this much at a time (default: leave it)")
+	f.Var(&o.growMax, "grow-max", "make it no longer than this")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
@@ -103,6 +112,36 @@ func (f *syncFlag) String() string {
 }
 
 func (f *syncFlag) Type() string { return "flush|always" }
+
+// fullFlag is the value of --on-full.
+type fullFlag struct {
+	snapshot.FullPolicy
+	set bool
+}
+
+var fullPolicies = map[string]snapshot.FullPolicy{
+	"invalidate": snapshot.FullInvalidate, "fail": snapshot.FullFail, "pause": snapshot.FullPause,
+}
+
+func (f *fullFlag) Set(s string) error {
+	p, known := fullPolicies[s]
+	if !known {
+		return errors.New("must be invalidate, fail or pause")
+	}
+	f.FullPolicy, f.set = p, true
+	return nil
+}
+
+func (f *fullFlag) String() string {
+	for name, p := range fullPolicies {
+		if p == f.FullPolicy {
+			return name
+		}
+	}
+	panic("a policy without a name")
+}
+
+func (f *fullFlag) Type() string { return "invalidate|fail|pause" }
 
 // attachments reads the [NAME=]COW arguments.
 func (o *serveOptions) attachments(originPath string, args []string) []attachment {
@@ -167,9 +206,12 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 
 // open opens the origin and attaches the snapshots. The caller closes the server.
 func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server, err error) {
-	if s, err = newServer(originPath, o.readOnly, o.sync.SyncMode, log); err != nil {
+	opts := snapshot.Options{Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy,
+		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes}}
+	if s, err = newServer(originPath, o.readOnly, opts, log); err != nil {
 		return nil, err
 	}
+	s.onFullSet = o.onFull.set
 	for _, a := range o.attachments(originPath, cows) {
 		if err := s.attach(a); err != nil {
 			return nil, errors.Join(err, s.close())
@@ -200,6 +242,8 @@ func (o *serveOptions) listener(originPath string) (net.Listener, error) {
 func (s *server) serve(until context.Context, l, ctl net.Listener, stdout io.Writer) error {
 	ctx, cancel := context.WithCancelCause(until)
 	defer cancel(nil)
+	// Who waits for room would hold up the end.
+	defer context.AfterFunc(ctx, s.origin.EndPauses)()
 	var all sync.WaitGroup
 	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
 	if ctl != nil {

@@ -28,11 +28,13 @@ type server struct {
 	file     *block.File
 	origin   *snapshot.Origin
 	readOnly bool
-	sync     snapshot.SyncMode
+	opts     snapshot.Options // of every snapshot, but for its own store and chunk size
 	nbd      *nbd.Server
 	uri      func(name string) string // of an export; set before anything is served
 	log      func(line string)        // must not block
-	drive    func(*snapshot.Merging) *merge.Driver
+
+	onFullSet bool // --on-full was given
+	drive     func(*snapshot.Merging) *merge.Driver
 
 	mu        sync.Mutex
 	snapshots []*served   // in the order they were attached
@@ -87,12 +89,12 @@ func noSnapshot(name string) error {
 var errReadOnlyServer = refuse(http.StatusForbidden, "read_only", "the server is read-only")
 
 // newServer opens the origin.
-func newServer(path string, readOnly bool, mode snapshot.SyncMode, log func(string)) (*server, error) {
+func newServer(path string, readOnly bool, opts snapshot.Options, log func(string)) (*server, error) {
 	f, err := openOrigin(path, block.Options{ReadOnly: readOnly})
 	if err != nil {
 		return nil, err
 	}
-	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, sync: mode,
+	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, opts: opts,
 		nbd: nbd.NewServer(nbd.Options{Log: log}), log: log,
 		drive: func(m *snapshot.Merging) *merge.Driver { return merge.Start(m, merge.Options{}) }}, nil
 }
@@ -209,10 +211,13 @@ func (s *server) createScratch(a attachment) error {
 
 // attachDevice makes the snapshot on an open COW device and exports it.
 func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
-	opts := snapshot.Options{Store: a.store, Sync: s.sync,
-		// A client that trims a chunk expects its space back.
-		Features: snapshot.Features{DiscardZeroesCOW: true},
-		Notify:   func(e snapshot.Event) { s.log(a.name + ": " + e.Text) }}
+	opts := s.opts
+	opts.Store = a.store
+	if a.store == snapshot.PersistentOverflow && !s.onFullSet {
+		opts.OnFull = snapshot.FullInvalidate // whoever asks for PO wants the kernel's overflow
+	}
+	opts.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
+	opts.Notify = func(e snapshot.Event) { s.log(a.name + ": " + e.Text) }
 	if a.store == snapshot.Transient || a.chunkSize.set {
 		sectors, err := a.chunkSize.chunkSectors()
 		if err != nil {
@@ -275,11 +280,37 @@ func (s *server) drop(ctx context.Context, name string) error {
 		s.nbd.SetDefault("")
 		s.fallback = nil
 	}
+	var closing error
+	if s.origin.Paused() > 0 {
+		// Writes that wait for room in it would hold up Remove; those to the origin go on without it.
+		closing = v.snap.Close()
+		s.origin.RetryPaused()
+	}
 	if err := s.nbd.Remove(ctx, name); err != nil {
 		s.log(err.Error()) // closing waits for the requests that are left
 	}
 	s.snapshots = slices.DeleteFunc(s.snapshots, func(o *served) bool { return o == v })
-	return v.close()
+	return errors.Join(about(v.path, closing), v.close())
+}
+
+// grow makes the COW device of a snapshot longer, and lets writes that wait for room go on.
+func (s *server) grow(name string, size int64) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	switch {
+	case v == nil:
+		return noSnapshot(name)
+	case s.readOnly:
+		return errReadOnlyServer
+	case size < v.cow.Size():
+		return refuse(http.StatusBadRequest, "bad_request", "size: %s has %d bytes already, and can't be made shorter", v.path, v.cow.Size())
+	}
+	if err := v.cow.Grow(size); err != nil {
+		return about(v.path, err)
+	}
+	s.origin.RetryPaused()
+	return nil
 }
 
 // close ends a snapshot that is not exported any more.

@@ -33,6 +33,7 @@ func (s *server) startMerge(name string) error {
 	case s.merging != nil && !s.merging.done():
 		return refuse(http.StatusConflict, "already_merging", "snapshot %q is being merged: one merge at a time", s.merging.name)
 	}
+	v.snap.EndPauses() // a merge is a way out for a snapshot without room, not something to wait for
 	var m *snapshot.Merging
 	err := v.dev.become(func() (_ block.Device, err error) {
 		if st := v.snap.Status(); st.State == snapshot.StateInvalid {

@@ -28,6 +28,7 @@ type figures struct {
 	TotalSectors     uint64         `json:"total_sectors"`
 	MetadataSectors  uint64         `json:"metadata_sectors"`
 	Percent          float64        `json:"percent"` // allocated of total
+	Full             bool           `json:"full"`    // no room for the last write that needed some: such writes fail or wait
 	Dmsetup          string         `json:"dmsetup"` // the kernel's status text
 }
 
@@ -35,7 +36,7 @@ type figures struct {
 func figuresOf(st snapshot.Status) figures {
 	f := figures{Store: st.Store.String(), State: st.State, Valid: st.State != snapshot.StateInvalid,
 		ChunkSectors: st.ChunkSectors, Exceptions: st.Exceptions, SectorsAllocated: st.Allocated,
-		TotalSectors: st.Total, MetadataSectors: st.Metadata, Dmsetup: st.Text()}
+		TotalSectors: st.Total, MetadataSectors: st.Metadata, Full: st.Full, Dmsetup: st.Text()}
 	if st.Total > 0 {
 		f.Percent = 100 * float64(st.Allocated) / float64(st.Total)
 	}
@@ -168,6 +169,9 @@ func (s fileStatus) print(w io.Writer) error {
 // print writes the figures as rows of a table.
 func (f figures) print(w io.Writer) {
 	fmt.Fprintf(w, "  dmsetup\t%s\n", f.Dmsetup)
+	if f.Full {
+		fmt.Fprintf(w, "  full\twrites that need room fail or wait; see dmsnap grow\n")
+	}
 	fmt.Fprintf(w, "  chunk\t%s (%d sectors)\n", bytesText(int64(f.ChunkSectors)*ondisk.SectorSize), f.ChunkSectors)
 	fmt.Fprintf(w, "  exceptions\t%d\n", f.Exceptions)
 	fmt.Fprintf(w, "  used\t%s of %s (%.1f %%), %s of it metadata\n", bytesText(int64(f.SectorsAllocated)*ondisk.SectorSize),

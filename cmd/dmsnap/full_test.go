@@ -1,0 +1,141 @@
+package main
+
+import (
+	"bytes"
+	"errors"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// servedFull serves a pair whose COW file has room for one chunk, and fills it.
+func servedFull(t *testing.T, o serveOptions) (pair, *running) {
+	t.Helper()
+	p := newPair(t)
+	mustRun(t, "create", p.origin, p.cow, "--cow-size", "12k")
+	o.exportOrigin = true
+	r := start(t, p, o, p.cow)
+	writeAt(t, dial(t, r.uri("disk")), []byte("fits"), 0)
+	return p, r
+}
+
+func (r *running) figures(t *testing.T) snapshotStatus {
+	t.Helper()
+	return mustJSON[serverReply](t, "status", "--control", r.control).Snapshots[0]
+}
+
+// By default a COW without room refuses what needs room, and nothing is lost.
+func TestServeDefaultProtectsBothSides(t *testing.T) {
+	if o := newServe().Flag("on-full"); o.DefValue != "fail" {
+		t.Errorf("the default is %s", o.DefValue)
+	}
+	p, r := servedFull(t, serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}})
+	c, o := dial(t, r.uri("disk")), dial(t, r.uri(originName))
+	view := readAll(t, c)
+	for _, dev := range []interface {
+		WriteAt([]byte, int64) (int, error)
+	}{c, o} {
+		if _, err := dev.WriteAt([]byte("does not fit"), 40_000); !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("a write without room: %v", err)
+		}
+	}
+	writeAt(t, c, []byte("needs none"), 100)
+	copy(view[100:], "needs none")
+	if got := readAll(t, c); !bytes.Equal(got, view) {
+		t.Error("the snapshot changed")
+	}
+	if got := readAll(t, o); !bytes.Equal(got, p.content) {
+		t.Error("the origin changed")
+	}
+	if st := r.figures(t); st.State != "ok" || !st.Valid || !st.Full || st.Dmsetup != "24/24 16" {
+		t.Errorf("%+v", st)
+	}
+	mustRun(t, "grow", "--control", r.control, "disk", "20k")
+	writeAt(t, c, []byte("fits now"), 40_000)
+	if st := r.figures(t); st.Full || st.Dmsetup != "32/40 16" {
+		t.Errorf("%+v", st)
+	}
+	dmsnap("grow", "--control", r.control, "disk", "16k").wantRefused(t, "can't be made shorter")
+	dmsnap("grow", "--control", r.control, "else", "1M").wantRefused(t, "else")
+	dmsnap("grow", p.cow, "1M").wantRefused(t, p.cow) // in use
+	r.stop()
+	mustRun(t, "grow", p.cow, "1M")
+	if st := mustJSON[fileStatus](t, "status", p.cow); st.Dmsetup != "32/2048 16" || st.Full {
+		t.Errorf("%+v", st)
+	}
+	dmsnap("grow", p.cow, "1000").wantRefused(t, "can't be made shorter")
+	dmsnap("grow", p.origin, "1M").wantRefused(t, p.origin)
+}
+
+// Writes that wait go on when the COW grows, when the snapshot is dropped, when it is merged; or end with the
+// server.
+func TestServePause(t *testing.T) {
+	for _, way := range []string{"grow", "drop", "merge", "stop"} {
+		t.Run(way, func(t *testing.T) {
+			_, r := servedFull(t, serveOptions{onFull: fullFlag{snapshot.FullPause, true}})
+			c, o := dial(t, r.uri("disk")), dial(t, r.uri(originName))
+			var both sync.WaitGroup
+			var errC, errO error
+			both.Go(func() { _, errC = c.WriteAt([]byte("waits"), 40_000) })
+			both.Go(func() { _, errO = o.WriteAt([]byte("waits too"), 80_000) })
+			for r.origin.Paused() < 2 {
+				time.Sleep(time.Millisecond)
+			}
+			began := time.Now()
+			switch way {
+			case "grow":
+				mustRun(t, "grow", "--control", r.control, "disk", "1M")
+				both.Wait()
+				if errC != nil || errO != nil {
+					t.Errorf("after growing: %v, %v", errC, errO)
+				}
+			case "drop":
+				mustRun(t, "drop", "--control", r.control, "disk")
+				both.Wait()
+				if errC == nil || errO != nil {
+					t.Errorf("after dropping: %v, %v", errC, errO)
+				}
+			case "merge":
+				mustRun(t, "merge", "--control", r.control, "disk", "--wait")
+				both.Wait()
+				if !errors.Is(errC, syscall.ENOSPC) {
+					t.Errorf("the snapshot's write: %v", errC)
+				}
+				if errO != nil && !errors.Is(errO, syscall.ENOSPC) {
+					t.Errorf("the origin's write: %v", errO)
+				}
+			case "stop":
+				r.stop()
+				both.Wait()
+				if errC == nil || errO == nil {
+					t.Errorf("after the end: %v, %v", errC, errO)
+				}
+			}
+			if took := time.Since(began); took > 8*time.Second {
+				t.Errorf("took %v", took)
+			}
+		})
+	}
+}
+
+// A COW file that may grow does so by itself.
+func TestServeGrows(t *testing.T) {
+	p, r := servedFull(t, serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}, grow: sizeFlag{16 << 10, true}, growMax: sizeFlag{48 << 10, true}})
+	c := dial(t, r.uri("disk"))
+	for i := range int64(10) {
+		writeAt(t, c, []byte{1}, i*4096)
+	}
+	if _, err := c.WriteAt([]byte{1}, 80_000*4); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("behind the end of growth: %v", err)
+	}
+	if st := r.figures(t); st.TotalSectors != 96 || !st.Full {
+		t.Errorf("%+v", st)
+	}
+	r.stop()
+	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 10 {
+		t.Errorf("%+v", st)
+	}
+}
