@@ -178,16 +178,7 @@ func (w *world) do(op scriptOp) error {
 	off, data := op.at*sector, noise(op.n, op.x)
 	switch op.kind {
 	case "origin write", "origin zero", "origin fua":
-		var err error
-		switch op.kind {
-		case "origin write":
-			_, err = w.origin.WriteAt(data, off)
-		case "origin zero":
-			clear(data)
-			err = w.origin.ZeroAt(off, int64(len(data)), 0)
-		case "origin fua":
-			err = w.origin.WriteDurableAt(data, off)
-		}
+		err := putKind(w.origin, strings.TrimPrefix(op.kind, "origin "), data, off)
 		w.model.Write(op.at, data)
 		if err != nil {
 			return err
@@ -204,16 +195,7 @@ func (w *world) do(op scriptOp) error {
 	p := w.pairs[op.pick%len(w.pairs)]
 	switch op.kind {
 	case "write", "zero", "fua":
-		var err error
-		switch op.kind {
-		case "write":
-			_, err = p.dev.WriteAt(data, off)
-		case "zero":
-			clear(data)
-			err = p.dev.ZeroAt(off, int64(len(data)), 0)
-		case "fua":
-			err = p.dev.WriteDurableAt(data, off)
-		}
+		err := putKind(p.dev, op.kind, data, off)
 		if err := wantResult(err, p.model.Write(op.at, data)); err != nil {
 			return err
 		}
@@ -248,6 +230,23 @@ func (w *world) do(op scriptOp) error {
 		return w.handOver(p, op)
 	}
 	return w.compareRange(op.at, op.n)
+}
+
+// putKind makes a write of a kind, which may replace data by zeros.
+func putKind(dev interface {
+	block.Device
+	block.Zeroer
+	block.DurableWriter
+}, kind string, data []byte, off int64) error {
+	switch kind {
+	case "zero":
+		clear(data)
+		return dev.ZeroAt(off, int64(len(data)), 0)
+	case "fua":
+		return dev.WriteDurableAt(data, off)
+	}
+	_, err := dev.WriteAt(data, off)
+	return err
 }
 
 // attach adds a snapshot with an empty store, at most four.
