@@ -592,6 +592,31 @@ func TestC109InvalidStoreMergesNothing(t *testing.T) {
 	}
 }
 
+func TestC109InvalidStoreHandedOver(t *testing.T) {
+	r, c, s := standard(t, 1024, 5*8)
+	write(t, s, 0, 8, 7)
+	write(t, s, 8, 3, 7)
+	write(t, r.origin, 0, 64, 9) // does not fit
+	wantStatus(t, s, "Invalid")
+	m := r.merging(s)
+	wantStatus(t, m, "Invalid")
+	img := c.memory.Bytes()
+	want := append(fill(64, 9), r.old(64, 8)...)
+	wantRead(t, r.origin, 0, want)
+	write(t, r.origin, 2, 7, 5)
+	flush(t, r.origin)
+	wantRead(t, r.memory, 0, slices.Concat(fill(2, 9), fill(7, 5), fill(55, 9), r.old(64, 8)))
+	if es, err := r.origin.Extents(0, 16*sector); err != nil || len(es) == 0 {
+		t.Errorf("extents %v, %v", es, err)
+	}
+	if n, err := m.Step(0); n != 0 || !isInvalid(err) {
+		t.Errorf("step: %d, %v", n, err)
+	}
+	if !bytes.Equal(c.memory.Bytes(), img) {
+		t.Error("the COW device was touched")
+	}
+}
+
 func TestC110MergesThatAreRefused(t *testing.T) {
 	r := newRig(t, 1024)
 	one, two := r.cowOf("ONE", image(8, 1024, exampleA...)), r.cowOf("TWO", image(8, 1024, exampleA...))

@@ -228,9 +228,11 @@ func (m *Merging) Resume() error {
 		m.store.Store(src.giveStore())
 		m.source = nil
 	}
-	if m.store.Load() == nil {
+	st := m.store.Load()
+	if st == nil {
 		return errHandoverCancelled
 	}
+	m.invalid = errors.Is(st.Err(), store.ErrInvalid)
 	o.waiting = nil
 	o.merging.Store(m)
 	return nil

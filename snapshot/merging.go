@@ -34,6 +34,7 @@ type Merging struct {
 
 	store      atomic.Pointer[store.Store] // nil before a handover
 	overflowed bool                        // as it was handed over
+	invalid    bool                        // as it was loaded or handed over: m is the origin alone (7.5)
 
 	gate     gate.Gate   // owned by writers, chunk by chunk, and by a step for its window
 	stepping sync.Mutex  // one step at a time
@@ -52,7 +53,7 @@ func (m *Merging) readAt(p []byte, off int64) (int, error) {
 	}
 	st := m.store.Load()
 	for done := int64(0); done < int64(len(p)); {
-		pc := nextPiece(st, off+done, int64(len(p))-done)
+		pc := m.nextPiece(st, off+done, int64(len(p))-done)
 		from, dev := m.place(pc)
 		if _, err := dev.ReadAt(p[done:done+pc.n], from); err != nil {
 			return int(done), err
@@ -60,6 +61,15 @@ func (m *Merging) readAt(p []byte, off int64) (int, error) {
 		done += pc.n
 	}
 	return len(p), nil
+}
+
+// nextPiece is nextPiece of the merged content. The exceptions that an invalid store has in memory, because
+// it became invalid there and was handed over, count for nothing.
+func (m *Merging) nextPiece(st *store.Store, off, n int64) piece {
+	if m.invalid {
+		return piece{off: off, n: n}
+	}
+	return nextPiece(st, off, n)
 }
 
 // place returns where a piece is kept.
@@ -92,7 +102,7 @@ func (m *Merging) change(pl payload, off, n int64) error {
 // piece's chunks; afterwards they are the origin's. When that step failed, the write fails with it
 // (specification 7.6).
 func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64, error) {
-	pc := nextPiece(st, off, n)
+	pc := m.nextPiece(st, off, n)
 	first, count := chunks(st.Layout(), pc.off, pc.n)
 	failures := m.failures.Load()
 	owned := m.gate.Own(span(first, count))
@@ -100,7 +110,7 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 	if m.failures.Load() != failures {
 		return 0, fmt.Errorf("%w while the write was held back", ErrMergeFailed)
 	}
-	pc = nextPiece(st, off, pc.n)
+	pc = m.nextPiece(st, off, pc.n)
 	if pc.mapped {
 		// A store that failed may or may not have dropped the exception on disk: writing to its chunk
 		// would be lost in one of the two cases.
@@ -127,6 +137,9 @@ func (m *Merging) flush() error {
 func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, m.origin.Size()); err != nil {
 		return nil, err
+	}
+	if m.invalid {
+		return block.Extents(m.origin.dev, off, n)
 	}
 	return gatherExtents(m.store.Load(), off, n, func(pc piece) ([]block.Extent, error) {
 		at, dev := m.place(pc)
