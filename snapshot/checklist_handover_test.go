@@ -20,7 +20,7 @@ import (
 // load loads a second table on a snapshot's COW device.
 func (r *rig) load(c *cow, o snapshot.Options) *snapshot.Snapshot {
 	r.t.Helper()
-	o.Notify = func(e snapshot.Event) { r.events = append(r.events, e) }
+	o.Notify = r.tell
 	s, err := r.origin.Load(c.dev, o)
 	if err != nil {
 		r.t.Fatal(err)

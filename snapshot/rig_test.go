@@ -5,6 +5,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -28,7 +29,16 @@ type rig struct {
 	disk   *blocktest.Faulty
 	origin *snapshot.Origin
 	before []byte // the origin's first content
-	events []snapshot.Event
+
+	telling sync.Mutex // guards events, which requests that run side by side tell of
+	events  []snapshot.Event
+}
+
+// tell is Options.Notify.
+func (r *rig) tell(e snapshot.Event) {
+	r.telling.Lock()
+	defer r.telling.Unlock()
+	r.events = append(r.events, e)
 }
 
 // newRig makes an origin of so many sectors, filled with noise.
@@ -64,7 +74,7 @@ func (r *rig) cowOf(name string, content []byte) *cow {
 // store is invalid or the test failed it on purpose.
 func (r *rig) attach(c *cow, o snapshot.Options) *snapshot.Snapshot {
 	r.t.Helper()
-	o.Notify = func(e snapshot.Event) { r.events = append(r.events, e) }
+	o.Notify = r.tell
 	s, err := r.origin.Attach(c.dev, o)
 	if err != nil {
 		r.t.Fatal(err)
