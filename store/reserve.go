@@ -88,7 +88,7 @@ func (s *Store) allocate(end ondisk.COWChunk) error {
 	from := s.space
 	if from == 0 { // after Open: the area in use may have holes, and what lies between need not be ours
 		from = s.layout.COWOffset(s.next)
-		if err := s.allocateRange(s.layout.COWOffset(s.layout.AreaChunk(s.reserved.area)), s.layout.ChunkBytes()); err != nil {
+		if err := s.allocateArea(); err != nil {
 			return err
 		}
 	}
@@ -103,6 +103,15 @@ func (s *Store) allocate(end ondisk.COWChunk) error {
 	}
 	s.space = need
 	return nil
+}
+
+// allocateArea reserves space for the area in use. A transient store has none, and its device may end where
+// one would be.
+func (s *Store) allocateArea() error {
+	if s.transient {
+		return nil
+	}
+	return s.allocateRange(s.layout.COWOffset(s.layout.AreaChunk(s.reserved.area)), s.layout.ChunkBytes())
 }
 
 func (s *Store) allocateRange(off, n int64) error {

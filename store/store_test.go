@@ -443,6 +443,21 @@ func TestManyExceptionsOverManyRounds(t *testing.T) {
 	}
 }
 
+// A transient store has no areas: its device may end where the first one would be.
+func TestTransientOfOneChunk(t *testing.T) {
+	s := store.NewTransient(block.NewMemory(9*512), ondisk.Layout{ChunkSectors: 8})
+	r, err := s.Reserve(3, 2)
+	if err != nil || r.New != 0 || r.Count != 1 {
+		t.Fatalf("reserved %+v, %v", r, err)
+	}
+	if err := r.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.Reserve(4, 1); !errors.Is(err, store.ErrFull) {
+		t.Errorf("a second one: %v", err)
+	}
+}
+
 func TestTransient(t *testing.T) {
 	mem := block.NewMemory(42 * sector)
 	s := store.NewTransient(mem, ondisk.Layout{ChunkSectors: 8})
