@@ -250,7 +250,7 @@ func TestC117StoresByTheFormat(t *testing.T) {
 	for _, c := range []uint32{1, 2, 8, 32, 128, 1024} {
 		e := int(c) * 32
 		for _, n := range []int{0, 1, e - 1, e, e + 1, 2*e - 1, 2 * e, 2*e + 1} {
-			if n*int(c) > 40000 { // 20 MB: the areas of larger chunks are filled by the kernel's cases and test/kernel
+			if n*int(c) > 10000 { // 5 MB: the areas of larger chunks are filled by the kernel's cases and test/kernel
 				continue
 			}
 			cowSectors := int(c) * (n + n/e + 4)
