@@ -167,7 +167,7 @@ func TestC042TornAreaWrites(t *testing.T) {
 		if op.Kind != blocktest.Write || op.Device != "COW" || op.Off >= 16*sector {
 			return
 		}
-		for img := range power.Cut().Images(blocktest.Choices{All: 16, Limit: 60, Random: 60, Seed: 1}) {
+		for img := range power.Cut().Images(blocktest.Choices{All: 300, Limit: 20, Seed: 1}) {
 			torn++
 			s, err := snapshot.NewOrigin(block.MemoryFrom(img.Disk(disk))).Attach(block.MemoryFrom(img.Disk(cow)), snapshot.Options{})
 			if err != nil {
