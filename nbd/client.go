@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -89,6 +90,12 @@ func (e *RemoteError) Unwrap() error {
 // life of the client. Besides base:allocation the meta contexts given are asked for; a server that lacks
 // some is no error, see [Info].
 func Dial(ctx context.Context, uri string, contexts ...string) (*Client, error) {
+	return DialTLS(ctx, uri, nil, contexts...)
+}
+
+// DialTLS is Dial with a configuration for URIs that ask for TLS (nbds, nbds+unix): nil, or a ServerName
+// that is missing, stand for the URI's host, verified by the system's authorities.
+func DialTLS(ctx context.Context, uri string, config *tls.Config, contexts ...string) (*Client, error) {
 	u, err := ParseURI(uri)
 	if err != nil {
 		return nil, err
@@ -97,7 +104,17 @@ func Dial(ctx context.Context, uri string, contexts ...string) (*Client, error) 
 	if err != nil {
 		return nil, err
 	}
-	c, err := NewClient(ctx, nc, u.Export, contexts...)
+	if !u.TLS {
+		config = nil
+	} else if config == nil || config.ServerName == "" {
+		if config = config.Clone(); config == nil {
+			config = new(tls.Config)
+		}
+		if config.ServerName = "localhost"; u.Network == "tcp" {
+			config.ServerName, _, _ = net.SplitHostPort(u.Address)
+		}
+	}
+	c, err := newClient(ctx, nc, u.Export, config, contexts)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", uri, err)
 	}
@@ -106,9 +123,13 @@ func Dial(ctx context.Context, uri string, contexts ...string) (*Client, error) 
 
 // NewClient speaks to a server on nc, which it takes over, also when it returns an error; see [Dial].
 func NewClient(ctx context.Context, nc net.Conn, export string, contexts ...string) (*Client, error) {
+	return newClient(ctx, nc, export, nil, contexts)
+}
+
+func newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config, contexts []string) (*Client, error) {
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Now()) })
 	c := &Client{nc: nc, ids: make(map[string]uint32), calls: make(map[uint64]*call), ended: make(chan struct{})}
-	h := &clientHandshake{c: c, r: newReader(nc)}
+	h := &clientHandshake{c: c, r: newReader(nc), tls: config}
 	err := h.run(export, append([]string{baseAllocation}, contexts...))
 	if !stop() {
 		err = context.Cause(ctx)

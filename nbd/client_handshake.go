@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -24,6 +25,8 @@ func newReader(nc net.Conn) *bufio.Reader { return bufio.NewReaderSize(nc, 64<<1
 type clientHandshake struct {
 	c *Client
 	r *bufio.Reader
+
+	tls *tls.Config // nil: in the clear
 }
 
 // run asks for everything the client can use and settles for what the server has.
@@ -33,6 +36,11 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 	}
 	if err := h.greet(); err != nil {
 		return fmt.Errorf("handshake: %w", err)
+	}
+	if h.tls != nil {
+		if err := h.startTLS(); err != nil {
+			return err
+		}
 	}
 	err := h.option(wire.OptStructuredReply, nil, nil)
 	h.c.structured = err == nil
@@ -50,6 +58,22 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 	if s := h.c.info; s.Size < 0 || s.MaxBlock == 0 {
 		return fmt.Errorf("handshake: the server tells of %d bytes, and %d at most a request", s.Size, s.MaxBlock)
 	}
+	return nil
+}
+
+// startTLS encrypts the connection, or fails: what asks for TLS never goes on without.
+func (h *clientHandshake) startTLS() error {
+	if err := h.option(wire.OptStartTLS, nil, nil); err != nil {
+		return err
+	}
+	if h.r.Buffered() > 0 {
+		return errors.New("handshake: the server sent data in the clear behind its answer to STARTTLS")
+	}
+	nc := tls.Client(h.c.nc, h.tls)
+	if err := nc.Handshake(); err != nil { // bounded like the whole handshake
+		return fmt.Errorf("TLS: %w", err)
+	}
+	h.c.nc, h.r = nc, newReader(nc)
 	return nil
 }
 

@@ -32,9 +32,11 @@ type metaContext struct {
 // handshake is a connection before the transmission.
 type handshake struct {
 	server *Server
+	nc     net.Conn // encrypted once secure is set
 	w      *bufio.Writer
 	r      *bufio.Reader
 
+	secure     bool
 	noZeroes   bool
 	structured bool
 	contextsOf string // the export for which contexts were chosen, as the client named it
@@ -42,7 +44,14 @@ type handshake struct {
 }
 
 func newHandshake(s *Server, nc net.Conn) *handshake {
-	return &handshake{server: s, r: newReader(nc), w: bufio.NewWriterSize(nc, 4<<10)}
+	h := &handshake{server: s}
+	h.attach(nc)
+	return h
+}
+
+// attach makes nc what is read and written.
+func (h *handshake) attach(nc net.Conn) {
+	h.nc, h.r, h.w = nc, newReader(nc), bufio.NewWriterSize(nc, 4<<10)
 }
 
 // run greets the client and answers its options. It returns the export to serve, or nil when the client
@@ -108,6 +117,12 @@ func (h *handshake) option() (e *export, done bool, err error) {
 
 // answer has a case for every option.
 func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, err error) {
+	if h.mustEncrypt(o) {
+		if o == wire.OptExportName {
+			return nil, true, errors.New("handshake: EXPORT_NAME without TLS")
+		}
+		return nil, false, h.refuse(o, wire.RepErrTLSRequired, "TLS comes first")
+	}
 	switch o {
 	case wire.OptExportName:
 		e, err := h.exportName(string(data))
@@ -115,6 +130,9 @@ func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, er
 	case wire.OptAbort:
 		h.reply(o, wire.RepAck, nil) // who aborts need not wait for the answer
 		return nil, true, nil
+	case wire.OptStartTLS:
+		err := h.startTLS(data)
+		return nil, err != nil, err
 	case wire.OptList:
 		return nil, false, h.list(data)
 	case wire.OptInfo:

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"net"
 	"runtime"
 	"sync"
@@ -33,6 +34,7 @@ type replies struct {
 	vectors net.Buffers
 	part    net.Buffers
 	cut     [1][]byte
+	joined  []byte // of an encrypted connection, where each Write is a record of its own
 }
 
 // send puts the reply of t on its way. t has ended when the bytes have left, or never will: before send
@@ -96,9 +98,23 @@ func (o *replies) write(batch []*task) error {
 			o.part, v[0] = o.cut[:], v[0][progress:]
 		}
 		o.nc.SetWriteDeadline(time.Now().Add(o.timeout))
-		if _, err := o.part.WriteTo(o.nc); err != nil {
+		if err := o.writePart(); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// writePart writes o.part: in one system call on a socket, in few records with TLS.
+func (o *replies) writePart() error {
+	if _, encrypted := o.nc.(*tls.Conn); !encrypted || len(o.part) == 1 {
+		_, err := o.part.WriteTo(o.nc)
+		return err
+	}
+	o.joined = o.joined[:0]
+	for _, b := range o.part {
+		o.joined = append(o.joined, b...)
+	}
+	_, err := o.nc.Write(o.joined)
+	return err
 }

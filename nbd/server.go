@@ -27,6 +27,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -48,6 +49,12 @@ type Options struct {
 	// MaxPayloads is how many bytes of payloads longer than 64 KiB may be under way, of all connections
 	// together. Those that don't fit wait. 0: 1 GiB; at least the longest payload, 32 MiB.
 	MaxPayloads int64
+
+	// TLS, when there is one, is what OptStartTLS begins: at least a certificate, and with ClientAuth and
+	// ClientCAs the clients' are verified. With RequireTLS a client that does not begin it gets nothing,
+	// not even the names of exports; without it may stay in the clear.
+	TLS        *tls.Config
+	RequireTLS bool
 
 	// Log is told what went wrong with a connection or a device, in one line. It may be called
 	// concurrently.
@@ -196,6 +203,9 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		return errors.New("refused: too many connections")
 	}
 	defer s.dismiss()
+	if s.opts.RequireTLS && s.opts.TLS == nil {
+		panic("nbd: TLS is required and there is no certificate")
+	}
 	h := newHandshake(s, nc)
 	nc.SetDeadline(time.Now().Add(s.opts.HandshakeTimeout))
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Now()) })
@@ -208,5 +218,5 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 		return err
 	}
 	nc.SetDeadline(time.Time{})
-	return newConn(s, nc, h, e).serve(ctx)
+	return newConn(s, h.nc, h, e).serve(ctx)
 }

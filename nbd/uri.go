@@ -19,15 +19,16 @@ const DefaultPort = "10809"
 //	nbd://host:port/export
 //	nbd+unix:///export?socket=path
 //
-// The first slash after the authority is not part of the export's name, later ones are. Names and paths
+// and nbds, nbds+unix with TLS. The first slash after the authority is not part of the export's name, later ones are. Names and paths
 // are percent-encoded; a plus sign means itself.
 type URI struct {
 	Network string // "tcp" or "unix"
 	Address string // host:port, or the socket's path; a path that begins with NUL is in the abstract namespace
 	Export  string // "" is the server's default export
+	TLS     bool
 }
 
-// ParseURI reads a URI. A part that it does not know is an error, TLS among them.
+// ParseURI reads a URI. A part that it does not know is an error.
 func ParseURI(s string) (URI, error) {
 	u, err := parseURI(s)
 	if err != nil {
@@ -52,7 +53,11 @@ func parseURI(s string) (URI, error) {
 	if err != nil {
 		return URI{}, err
 	}
-	switch parsed.Scheme {
+	scheme := parsed.Scheme
+	if plain, ok := strings.CutPrefix(scheme, "nbds"); ok {
+		u.TLS, scheme = true, "nbd"+plain
+	}
+	switch scheme {
 	case "nbd":
 		if socket != "" {
 			return URI{}, errors.New("a socket goes with nbd+unix only")
@@ -76,8 +81,6 @@ func parseURI(s string) (URI, error) {
 			return URI{}, errors.New("?socket=path is missing")
 		}
 		u.Network, u.Address = "unix", socket
-	case "nbds", "nbds+unix":
-		return URI{}, errors.New("TLS is not supported")
 	default:
 		return URI{}, fmt.Errorf("scheme %q is neither nbd nor nbd+unix", parsed.Scheme)
 	}
@@ -112,10 +115,14 @@ func socketOf(query string) (socket string, err error) {
 
 // String prints u so that ParseURI reads the same.
 func (u URI) String() string {
-	if u.Network == "unix" {
-		return "nbd+unix:///" + escape(u.Export) + "?socket=" + escape(u.Address)
+	scheme := "nbd"
+	if u.TLS {
+		scheme = "nbds"
 	}
-	return "nbd://" + strings.TrimSuffix(u.Address, ":"+DefaultPort) + "/" + escape(u.Export)
+	if u.Network == "unix" {
+		return scheme + "+unix:///" + escape(u.Export) + "?socket=" + escape(u.Address)
+	}
+	return scheme + "://" + strings.TrimSuffix(u.Address, ":"+DefaultPort) + "/" + escape(u.Export)
 }
 
 // escape percent-encodes all but letters, digits and what means nothing in a path or a query.

@@ -29,6 +29,8 @@ func TestURI(t *testing.T) {
 		{"nbd+unix:///d?socket=a+b", nbd.URI{Network: "unix", Address: "a+b", Export: "d"}, "nbd+unix:///d?socket=a%2Bb"},
 		{"nbd+unix:///d?socket=%00abstract", nbd.URI{Network: "unix", Address: "\x00abstract", Export: "d"}, ""},
 		{"nbd+unix:///%2Fd%2f?socket=s", nbd.URI{Network: "unix", Address: "s", Export: "/d/"}, "nbd+unix:////d/?socket=s"},
+		{"nbds://h/x", nbd.URI{Network: "tcp", Address: "h:10809", Export: "x", TLS: true}, ""},
+		{"nbds+unix:///x?socket=s", nbd.URI{Network: "unix", Address: "s", Export: "x", TLS: true}, ""},
 	} {
 		got, err := nbd.ParseURI(c.uri)
 		if err != nil || got != c.want {
@@ -43,7 +45,7 @@ func TestURI(t *testing.T) {
 		}
 	}
 	for _, bad := range []string{
-		"", "/dev/sda", "nbd", "nbd:unix:/x", "http://h/x", "nbds://h/x", "nbds+unix:///x?socket=s", "nbd://user@h/x",
+		"", "/dev/sda", "nbd", "nbd:unix:/x", "http://h/x", "nbdss://h/x", "nbds+tcp://h/x", "nbd://user@h/x",
 		"nbd://h/x?socket=s", "nbd://h/x?y=z", "nbd://h/x#y", "nbd://h/%zz", "nbd://h/%00", "nbd://h/%ff", "nbd://h:port/x",
 		"nbd+unix:///x", "nbd+unix:///x?socket=", "nbd+unix://h/x?socket=s", "nbd+unix:///x?socket=s&tls-type=x509",
 		"nbd+unix:///x?socket=s&socket=t", "nbd+unix:///x?socket=%zz",

@@ -1,0 +1,254 @@
+package nbd_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testcerts"
+	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/nbd/wire"
+)
+
+// certificates makes a folder with an authority's certificates and returns configurations for both sides.
+func certificates(t *testing.T) (dir string, server, client *tls.Config) {
+	t.Helper()
+	dir = t.TempDir()
+	a, err := testcerts.NewAuthority("for a test")
+	if err == nil {
+		err = a.Write(dir)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	pem, err := os.ReadFile(filepath.Join(dir, "ca-cert.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(pem)
+	pair := func(name string) []tls.Certificate {
+		c, err := tls.LoadX509KeyPair(filepath.Join(dir, name+"-cert.pem"), filepath.Join(dir, name+"-key.pem"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return []tls.Certificate{c}
+	}
+	return dir, &tls.Config{Certificates: pair("server"), ClientCAs: pool, ClientAuth: tls.RequireAndVerifyClientCert},
+		&tls.Config{Certificates: pair("client"), RootCAs: pool}
+}
+
+// command runs a program and returns what it printed.
+func command(ctx context.Context, name string, args ...string) (string, error) {
+	out, err := exec.CommandContext(ctx, name, args...).CombinedOutput()
+	return string(out), err
+}
+
+func secure(uri string) string { return strings.Replace(uri, "nbd", "nbds", 1) }
+
+func TestTLS(t *testing.T) {
+	_, server, client := certificates(t)
+	_, _, strangeClient := certificates(t)
+	mem := striped()
+	for _, network := range []string{"tcp", "unix"} {
+		for _, require := range []bool{true, false} {
+			s := start(t, nbd.Options{TLS: server, RequireTLS: require}, network, nbd.Export{Name: "x", Device: mem})
+			c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), client, "base:allocation")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, want := make([]byte, 8<<20), make([]byte, 8<<20)
+			mem.ReadAt(want, 0)
+			if _, err := c.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("read: %v", err)
+			}
+			p := blocktest.Pattern(5<<20, 9)
+			if _, err := c.WriteAt(p, 1<<20); err != nil {
+				t.Error(err)
+			}
+			if _, err := c.ReadAt(got[:5<<20], 1<<20); err != nil || !bytes.Equal(got[:5<<20], p) {
+				t.Errorf("read back: %v", err)
+			}
+			if !c.Info().MultiConn && len(c.Info().Contexts) != 1 {
+				t.Errorf("%+v", c.Info())
+			}
+			c.Close()
+
+			// In the clear: as the server says.
+			if c, err := nbd.Dial(t.Context(), s.uri("x")); (err == nil) == require {
+				t.Errorf("%s: TLS required %v, in the clear: %v", network, require, err)
+			} else if err == nil {
+				c.Close()
+			}
+			// A client that nobody vouches for, one without a certificate, and one that trusts another server.
+			for name, wrong := range map[string]*tls.Config{
+				"another authority's": {Certificates: strangeClient.Certificates, RootCAs: client.RootCAs},
+				"none":                {RootCAs: client.RootCAs},
+				"distrust":            {Certificates: client.Certificates, RootCAs: strangeClient.RootCAs},
+			} {
+				if c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), wrong); err == nil {
+					t.Errorf("%s: connected with a wrong certificate: %s", network, name)
+					c.Close()
+				}
+			}
+		}
+	}
+	// TLS of a server that has none: the client doesn't go on in the clear.
+	s := start(t, nbd.Options{}, "tcp", nbd.Export{Name: "x", Device: mem})
+	if _, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), client); err == nil {
+		t.Error("went on in the clear")
+	}
+}
+
+func TestTLSConformance(t *testing.T) {
+	_, server, client := certificates(t)
+	blocktest.Run(t, func(t *testing.T) block.Device {
+		s := start(t, nbd.Options{TLS: server, RequireTLS: true}, "tcp",
+			nbd.Export{Name: "x", Device: block.NewMemory(300 << 10), CanTrim: true, MultiConn: true})
+		c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), client)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		return c
+	})
+}
+
+// Nothing but STARTTLS and ABORT is answered before TLS when that is required.
+func TestTLSComesFirst(t *testing.T) {
+	_, server, client := certificates(t)
+	s := start(t, nbd.Options{TLS: server, RequireTLS: true}, "tcp", nbd.Export{Name: "x", Device: striped()})
+	for o := wire.Option(2); o < 14; o++ {
+		p := connect(t, s.uri("x"))
+		p.send("00000003")
+		if o == wire.OptAbort || o == wire.OptStartTLS {
+			continue
+		}
+		p.option(o, nil)
+		p.skipAnswer(wire.RepErrTLSRequired)
+	}
+	p := connect(t, s.uri("x"))
+	p.send("00000003 IHAVEOPT 00000001 00000001 'x")
+	p.hungUp()
+
+	// What is sent in the clear behind STARTTLS is not taken for the first words of the encrypted stream.
+	p = connect(t, s.uri("x"))
+	p.send("00000003 IHAVEOPT 00000005 00000000 IHAVEOPT 00000003 00000000")
+	p.hungUp()
+
+	// What was settled in the clear counts no more, and TLS is started once.
+	s = start(t, nbd.Options{TLS: server}, "tcp", nbd.Export{Name: "x", Device: striped()})
+	u, err := nbd.ParseURI(s.uri("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	nc, err := net.Dial(u.Network, u.Address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	nc.SetDeadline(time.Now().Add(10 * time.Second))
+	option := func(w io.ReadWriter, o wire.Option, data []byte) wire.OptionReplyType {
+		t.Helper()
+		b := wire.OptionHeader{Magic: wire.MagicOption, Option: o, Length: uint32(len(data))}.Append(nil)
+		if _, err := w.Write(append(b, data...)); err != nil {
+			t.Fatal(err)
+		}
+		head := make([]byte, wire.OptionReplySize)
+		if _, err := io.ReadFull(w, head); err != nil {
+			t.Fatal(err)
+		}
+		r := wire.DecodeOptionReply(head)
+		if _, err := io.CopyN(io.Discard, w, int64(r.Length)); err != nil {
+			t.Fatal(err)
+		}
+		return r.Type
+	}
+	io.CopyN(io.Discard, nc, 18)
+	nc.Write([]byte{0, 0, 0, 3})
+	if got := option(nc, wire.OptStructuredReply, nil); got != wire.RepAck {
+		t.Fatalf("structured replies: %v", got)
+	}
+	if got := option(nc, wire.OptStartTLS, []byte{1}); got != wire.RepErrInvalid {
+		t.Errorf("STARTTLS with data: %v", got)
+	}
+	if got := option(nc, wire.OptStartTLS, nil); got != wire.RepAck {
+		t.Fatalf("STARTTLS: %v", got)
+	}
+	config := client.Clone()
+	config.ServerName = "localhost"
+	tc := tls.Client(nc, config)
+	if got := option(tc, wire.OptSetMetaContext, wire.MetaQuery{Export: "x", Queries: []string{"base:allocation"}}.Append(nil)); got != wire.RepErrInvalid {
+		t.Errorf("structured replies are settled still: %v", got)
+	}
+	if got := option(tc, wire.OptStartTLS, nil); got != wire.RepErrInvalid {
+		t.Errorf("second STARTTLS: %v", got)
+	}
+}
+
+// A peer that begins TLS and stops is given up like one that stops in any handshake.
+func TestTLSPeerThatStops(t *testing.T) {
+	_, server, _ := certificates(t)
+	s := start(t, nbd.Options{TLS: server, HandshakeTimeout: 50 * time.Millisecond}, "tcp", nbd.Export{Name: "x", Device: striped()})
+	p := connect(t, s.uri("x"))
+	p.send("00000003 IHAVEOPT 00000005 00000000")
+	p.answer(wire.OptStartTLS, wire.RepAck, "")
+	p.hungUp()
+}
+
+func TestInteropTLS(t *testing.T) {
+	nbdinfo, nbdcopy := tool(t, "nbdinfo", "libnbd-bin"), tool(t, "nbdcopy", "libnbd-bin")
+	dir, server, _ := certificates(t)
+	strange, _, _ := certificates(t)
+	mem := striped()
+	s := start(t, nbd.Options{TLS: server, RequireTLS: true}, "tcp", nbd.Export{Name: "x", Device: mem, MultiConn: true})
+	uri := secure(s.uri("x")) + "?tls-certificates="
+	if out := nbdinfo("--json", uri+dir); !strings.Contains(out, `"TLS": true`) {
+		t.Errorf("nbdinfo says %s", out)
+	}
+	out := filepath.Join(t.TempDir(), "copy")
+	nbdcopy(uri+dir, out)
+	got, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, mem.Bytes()) {
+		t.Error("nbdcopy made another copy")
+	}
+	fails := func(name string, args ...string) {
+		t.Helper()
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		if out, err := command(ctx, name, args...); err == nil {
+			t.Errorf("%s %v connected: %s", name, args, out)
+		}
+	}
+	fails("nbdinfo", uri+strange)
+	fails("nbdinfo", s.uri("x"))
+
+	tool(t, "qemu-img", "qemu-utils")
+	u, _ := nbd.ParseURI(s.uri("x"))
+	host, port, _ := net.SplitHostPort(u.Address)
+	args := func(dir string) []string {
+		return []string{"convert", "--object", "tls-creds-x509,id=t,endpoint=client,dir=" + dir, "--image-opts",
+			"driver=nbd,host=" + host + ",port=" + port + ",export=x,tls-creds=t", "-O", "raw", out}
+	}
+	if text, err := command(t.Context(), "qemu-img", args(dir)...); err != nil {
+		t.Fatalf("qemu-img: %v: %s", err, text)
+	}
+	if got, _ = os.ReadFile(out); !bytes.Equal(got, mem.Bytes()) {
+		t.Error("qemu-img made another copy")
+	}
+	fails("qemu-img", args(strange)...)
+}
