@@ -227,7 +227,7 @@ func TestPeerThatStops(t *testing.T) {
 
 func TestIdleTimeout(t *testing.T) {
 	dev := blocktest.NewFaulty(block.NewMemory(4096), nil)
-	s := start(t, nbd.Options{IdleTimeout: 50 * time.Millisecond}, "unix", nbd.Export{Name: "x", Device: dev})
+	s := start(t, nbd.Options{IdleTimeout: 300 * time.Millisecond}, "unix", nbd.Export{Name: "x", Device: dev})
 	begin(t, s.uri("x"), false).hungUp()
 	// Who waits for an answer is not idle.
 	p := begin(t, s.uri("x"), false)
@@ -235,7 +235,7 @@ func TestIdleTimeout(t *testing.T) {
 	defer h.Release()
 	p.request(wire.CmdFlush, 0, 1, 0, 0)
 	<-h.Reached()
-	time.Sleep(150 * time.Millisecond)
+	time.Sleep(900 * time.Millisecond)
 	h.Release()
 	p.simple(1, 0)
 	p.hungUp()

@@ -200,7 +200,7 @@ func TestTLSComesFirst(t *testing.T) {
 // A peer that begins TLS and stops is given up like one that stops in any handshake.
 func TestTLSPeerThatStops(t *testing.T) {
 	_, server, _ := certificates(t)
-	s := start(t, nbd.Options{TLS: server, HandshakeTimeout: 50 * time.Millisecond}, "tcp", nbd.Export{Name: "x", Device: striped()})
+	s := start(t, nbd.Options{TLS: server, HandshakeTimeout: 500 * time.Millisecond}, "tcp", nbd.Export{Name: "x", Device: striped()})
 	p := connect(t, s.uri("x"))
 	p.send("00000003 IHAVEOPT 00000005 00000000")
 	p.answer(wire.OptStartTLS, wire.RepAck, "")
