@@ -75,8 +75,8 @@ func listenTCP(address string) (net.Listener, error) {
 }
 
 // exportURI is the NBD URI of an export on a listener.
-func exportURI(l net.Addr, name string) string {
-	u := nbd.URI{Network: l.Network(), Address: l.String(), Export: name}
+func exportURI(l net.Addr, name string, tls bool) string {
+	u := nbd.URI{Network: l.Network(), Address: l.String(), Export: name, TLS: tls}
 	if path, err := filepath.Abs(u.Address); err == nil && u.Network == "unix" {
 		u.Address = path // the client may work in another folder
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -30,6 +31,10 @@ type serveOptions struct {
 	sync           syncFlag
 	onFull         fullFlag
 	grow, growMax  sizeFlag
+	certificates   string
+	tls            tlsFlag
+	maxConnections uint
+	idleTimeout    time.Duration
 	chunkSize      sizeFlag
 }
 
@@ -57,6 +62,10 @@ goes on. See --on-full, --grow, and dmsnap grow.
 The URI of each export is printed, one a line, when clients may connect. SIGINT and SIGTERM answer what is
 under way, make everything durable, and end with status 0.
 
+With --tls-certificates the server speaks TLS, and its URIs begin with nbds. A service manager may pass the
+socket, and one named "control" (systemd socket activation); then --socket, --listen and --control are
+not used.
+
 With --control PATH the server can be asked and told things while it runs: see status, snapshot, drop and
 merge.`,
 		Example: `  dmsnap serve disk.img
@@ -83,6 +92,10 @@ merge.`,
 	f.Var(&o.onFull, "on-full", "what becomes of writes that need room in a COW that has none: they fail, pause until there is some, or invalidate the snapshot as the kernel does")
 	f.Var(&o.grow, "grow", "make a COW file that is full longer by this much at a time (default: leave it)")
 	f.Var(&o.growMax, "grow-max", "make it no longer than this")
+	f.StringVar(&o.certificates, "tls-certificates", "", "speak TLS, with server-cert.pem and server-key.pem of this folder; clients need a certificate of its ca-cert.pem, where there is one")
+	f.Var(&o.tls, "tls", "with --tls-certificates: require it of every client, or allow it")
+	f.UintVar(&o.maxConnections, "max-connections", 0, "turn clients away beyond so many (default: no limit)")
+	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "hang up on clients that ask nothing for so long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
@@ -188,19 +201,15 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return err
 	}
 	defer func() { err = errors.Join(err, s.close()) }()
-	l, err := o.listener(originPath)
+	l, ctl, err := o.listeners(originPath)
 	if err != nil {
 		return err
 	}
 	defer l.Close()
-	s.uri = func(name string) string { return exportURI(l.Addr(), name) }
-	var ctl net.Listener
-	if o.control != "" {
-		if ctl, err = listenUnix(o.control); err != nil {
-			return err
-		}
+	if ctl != nil {
 		defer ctl.Close()
 	}
+	s.uri = func(name string) string { return exportURI(l.Addr(), name, o.certificates != "" && !o.tls.allow) }
 	return s.serve(ctx, l, ctl, stdout)
 }
 
@@ -208,7 +217,14 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server, err error) {
 	opts := snapshot.Options{Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes}}
-	if s, err = newServer(originPath, o.readOnly, opts, log); err != nil {
+	limits := nbd.Options{Log: log, MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}
+	if o.certificates != "" {
+		if limits.TLS, err = loadTLS(o.certificates); err != nil {
+			return nil, err
+		}
+		limits.RequireTLS = !o.tls.allow
+	}
+	if s, err = newServer(originPath, o.readOnly, opts, limits); err != nil {
 		return nil, err
 	}
 	s.onFullSet = o.onFull.set
@@ -224,6 +240,27 @@ func (o *serveOptions) open(originPath string, cows []string, log func(string)) 
 		}
 	}
 	return s, nil
+}
+
+// listeners returns the sockets that were passed to the process, or listens where o says. ctl is nil when
+// nobody asked for it.
+func (o *serveOptions) listeners(originPath string) (l, ctl net.Listener, err error) {
+	passed, err := passedListeners()
+	if err != nil {
+		return nil, nil, err
+	}
+	if l = passed["nbd"]; l == nil {
+		if l, err = o.listener(originPath); err != nil {
+			return nil, nil, err
+		}
+	}
+	if ctl = passed["control"]; ctl == nil && o.control != "" {
+		if ctl, err = listenUnix(o.control); err != nil {
+			l.Close()
+			return nil, nil, err
+		}
+	}
+	return l, ctl, nil
 }
 
 // listener listens where o says.

@@ -43,7 +43,7 @@ func start(t *testing.T, p pair, o serveOptions, cows ...string) *running {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s.uri = func(name string) string { return exportURI(l.Addr(), name) }
+	s.uri = func(name string) string { return exportURI(l.Addr(), name, false) }
 	ctx, cancel := context.WithCancelCause(context.Background())
 	ended := make(chan error)
 	go func() { ended <- s.serve(ctx, l, ctl, io.Discard) }()
@@ -413,7 +413,7 @@ func TestExportURI(t *testing.T) {
 		{tcp, "a/b c?#ü%", "nbd://[::1]/a/b%20c%3F%23%C3%BC%25"},
 		{tcp, "", "nbd://[::1]/"},
 	} {
-		if got := exportURI(c.l, c.name); got != c.want {
+		if got := exportURI(c.l, c.name, false); got != c.want {
 			t.Errorf("URI of %q: %s, want %s", c.name, got, c.want)
 		}
 	}

@@ -89,13 +89,13 @@ func noSnapshot(name string) error {
 var errReadOnlyServer = refuse(http.StatusForbidden, "read_only", "the server is read-only")
 
 // newServer opens the origin.
-func newServer(path string, readOnly bool, opts snapshot.Options, log func(string)) (*server, error) {
+func newServer(path string, readOnly bool, opts snapshot.Options, limits nbd.Options) (*server, error) {
 	f, err := openOrigin(path, block.Options{ReadOnly: readOnly})
 	if err != nil {
 		return nil, err
 	}
 	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, opts: opts,
-		nbd: nbd.NewServer(nbd.Options{Log: log}), log: log,
+		nbd: nbd.NewServer(limits), log: limits.Log,
 		drive: func(m *snapshot.Merging) *merge.Driver { return merge.Start(m, merge.Options{}) }}, nil
 }
 

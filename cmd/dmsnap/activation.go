@@ -1,0 +1,53 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+	"syscall"
+)
+
+// firstPassed is the number of the first descriptor that a service manager passes on.
+const firstPassed = 3
+
+// passedListeners returns the sockets that a service manager made for this process, by their names
+// (FileDescriptorName= in a systemd socket unit); none without one. The variables that tell of them are
+// removed, so that no child takes them for its own.
+func passedListeners() (map[string]net.Listener, error) {
+	defer os.Unsetenv("LISTEN_PID")
+	defer os.Unsetenv("LISTEN_FDS")
+	defer os.Unsetenv("LISTEN_FDNAMES")
+	if pid, err := strconv.Atoi(os.Getenv("LISTEN_PID")); err != nil || pid != os.Getpid() {
+		return nil, nil
+	}
+	n, err := strconv.Atoi(os.Getenv("LISTEN_FDS"))
+	if err != nil || n < 1 || n > 2 {
+		return nil, fmt.Errorf("LISTEN_FDS=%s: want one socket, or two with the control socket", os.Getenv("LISTEN_FDS"))
+	}
+	names := strings.Split(os.Getenv("LISTEN_FDNAMES"), ":")
+	listeners := make(map[string]net.Listener)
+	for i := range n {
+		name := "nbd"
+		if i < len(names) && names[i] == "control" {
+			name = names[i]
+		}
+		if listeners[name] != nil {
+			return nil, errors.New(`two sockets of the same use were passed; name the second "control"`)
+		}
+		syscall.CloseOnExec(firstPassed + i)
+		f := os.NewFile(uintptr(firstPassed+i), "passed socket "+name)
+		l, err := net.FileListener(f)
+		f.Close() // the listener has its own
+		if err != nil {
+			return nil, fmt.Errorf("passed socket %d: %w", i, err)
+		}
+		if u, ok := l.(*net.UnixListener); ok {
+			u.SetUnlinkOnClose(false) // it is the manager's
+		}
+		listeners[name] = l
+	}
+	return listeners, nil
+}
