@@ -1,11 +1,18 @@
 // Package model says what an origin and its snapshots must show: a second, deliberately simple telling of
 // the specification, without devices, caches, locks or durability. Tests hold the engine against it.
 //
-// It shares no code with the engine, not even arithmetic: a mistake in one of the two shows as a
-// difference. Everything is in sectors of [Sector] bytes. Nothing here is safe for concurrent use.
+// Taking a snapshot copies the whole disk. What the engine finds out by looking where a chunk lives is here
+// simply the copy; which chunks have exceptions is kept beside it, and decides nothing but what is counted,
+// what is full, and what a merge moves. So an exception that the engine forgets shows as a content that
+// differs, and one too many as a number that differs.
+//
+// It shares no code with the engine, not even arithmetic. Everything is in sectors of [Sector] bytes.
+// Nothing here is safe for concurrent use.
 package model
 
-import "fmt"
+import (
+	"slices"
+)
 
 // Sector is the size of a sector in bytes.
 const Sector = 512
@@ -14,293 +21,175 @@ const Sector = 512
 type Result int
 
 const (
-	OK Result = iota
-	Invalid
-	Overflow
+	OK       Result = iota
+	Invalid         // the snapshot is invalid
+	Overflow        // a PO snapshot was full once
+	NoRoom          // there is no room, and the policy is to fail the write and nothing else
 )
 
-func (r Result) String() string { return [...]string{"ok", "invalid", "overflow"}[r] }
+func (r Result) String() string { return [...]string{"ok", "invalid", "overflow", "no room"}[r] }
 
 // An Origin is a disk with snapshots.
 type Origin struct {
-	Raw       []byte // what stands on its disk
-	Snapshots []*Snapshot
-	Merging   *Snapshot // whose exceptions lie over the disk, nil: none
+	Raw     []byte      // what stands on its disk
+	Merging *Snapshot   // whose exceptions lie over the disk, nil: none
+	active  []*Snapshot // in the order in which a write visits them
+	known   []*Snapshot // all that there ever were
 }
 
-// A Snapshot is a COW device in use.
-type Snapshot struct {
-	Chunk      int64 // sectors
-	COW        int64 // sectors of the COW device
-	Store      string
-	Zeroes     bool // discard_zeroes_cow
-	invalid    bool
-	overflowed bool
-	origin     *Origin
-	order      []int64          // origin chunks in the order of their exceptions
-	data       map[int64][]byte // their content; short at the origin's end
-}
+// New returns an origin with a copy of this content.
+func New(content []byte) *Origin { return &Origin{Raw: slices.Clone(content)} }
 
 // sectors is the origin's size.
 func (o *Origin) sectors() int64 { return int64(len(o.Raw)) / Sector }
 
-// Attach makes a snapshot with an empty store and adds it.
-func (o *Origin) Attach(s *Snapshot) {
-	s.origin, s.data = o, make(map[int64][]byte)
-	o.Snapshots = append(o.Snapshots, s)
+// Attach makes a snapshot with an empty store.
+func (o *Origin) Attach(c Config) *Snapshot {
+	s := &Snapshot{Config: c, origin: o, view: slices.Clone(o.Raw)}
+	o.known = append(o.known, s)
+	o.insert(s)
+	return s
 }
 
-// Detach takes a snapshot off the origin; its store stays as it is.
-func (o *Origin) Detach(s *Snapshot) {
-	for i := range o.Snapshots {
-		if o.Snapshots[i] == s {
-			o.Snapshots = append(o.Snapshots[:i:i], o.Snapshots[i+1:]...)
-			return
-		}
+// insert has writes visit s: larger chunks first, equals in the order of their coming (specification 5.2).
+func (o *Origin) insert(s *Snapshot) {
+	i := 0
+	for i < len(o.active) && o.active[i].Chunk >= s.Chunk {
+		i++
 	}
-	panic("model: detaching what is not attached")
-}
-
-// Reopen loads a snapshot's store again: an overflow is forgotten, and a transient store with all it holds.
-func (s *Snapshot) Reopen() {
-	s.overflowed = false
-	if s.Store == "N" {
-		s.order, s.data, s.invalid = nil, make(map[int64][]byte), false
-	}
-	s.origin.Snapshots = append(s.origin.Snapshots, s)
-}
-
-// slots is E, the exceptions an area holds.
-func (s *Snapshot) slots() int64 { return s.Chunk * Sector / 16 }
-
-// chunksFor is how many chunks a COW device needs for n exceptions: header, areas up to the one with the
-// next free slot, and data.
-func (s *Snapshot) chunksFor(n int64) int64 {
-	if s.Store == "N" {
-		return n
-	}
-	return 1 + (1 + n/s.slots()) + n
-}
-
-// Status is the kernel's status text.
-func (s *Snapshot) Status() string {
-	switch n := int64(len(s.order)); {
-	case s.invalid:
-		return "Invalid"
-	case s.overflowed:
-		return "Overflow"
-	case s.Store == "N":
-		return fmt.Sprintf("%d/%d 0", s.chunksFor(n)*s.Chunk, s.COW)
-	default:
-		return fmt.Sprintf("%d/%d %d", s.chunksFor(n)*s.Chunk, s.COW, (s.chunksFor(n)-n)*s.Chunk)
-	}
-}
-
-// Exceptions is how many there are.
-func (s *Snapshot) Exceptions() int { return len(s.order) }
-
-// bounds returns the sectors of an origin chunk.
-func (s *Snapshot) bounds(chunk int64) (from, to int64) {
-	return chunk * s.Chunk, min((chunk+1)*s.Chunk, s.origin.sectors())
-}
-
-// except makes an exception with the disk's content, if there is room.
-func (s *Snapshot) except(chunk int64) bool {
-	if s.data[chunk] != nil {
-		return true
-	}
-	if s.chunksFor(int64(len(s.order))+1)*s.Chunk > s.COW {
-		return false
-	}
-	from, to := s.bounds(chunk)
-	s.data[chunk] = append([]byte(nil), s.origin.Raw[from*Sector:to*Sector]...)
-	s.order = append(s.order, chunk)
-	return true
-}
-
-// each calls f for every chunk of n sectors from at on, with the part of the range that lies in it, until
-// f returns false.
-func (s *Snapshot) each(at, n int64, f func(chunk, from, to int64) bool) {
-	for end := at + n; at < end; {
-		chunk := at / s.Chunk
-		to := min((chunk+1)*s.Chunk, end)
-		if !f(chunk, at, to) {
-			return
-		}
-		at = to
-	}
-}
-
-// Read returns what the snapshot shows.
-func (s *Snapshot) Read(at, n int64) ([]byte, Result) {
-	if s.invalid {
-		return nil, Invalid
-	}
-	return s.overlay(at, n), OK
-}
-
-// overlay is the disk with the snapshot's chunks over it.
-func (s *Snapshot) overlay(at, n int64) []byte {
-	b := append([]byte(nil), s.origin.Raw[at*Sector:(at+n)*Sector]...)
-	s.each(at, n, func(chunk, from, to int64) bool {
-		if d := s.data[chunk]; d != nil {
-			copy(b[(from-at)*Sector:(to-at)*Sector], d[(from-chunk*s.Chunk)*Sector:])
-		}
-		return true
-	})
-	return b
-}
-
-// Write writes to the snapshot. A request that finds no room has changed the chunks before that.
-func (s *Snapshot) Write(at int64, p []byte) Result {
-	switch {
-	case s.invalid:
-		return Invalid
-	case s.overflowed:
-		return Overflow
-	}
-	result := OK
-	s.each(at, int64(len(p))/Sector, func(chunk, from, to int64) bool {
-		if !s.except(chunk) {
-			if s.Store == "PO" {
-				s.overflowed, result = true, Overflow
-			} else {
-				s.invalid, result = true, Invalid
-			}
-			return false
-		}
-		copy(s.data[chunk][(from-chunk*s.Chunk)*Sector:], p[(from-at)*Sector:(to-at)*Sector])
-		return true
-	})
-	return result
-}
-
-// Discard discards a range of the snapshot. It returns the parts whose content is undefined now, each
-// sector of them as before or zero: see Adopt.
-func (s *Snapshot) Discard(at, n int64) (undefined [][2]int64, r Result) {
-	switch {
-	case s.invalid:
-		return nil, Invalid
-	case s.overflowed:
-		return nil, Overflow
-	case !s.Zeroes:
-		return nil, OK
-	}
-	s.each(at, n, func(chunk, from, to int64) bool {
-		switch d := s.data[chunk]; {
-		case d == nil:
-		case to-from == s.Chunk:
-			clear(d)
-		default:
-			undefined = append(undefined, [2]int64{from, to})
-		}
-		return true
-	})
-	return undefined, OK
-}
-
-// Adopt takes what is shown of an undefined range over, and reports whether it may be shown.
-func (s *Snapshot) Adopt(at int64, p []byte) bool {
-	before := s.overlay(at, int64(len(p))/Sector)
-	for i := 0; i < len(p); i += Sector {
-		was, is := before[i:i+Sector], p[i:i+Sector]
-		if string(was) != string(is) && string(is) != string(make([]byte, Sector)) {
-			return false
-		}
-	}
-	s.each(at, int64(len(p))/Sector, func(chunk, from, to int64) bool {
-		copy(s.data[chunk][(from-chunk*s.Chunk)*Sector:], p[(from-at)*Sector:(to-at)*Sector])
-		return true
-	})
-	return true
-}
-
-// preserve has every snapshot keep what it shows of a range, before the disk changes there.
-func (o *Origin) preserve(at, n int64) {
-	for _, s := range o.Snapshots {
-		if s.invalid {
-			continue
-		}
-		s.each(at, n, func(chunk, _, _ int64) bool {
-			s.invalid = !s.except(chunk)
-			return !s.invalid
-		})
-	}
+	o.active = slices.Insert(o.active, i, s)
 }
 
 // Read returns what the origin shows: its disk, or what it will be when the merge is complete.
 func (o *Origin) Read(at, n int64) []byte {
-	if o.Merging != nil {
-		return o.Merging.overlay(at, n)
+	shown := o.Raw
+	if m := o.Merging; m != nil && !m.invalid {
+		shown = m.view
 	}
-	return append([]byte(nil), o.Raw[at*Sector:(at+n)*Sector]...)
+	return slices.Clone(shown[at*Sector : (at+n)*Sector])
 }
 
-// Write writes to the origin. It never fails.
-func (o *Origin) Write(at int64, p []byte) {
+// Write writes to the origin. It fails with NoRoom only, for the sake of a snapshot that is protected; what
+// was written before the first sector that is not, in pieces of one kind of chunks, stays.
+func (o *Origin) Write(at int64, p []byte) Result {
 	m := o.Merging
-	if m == nil {
-		o.preserve(at, int64(len(p))/Sector)
-		copy(o.Raw[at*Sector:], p)
-		return
-	}
-	m.each(at, int64(len(p))/Sector, func(chunk, from, to int64) bool {
-		part := p[(from-at)*Sector : (to-at)*Sector]
-		if d := m.data[chunk]; d != nil {
-			copy(d[(from-chunk*m.Chunk)*Sector:], part)
-			return true
+	if m == nil || m.invalid {
+		if r := o.preserve(at, int64(len(p))/Sector); r != OK {
+			return r
 		}
-		o.preserve(from, to-from)
-		copy(o.Raw[from*Sector:], part)
-		return true
-	})
+		o.put(at, p)
+		return OK
+	}
+	for len(p) > 0 {
+		n := m.alike(at, int64(len(p))/Sector)
+		if m.index(at/m.Chunk) < 0 {
+			if r := o.preserve(at, n); r != OK {
+				return r
+			}
+			o.put(at, p[:n*Sector])
+		}
+		copy(m.view[at*Sector:], p[:n*Sector])
+		at, p = at+n, p[n*Sector:]
+	}
+	return OK
 }
 
-// BeginMerge lays the exceptions of an attached snapshot over the origin. It reports false for one that
-// can't be merged.
+// preserve makes every active snapshot's exceptions for a range, durably, before the disk changes there.
+func (o *Origin) preserve(at, n int64) Result {
+	for _, s := range o.active {
+		for _, chunk := range s.chunks(at, n) {
+			if s.invalid || s.except(chunk) {
+				continue
+			} else if s.FailFull {
+				return NoRoom // and nothing is changed, so nothing had to be durable
+			}
+			s.invalid = true
+		}
+	}
+	for _, s := range o.active {
+		for _, chunk := range s.chunks(at, n) {
+			s.synced = max(s.synced, s.index(chunk)+1)
+		}
+	}
+	return OK
+}
+
+// put changes the disk. What a snapshot doesn't preserve changes in it too: past its end, and everything when
+// it is not active. There it shows only once it is merged, or attached again.
+func (o *Origin) put(at int64, p []byte) {
+	copy(o.Raw[at*Sector:], p)
+	n := int64(len(p)) / Sector
+	for _, s := range o.known {
+		from := at
+		if slices.Contains(o.active, s) {
+			from = max(at, s.Size)
+		}
+		s.follow(from, at+n)
+	}
+}
+
+// BeginMerge lays the exceptions of a snapshot over the origin. It may be active, which is a handover, or
+// not. It reports false for one that can't be merged.
 func (o *Origin) BeginMerge(s *Snapshot) bool {
-	if o.Merging != nil || s.Store == "N" || s.invalid {
+	if o.Merging != nil || s.Store == "N" {
 		return false
 	}
-	o.Detach(s)
+	if slices.Contains(o.active, s) {
+		s.Detach()
+	}
 	o.Merging = s
 	return true
 }
 
 // Step merges the last exceptions, at most max of them; with max 0 the run that a kernel would merge: the
 // last one and those before it in its area that lead up to it, in origin and COW device alike. It returns
-// how many.
-func (o *Origin) Step(max int64) int64 {
+// how many. NoRoom makes the merge a failed one, until the next step.
+func (o *Origin) Step(limit int64) (int64, Result) {
 	m := o.Merging
 	n := int64(len(m.order))
-	if n == 0 {
-		return 0
+	if m.invalid {
+		return 0, Invalid
 	}
-	k := min(max, n)
-	if max == 0 {
-		for k = 1; k < n && (n-1-k)/m.slots() == (n-1)/m.slots() && m.order[n-1-k] == m.order[n-1]-k; k++ {
+	if n == 0 {
+		return 0, OK
+	}
+	k := min(limit, n)
+	if limit == 0 {
+		for k = 1; k < n && m.leadsTo(n-1-k, n-k); k++ {
 		}
 	}
-	gone := m.order[n-k:]
-	for _, chunk := range gone {
-		from, to := m.bounds(chunk)
-		o.preserve(from, to-from)
+	window := make([]int64, k) // numbers of exceptions, in the order of their origin chunks
+	for i := range window {
+		window[i] = n - k + int64(i)
 	}
-	for _, chunk := range gone {
-		from, _ := m.bounds(chunk)
-		copy(o.Raw[from*Sector:], m.data[chunk])
-		delete(m.data, chunk)
+	slices.SortFunc(window, func(a, b int64) int { return int(m.order[a] - m.order[b]) })
+	for i := 0; i < len(window); { // run by run
+		j := i + 1
+		for j < len(window) && m.leadsTo(window[j-1], window[j]) {
+			j++
+		}
+		from, _ := m.bounds(m.order[window[i]])
+		_, to := m.bounds(m.order[window[j-1]])
+		if r := o.preserve(from, to-from); r != OK {
+			m.failed = true
+			return 0, r
+		}
+		i = j
+	}
+	for _, i := range window {
+		from, to := m.bounds(m.order[i])
+		o.put(from, m.view[from*Sector:to*Sector])
 	}
 	m.order = m.order[:n-k]
-	return k
+	m.synced = len(m.order)
+	m.failed = false
+	return k, OK
 }
 
-// EndMerge closes the merge, complete or not, and returns the snapshot, which is attached to nothing.
+// EndMerge closes the merge, complete or not. The snapshot is then one that is not active.
 func (o *Origin) EndMerge() *Snapshot {
 	m := o.Merging
 	o.Merging = nil
+	m.overflowed, m.failed = false, false
 	return m
 }
-
-// Valid reports whether the store can be read.
-func (s *Snapshot) Valid() bool { return !s.invalid }
