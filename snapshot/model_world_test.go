@@ -233,8 +233,7 @@ func (w *world) handOver(p *pairOf, o snapshot.Options) error {
 	p.opts = keepStore(p, o)
 	c := w.config(p.opts, p.model.COW)
 	c.Chunk = p.model.Chunk
-	p.model.Config = c
-	p.model.HandOver()
+	p.model.Config = c // nothing else changes, nor its place among the others
 	w.seen["handed over"]++
 	return old.Close()
 }

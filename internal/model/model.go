@@ -136,6 +136,8 @@ func (o *Origin) BeginMerge(s *Snapshot) bool {
 	}
 	if slices.Contains(o.active, s) {
 		s.Detach()
+	} else {
+		s.overflowed = false // loaded anew
 	}
 	o.Merging = s
 	return true

@@ -48,12 +48,6 @@ func (s *Snapshot) Reattach() {
 	s.origin.insert(s)
 }
 
-// HandOver moves the store of an active snapshot to another table. Nothing is forgotten.
-func (s *Snapshot) HandOver() {
-	s.origin.active = slices.DeleteFunc(s.origin.active, func(t *Snapshot) bool { return t == s })
-	s.origin.insert(s)
-}
-
 // slots is E, the exceptions an area holds.
 func (s *Snapshot) slots() int64 { return s.Chunk * Sector / 16 }
 
