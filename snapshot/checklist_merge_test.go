@@ -81,9 +81,7 @@ func TestC090WorkedExamples(t *testing.T) {
 						t.Fatalf("step %d: %v, %v; want %v", i+1, got, err, want)
 					}
 				}
-				if err := s.DropLast(want.N); err != nil {
-					t.Fatal(err)
-				}
+				dropLast(t, s, want.N)
 				if c.after != nil {
 					if got := s.Usage().Allocated / uint64(s.Layout().ChunkSectors); got != c.after[i] {
 						t.Errorf("step %d: next_free %d, want %d", i+1, got, c.after[i])
@@ -98,6 +96,18 @@ func TestC090WorkedExamples(t *testing.T) {
 	}
 }
 
+// dropLast takes the last n exceptions of a store for merged.
+func dropLast(t *testing.T, s *store.Store, n uint64) {
+	t.Helper()
+	merged, err := s.Last(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.DropLast(merged); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestC091OnlyMergedSlotsAreCleared(t *testing.T) {
 	img := image(8, 1024, exampleA...)
 	dev := block.MemoryFrom(img)
@@ -105,9 +115,7 @@ func TestC091OnlyMergedSlotsAreCleared(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := s.DropLast(2); err != nil {
-		t.Fatal(err)
-	}
+	dropLast(t, s, 2)
 	want := slices.Clone(img)
 	clear(want[8*sector+7*16 : 8*sector+9*16])
 	if !bytes.Equal(dev.Bytes(), want) {

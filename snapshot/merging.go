@@ -191,7 +191,7 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	if merged == 0 {
 		return 0, nil
 	}
-	runs := runsByOrigin(window)
+	runs := runsByOrigin(slices.Clone(window))
 	for _, r := range runs {
 		off, n := m.originRange(st.Layout(), r)
 		if err := m.origin.preserve(off, n); err != nil {
@@ -207,15 +207,15 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	owned := m.gate.Own(spans...)
 	defer owned.Release()
-	if err := m.mergeWindow(st, runs, merged); err != nil {
+	if err := m.mergeWindow(st, runs, window); err != nil {
 		return 0, m.fail(err)
 	}
 	m.failed.Store(false)
 	return merged, nil
 }
 
-// mergeWindow copies the runs and drops their n exceptions. The window is owned.
-func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, n uint64) error {
+// mergeWindow copies the runs and drops their exceptions, the window, which is owned.
+func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) error {
 	if err := m.copyWindow(st.Layout(), runs); err != nil {
 		var ce *copyError
 		if errors.As(err, &ce) && ce.op == "read" {
@@ -226,7 +226,7 @@ func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, n uint64) error
 	if err := m.origin.dev.Flush(); err != nil {
 		return fmt.Errorf("Flush after merge failed: shutting down merge: %w", err)
 	}
-	if err := st.DropLast(n); err != nil {
+	if err := st.DropLast(window); err != nil {
 		return fmt.Errorf("Write error in exception store: shutting down merge: %w", err)
 	}
 	return nil

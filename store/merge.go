@@ -1,8 +1,10 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
+	"slices"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -47,7 +49,7 @@ func (s *Store) LastRun() (Run, error) {
 // Last returns, in slot order, the last exceptions of the store: at most max ≥ 1, fewer only when the
 // store holds fewer. It changes nothing.
 //
-// What it reads is held against memory: an exception that is on disk but not in memory is a
+// What it reads is held against memory: an exception that is on disk but not in memory, or twice, is a
 // *ondisk.CorruptError, so that neither a damaged area nor a device that lies once can make a merge
 // copy or drop the wrong chunk.
 func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
@@ -74,7 +76,21 @@ func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
 	for i := len(parts) - 1; i >= 0; i-- {
 		all = append(all, parts[i]...)
 	}
-	return all, nil
+	return all, checkDistinct(all)
+}
+
+// checkDistinct refuses two exceptions for one origin chunk, which memory can't have: each is known to it,
+// and one of the slots was not what the device said.
+func checkDistinct(all []ondisk.Exception) error {
+	byOld := slices.Clone(all)
+	slices.SortFunc(byOld, func(a, b ondisk.Exception) int { return cmp.Compare(a.Old, b.Old) })
+	for i := 1; i < len(byOld); i++ {
+		if byOld[i].Old == byOld[i-1].Old {
+			return &ondisk.CorruptError{Place: "last slots",
+				What: fmt.Sprintf("origin chunk %d is in two of them, and in memory once", byOld[i].Old)}
+		}
+	}
+	return nil
 }
 
 // mergeable returns why nothing may be merged. s.syncing is held.
@@ -144,28 +160,39 @@ func (s *Store) checkKnown(e ondisk.Exception, at ondisk.Slot) error {
 	return nil
 }
 
-// DropLast removes the last n exceptions, which the caller has copied to the origin and made durable
-// there (commit_merge, specification 4.2): their slots become zero on disk, durably, and only then
-// numbers and memory follow. The first slot cleared ends the exceptions, so that a torn clear leaves
-// either an exception that was merged, and may be merged again, or void slots.
+// DropLast removes the last exceptions, merged as Last returned them, which the caller has copied to the
+// origin and made durable there (commit_merge, specification 4.2): their slots become zero on disk, durably,
+// and only then numbers and memory follow. The first slot cleared ends the exceptions, so that a torn
+// clear leaves either an exception that was merged, and may be merged again, or void slots.
+//
+// The slots are read again and must say what Last said, or it is a *ondisk.CorruptError: with a device that
+// lies about one read, be it that one or this, even by giving out another slot of the same store, no
+// exception is dropped that was not merged.
 //
 // Afterwards the next chunk is counted as if all that is left had been committed in order (4.2 step 4);
 // it is a figure for the status line, nothing may be reserved any more.
 //
 // A failed read changes nothing and may be tried again. After a failed write or flush the store
 // refuses (ErrFailed): reopen it and go on.
-func (s *Store) DropLast(n uint64) error {
+func (s *Store) DropLast(merged []ondisk.Exception) error {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
 	if err := s.mergeable(); err != nil {
 		return err
 	}
+	n := uint64(len(merged))
 	if n == 0 || n > s.exceptions.Len() {
 		panic(fmt.Sprintf("store: drop of %d exceptions out of %d", n, s.exceptions.Len()))
 	}
 	stretches, end, gone, err := s.dropPlan(n)
 	if err != nil {
 		return err
+	}
+	for i, e := range gone {
+		if e != merged[i] {
+			return &ondisk.CorruptError{Place: s.layout.Place(s.slotAfter(end, uint64(i))),
+				What: fmt.Sprintf("exception for origin chunk %d is to be dropped, and the one for %d was merged", e.Old, merged[i].Old)}
+		}
 	}
 	tail, err := s.tailAt(end)
 	if err != nil {
@@ -216,22 +243,40 @@ func (s *Store) dropPlan(n uint64) (stretches []stretch, end position, gone []on
 	return stretches, end, gone, nil
 }
 
+// slotAfter is the slot i slots after p.
+func (s *Store) slotAfter(p position, i uint64) ondisk.Slot {
+	p = s.advance(p, i)
+	return ondisk.Slot{Area: p.area, Index: p.index}
+}
+
 // tailAt returns the block that holds slot p as it is to be when p is the end: slots before p as they
-// are on disk, each known to memory, zeros from p on.
+// are on disk, zeros from p on. It is going to be written, so what it says must not rest on one read: it
+// is the block that memory has, or it is read twice, and each slot is known to memory.
 func (s *Store) tailAt(p position) ([]byte, error) {
 	slot := s.layout.SlotOffset(ondisk.Slot{Area: p.area, Index: p.index})
 	tail := make([]byte, metaBlock(s.layout))
 	i := slot % int64(len(tail))
+	if off, _ := s.tailOffset(); off == slot-i {
+		copy(tail[:i], s.tail)
+		return tail, nil
+	}
 	if i == 0 {
 		return tail, nil
 	}
-	if _, err := s.dev.ReadAt(tail[:i], slot-i); err != nil {
-		return nil, fmt.Errorf("read area %d: %w", p.area, err)
+	again := make([]byte, i)
+	for _, b := range [][]byte{tail[:i], again} {
+		if _, err := s.dev.ReadAt(b, slot-i); err != nil {
+			return nil, fmt.Errorf("read area %d: %w", p.area, err)
+		}
 	}
 	for b := int64(0); b < i; b += ondisk.SlotSize {
 		at := ondisk.Slot{Area: p.area, Index: p.index - uint64((i-b)/ondisk.SlotSize)}
-		if err := s.checkKnown(ondisk.DecodeException(tail[b:]), at); err != nil {
+		e := ondisk.DecodeException(tail[b:])
+		if err := s.checkKnown(e, at); err != nil {
 			return nil, err
+		}
+		if e != ondisk.DecodeException(again[b:]) {
+			return nil, &ondisk.CorruptError{Place: s.layout.Place(at), What: "read twice, and different"}
 		}
 	}
 	return tail, nil

@@ -129,6 +129,7 @@ func (s *Store) load() error {
 	chunks := l.Chunks(s.dev.Size(), false)
 	ascending := true
 	end := ondisk.Slot{}
+	s.tail = make([]byte, metaBlock(l))
 	var batch []ondisk.Exception
 	for e, err := range Scan(s.dev, l) {
 		if err != nil {
@@ -141,6 +142,7 @@ func (s *Store) load() error {
 		if err := checkNew(l, e, chunks); err != nil {
 			return err
 		}
+		s.keepTail(e)
 		if e.New < s.next {
 			ascending = false
 		}
@@ -165,8 +167,20 @@ func (s *Store) load() error {
 	s.reserved, s.durable = s.pos, s.pos
 	s.durableBelow.Store(uint64(s.next))
 	s.scrub = true
-	s.tail = make([]byte, metaBlock(l))
-	return s.readTail()
+	if _, i := s.tailOffset(); i == 0 {
+		clear(s.tail) // the block before is full
+	}
+	return nil
+}
+
+// keepTail puts an exception in s.tail, from which the block is written later: what was loaded, whatever
+// another read would say.
+func (s *Store) keepTail(e Entry) {
+	i := s.layout.SlotOffset(e.Slot) % int64(len(s.tail))
+	if i == 0 {
+		clear(s.tail)
+	}
+	e.Encode(s.tail[i:])
 }
 
 // insertLoaded puts the next exceptions of the store, in the order of their slots, into memory.
@@ -211,16 +225,6 @@ func (s *Store) checkShared() error {
 				What: "two exceptions name it"}
 		}
 	}
-	return nil
-}
-
-// readTail reads the block that holds slot s.durable and clears what follows the end mark in it.
-func (s *Store) readTail() error {
-	off, i := s.tailOffset()
-	if _, err := s.dev.ReadAt(s.tail, off); err != nil {
-		return fmt.Errorf("read area %d: %w", s.durable.area, err)
-	}
-	clear(s.tail[i:])
 	return nil
 }
 
