@@ -117,7 +117,7 @@ var zeros [256 << 10]byte
 
 // Zero makes n bytes at off read as zeros, by the device's own means or by writing.
 func Zero(dev Device, off, n int64, flags ZeroFlags) error {
-	if err := CheckRange("zero", off, n, dev.Size()); err != nil {
+	if err := CheckRange("zero", off, n, dev.Size()); err != nil || n == 0 {
 		return err
 	}
 	if z, ok := dev.(Zeroer); ok {

@@ -1,0 +1,289 @@
+package store_test
+
+import (
+	"strings"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// The order of writes, as golden text: offsets and lengths in sectors, F a flush, WD a durable write, Z
+// zeros. What must be durable before what is decided by these lines alone (docs/durability.md), so a
+// change to one of them is a change of a promise. The data of a chunk is its owner's to write, and
+// stands here for the reader as a write between reservation and commit.
+
+// orders are the operations of a store, each from a fresh one.
+var orders = []struct {
+	name  string
+	chunk uint32
+	run   func(t *testing.T, o *ordered)
+	want  string
+}{
+	// H6: zeros, flush, header.
+	{"create", 1, func(t *testing.T, o *ordered) { o.create(t) },
+		"R 0+1; Z 1+1; F; WD 0+1"},
+	{"create with the kernel's default chunk", 32, func(t *testing.T, o *ordered) { o.create(t) },
+		"R 0+1; Z 32+32; Z 8+24; F; WD 0+8"},
+	{"create by force", 8, func(t *testing.T, o *ordered) {
+		o.create(t)
+		o.add(t, 0, 3)
+		mustSync(t, o.Store)
+		o.log.Clear()
+		if _, err := store.Create(o.dev, ondisk.Layout{ChunkSectors: 8}, true); err != nil {
+			t.Fatal(err)
+		}
+	}, "Z 8+8; F; WD 0+8"},
+	{"open writes nothing", 8, func(t *testing.T, o *ordered) {
+		o.create(t)
+		o.log.Clear()
+		o.reopen(t)
+	}, "R 0+1; R 8+8"},
+
+	// A batch: data, flush, slots, flush.
+	{"commit", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 7, 1)
+		mustSync(t, o.Store)
+	}, "W 16+8; F; W 8+8; F"},
+	{"commit in chunks of 16 sectors", 16, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 7, 1)
+		mustSync(t, o.Store)
+	}, "W 32+16; F; W 16+8; F"}, // the block that changed, not the area
+	{"batch within a sector", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 7, 5)
+		o.add(t, 20, 3)
+		mustSync(t, o.Store)
+	}, "W 2+5; W 7+3; F; W 1+1; F"},
+	{"batch over sectors", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 100)
+		mustSync(t, o.Store)
+	}, "W 16+800; F; W 8+8; F"},
+	{"batch over blocks", 16, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 300)
+		mustSync(t, o.Store)
+	}, "W 32+4800; F; W 16+16; F"},
+	// The next area is zeros, durably, before the full one is.
+	{"batch that fills an area", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 32)
+		mustSync(t, o.Store)
+	}, "W 2+32; Z 34+1; F; W 1+1; F"},
+	{"batch over areas", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 70)
+		mustSync(t, o.Store)
+	}, "W 2+32; W 35+32; W 68+6; Z 34+1; Z 67+1; F; W 1+1; W 34+1; W 67+1; F"},
+	{"the next batch after an area's step", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 32)
+		mustSync(t, o.Store)
+		o.log.Clear()
+		o.add(t, 50, 1)
+		mustSync(t, o.Store)
+	}, "W 35+1; F; W 34+1; F"},
+	{"sync of nothing", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		mustSync(t, o.Store)
+	}, "F"},
+	// H4, H8: once after loading, zeros over what may stand behind the end mark's block.
+	{"first batch after loading", 16, func(t *testing.T, o *ordered) {
+		o.create(t)
+		o.add(t, 0, 10)
+		mustSync(t, o.Store)
+		o.reopen(t)
+		o.log.Clear()
+		o.add(t, 100, 1)
+		mustSync(t, o.Store)
+		o.add(t, 200, 1)
+		mustSync(t, o.Store)
+	}, "W 192+16; Z 24+8; F; W 16+8; F; W 208+16; F; W 16+8; F"},
+
+	{"invalidate", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		if err := o.Invalidate(errDisk); err != nil {
+			t.Fatal(err)
+		}
+		if err := o.Invalidate(errDisk); err != nil { // once is enough
+			t.Fatal(err)
+		}
+	}, "WD 0+8"},
+	{"invalidate in chunks of 16 sectors", 16, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		if err := o.Invalidate(errDisk); err != nil {
+			t.Fatal(err)
+		}
+	}, "Z 8+8; WD 0+8"},
+
+	// The caller has flushed the origin. Slots are read again, and a block that memory has not is read twice;
+	// then the end mark is written, durably. Where more than its block changes, the rest is zeros before.
+	{"drop the last", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 10)
+		mustSync(t, o.Store)
+		o.dropLast(t, 2)
+	}, "R 4224+32 bytes; WD 8+8"},
+	{"drop over blocks", 16, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 300)
+		mustSync(t, o.Store)
+		o.dropLast(t, 200)
+	}, "R 9792+3200 bytes; R 8192+1600 bytes; R 8192+1600 bytes; Z 12288+704 bytes; F; WD 16+8"},
+	{"drop over areas", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 70)
+		mustSync(t, o.Store)
+		o.dropLast(t, 50)
+	}, "R 34304+96 bytes; R 34+1; R 832+192 bytes; R 512+320 bytes; R 512+320 bytes; Z 34304+96 bytes; Z 34+1; F; WD 1+1"},
+	{"drop all of an area", 1, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		o.add(t, 0, 32)
+		mustSync(t, o.Store)
+		o.dropLast(t, 32)
+	}, "R 1+1; WD 1+1"},
+	{"first drop after loading", 16, func(t *testing.T, o *ordered) {
+		o.create(t)
+		o.add(t, 0, 10)
+		mustSync(t, o.Store)
+		o.reopen(t)
+		o.dropLast(t, 3)
+	}, "R 8304+48 bytes; Z 24+8; WD 16+8"},
+}
+
+// TestOrderOfWrites compares what a store does to its device with the golden text.
+func TestOrderOfWrites(t *testing.T) {
+	for _, c := range orders {
+		t.Run(c.name, func(t *testing.T) {
+			o := newOrdered(c.chunk)
+			c.run(t, o)
+			if got := o.lines(); got != c.want {
+				t.Errorf("\n got %s\nwant %s", got, c.want)
+			}
+			if _, err := store.Open(o.mem); err != nil {
+				t.Errorf("store is not sound: %v", err)
+			}
+		})
+	}
+}
+
+// An ordered is a store on a device of noise that writes down what is done to it.
+type ordered struct {
+	*store.Store
+	layout ondisk.Layout
+	mem    *block.Memory
+	log    blocktest.Log
+	dev    block.Device
+}
+
+func newOrdered(chunk uint32) *ordered {
+	content := blocktest.Pattern(6000*sector, 7)
+	clear(content[:sector])
+	o := &ordered{layout: ondisk.Layout{ChunkSectors: chunk}, mem: block.MemoryFrom(content)}
+	o.dev = o.log.Record("", o.mem)
+	return o
+}
+
+func (o *ordered) create(t *testing.T) {
+	t.Helper()
+	s, err := store.Create(o.dev, o.layout, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Store = s
+}
+
+// fresh is a new store whose creation is not looked at.
+func (o *ordered) fresh(t *testing.T) {
+	t.Helper()
+	o.create(t)
+	o.log.Clear()
+}
+
+func (o *ordered) reopen(t *testing.T) {
+	t.Helper()
+	s, err := store.Open(o.dev)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Store = s
+}
+
+// add writes the data of n origin chunks and commits them.
+func (o *ordered) add(t *testing.T, old ondisk.OriginChunk, n uint64) {
+	t.Helper()
+	for n > 0 {
+		r, err := o.Reserve(old, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := o.dev.WriteAt(make([]byte, int64(r.Count)*o.layout.ChunkBytes()), o.layout.COWOffset(r.New)); err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Commit(); err != nil {
+			t.Fatal(err)
+		}
+		old, n = old+ondisk.OriginChunk(r.Count), n-r.Count
+	}
+}
+
+// dropLast drops n exceptions, and leaves what that did in the log.
+func (o *ordered) dropLast(t *testing.T, n uint64) {
+	t.Helper()
+	merged, err := o.Last(n)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.log.Clear()
+	if err := o.DropLast(merged); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// lines is the log on one line.
+func (o *ordered) lines() string {
+	return strings.ReplaceAll(strings.TrimSpace(o.log.String()), "\n", "; ")
+}
+
+// TestTornSlotsStayDead: slots that a torn write left behind the end mark, in a block that the next batch
+// does not write, do not come to life when the batches after a power cut fill the block before it (H4, H8).
+func TestTornSlotsStayDead(t *testing.T) {
+	const c = 16 // an area is two blocks
+	layout := ondisk.Layout{ChunkSectors: c}
+	crash := blocktest.NewCrash(make([]byte, 300*c*sector))
+	s, err := store.Create(crash, layout, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	add(t, s, 0, 250)
+	mustSync(t, s)
+	images, dead := 0, 0
+	crash.Power().Observe(func(op blocktest.Op) {
+		for img := range crash.Power().Cut().Images(blocktest.Choices{}) {
+			images++
+			mem := block.MemoryFrom(img.Disk(crash))
+			again := reopen(t, mem)
+			behind := ondisk.DecodeException(mem.Bytes()[layout.SlotOffset(ondisk.Slot{Index: 256}):])
+			if again.Len() < 256 && !behind.IsEnd() {
+				dead++
+			}
+			add(t, again, 1000, 256-min(again.Len(), 255)) // up to the edge of the block, or one over it
+			n := again.Len()
+			mustSync(t, again)
+			if got := reopen(t, mem); got.Len() != n {
+				t.Errorf("after %v, %v: %d exceptions are %d after loading", op, img, n, got.Len())
+			}
+		}
+	})
+	add(t, s, 500, 20) // in both blocks
+	mustSync(t, s)
+	t.Logf("%d images, %d with slots behind the end mark", images, dead)
+	if dead == 0 {
+		t.Error("no torn write was seen")
+	}
+}
