@@ -23,16 +23,18 @@
 //
 // In this order, each optional:
 //
-//  1. Snapshot.life: held for reading by every request to the snapshot, for writing while it is
-//     suspended, handed over or closed.
+//  1. Snapshot.suspending, held by Suspend and Close; then Snapshot.life, held for reading by every
+//     request to the snapshot, for writing while it is suspended, handed over or closed.
 //  2. Origin.mu: held for reading by every write to the origin, by every request to it while a merge is
 //     under way, and by every merge step, once, at their beginning; for writing while the list of
 //     snapshots changes. So a snapshot that is attached sees all later writes, whatever their size
 //     (H7). Requests to a snapshot never take it.
 //  3. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
 //     origin write passes the snapshots' gates one after the other and holds one at a time.
-//  4. Snapshot.invalidating.
+//  4. Snapshot.growing, then Snapshot.invalidating.
 //  5. The store's locks, then the device's.
+//
+// Writes that wait for room (FullPause) hold none. TestLocksNeverMeet runs everything beside everything.
 package snapshot
 
 import (

@@ -50,7 +50,8 @@ type Snapshot struct {
 	opts   Options
 	size   int64
 
-	life sync.RWMutex // see the package comment
+	suspending sync.Mutex   // one Suspend or Close at a time
+	life       sync.RWMutex // see the package comment
 
 	// Written with life and origin.mu held for writing, so either may be held to read them.
 	store       *store.Store // nil while a handover is awaited, and after this one's was given away
@@ -208,23 +209,37 @@ func notify(opts Options, e Event) {
 }
 
 // Suspend waits until no request is under way and makes new ones wait, until Resume or Close. Origin
-// writes go on making exceptions.
+// writes go on making exceptions. Suspending what is suspended does nothing: there is one suspension,
+// whoever asked for it.
 func (s *Snapshot) Suspend() error {
-	s.life.Lock()
-	if s.closed {
-		s.life.Unlock()
-		return fs.ErrClosed
+	s.suspending.Lock()
+	defer s.suspending.Unlock()
+	if already, err := s.isSuspended(); already || err != nil {
+		return err
 	}
+	s.life.Lock() // waits for requests under way, and for nothing else
 	s.origin.mu.Lock()
 	defer s.origin.mu.Unlock()
 	s.suspended = true
 	return nil
 }
 
+// isSuspended fails for a snapshot that is closed.
+func (s *Snapshot) isSuspended() (bool, error) {
+	s.origin.mu.RLock()
+	defer s.origin.mu.RUnlock()
+	if s.closed {
+		return false, fs.ErrClosed
+	}
+	return s.suspended, nil
+}
+
 // Close takes the snapshot off its origin and makes its exceptions durable. Waiting and later requests
 // fail with fs.ErrClosed. Nothing else is written: the store can be loaded again (specification 5.13).
 // The COW device stays open. The error is that of the last Sync.
 func (s *Snapshot) Close() error {
+	s.suspending.Lock()
+	defer s.suspending.Unlock()
 	s.origin.mu.Lock()
 	held := s.suspended
 	s.suspended = false // whoever resets it owns the lock on life

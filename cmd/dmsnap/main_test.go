@@ -14,6 +14,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -26,7 +27,7 @@ func TestMain(m *testing.M) {
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
 	}
-	status := m.Run()
+	status := blocktest.RunAll(m)
 	os.RemoveAll(buildFolder)
 	os.Exit(status)
 }
