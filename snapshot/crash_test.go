@@ -5,6 +5,7 @@ import (
 	"hash/maphash"
 	"os"
 	"runtime"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -21,10 +22,10 @@ var deep = os.Getenv("DMSNAP_DEEP") != ""
 func TestCrash(t *testing.T) {
 	choices := blocktest.Choices{All: 16, Limit: 6, Random: 4}
 	if deep {
-		choices = blocktest.Choices{All: 1 << 12, Random: 300}
+		choices = blocktest.Choices{All: 1 << 12, Random: 1500}
 	}
 	var all atomic.Int64
-	for _, sc := range scenarios {
+	for _, sc := range slices.Concat(scenarios, races) {
 		t.Run(sc.name, func(t *testing.T) {
 			x := explore(t, choices)
 			l := newLab(t, sc.size)
