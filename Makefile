@@ -63,6 +63,10 @@ fuzz: ## every fuzz target for FUZZTIME (10s) each
 	     $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $${FUZZTIME:-10s} -fuzzminimizetime 10x ./$$(dirname $$f); \
 	   done; done
 
+.PHONY: docs
+docs: ## the pages that are made from tables in the code
+	$(GO) generate ./check
+
 .PHONY: man
 man: build ## man pages in dist/man, from the same source as --help
 	$(BIN) man dist/man

@@ -1,0 +1,214 @@
+package check
+
+import "fmt"
+
+//go:generate go test -run TestProblemsPage . -update
+
+// A Code names a problem for good: codes are never given to another problem.
+type Code uint8
+
+// The problems a store can have. What each means stands in [Problems].
+const (
+	NoStore          Code = 1
+	WrongMagic       Code = 2
+	WrongVersion     Code = 3
+	BadChunkSize     Code = 4
+	ChunkNotBlocks   Code = 5
+	DeviceTooSmall   Code = 6
+	MarkedInvalid    Code = 7
+	OddValidWord     Code = 8
+	Unreadable       Code = 9
+	NoEndMark        Code = 10
+	AreaPastDevice   Code = 11
+	DeviceCut        Code = 12
+	VoidSlots        Code = 13
+	HeaderNamed      Code = 14
+	DuplicateOrigin  Code = 15
+	COWPastDevice    Code = 16
+	COWIsMetadata    Code = 17
+	COWTooLarge      Code = 18
+	COWShared        Code = 19
+	OriginImpossible Code = 20
+	OriginTooSmall   Code = 21
+	LeakedChunks     Code = 22
+	OutOfOrder       Code = 23
+
+	numCodes = 24 // one more than the last
+)
+
+// String is the code as it is printed and searched for: "DS015".
+func (c Code) String() string { return fmt.Sprintf("DS%03d", uint8(c)) }
+
+// MarshalText gives JSON the printed form.
+func (c Code) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
+
+// Problem returns the table's row for c.
+func (c Code) Problem() Problem { return problems[c] }
+
+// Severity says how bad a problem is.
+type Severity uint8
+
+const (
+	// Note: nothing is lost and nothing will be; space may be.
+	Note Severity = iota + 1
+	// Warning: what the store shows is right now, but something that happens next may spoil it.
+	Warning
+	// Error: the store can't be loaded, or what it shows is wrong or missing somewhere.
+	Error
+)
+
+func (s Severity) String() string {
+	return [...]string{"none", "note", "warning", "error"}[s]
+}
+
+// MarshalText gives JSON the printed form.
+func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// Remedy says whether repair mends a problem.
+type Remedy string
+
+// The remedies.
+const (
+	Mended        Remedy = "yes"
+	WithChunkSize Remedy = "with --chunk-size" // repair must be told the chunk size
+	NotMended     Remedy = "no"
+)
+
+// A Problem is a row of the table: what can be wrong, what follows, what helps.
+type Problem struct {
+	Code     Code
+	Name     string // a few words, for headings
+	Severity Severity
+	Means    string // a sentence for whoever owns the store
+	Kernel   string // what Linux does with such a store
+	Repair   Remedy
+	Helps    string // what repair does, or what helps instead
+}
+
+// Problems returns the table in the order of the codes.
+func Problems() []Problem { return append([]Problem(nil), problems[1:]...) }
+
+// problems is the table, by code. docs/problems.md is made from it.
+var problems = [numCodes]Problem{
+	NoStore: {Name: "no store", Severity: Error,
+		Means:  "The first four bytes are zero: there is no exception store here, or its beginning was wiped.",
+		Kernel: "A table with store P makes a new, empty store over whatever is there.",
+		Repair: WithChunkSize,
+		Helps:  "A fresh device wants `dmsnap create`. If a store was wiped, repair looks for its areas where the given chunk size puts them and makes a new header."},
+	WrongMagic: {Name: "wrong magic", Severity: Error,
+		Means:  "The device does not begin with \"SnAp\": it holds something else, or the header was overwritten.",
+		Kernel: "Refuses to load it: \"Invalid or corrupt snapshot\".",
+		Repair: WithChunkSize,
+		Helps:  "Make sure that it is the right file. Repair makes a new header when it is told the chunk size."},
+	WrongVersion: {Name: "wrong version", Severity: Error,
+		Means:  "The header names a version of the format other than 1, the only one there is.",
+		Kernel: "Refuses to load it: \"unable to handle snapshot disk version\", also when it is marked invalid.",
+		Repair: WithChunkSize,
+		Helps:  "Repair makes a new header when it is told the chunk size."},
+	BadChunkSize: {Name: "bad chunk size", Severity: Error,
+		Means:  "The chunk size in the header is 0, no power of two, or larger than 1 GiB, so that nothing can be found.",
+		Kernel: "Refuses to load it: \"invalid on-disk chunk size\".",
+		Repair: WithChunkSize,
+		Helps:  "Repair believes the chunk size that it is given. LVM makes 4 KiB unless told otherwise; its metadata backup has the size."},
+	ChunkNotBlocks: {Name: "chunk is no multiple of the device's block", Severity: Error,
+		Means:  "The store has chunks smaller than a block of the device that it lies on: it was copied here from a device with smaller blocks.",
+		Kernel: "Refuses to load it: \"Chunk size is not a multiple of device blocksize\".",
+		Repair: Mended,
+		Helps:  "Repair writes the same store into a file. For a device with such blocks it needs larger chunks."},
+	DeviceTooSmall: {Name: "device too small", Severity: Error,
+		Means:  "The device ends before the header and the first area do: it was cut, or the chunk size is not the store's.",
+		Kernel: "Fails to load it with an I/O error.",
+		Repair: NotMended,
+		Helps:  "Make the device as long as it was; nothing can be read from what is left."},
+	MarkedInvalid: {Name: "marked invalid", Severity: Error,
+		Means:  "The snapshot was given up: its COW device was full or failed, and changes of the origin since then were not kept.",
+		Kernel: "Loads it as Invalid; every read and write fails. The areas are not read.",
+		Repair: NotMended,
+		Helps:  "Chunks kept before that moment are still there: `dmsnap rescue` tells which."},
+	OddValidWord: {Name: "odd valid word", Severity: Note,
+		Means:  "The header's valid word is neither 0 nor 1. Anything but 0 means valid.",
+		Kernel: "Loads it as valid and leaves the word as it is.",
+		Repair: Mended,
+		Helps:  "Repair writes 1."},
+	Unreadable: {Name: "unreadable metadata", Severity: Error,
+		Means:  "The device reports an error where the header or slots are.",
+		Kernel: "Fails to load it with the device's error.",
+		Repair: Mended,
+		Helps:  "Repair keeps the slots that can be read; those in the unreadable sectors are lost. A header that can't be read needs --chunk-size."},
+	NoEndMark: {Name: "no end mark", Severity: Error,
+		Means:  "Every slot of the last area is used and the device ends where the next area would be, so that the exceptions have no end.",
+		Kernel: "Fails to load it with an I/O error. A kernel that fills the last slot itself gives the snapshot up.",
+		Repair: Mended,
+		Helps:  "Repair makes room for one more area; so does growing the device by a chunk, if that chunk is zero."},
+	AreaPastDevice: {Name: "area past the device", Severity: Error,
+		Means:  "An area that should hold exceptions lies past the end of the device, wholly or in part: the device was cut.",
+		Kernel: "Fails to load it with an I/O error.",
+		Repair: Mended,
+		Helps:  "If the device can be made as long as it was, its content untouched, do that first. Repair keeps what is in the areas before; the exceptions of the missing ones are lost."},
+	DeviceCut: {Name: "device was cut", Severity: Error,
+		Means:  "Exceptions, in the order in which they were made, go on past the end of the device: it was shrunk, and their data is gone.",
+		Kernel: "Loads it if the areas are there; reading such a chunk fails, and the next new exception invalidates the snapshot.",
+		Repair: Mended,
+		Helps:  "If the device can be made as long as it was, its content untouched, do that first. Repair drops the exceptions whose data is gone."},
+	VoidSlots: {Name: "slots after the end mark", Severity: Warning,
+		Means:  "There are slots after the end mark. They count for nothing now: a write of slots was torn by a power cut, or a merge was.",
+		Kernel: "Ignores them at first, but writes them back; when a new exception takes the place of the end mark, the next one comes alive and shows wrong data.",
+		Repair: Mended,
+		Helps:  "Repair drops them. So does dmsnap itself, before it adds a slot."},
+	HeaderNamed: {Name: "slot names the header", Severity: Warning,
+		Means:  "A slot with an origin chunk has COW chunk 0, which is the header. Such a slot is the end mark: its chunk is not mapped, nor any in slots after it.",
+		Kernel: "Takes it for the end of the exceptions.",
+		Repair: Mended,
+		Helps:  "Repair writes zeros there."},
+	DuplicateOrigin: {Name: "origin chunk twice", Severity: Error,
+		Means:  "Two slots say where the same origin chunk is kept.",
+		Kernel: "Loads it. Kernel 6.1 believes the first slot, 6.12 the last.",
+		Repair: Mended,
+		Helps:  "Repair keeps the first: a second one is most often a void slot that a kernel brought to life."},
+	COWPastDevice: {Name: "COW chunk past the device", Severity: Error,
+		Means:  "A slot names a COW chunk past the end of the device, out of the order in which chunks are handed out.",
+		Kernel: "Loads it; reading the chunk fails, and the next new exception invalidates the snapshot.",
+		Repair: Mended,
+		Helps:  "Repair drops the slot; the chunk's old content is lost."},
+	COWIsMetadata: {Name: "COW chunk is an area", Severity: Error,
+		Means:  "A slot names a COW chunk that is an area of slots.",
+		Kernel: "Loads it and shows the slots' bytes; writing to that chunk of the snapshot destroys the store.",
+		Repair: Mended,
+		Helps:  "Repair drops the slot; the chunk's old content is lost."},
+	COWTooLarge: {Name: "COW chunk number too large", Severity: Error,
+		Means:  "A slot names a COW chunk of more than 56 bits, which no kernel can keep in memory.",
+		Kernel: "Loads it, cuts the number off and takes the rest for a count of chunks: unrelated chunks show wrong data.",
+		Repair: Mended,
+		Helps:  "Repair drops the slot; the chunk's old content is lost."},
+	COWShared: {Name: "COW chunk used twice", Severity: Error,
+		Means:  "Two slots name the same COW chunk: one of the two origin chunks shows the other's data.",
+		Kernel: "Loads it and shows the same data for both; a write to one changes the other.",
+		Repair: Mended,
+		Helps:  "Repair keeps the first: the chunk was handed out again when a void slot behind it came to life."},
+	OriginImpossible: {Name: "impossible origin chunk", Severity: Error,
+		Means:  "A slot names an origin chunk that no device is large enough to have: it is not a slot that a snapshot wrote.",
+		Kernel: "Loads it; nothing ever reads it. A merge of it fails.",
+		Repair: Mended,
+		Helps:  "Repair drops the slot."},
+	OriginTooSmall: {Name: "origin too small", Severity: Error,
+		Means:  "There are exceptions for chunks past the end of the origin: it is not this store's origin, or it was shrunk.",
+		Kernel: "Loads it; those chunks can't be read. A merge of them fails.",
+		Repair: NotMended,
+		Helps:  "Give the right origin, or make it as long as it was."},
+	LeakedChunks: {Name: "holes", Severity: Note,
+		Means:  "Chunks between those in use are named by no slot: their space is lost until the store is emptied. Old kernels leave them after a crash.",
+		Kernel: "Loads it and never hands those chunks out.",
+		Repair: Mended,
+		Helps:  "Repair fills them. They do no harm."},
+	OutOfOrder: {Name: "slots out of order", Severity: Note,
+		Means:  "Slots do not name COW chunks in ascending order. Kernels before target version 1.10.2 wrote them so.",
+		Kernel: "Loads it. Order does not matter.",
+		Repair: Mended,
+		Helps:  "Repair writes them in order. They do no harm."},
+}
+
+func init() {
+	for c := range problems {
+		problems[c].Code = Code(c)
+	}
+}
