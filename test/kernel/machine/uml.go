@@ -5,7 +5,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"strings"
 )
 
 // umlModules is where Debian's package keeps the modules, a folder a version.
@@ -92,5 +91,5 @@ func memory(c Config) int {
 	return c.Memory
 }
 
-// UBD is the guest's name of disk i of a machine made by UML.
-func UBD(i int) string { return "/dev/ubd" + strings.ToLower(string(rune('A'+i))) }
+// Disk is the guest's name of disk i of a machine made by UML.
+func Disk(i int) string { return "/dev/ubd" + string(rune('a'+i)) }
