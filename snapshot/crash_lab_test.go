@@ -148,6 +148,8 @@ func (cs cells) sectors(at, n int64) cells { return cs[at : at+n] }
 
 // stampsFor takes n new stamps and returns them as content too.
 func (l *lab) stampsFor(n int64) (first stamp, content []byte) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	first = l.stamps + 1
 	for range n {
 		l.stamps++

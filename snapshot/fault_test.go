@@ -32,7 +32,7 @@ func TestFaults(t *testing.T) {
 			total := 0
 			for disk, took := -1, true; took || disk == 0; disk++ {
 				took = false
-				for n := 1; ; n++ {
+				for n := 1; ; n += stride {
 					k := faultsAt(t, sc, disk, n)
 					if k == 0 {
 						break

@@ -1,6 +1,7 @@
 package store_test
 
 import (
+	"fmt"
 	"strings"
 	"testing"
 
@@ -286,4 +287,75 @@ func TestTornSlotsStayDead(t *testing.T) {
 	if dead == 0 {
 		t.Error("no torn write was seen")
 	}
+}
+
+// TestVoidSlotsStayDead: whatever stands behind the end mark when a store is loaded, a batch that ends at the
+// edge of a block, of an area or of what is written at once does not join it.
+func TestVoidSlotsStayDead(t *testing.T) {
+	for _, c := range []struct {
+		chunk       uint32
+		loaded, add uint64
+	}{
+		{1, 5, 27}, {1, 5, 27 + 32}, {8, 10, 22}, {8, 10, 246}, {16, 10, 246}, {16, 10, 502}, {256, 10, 246},
+		{256, 10, 4086}, // 64 KiB of slots
+	} {
+		t.Run(fmt.Sprintf("chunk %d, %d and %d", c.chunk, c.loaded, c.add), func(t *testing.T) {
+			s, mem, _, _ := newStore(t, c.chunk, int64(c.chunk)*int64(c.loaded+c.add+100))
+			add(t, s, 0, c.loaded)
+			mustSync(t, s)
+			l := s.Layout()
+			// The rest of the area, but for its end mark, looks like exceptions of chunks that are there.
+			for i := c.loaded + 1; i < l.SlotsPerArea(); i++ {
+				var b [ondisk.SlotSize]byte
+				ondisk.Exception{Old: ondisk.OriginChunk(1e6 + i), New: 3}.Encode(b[:])
+				if _, err := mem.WriteAt(b[:], l.SlotOffset(ondisk.Slot{Index: i})); err != nil {
+					t.Fatal(err)
+				}
+			}
+			s = reopen(t, mem)
+			add(t, s, 1000, c.add)
+			mustSync(t, s)
+			if got := reopen(t, mem).Len(); s.Len() != c.loaded+c.add || got != s.Len() {
+				t.Errorf("%d exceptions, %d after loading, want %d", s.Len(), got, c.loaded+c.add)
+			}
+		})
+	}
+}
+
+// TestCrashInCreateByForce cuts a creation over an old store of any chunk size: a store can be loaded, the
+// new one, which is empty, or what is left of the old one.
+func TestCrashInCreateByForce(t *testing.T) {
+	images := 0
+	for _, from := range []uint32{1, 8, 16} {
+		for _, to := range []uint32{1, 2, 8, 16} {
+			crash := blocktest.NewCrash(make([]byte, 256*sector))
+			old, err := store.Create(crash, ondisk.Layout{ChunkSectors: from}, false)
+			if err != nil {
+				t.Fatal(err)
+			}
+			add(t, old, 100, 10)
+			mustSync(t, old)
+			crash.Power().Observe(func(op blocktest.Op) {
+				for img := range crash.Power().Cut().Images(blocktest.Choices{Random: 20}) {
+					images++
+					s, err := store.Open(block.MemoryFrom(img.Disk(crash)))
+					if err != nil {
+						t.Errorf("from %d to %d, after %v, %v: %v", from, to, op, img, err)
+						return
+					}
+					c := s.Layout().ChunkSectors
+					if c != from && c != to || from != to && c == to && s.Len() > 0 || s.Len() > 10 {
+						t.Errorf("from %d to %d: chunk %d, %d exceptions", from, to, c, s.Len())
+					}
+				}
+			})
+			if _, err := store.Create(crash, ondisk.Layout{ChunkSectors: to}, true); err != nil {
+				t.Fatal(err)
+			}
+			if s, err := store.Open(block.MemoryFrom(crash.Durable())); err != nil || s.Len() != 0 || s.Layout().ChunkSectors != to {
+				t.Errorf("from %d to %d: %v", from, to, err)
+			}
+		}
+	}
+	t.Logf("%d images", images)
 }
