@@ -24,7 +24,7 @@ var floors = map[string]int{
 	"snapshot": 4,
 	"check":    4, "dump": 4,
 	"nbd/wire": 4,
-	"nbd":      5, "merge": 5,
+	"nbd":      5, "merge": 5, "rescue": 5,
 	"cmd/dmsnap": 6,
 
 	// Only tests and demonstrations use these; nothing below may.

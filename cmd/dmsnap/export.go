@@ -81,8 +81,14 @@ func attachReadable(origin, cow block.Device) (*snapshot.Snapshot, error) {
 	return snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
 }
 
-// exportFile writes the image under a temporary name beside out and gives it its name at the end.
-func exportFile(ctx context.Context, snap *snapshot.Snapshot, out string, force bool, inputs []string, bar *progressBar) (err error) {
+// exportFile writes the image to a new file.
+func exportFile(ctx context.Context, snap *snapshot.Snapshot, out string, force bool, inputs []string, bar *progressBar) error {
+	return newFile(out, force, inputs, func(f *os.File) error { return writeImage(ctx, f, snap, bar) })
+}
+
+// newFile has fill write a file under a temporary name beside out, and gives it its name at the end: out is
+// whole or not there. What exists is replaced with force only, and none of the inputs ever.
+func newFile(out string, force bool, inputs []string, fill func(*os.File) error) (err error) {
 	if out, err = checkOut(out, force, inputs); err != nil {
 		return err
 	}
@@ -95,7 +101,7 @@ func exportFile(ctx context.Context, snap *snapshot.Snapshot, out string, force 
 			os.Remove(f.Name())
 		}
 	}()
-	err = errors.Join(writeImage(ctx, f, snap, bar), f.Close())
+	err = errors.Join(fill(f), f.Close())
 	if err != nil {
 		return err
 	}

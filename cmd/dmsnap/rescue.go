@@ -1,0 +1,200 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/rescue"
+)
+
+// rescueResult is what rescue prints as JSON.
+type rescueResult struct {
+	Certain  int64          `json:"certain_bytes"`
+	Doubtful int64          `json:"doubtful_bytes"`
+	Lost     int64          `json:"lost_bytes"`
+	Ranges   []rescue.Range `json:"ranges"` // of the whole snapshot, ascending
+	Problems []string       `json:"problems"`
+}
+
+type rescueOptions struct {
+	force, dryRun, asJSON, revalidate bool
+	mapFile                           string
+	chunkSize                         sizeFlag
+}
+
+func newRescue() *cobra.Command {
+	var o rescueOptions
+	c := &cobra.Command{
+		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW}",
+		Short: "Get out of an invalid or damaged snapshot what can be had",
+		Long: `An invalid snapshot is not lost. Write the best that can be had of it to OUT, a sparse raw image, and say
+what each part is worth:
+
+  certain    as the snapshot showed it: the chunk has an exception, written before the store became invalid
+  doubtful   the origin's content of today: it may have been overwritten since
+  lost       not to be read; the image has zeros there
+
+--map FILE keeps that as a table ("OFFSET LENGTH CLASS" in bytes), or as JSON when FILE ends in .json.
+--dry-run looks at the store alone. A header that is damaged is done without when --chunk-size says what it said.
+
+--revalidate copies a store that is marked invalid to NEWCOW and marks it valid there, so that a kernel, LVM or
+dmsnap serve load it again. Doubtful parts then look like the rest: think before you merge it.
+
+Nothing is written to ORIGIN or COW.`,
+		Example: `  dmsnap rescue disk.img disk.cow old.img --map old.map
+  dmsnap rescue --dry-run disk.img disk.cow
+  dmsnap rescue --revalidate disk.cow again.cow`,
+		Args: func(c *cobra.Command, args []string) error {
+			switch {
+			case o.revalidate && len(args) != 2:
+				return errors.New("--revalidate needs COW and NEWCOW")
+			case !o.revalidate && o.dryRun && len(args) != 2 && len(args) != 3, !o.revalidate && !o.dryRun && len(args) != 3:
+				return errors.New("ORIGIN, COW and OUT are needed")
+			}
+			return nil
+		},
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.revalidate {
+				return o.copyValid(c, args[0], args[1])
+			}
+			return o.run(c, args)
+		},
+	}
+	f := c.Flags()
+	f.BoolVar(&o.force, "force", false, "replace OUT, NEWCOW and the map when they exist")
+	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "say what would be certain, read no data, write nothing")
+	f.BoolVar(&o.asJSON, "json", false, "print JSON")
+	f.BoolVar(&o.revalidate, "revalidate", false, "make a copy of the store that loads again")
+	f.StringVar(&o.mapFile, "map", "", "write what each range is worth to this file")
+	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	c.MarkFlagsMutuallyExclusive("revalidate", "map")
+	c.MarkFlagsMutuallyExclusive("revalidate", "dry-run")
+	return c
+}
+
+func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
+	if err := checkDifferent(args[0], args[1]); err != nil {
+		return err
+	}
+	readOnly := block.Options{ReadOnly: true}
+	origin, err := openOrigin(args[0], readOnly)
+	if err != nil {
+		return err
+	}
+	defer origin.Close()
+	cow, err := openDevice(args[1], readOnly)
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	var look rescue.Options
+	if o.chunkSize.set {
+		if look.ChunkSectors, err = o.chunkSize.chunkSectors(); err != nil {
+			return err
+		}
+	}
+	if o.mapFile != "" {
+		if o.mapFile, err = checkOut(o.mapFile, o.force, args); err != nil {
+			return err
+		}
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	r, err := rescue.Open(ctx, origin, cow, look)
+	if err != nil {
+		return about(args[1], err)
+	}
+	var ranges []rescue.Range
+	if o.dryRun {
+		ranges = r.Plan()
+	} else {
+		bar := newProgress(c.ErrOrStderr(), "rescue")
+		err = newFile(args[2], o.force, args[:2], func(f *os.File) error {
+			if err := f.Truncate(r.Size()); err != nil {
+				return err
+			}
+			if ranges, err = r.Write(ctx, f, func(done int64) { bar.show(done, r.Size()) }); err != nil {
+				return err
+			}
+			return f.Sync()
+		})
+		bar.end()
+		if err != nil {
+			return err
+		}
+	}
+	return o.tell(c, r, ranges, args)
+}
+
+// tell prints what was found, and writes the map.
+func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, args []string) error {
+	sum := rescue.Totals(ranges)
+	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], ranges, []string{}}
+	for _, f := range r.Report().Findings {
+		result.Problems = append(result.Problems, f.String())
+	}
+	if o.mapFile != "" {
+		if err := newFile(o.mapFile, o.force, args, func(f *os.File) error { return writeMap(f, ranges, strings.HasSuffix(o.mapFile, ".json")) }); err != nil {
+			return err
+		}
+	}
+	if o.asJSON {
+		return printJSON(c, result)
+	}
+	for _, p := range result.Problems {
+		if err := printf(c, "%s\n", p); err != nil {
+			return err
+		}
+	}
+	return printf(c, "%s: %s certain, %s doubtful, %s lost\n", args[len(args)-1],
+		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost))
+}
+
+// writeMap writes the ranges, a line each or as JSON.
+func writeMap(f *os.File, ranges []rescue.Range, asJSON bool) error {
+	if asJSON {
+		e := json.NewEncoder(f)
+		e.SetIndent("", "  ")
+		return e.Encode(ranges)
+	}
+	var text strings.Builder
+	for _, x := range ranges {
+		fmt.Fprintf(&text, "%d %d %v\n", x.Off, x.Length, x.Class)
+	}
+	_, err := f.WriteString(text.String())
+	return err
+}
+
+// copyValid makes the copy of --revalidate.
+func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) error {
+	cow, err := openDevice(cowPath, block.Options{ReadOnly: true})
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	ctx, stop := untilSignal()
+	defer stop()
+	err = newFile(newPath, o.force, []string{cowPath}, func(f *os.File) error { return revalidate(ctx, cow, f) })
+	if err != nil {
+		return about(cowPath, err)
+	}
+	return printf(c, "%s: a valid copy of %s; what the origin overwrote meanwhile looks like the rest\n", newPath, cowPath)
+}
+
+func revalidate(ctx context.Context, cow block.Device, f *os.File) error {
+	if err := f.Truncate(cow.Size()); err != nil {
+		return err
+	}
+	out, err := block.Open(f.Name(), block.Options{})
+	if err != nil {
+		return err
+	}
+	return errors.Join(rescue.Revalidate(ctx, cow, out), out.Close())
+}

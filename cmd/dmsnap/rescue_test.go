@@ -1,0 +1,90 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/rescue"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// An invalid snapshot is rescued, its map is kept, and a copy of its store loads again.
+func TestRescue(t *testing.T) {
+	p := newPair(t)
+	mustRun(t, "create", p.origin, p.cow, "--cow-size", "32k")
+	origin, cow := openFile(t, p.origin, false), openFile(t, p.cow, false)
+	o := snapshot.NewOrigin(origin)
+	snap, err := o.Attach(cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i := range int64(10) { // six fit
+		writeAt(t, o, []byte("overwritten"), i*8192)
+	}
+	for _, err := range []error{snap.Close(), cow.Close(), origin.Close()} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	dmsnap("export", p.origin, p.cow, "-").wantRefused(t, "invalid")
+	before := digests(t, p.dir)
+
+	plan := mustJSON[rescueResult](t, "rescue", "--dry-run", p.origin, p.cow)
+	wantSame(t, p.dir, before)
+	out, table := filepath.Join(p.dir, "old.img"), filepath.Join(p.dir, "old.map")
+	got := mustJSON[rescueResult](t, "rescue", p.origin, p.cow, out, "--map", table)
+	if fmt.Sprint(plan.Ranges) != fmt.Sprint(got.Ranges) || got.Certain != 6*4096 || got.Lost != 0 || got.Doubtful != int64(len(p.content))-got.Certain {
+		t.Errorf("planned %+v, got %+v", plan, got)
+	}
+	if len(got.Problems) != 1 || !strings.Contains(got.Problems[0], "DS007") {
+		t.Errorf("problems %q", got.Problems)
+	}
+	image, lines := readFile(t, out), strings.Split(strings.TrimSpace(string(readFile(t, table))), "\n")
+	if len(lines) != len(got.Ranges) || lines[0] != "0 4096 certain" || lines[1] != "4096 4096 doubtful" {
+		t.Errorf("map %q", lines)
+	}
+	for _, x := range got.Ranges {
+		if x.Class == rescue.Certain && !bytes.Equal(image[x.Off:x.Off+x.Length], p.content[x.Off:x.Off+x.Length]) {
+			t.Errorf("%v is called certain", x)
+		}
+	}
+	asJSON := filepath.Join(p.dir, "old.json")
+	text := mustRun(t, "rescue", p.origin, p.cow, out, "--force", "--map", asJSON)
+	if !strings.Contains(text, "24 KiB certain") || !strings.Contains(text, "DS007") || !strings.HasPrefix(string(readFile(t, asJSON)), "[") {
+		t.Errorf("it said %q", text)
+	}
+
+	again := filepath.Join(p.dir, "again.cow")
+	mustRun(t, "rescue", "--revalidate", p.cow, again)
+	if st := mustJSON[fileStatus](t, "status", again); !st.Valid || st.Exceptions != 6 {
+		t.Errorf("%+v", st)
+	}
+	if view := mustRun(t, "export", p.origin, again, "-"); view != string(image) {
+		t.Error("the copy shows something else than was rescued")
+	}
+
+	// Manners.
+	before = digests(t, p.dir)
+	dmsnap("rescue", p.origin, p.cow, out).wantRefused(t, out, "exists")
+	dmsnap("rescue", p.origin, p.cow, p.cow, "--force").wantRefused(t, "same file")
+	dmsnap("rescue", p.origin, p.cow, filepath.Join(p.dir, "x"), "--map", table).wantRefused(t, table, "exists")
+	dmsnap("rescue", p.origin, p.origin, filepath.Join(p.dir, "x")).wantRefused(t, p.origin)
+	dmsnap("rescue", p.origin, out, filepath.Join(p.dir, "x")).wantRefused(t, out)
+	dmsnap("rescue", p.origin, filepath.Join(p.dir, "none"), filepath.Join(p.dir, "x")).wantRefused(t, "none")
+	dmsnap("rescue", p.origin, p.dir, filepath.Join(p.dir, "x")).wantRefused(t, p.dir)
+	dmsnap("rescue", "--revalidate", p.cow, again).wantRefused(t, again, "exists")
+	dmsnap("rescue", "--revalidate", p.origin, filepath.Join(p.dir, "x")).wantRefused(t, p.origin)
+	dmsnap("rescue", p.origin, p.cow).wantRefused(t, "OUT")
+	wantSame(t, p.dir, before)
+	if left, _ := filepath.Glob(filepath.Join(p.dir, ".*.part")); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	if err := os.Chmod(p.cow, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, "rescue", "--dry-run", p.origin, p.cow)
+}
