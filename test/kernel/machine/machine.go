@@ -191,10 +191,13 @@ func (m *Machine) Complaints() []string {
 	return all
 }
 
-// Kill pulls the plug.
+// Plug pulls the plug and returns at once; it may be called while Do waits, which then fails.
+func (m *Machine) Plug() { syscall.Kill(-m.cmd.Process.Pid, syscall.SIGKILL) }
+
+// Kill pulls the plug and waits until the machine is gone.
 func (m *Machine) Kill() {
 	if m.cmd.Process != nil {
-		syscall.Kill(-m.cmd.Process.Pid, syscall.SIGKILL)
+		m.Plug()
 		m.exited <- <-m.exited
 	}
 	m.in.Close()
