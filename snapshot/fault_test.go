@@ -63,6 +63,32 @@ func faultsAt(t *testing.T, sc scenario, disk, n int) (total int) {
 	return total
 }
 
+// TestFaultsWithoutRoom has each operation of each COW device find no space, once, where the policy is to
+// protect the snapshots: what needs the space fails, on both sides, and no snapshot is lost by it. The rest
+// is as in TestFaults.
+func TestFaultsWithoutRoom(t *testing.T) {
+	for _, sc := range scenarios {
+		t.Run(sc.name, func(t *testing.T) {
+			t.Parallel()
+			total := 0
+			for disk, took := 0, true; took; disk++ {
+				took = false
+				for n := 1; ; n += stride {
+					l := newLab(t, sc.size)
+					l.inject = &injection{disk: disk, n: n, err: syscall.ENOSPC, keep: true}
+					if l.faulted(t, sc) == 0 {
+						break
+					}
+					if took, total = true, total+1; t.Failed() {
+						t.Fatalf("scenario %q, disk %d, operation %d", sc.name, disk, n)
+					}
+				}
+			}
+			t.Logf("%d faults", total)
+		})
+	}
+}
+
 // faulted runs a scenario with its fault and then looks at what it came to. It returns how many operations
 // failed.
 func (l *lab) faulted(t *testing.T, sc scenario) int {

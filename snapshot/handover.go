@@ -15,7 +15,7 @@ var (
 	ErrAlreadyMerging    = errors.New("A snapshot is already merging.")
 	ErrResumeSource      = errors.New("Unable to resume snapshot source until handover completes.")
 	ErrSourceRunning     = errors.New("Unable to perform snapshot handover until source is suspended.")
-	errHandoverCancelled = errors.New("Cancelling snapshot handover.")
+	ErrHandoverCancelled = errors.New("Cancelling snapshot handover.")
 )
 
 // handoverSource returns the active snapshot whose store a newly loaded table with the same COW device
@@ -113,11 +113,11 @@ func (s *Snapshot) cancelHandover() {
 	if d := s.destination; d != nil {
 		d.source, s.destination = nil, nil
 		d.invalid.Store(true)
-		notify(d.opts, Event{Kind: EventHandoverCancelled, Text: errHandoverCancelled.Error()})
+		notify(d.opts, Event{Kind: EventHandoverCancelled, Text: ErrHandoverCancelled.Error()})
 	}
 	if m := s.mergeWaits; m != nil {
 		m.source, s.mergeWaits = nil, nil
-		notify(m.opts, Event{Kind: EventHandoverCancelled, Text: errHandoverCancelled.Error()})
+		notify(m.opts, Event{Kind: EventHandoverCancelled, Text: ErrHandoverCancelled.Error()})
 	}
 }
 
@@ -183,17 +183,7 @@ func (m *Merging) open() (*store.Store, error) {
 	if err := store.CheckBlockSize(st.Layout(), m.origin.dev); err != nil {
 		return nil, err
 	}
-	return st, m.checkSize(st)
-}
-
-// checkSize refuses a store with exceptions past the end of the origin: there is no place to merge them
-// to.
-func (m *Merging) checkSize(st *store.Store) error {
-	last, ok := st.Exceptions().Max()
-	if l := st.Layout(); ok && uint64(last) >= l.Chunks(m.origin.dev.Size(), true) {
-		return fmt.Errorf("origin of %d bytes is too small: the store has an exception for origin chunk %d of %d bytes", m.origin.dev.Size(), last, l.ChunkBytes())
-	}
-	return nil
+	return st, st.CheckOrigin(m.origin.dev.Size())
 }
 
 // Resume makes m play the origin's part: from now on requests to the origin see the merged content, and
@@ -230,7 +220,7 @@ func (m *Merging) Resume() error {
 	}
 	st := m.store.Load()
 	if st == nil {
-		return errHandoverCancelled
+		return ErrHandoverCancelled
 	}
 	m.invalid = errors.Is(st.Err(), store.ErrInvalid)
 	o.waiting = nil

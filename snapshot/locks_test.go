@@ -45,7 +45,7 @@ func TestLocksNeverMeet(t *testing.T) {
 		}
 		allowed := func(err error) {
 			for _, ok := range []error{store.ErrInvalid, store.ErrFailed, snapshot.ErrNoRoom, fs.ErrClosed, snapshot.ErrResumeSource,
-				snapshot.ErrSourceRunning, snapshot.ErrPairing, snapshot.ErrAlreadyMerging, snapshot.ErrMergeFailed} {
+				snapshot.ErrSourceRunning, snapshot.ErrPairing, snapshot.ErrAlreadyMerging, snapshot.ErrMergeFailed, snapshot.ErrHandoverCancelled} {
 				if err == nil || errors.Is(err, ok) {
 					return
 				}
