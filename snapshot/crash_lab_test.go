@@ -90,6 +90,9 @@ func (l *lab) cow(sectors int, o snapshot.Options) *labCOW {
 			c.marked = unmarkedBy(e.Err)
 		}
 	}
+	if l.inject != nil && l.inject.keep {
+		c.opts.OnFull = snapshot.FullFail
+	}
 	l.cows = append(l.cows, c)
 	return c
 }
@@ -130,7 +133,9 @@ func (c *labCOW) attach() {
 		if err != nil {
 			return err
 		}
-		c.snap = s
+		if c.snap = s; c.sick[c] {
+			c.unacknowledge(c.view) // its owner was told that something is lost
+		}
 		if c.state != dead {
 			c.set(live)
 		} else if st := s.Status().State; st != snapshot.StateInvalid {

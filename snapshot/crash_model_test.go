@@ -83,6 +83,17 @@ func (l *ledger) end(op *change) {
 	}
 }
 
+// unacknowledge says that of what was not made durable anything may be lost, also while the power is on.
+func (l *ledger) unacknowledge(cells []*cell) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range cells {
+		for i := range *c {
+			(*c)[i].acked = 0
+		}
+	}
+}
+
 // now is the moment at which a flush begins.
 func (l *ledger) now() int {
 	l.mu.Lock()
