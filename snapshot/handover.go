@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"errors"
-	"fmt"
 	"io/fs"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -210,7 +209,7 @@ func (m *Merging) Resume() error {
 			if err := src.store.Sync(); err != nil {
 				return err
 			}
-			if err := m.checkSize(src.store); err != nil {
+			if err := src.store.CheckOrigin(m.origin.dev.Size()); err != nil {
 				return err
 			}
 		}

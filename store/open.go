@@ -88,6 +88,16 @@ func CheckBlockSize(l ondisk.Layout, devs ...block.Device) error {
 	return nil
 }
 
+// CheckOrigin refuses an origin of size bytes that ends before an exception begins: it is another disk's,
+// or it was cut, and whatever is read through the store would be wrong without a word.
+func (s *Store) CheckOrigin(size int64) error {
+	last, ok := s.exceptions.Max()
+	if ok && uint64(last) >= s.layout.Chunks(size, true) {
+		return fmt.Errorf("origin of %d bytes is too small: the store has an exception for origin chunk %d of %d bytes", size, last, s.layout.ChunkBytes())
+	}
+	return nil
+}
+
 // Open loads the store on dev (specification 2.6). It writes nothing.
 //
 // Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for

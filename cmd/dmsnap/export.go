@@ -72,11 +72,8 @@ func attachReadable(origin, cow block.Device) (*snapshot.Snapshot, error) {
 	if err := st.Err(); err != nil {
 		return nil, fmt.Errorf("%w: it was marked so when its COW device was full or failed, and its content is lost", err)
 	}
-	// Exceptions past the origin's end can't be of this origin, or it was cut: the image would be
-	// wrong without a word.
-	l := st.Layout()
-	if last, ok := st.Exceptions().Max(); ok && uint64(last) >= l.Chunks(origin.Size(), true) {
-		return nil, fmt.Errorf("origin of %d bytes is too small: the store has an exception for origin chunk %d of %d bytes", origin.Size(), last, l.ChunkBytes())
+	if err := st.CheckOrigin(origin.Size()); err != nil {
+		return nil, err
 	}
 	return snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
 }

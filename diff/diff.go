@@ -1,0 +1,146 @@
+// Package diff tells where two views of a disk differ: a snapshot from its origin, or two snapshots of one
+// origin from each other.
+//
+// What an exception store knows costs nothing to ask: a chunk without an exception reads from the origin,
+// so two views that both have none there are the same. Where one has an exception they may differ:
+//
+//	origin     ....aaaa....bbbb....cccc....
+//	COW 1          AAAA    bbbb                  exceptions: a chunk written, a chunk copied
+//	Extents        ^^^^    ^^^^                  from the exceptions alone: what may differ
+//	Verified       ^^^^    ====                  bytes were compared: Changed, and Copied
+//
+// The answer from exceptions alone is never too small. It is too large where a chunk was copied because
+// a few of its bytes were written, or because the same bytes were written again, or where two snapshots
+// both kept the same old chunk. Verified reads what Extents names, and nothing else, and tells such places
+// apart to the sector.
+//
+// A store maps chunks of its own size (specification 2.4), so everything here is in bytes of the disk; two
+// stores need not have one chunk size. The last chunk ends where the origin does.
+package diff
+
+import (
+	"iter"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// A Class says what is known of an extent that some store has exceptions for.
+type Class uint8
+
+const (
+	Changed Class = iota // bytes differ; from exceptions alone: they may
+	Copied               // in a store, and the bytes are the same
+)
+
+// String returns "changed" or "copied".
+func (c Class) String() string {
+	if c == Copied {
+		return "copied"
+	}
+	return "changed"
+}
+
+// An Extent is a stretch of the disk, in bytes.
+type Extent struct {
+	Off, Length int64 // Length > 0
+	Class       Class
+}
+
+// A Diff is two views of one origin. Its methods only read, and may be called concurrently while nothing
+// writes to the stores.
+type Diff struct {
+	origin      block.Device
+	left, right view
+}
+
+// New compares the origin with the view of one store.
+//
+// Errors: a store that is marked invalid (wrapping store.ErrInvalid), since its exceptions are lost; a
+// store with exceptions past the end of origin, which can't be of this origin.
+func New(origin block.Device, s *store.Store) (*Diff, error) {
+	if err := fits(origin, s); err != nil {
+		return nil, err
+	}
+	return &Diff{origin, view{origin: origin}, view{origin, s}}, nil
+}
+
+// Between compares the views of two stores of one origin. Errors are those of New.
+func Between(origin block.Device, a, b *store.Store) (*Diff, error) {
+	for _, s := range []*store.Store{a, b} {
+		if err := fits(origin, s); err != nil {
+			return nil, err
+		}
+	}
+	return &Diff{origin, view{origin, a}, view{origin, b}}, nil
+}
+
+// fits refuses a store that says nothing, or nothing that can be true, of origin. After it every exception
+// begins inside the origin, so that no arithmetic on chunk numbers overflows.
+func fits(origin block.Device, s *store.Store) error {
+	if err := s.Err(); err != nil {
+		return err
+	}
+	return s.CheckOrigin(origin.Size())
+}
+
+// Size returns the size of the disk in bytes.
+func (d *Diff) Size() int64 { return d.origin.Size() }
+
+// Extents yields, ascending and joined, what at least one store has exceptions for: all that may differ.
+// Nothing is read, and all are Changed.
+func (d *Diff) Extents() iter.Seq[Extent] {
+	return func(yield func(Extent) bool) {
+		next, stop := iter.Pull(d.right.exceptions())
+		defer stop()
+		b, more := next()
+		var open Extent // what was met last; its neighbour may still join
+		add := func(e Extent) bool {
+			if end := open.Off + open.Length; open.Length > 0 && e.Off <= end {
+				open.Length = max(end, e.Off+e.Length) - open.Off
+				return true
+			}
+			done := open
+			open = e
+			return done.Length == 0 || yield(done)
+		}
+		for a := range d.left.exceptions() {
+			for ; more && b.Off < a.Off; b, more = next() {
+				if !add(b) {
+					return
+				}
+			}
+			if !add(a) {
+				return
+			}
+		}
+		for ; more; b, more = next() {
+			if !add(b) {
+				return
+			}
+		}
+		if open.Length > 0 {
+			yield(open)
+		}
+	}
+}
+
+// exceptions yields what the view has in its store, ascending, cut at the end of the disk.
+func (v view) exceptions() iter.Seq[Extent] {
+	return func(yield func(Extent) bool) {
+		if v.store == nil {
+			return
+		}
+		l := v.store.Layout()
+		for r := range v.store.Exceptions().All() {
+			off := l.OriginOffset(r.Old)
+			end := v.origin.Size()
+			if whole := uint64(end-off) >> l.Shift(); r.Count <= whole {
+				end = off + int64(r.Count)<<l.Shift()
+			}
+			if !yield(Extent{Off: off, Length: end - off}) {
+				return
+			}
+		}
+	}
+}

@@ -1,0 +1,136 @@
+package diff
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"iter"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// compareBytes is how much is read of each view at once.
+const compareBytes = 1 << 20
+
+// Verified reads both views wherever a store has exceptions, and yields those places, ascending and
+// joined, as Changed or Copied, exact to the sector (to 512 bytes from the disk's beginning). It needs
+// 2 MiB. An error is the last thing it yields: ctx's cause, or a failed read with its place.
+func (d *Diff) Verified(ctx context.Context) iter.Seq2[Extent, error] {
+	return func(yield func(Extent, error) bool) {
+		c := comparison{d: d, a: make([]byte, compareBytes), b: make([]byte, compareBytes),
+			yield: func(e Extent) bool { return yield(e, nil) }}
+		for e := range d.Extents() {
+			for end := e.Off + e.Length; e.Off < end; {
+				if ctx.Err() != nil {
+					c.fail(context.Cause(ctx), yield)
+					return
+				}
+				n := min(end-e.Off, compareBytes-e.Off%compareBytes)
+				if err := c.piece(e.Off, n); err != nil {
+					c.fail(err, yield)
+					return
+				}
+				if c.stopped {
+					return
+				}
+				e.Off += n
+			}
+		}
+		c.end()
+	}
+}
+
+// comparison joins what pieces say to extents.
+type comparison struct {
+	d       *Diff
+	a, b    []byte
+	open    Extent // still growing, when its length is not 0
+	yield   func(Extent) bool
+	stopped bool // the listener had enough
+}
+
+// piece compares n bytes at off.
+func (c *comparison) piece(off, n int64) error {
+	a, b := c.a[:n], c.b[:n]
+	if err := c.d.left.read(a, off); err != nil {
+		return err
+	}
+	if err := c.d.right.read(b, off); err != nil {
+		return err
+	}
+	if bytes.Equal(a, b) { // the usual piece, at the speed of memory
+		c.add(Extent{off, n, Copied})
+		return nil
+	}
+	for len(a) > 0 {
+		k := min(ondisk.SectorSize-off%ondisk.SectorSize, int64(len(a)))
+		class := Changed
+		if bytes.Equal(a[:k], b[:k]) {
+			class = Copied
+		}
+		c.add(Extent{off, k, class})
+		a, b, off = a[k:], b[k:], off+k
+	}
+	return nil
+}
+
+func (c *comparison) add(e Extent) {
+	if c.open.Length > 0 && c.open.Class == e.Class && c.open.Off+c.open.Length == e.Off {
+		c.open.Length += e.Length
+		return
+	}
+	c.end()
+	c.open = e
+}
+
+// end yields what was growing.
+func (c *comparison) end() {
+	if c.open.Length > 0 && !c.stopped {
+		c.stopped = !c.yield(c.open)
+	}
+	c.open = Extent{}
+}
+
+// fail yields what is known, and then the error.
+func (c *comparison) fail(err error, yield func(Extent, error) bool) {
+	if c.end(); !c.stopped {
+		yield(Extent{}, err)
+	}
+}
+
+// A view is what a snapshot shows, without an engine: nothing writes, so nothing has to be ordered.
+// Without a store it is the origin itself.
+type view struct {
+	origin block.Device
+	store  *store.Store
+}
+
+// read fills p with the view's bytes at off. The range is inside the disk.
+func (v view) read(p []byte, off int64) error {
+	for len(p) > 0 {
+		dev, at, n := v.origin, off, int64(len(p))
+		if v.store != nil {
+			dev, at, n = v.place(off, n)
+		}
+		if _, err := dev.ReadAt(p[:n], at); err != nil {
+			return fmt.Errorf("read %d bytes of the disk at byte %d: %w", n, off, err)
+		}
+		p, off = p[n:], off+n
+	}
+	return nil
+}
+
+// place returns where the bytes at off lie, and how many of the next n follow them there.
+func (v view) place(off, n int64) (dev block.Device, at, follow int64) {
+	l := v.store.Layout()
+	first, in := l.OriginChunkAt(off), off&(l.ChunkBytes()-1)
+	chunks := uint64(in+n-1)>>l.Shift() + 1
+	cow, count, mapped := v.store.LookupRun(first, chunks)
+	follow = min(n, int64(count)<<l.Shift()-in)
+	if !mapped {
+		return v.origin, off, follow
+	}
+	return v.store.Device(), l.COWOffset(cow) + in, follow
+}
