@@ -12,20 +12,28 @@ import (
 func (s *scanner) closing() {
 	if f := s.past; f.count > 0 {
 		s.r.add(s.o.Limit, DeviceCut, func() string { return s.l.Place(f.slot) }, f.count, func() string {
-			return fmt.Sprintf("from here on the data of %d exceptions is past the end of the device, which has %d bytes and had at least %d", f.count, s.r.Size, s.needBytes())
+			return fmt.Sprintf("from here on %s for data past the end of the device, which has %d bytes and had at least %d", are(f.count, "exception"), s.r.Size, s.needBytes())
 		})
 	}
 	if f := s.beyond; f.count > 0 {
 		s.r.add(s.o.Limit, OriginTooSmall, func() string { return s.l.Place(f.slot) }, f.count, func() string {
-			return fmt.Sprintf("%d exceptions are for chunks past the end of the origin of %d bytes, this one for origin chunk %d", f.count, s.o.Origin.Size(), f.e.Old)
+			return fmt.Sprintf("%s for chunks past the end of the origin of %d bytes, this one for origin chunk %d", are(f.count, "exception"), s.o.Origin.Size(), f.e.Old)
 		})
 	}
 	if f := s.disorder; f.count > 0 {
 		s.r.add(s.o.Limit, OutOfOrder, func() string { return s.l.Place(f.slot) }, f.count, func() string {
-			return fmt.Sprintf("%d slots name a COW chunk below that of the slot before, this one chunk %d", f.count, f.e.New)
+			return fmt.Sprintf("%s behind one that names a higher COW chunk; this one names chunk %d", are(f.count, "slot"), f.e.New)
 		})
 	}
 	s.leaked()
+}
+
+// are begins a sentence about n things: "1 slot is", "2 slots are".
+func are(n uint64, what string) string {
+	if n == 1 {
+		return "1 " + what + " is"
+	}
+	return fmt.Sprintf("%d %ss are", n, what)
 }
 
 // needBytes is how long a device must be for the largest chunk that a cut store names. It may be past
@@ -54,7 +62,7 @@ func (s *scanner) leaked() {
 		return fmt.Sprintf("COW chunk %d, byte 0x%x", hole.first, s.l.COWOffset(ondisk.COWChunk(hole.first)))
 	},
 		s.r.Leaked, func() string {
-			return fmt.Sprintf("%d chunks in %d holes, the first of %d chunks", s.r.Leaked, holes, hole.count)
+			return fmt.Sprintf("%s named by no slot; holes: %d, chunks in this one: %d", are(s.r.Leaked, "chunk"), holes, hole.count)
 		})
 }
 

@@ -122,7 +122,7 @@ func (s *scanner) area(area uint64) {
 	}
 	if void.count > 0 {
 		s.r.add(s.o.Limit, VoidSlots, func() string { return s.l.Place(void.slot) }, void.count, func() string {
-			return fmt.Sprintf("%d slots that are not zero, up to slot %d; the first maps origin chunk %d to COW chunk %d", void.count, last.Index, void.e.Old, void.e.New)
+			return fmt.Sprintf("%s not zero, the last is slot %d; the first says that origin chunk %d is in COW chunk %d", are(void.count, "slot"), last.Index, void.e.Old, void.e.New)
 		})
 	}
 }
@@ -143,7 +143,7 @@ func leadingZeros(b []byte) int {
 
 func (s *scanner) unreadable(area uint64, p store.RawPiece) {
 	s.r.add(s.o.Limit, Unreadable, func() string { return s.l.Place(ondisk.Slot{Area: area, Index: p.Index}) }, uint64(p.Missing)/ondisk.SlotSize,
-		func() string { return fmt.Sprintf("%d slots: %v", p.Missing/ondisk.SlotSize, p.Err) })
+		func() string { return fmt.Sprintf("%s not to be read: %v", are(uint64(p.Missing)/ondisk.SlotSize, "slot"), p.Err) })
 }
 
 // fetchSlots is for how many slots ahead the words of the set are fetched.

@@ -1,0 +1,237 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+type checkOptions struct {
+	origin    string
+	level     levelFlag
+	chunkSize sizeFlag
+	liveRead  bool
+	asJSON    bool
+}
+
+// checkResult is what check prints as JSON.
+type checkResult struct {
+	Path         string                `json:"path"`
+	Clean        bool                  `json:"clean"` // nothing of the level asked for
+	Bytes        int64                 `json:"bytes"` // size of the device
+	ChunkSectors uint32                `json:"chunk_sectors"`
+	Areas        uint64                `json:"areas"`
+	Exceptions   uint64                `json:"exceptions"` // sound ones
+	Runs         uint64                `json:"runs"`
+	Leaked       uint64                `json:"leaked_chunks"`
+	Found        map[check.Code]uint64 `json:"found"`
+	Findings     []findingResult       `json:"findings"` // the first 16 of each code
+}
+
+type findingResult struct {
+	Code     check.Code     `json:"code"`
+	Name     string         `json:"name"`
+	Severity check.Severity `json:"severity"`
+	Place    string         `json:"place"`
+	Detail   string         `json:"detail"`
+	Count    uint64         `json:"count"`
+	Means    string         `json:"means"`
+	Kernel   string         `json:"kernel"`
+	Repair   check.Remedy   `json:"repair"`
+	Helps    string         `json:"helps"`
+}
+
+func newCheck() *cobra.Command {
+	o := checkOptions{level: levelFlag{check.Note}}
+	c := &cobra.Command{
+		Use:   "check COW",
+		Short: "Look for everything that can be wrong with a store",
+		Long: `Look for everything that can be wrong with the store on COW. Nothing is written, and no data is read: only
+the header and the slots, all of them, also behind the end mark.
+
+What is found has a code, a place and a severity: an error means that the store can't be loaded or shows
+something wrong, a warning that it may soon, a note that nothing is lost but space. docs/problems.md has
+all codes with what Linux does and what helps.
+
+A store in use is refused. --live-read looks all the same; what a writer is just doing may then be found too.
+
+Exit status: 0 nothing was found, 1 something was, 2 trouble.`,
+		Example: `  dmsnap check disk.cow
+  dmsnap check disk.cow --origin disk.img
+  dmsnap check --level error --json disk.cow`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			return o.run(c, args[0])
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.origin, "origin", "", "also hold the store against the size of this origin")
+	f.Var(&o.level, "level", "report this and worse: note, warning or error")
+	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.BoolVar(&o.liveRead, "live-read", false, "look at a store that is in use")
+	f.BoolVar(&o.asJSON, "json", false, "print JSON")
+	return c
+}
+
+// levelFlag is the value of --level.
+type levelFlag struct{ check.Severity }
+
+func (f *levelFlag) Set(s string) error {
+	for _, l := range []check.Severity{check.Note, check.Warning, check.Error} {
+		if s == l.String() {
+			f.Severity = l
+			return nil
+		}
+	}
+	return errors.New("must be note, warning or error")
+}
+
+func (f *levelFlag) Type() string { return "LEVEL" }
+
+// believed is the chunk size of --chunk-size in sectors, 0 where it was not given.
+func (f *sizeFlag) believed() (uint32, error) {
+	if !f.set {
+		return 0, nil
+	}
+	return f.chunkSectors()
+}
+
+// openToRead opens a store that nobody writes to, or, with live, one that somebody may.
+func openToRead(path string, live bool) (*block.File, error) {
+	lock := block.LockRead
+	if live {
+		lock = block.LockShared
+	}
+	f, err := openDevice(path, block.Options{ReadOnly: true, Lock: lock})
+	if errors.Is(err, block.ErrInUse) && !live {
+		err = fmt.Errorf("%w; --live-read reads it all the same", err)
+	}
+	return f, err
+}
+
+func (o *checkOptions) run(c *cobra.Command, path string) error {
+	sectors, err := o.chunkSize.believed()
+	if err != nil {
+		return err
+	}
+	opts := check.Options{ChunkSectors: sectors}
+	if o.origin != "" {
+		if err := checkDifferent(o.origin, path); err != nil {
+			return err
+		}
+		// Its size is all that is asked of it.
+		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared})
+		if err != nil {
+			return err
+		}
+		defer origin.Close()
+		opts.Origin = origin
+	}
+	cow, err := openToRead(path, o.liveRead)
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	ctx, stop := untilSignal()
+	defer stop()
+	bar := newProgress(c.ErrOrStderr(), "check")
+	opts.Progress = bar.show
+	r, err := checkDevice(ctx, cow, opts, o.liveRead && hasWriter(path))
+	bar.end()
+	if err != nil {
+		return about(path, err)
+	}
+	res := o.result(path, r)
+	if o.asJSON {
+		err = printJSON(c, res)
+	} else {
+		err = res.print(c.OutOrStdout(), r)
+	}
+	if err == nil && !res.Clean {
+		err = errNo
+	}
+	return err
+}
+
+// checkDevice checks, and checks again what is being written meanwhile: see openWhileWritten.
+func checkDevice(ctx context.Context, cow block.Device, o check.Options, written bool) (*check.Report, error) {
+	r, err := check.Run(ctx, cow, o)
+	for range 4 {
+		if err != nil || r.Clean() || !written {
+			break
+		}
+		time.Sleep(20 * time.Millisecond)
+		block.Refresh(cow) // it may have grown; when that can't be told, the old size stands
+		r, err = check.Run(ctx, cow, o)
+	}
+	return r, err
+}
+
+// result leaves out what is below the level asked for.
+func (o *checkOptions) result(path string, r *check.Report) checkResult {
+	res := checkResult{Path: path, Bytes: r.Size, ChunkSectors: r.Layout.ChunkSectors, Areas: r.Areas, Exceptions: r.Exceptions,
+		Runs: r.Runs, Leaked: r.Leaked, Found: map[check.Code]uint64{}, Findings: []findingResult{}}
+	for _, f := range r.Findings {
+		p := f.Problem()
+		if p.Severity < o.level.Severity {
+			continue
+		}
+		res.Found[f.Code] = r.Found[f.Code]
+		res.Findings = append(res.Findings, findingResult{f.Code, p.Name, p.Severity, f.Place, f.Detail, f.Count, p.Means, p.Kernel, p.Repair, p.Helps})
+	}
+	res.Clean = len(res.Findings) == 0
+	return res
+}
+
+// print says each problem once, with its places, and what helps.
+func (res checkResult) print(w io.Writer, r *check.Report) error {
+	if res.Clean {
+		_, err := fmt.Fprintf(w, "%s: clean: %s, %s a chunk\n", res.Path, plural(res.Exceptions, "exception"), bytesText(int64(res.ChunkSectors)*ondisk.SectorSize))
+		return err
+	}
+	n := uint64(0)
+	for _, k := range res.Found {
+		n += k
+	}
+	fmt.Fprintf(w, "%s: %s\n", res.Path, plural(n, "problem"))
+	for _, p := range check.Problems() {
+		if res.Found[p.Code] == 0 {
+			continue
+		}
+		fmt.Fprintf(w, "\n%v %v: %s\n  %s\n", p.Code, p.Severity, p.Name, p.Means)
+		shown := uint64(0)
+		for _, f := range res.Findings {
+			if f.Code == p.Code {
+				fmt.Fprintf(w, "    %s: %s\n", f.Place, f.Detail)
+				shown++
+			}
+		}
+		if more := res.Found[p.Code] - shown; more > 0 {
+			fmt.Fprintf(w, "    and %d more\n", more)
+		}
+		if _, err := fmt.Fprintf(w, "  Mended by repair: %s. %s\n", p.Repair, p.Helps); err != nil {
+			return err
+		}
+	}
+	if r.Slots > 0 {
+		_, err := fmt.Fprintf(w, "\n%d of %s are sound\n", r.Exceptions, plural(r.Slots, "exception"))
+		return err
+	}
+	return nil
+}
+
+// plural is "1 problem" or "2 problems".
+func plural(n uint64, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}

@@ -1,0 +1,114 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/term"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/dump"
+)
+
+type dumpOptions struct {
+	format    string
+	out       string
+	chunkSize sizeFlag
+	asJSON    bool
+	pack      bool
+	data      bool
+	liveRead  bool
+	force     bool
+}
+
+func newDump() *cobra.Command {
+	var o dumpOptions
+	c := &cobra.Command{
+		Use:   "dump COW",
+		Short: "Write a store's metadata as text",
+		Long: `Write the metadata of the store on COW, sound or damaged, as text: header, size, and every slot that is not
+zero. dmsnap restore makes a store of it again, with the same metadata byte for byte; the data is not in it, so
+the text can be shown to others. It does say which chunks were changed.
+
+--pack writes the same in a few bytes, for a bug report. --data adds the data chunks.
+
+Where parts of the metadata can't be read the dump says so and has the rest; the exit status is 2.`,
+		Example: `  dmsnap dump disk.cow
+  dmsnap dump --pack disk.cow --output disk.dmsnap
+  dmsnap dump --json disk.cow`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error { return o.run(c, args[0]) },
+	}
+	f := c.Flags()
+	f.StringVar(&o.format, "format", "text", "text or json")
+	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
+	f.BoolVar(&o.pack, "pack", false, "metadata alone, compressed")
+	f.BoolVar(&o.data, "data", false, "the data chunks too")
+	f.StringVarP(&o.out, "output", "o", "-", "file to write, \"-\" is standard output")
+	f.BoolVar(&o.force, "force", false, "replace the file to write when it exists")
+	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
+	c.MarkFlagsMutuallyExclusive("pack", "data")
+	c.MarkFlagsMutuallyExclusive("pack", "json")
+	c.MarkFlagsMutuallyExclusive("pack", "format")
+	c.MarkFlagsMutuallyExclusive("json", "format")
+	return c
+}
+
+// form is the function that writes what was asked for.
+func (o *dumpOptions) form() (func(context.Context, io.Writer, block.Device, dump.Options) error, error) {
+	switch {
+	case o.pack:
+		return dump.Pack, nil
+	case o.asJSON || o.format == "json":
+		return dump.JSON, nil
+	case o.format == "text":
+		return dump.Text, nil
+	}
+	return nil, fmt.Errorf("--format %q: must be text or json", o.format)
+}
+
+func (o *dumpOptions) run(c *cobra.Command, path string) error {
+	form, err := o.form()
+	if err != nil {
+		return err
+	}
+	sectors, err := o.chunkSize.believed()
+	if err != nil {
+		return err
+	}
+	if f, ok := c.OutOrStdout().(*os.File); ok && o.pack && o.out == "-" && term.IsTerminal(int(f.Fd())) {
+		return errors.New("--pack writes no text: give --output FILE, or redirect it")
+	}
+	cow, err := openToRead(path, o.liveRead)
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	ctx, stop := untilSignal()
+	defer stop()
+	bar := newProgress(c.ErrOrStderr(), "dump")
+	defer bar.end()
+	write := func(w io.Writer) error {
+		return form(ctx, w, cow, dump.Options{ChunkSectors: sectors, Data: o.data, Progress: bar.show})
+	}
+	if o.out == "-" {
+		return about(path, write(c.OutOrStdout()))
+	}
+	var gaps error // a dump with gaps is kept
+	err = newFile(o.out, o.force, []string{path}, func(f *os.File) error {
+		w := bufio.NewWriter(f)
+		if err := write(w); errors.Is(err, dump.ErrUnreadable) {
+			gaps = err
+		} else if err != nil {
+			return err
+		}
+		return errors.Join(w.Flush(), f.Sync())
+	})
+	return about(path, errors.Join(err, gaps))
+}
