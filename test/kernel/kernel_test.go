@@ -160,8 +160,14 @@ func (k *kernel) number(name string) string {
 // get returns n bytes of a device from off on, to the end with n 0.
 func (k *kernel) get(name string, off, n int64) []byte {
 	k.t.Helper()
+	return k.device("dm:"+name, off, n)
+}
+
+// device is get for any device by its path in the guest.
+func (k *kernel) device(dev string, off, n int64) []byte {
+	k.t.Helper()
 	file := k.m.Name("get")
-	k.must(job.Op{Do: job.Get, Dev: "dm:" + name, Path: file, Off: off, N: n})
+	k.must(job.Op{Do: job.Get, Dev: dev, Path: file, Off: off, N: n})
 	path := filepath.Join(k.m.Share(), file)
 	b, err := os.ReadFile(path)
 	if err != nil {
@@ -174,12 +180,18 @@ func (k *kernel) get(name string, off, n int64) []byte {
 // put writes bytes to a device at off.
 func (k *kernel) put(name string, off int64, b []byte) {
 	k.t.Helper()
+	k.putDevice("dm:"+name, off, b)
+}
+
+// putDevice is put for any device by its path in the guest.
+func (k *kernel) putDevice(dev string, off int64, b []byte) {
+	k.t.Helper()
 	file := k.m.Name("put")
 	path := filepath.Join(k.m.Share(), file)
 	if err := os.WriteFile(path, b, 0o644); err != nil {
 		k.t.Fatal(err)
 	}
-	k.must(job.Op{Do: job.Put, Dev: "dm:" + name, Path: file, Off: off})
+	k.must(job.Op{Do: job.Put, Dev: dev, Path: file, Off: off})
 	os.Remove(path)
 }
 
