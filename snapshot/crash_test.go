@@ -6,6 +6,8 @@ import (
 	"os"
 	"runtime"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -13,8 +15,10 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
-// deep asks for what takes longer than a commit waits (make deep).
-var deep = os.Getenv("DMSNAP_DEEP") != ""
+// depth asks for what takes longer than a commit waits: make deep has 1, larger ones show more images.
+var depth, _ = strconv.Atoi(os.Getenv("DMSNAP_DEEP"))
+
+var deep = depth > 0
 
 // TestCrash cuts the power after every operation of every scenario, and after every call, and looks at what
 // the disks could then hold: all, nothing, prefixes, single sectors missing or alone, and random subsets of
@@ -38,6 +42,20 @@ func TestCrash(t *testing.T) {
 		})
 	}
 	t.Logf("%d different images looked at in all", all.Load()/oneIn)
+}
+
+// TestScenariosAreInTheDocuments: docs/durability.md names its evidence by scenario.
+func TestScenariosAreInTheDocuments(t *testing.T) {
+	b, err := os.ReadFile("../docs/durability.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	page := strings.Join(strings.Fields(string(b)), " ")
+	for _, sc := range slices.Concat(scenarios, races) {
+		if !strings.Contains(page, `"`+sc.name+`"`) {
+			t.Errorf("scenario %q is not named", sc.name)
+		}
+	}
 }
 
 // An explorer checks the images of moments, in goroutines of its own.
@@ -97,7 +115,7 @@ func (x *explorer) look(m *moment) {
 		if !deep && n%oneIn != 0 {
 			continue
 		}
-		if err := m.check(img, deep || n/oneIn%4 == 0); err != nil {
+		if err := m.check(img, n/oneIn%4 == 0); err != nil {
 			x.failed.Store(true)
 			x.t.Errorf("cut %d, after %s, %v: %v", m.n, m.after, img, err)
 		}

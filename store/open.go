@@ -14,8 +14,8 @@ import (
 // first and returns ErrExists when it is not zero, unless force is set.
 //
 // The bytes are the kernel's; the order is safer than its (H6): zeros in area 0 and behind the header,
-// flush, then the header, durably. Until that last write dev holds no store, or still the one that was
-// there, emptied.
+// flush, then the header, durably. Until that last write dev holds no store, or what is left of the one
+// that was there: it loads, and its data may be gone.
 func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
 	if size := dev.Size(); l.Chunks(size, false) < uint64(ondisk.FirstDataChunk) {
 		return nil, fmt.Errorf("COW device of %d bytes is too small for a store: header and first area need %d", size, 2*l.ChunkBytes())
