@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
 // A trap is something wrong with the files that a verb is given.
@@ -36,9 +37,9 @@ func patch(off int64, b ...byte) func(*testing.T, *pair) {
 }
 
 var (
-	readers    = []string{"status", "export", "merge", "merge -n", "serve", "serve --read-only"}
-	pairs      = []string{"export", "merge", "merge -n", "serve", "serve --read-only"}
-	everything = []string{"create", "status", "export", "merge", "merge -n", "serve", "serve --read-only"}
+	readers    = []string{"status", "export", "diff", "diff --verify", "list", "merge", "merge -n", "serve", "serve --read-only"}
+	pairs      = []string{"export", "diff", "diff --verify", "merge", "merge -n", "serve", "serve --read-only"}
+	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "merge", "merge -n", "serve", "serve --read-only"}
 	writers    = []string{"merge", "serve"}
 )
 
@@ -49,12 +50,15 @@ var traps = []trap{
 	{name: "chunk size 0", set: patch(12, 0), say: []string{"byte 0xc", "chunk size 0"}, only: readers},
 	{name: "chunk size 7", set: patch(12, 7), say: []string{"byte 0xc", "chunk size 7"}, only: readers},
 	{name: "chunk size too high", set: patch(12, 0, 0, 0, 0x80), say: []string{"byte 0xc", "too high"}, only: readers},
+	{name: "COW is empty", set: cut(0), say: []string{"0 bytes"}, only: readers},
+	{name: "COW is text", set: patch(0, []byte("[disk]\npath = /srv/disk.img\n")...), say: []string{"byte 0x0", "magic"}, only: readers},
+	{name: "COW is random", set: patch(0, blocktest.Pattern(5*4096, 9)...), say: []string{"byte 0x0", "magic"}, only: readers},
 	{name: "truncated within the header", set: cut(100), say: []string{"100 bytes"}, only: readers},
 	{name: "truncated within area 0", set: cut(6000), say: []string{"area 0"}, only: readers},
 	{name: "truncated within the data", set: cut(5 * 4096), say: []string{"area 0 slot 3", "past the end"}, only: readers},
 	{name: "exception in an area", set: patch(4096+8, 1), say: []string{"area 0 slot 0, byte 0x1000", "metadata"}, only: readers},
 	{name: "chunk twice", set: patch(4096+16, 0), say: []string{"area 0 slot 1", "two exceptions"}, only: readers},
-	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "merge", "merge -n"}},
+	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "diff", "list", "merge", "merge -n"}},
 	{name: "COW is missing", set: func(t *testing.T, p *pair) { os.Remove(p.cow) }, say: []string{"no such file"}, only: readers},
 	{name: "COW is a directory", set: func(t *testing.T, p *pair) { p.cow = p.dir }, say: []string{"is a directory"}, only: everything},
 	{name: "COW is a character device", set: func(t *testing.T, p *pair) { p.cow = "/dev/null" }, say: []string{"character device"}, only: everything},
@@ -103,7 +107,7 @@ func chmod(mode os.FileMode, which func(*pair) string) func(*testing.T, *pair) {
 func (p *pair) command(verb string) []string {
 	words := strings.Fields(verb)
 	switch words[0] {
-	case "status":
+	case "status", "list":
 		return append(words, p.cow)
 	case "export":
 		return append(words, p.origin, p.cow, filepath.Join(p.dir, "out.img"))
@@ -190,6 +194,14 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"status", "--control", fresh}, fresh},
 		{[]string{"export", p.origin, p.cow}, "accepts 3 arg"},
 		{[]string{"export", p.origin, p.cow, "-", "--frobnicate"}, "unknown flag"},
+		{[]string{"diff", p.origin}, "between 2 and 3 arg"},
+		{[]string{"diff", p.origin, p.cow, p.cow, p.cow}, "between 2 and 3 arg"},
+		{[]string{"diff", p.origin, p.cow, "--format", "xml"}, "text, ranges or json"},
+		{[]string{"diff", p.origin, p.cow, "--format", "text", "--json"}, "format json"},
+		{[]string{"diff", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
+		{[]string{"list"}, "accepts 1 arg"},
+		{[]string{"list", p.cow, p.cow}, "accepts 1 arg"},
+		{[]string{"list", p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin}, "ORIGIN and COW"},
 		{[]string{"merge", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin, p.cow, "--wait"}, "need --control"},

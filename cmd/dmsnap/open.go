@@ -33,11 +33,19 @@ func openOrigin(path string, o block.Options) (*block.File, error) {
 	if err != nil {
 		return nil, err
 	}
-	if f.Size()%ondisk.SectorSize != 0 {
+	if err := checkWholeSectors(path, f); err != nil {
 		f.Close()
-		return nil, fmt.Errorf("%s: size of %d bytes is not a whole number of %d-byte sectors", path, f.Size(), ondisk.SectorSize)
+		return nil, err
 	}
 	return f, nil
+}
+
+// checkWholeSectors refuses an origin whose last bytes no chunk would have.
+func checkWholeSectors(path string, origin block.Device) error {
+	if origin.Size()%ondisk.SectorSize != 0 {
+		return fmt.Errorf("%s: size of %d bytes is not a whole number of %d-byte sectors", path, origin.Size(), ondisk.SectorSize)
+	}
+	return nil
 }
 
 // checkDifferent refuses one disk under two names before the second is opened: the lock of the first

@@ -1,0 +1,300 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"iter"
+	"strconv"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/diff"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+type diffOptions struct {
+	format   string
+	asJSON   bool
+	verify   bool
+	liveRead bool
+}
+
+func newDiff() *cobra.Command {
+	var o diffOptions
+	c := &cobra.Command{
+		Use:   "diff ORIGIN COW [COW2]",
+		Short: "Tell where a snapshot differs from its origin, or two snapshots from each other",
+		Long: `Tell where the snapshot in COW differs from ORIGIN, or, with COW2, the snapshots in COW and COW2 from each
+other. Nothing is written.
+
+What a store has exceptions for may differ; all the rest is the same for certain, and isn't read. So the answer
+takes no time, and may be too large: a chunk is in a store whole when one byte of it was written, or when the
+same bytes were written again; two snapshots of one origin each keep the chunks that the origin changed
+since. --verify reads these places on both sides and compares: what differs is told to the sector (512 bytes).
+
+Formats:
+  text    a line for each range, and a summary
+  ranges  lines of OFFSET and LENGTH in bytes, decimal, ascending, of what differs, and nothing else
+  json    the whole disk as a list of {"start", "length", "changed", "stored"} in bytes, ascending, without
+          a gap, one to a line; stored: a store has exceptions for it. The form of qemu-img map
+
+Exit status: 0 no difference, 1 there is one, 2 trouble; after 2 what was printed is not all.`,
+		Example: `  dmsnap diff disk.img disk.cow
+  dmsnap diff --verify disk.img monday.cow tuesday.cow
+  dmsnap diff --format ranges --verify disk.img disk.cow | while read off len; do
+      dd if=disk.img of=copy.img iflag=skip_bytes,count_bytes oflag=seek_bytes conv=notrunc \
+         skip=$off seek=$off count=$len status=none
+  done`,
+		Args: cobra.RangeArgs(2, 3),
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.asJSON {
+				o.format = "json"
+			}
+			return o.run(c, args[0], args[1:])
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.format, "format", "text", "text, ranges or json")
+	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
+	f.BoolVar(&o.verify, "verify", false, "compare the bytes of what may differ")
+	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and stores that are in use")
+	c.MarkFlagsMutuallyExclusive("json", "format")
+	return c
+}
+
+// A diffPrinter prints extents, which come ascending, and then what is left to say.
+type diffPrinter interface {
+	extent(e diff.Extent) error
+	end() error
+}
+
+// printer is the one for the format asked for.
+func (o *diffOptions) printer(w io.Writer, size int64) (diffPrinter, error) {
+	switch o.format {
+	case "text":
+		return &diffText{w: w, size: size, verified: o.verify}, nil
+	case "ranges":
+		return diffRanges{w}, nil
+	case "json":
+		return &diffJSON{list: jsonList{w: w}, size: size}, nil
+	}
+	return nil, fmt.Errorf("--format %q: must be text, ranges or json", o.format)
+}
+
+func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string) (err error) {
+	if _, err := o.printer(nil, 0); err != nil {
+		return err // before anything is opened
+	}
+	for _, p := range cowPaths {
+		if err := checkDifferent(originPath, p); err != nil {
+			return err
+		}
+	}
+	origin, err := openToRead(originPath, o.liveRead)
+	if err != nil {
+		return err
+	}
+	defer origin.Close()
+	if err := checkWholeSectors(originPath, origin); err != nil {
+		return err
+	}
+	var stores []*store.Store
+	for _, p := range cowPaths {
+		cow, st, err := openStoreToRead(p, o.liveRead)
+		if err != nil {
+			return err
+		}
+		defer cow.Close()
+		if err := st.CheckOrigin(origin.Size()); err != nil {
+			return about(p, err)
+		}
+		stores = append(stores, st)
+	}
+	d, err := diffOf(origin, stores)
+	if err != nil {
+		return err
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	return o.print(ctx, c.OutOrStdout(), d, newProgress(c.ErrOrStderr(), "diff"))
+}
+
+func diffOf(origin block.Device, stores []*store.Store) (*diff.Diff, error) {
+	if len(stores) == 2 {
+		return diff.Between(origin, stores[0], stores[1])
+	}
+	return diff.New(origin, stores[0])
+}
+
+// print hands the extents to the printer and returns errNo when something differs.
+func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, bar *progressBar) error {
+	w := bufio.NewWriterSize(out, 64<<10)
+	p, err := o.printer(w, d.Size())
+	if err != nil {
+		return err
+	}
+	extents := fromExceptions(ctx, d)
+	if o.verify {
+		defer bar.end()
+		extents = d.Verified(ctx)
+	}
+	differs := false
+	for e, err := range extents {
+		if err == nil {
+			differs = differs || e.Class == diff.Changed
+			err = p.extent(e)
+			bar.show(e.Off+e.Length, d.Size())
+		}
+		if err != nil {
+			return errors.Join(err, w.Flush())
+		}
+	}
+	if err := errors.Join(p.end(), w.Flush()); err != nil {
+		return err
+	}
+	if differs {
+		return errNo
+	}
+	return nil
+}
+
+// fromExceptions is Extents in the form of Verified.
+func fromExceptions(ctx context.Context, d *diff.Diff) iter.Seq2[diff.Extent, error] {
+	return func(yield func(diff.Extent, error) bool) {
+		for e := range d.Extents() {
+			if ctx.Err() != nil {
+				yield(e, context.Cause(ctx))
+				return
+			}
+			if !yield(e, nil) {
+				return
+			}
+		}
+	}
+}
+
+// diffText is for people: ranges that differ, and a summary.
+type diffText struct {
+	w               io.Writer
+	size            int64
+	verified        bool
+	ranges          uint64
+	changed, copied int64 // bytes
+}
+
+func (p *diffText) extent(e diff.Extent) error {
+	if e.Class == diff.Copied {
+		p.copied += e.Length
+		return nil
+	}
+	p.ranges++
+	p.changed += e.Length
+	_, err := fmt.Fprintf(p.w, "%14d  %s\n", e.Off, bytesText(e.Length))
+	return err
+}
+
+func (p *diffText) end() error {
+	verb := "may differ"
+	if p.verified {
+		verb = "differ"
+	}
+	if p.ranges == 0 {
+		fmt.Fprintf(p.w, "no difference in %s", bytesText(p.size))
+	} else {
+		fmt.Fprintf(p.w, "%s of %s %s, in %s", bytesText(p.changed), bytesText(p.size), verb, plural(p.ranges, "range"))
+	}
+	if p.copied > 0 {
+		fmt.Fprintf(p.w, "; %s are stored and the same", bytesText(p.copied))
+	}
+	_, err := fmt.Fprintln(p.w)
+	return err
+}
+
+// diffRanges is for scripts.
+type diffRanges struct{ w io.Writer }
+
+func (p diffRanges) extent(e diff.Extent) error {
+	if e.Class != diff.Changed {
+		return nil
+	}
+	b := strconv.AppendInt(make([]byte, 0, 40), e.Off, 10)
+	b = strconv.AppendInt(append(b, ' '), e.Length, 10)
+	_, err := p.w.Write(append(b, '\n'))
+	return err
+}
+
+func (p diffRanges) end() error { return nil }
+
+// diffRange is a range in JSON.
+type diffRange struct {
+	Start   int64 `json:"start"`  // bytes
+	Length  int64 `json:"length"` // bytes
+	Changed bool  `json:"changed"`
+	Stored  bool  `json:"stored"` // a store has exceptions for it
+}
+
+// diffJSON fills what is between the extents, so that the list covers the disk.
+type diffJSON struct {
+	list jsonList
+	off  int64 // told so far
+	size int64
+}
+
+func (p *diffJSON) extent(e diff.Extent) error {
+	if err := p.same(e.Off); err != nil {
+		return err
+	}
+	p.off += e.Length
+	return p.list.add(diffRange{e.Off, e.Length, e.Class == diff.Changed, true})
+}
+
+// same tells that nothing is stored up to byte end.
+func (p *diffJSON) same(end int64) error {
+	if end == p.off {
+		return nil
+	}
+	r := diffRange{Start: p.off, Length: end - p.off}
+	p.off = end
+	return p.list.add(r)
+}
+
+func (p *diffJSON) end() error {
+	return errors.Join(p.same(p.size), p.list.end())
+}
+
+// A jsonList writes a list as it comes, an element a line: lists of exceptions are too long to hold.
+type jsonList struct {
+	w     io.Writer
+	begun bool
+}
+
+func (l *jsonList) add(v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(l.w, "%s%s", l.separator(), b)
+	return err
+}
+
+func (l *jsonList) separator() string {
+	if l.begun {
+		return ",\n"
+	}
+	l.begun = true
+	return "[\n"
+}
+
+func (l *jsonList) end() error {
+	text := "\n]\n"
+	if !l.begun {
+		text = "[]\n"
+	}
+	_, err := io.WriteString(l.w, text)
+	return err
+}

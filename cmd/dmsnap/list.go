@@ -1,0 +1,147 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/chunkmap"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+func newList() *cobra.Command {
+	var asJSON, liveRead bool
+	c := &cobra.Command{
+		Use:   "list COW",
+		Short: "List a store's exceptions as runs",
+		Long: `List the exceptions of the store in COW: which chunks of the origin live in which chunks of COW, in the
+order of the origin. Chunks that follow each other on both sides are one line, a run. Nothing is written.
+
+dmsnap dump shows the same store slot by slot, as it is on disk, sound or not.`,
+		Example: `  dmsnap list disk.cow
+  dmsnap list --json disk.cow`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			cow, st, err := openStoreToRead(args[0], liveRead)
+			if err != nil {
+				return err
+			}
+			defer cow.Close()
+			ctx, stop := untilSignal()
+			defer stop()
+			w := bufio.NewWriterSize(c.OutOrStdout(), 64<<10)
+			list := listText
+			if asJSON {
+				list = listJSON
+			}
+			return errors.Join(list(ctx, w, args[0], st), w.Flush())
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	c.Flags().BoolVar(&liveRead, "live-read", false, "read a store that is in use")
+	return c
+}
+
+// largestDisk bounds what a store may speak of, in bytes: no disk has more, and offsets up to it can be
+// added without a thought of overflow. Opening a store judges no origin chunk, since it knows no origin.
+const largestDisk = 1 << 62
+
+// openStoreToRead loads a store whose exceptions are all there, and that nobody writes to, or, with live,
+// one that somebody may: then what it shows was true on disk a moment ago.
+func openStoreToRead(path string, live bool) (*block.File, *store.Store, error) {
+	cow, err := openToRead(path, live)
+	if err != nil {
+		return nil, nil, err
+	}
+	var st *store.Store
+	if err = checkStore(path, cow); err == nil {
+		st, err = openWhileWritten(cow, live && hasWriter(path))
+	}
+	if err == nil {
+		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))
+	}
+	if err != nil {
+		cow.Close()
+		return nil, nil, about(path, err)
+	}
+	return cow, st, nil
+}
+
+// storeList is what list prints as JSON; the runs follow as its last field.
+type storeList struct {
+	Path         string `json:"path"`
+	ChunkSectors uint32 `json:"chunk_sectors"`
+	Exceptions   uint64 `json:"exceptions"`
+}
+
+// listedRun is a run in JSON.
+type listedRun struct {
+	OriginChunk  uint64 `json:"origin_chunk"`
+	COWChunk     uint64 `json:"cow_chunk"`
+	Chunks       uint64 `json:"chunks"`
+	OriginOffset int64  `json:"origin_offset"` // bytes
+	COWOffset    int64  `json:"cow_offset"`    // bytes
+	Length       int64  `json:"length"`        // bytes, whole chunks
+}
+
+func runOf(l ondisk.Layout, r chunkmap.Run) listedRun {
+	return listedRun{uint64(r.Old), uint64(r.New), r.Count, l.OriginOffset(r.Old), l.COWOffset(r.New), int64(r.Count) << l.Shift()}
+}
+
+func listJSON(ctx context.Context, w io.Writer, path string, st *store.Store) error {
+	head, err := json.Marshal(storeList{path, st.Layout().ChunkSectors, st.Len()})
+	if err != nil {
+		return err
+	}
+	fmt.Fprintf(w, "%s,\"runs\":", head[:len(head)-1])
+	runs := jsonList{w: w}
+	for r := range st.Exceptions().All() {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err := runs.add(runOf(st.Layout(), r)); err != nil {
+			return err
+		}
+	}
+	if err := runs.end(); err != nil {
+		return err
+	}
+	_, err = io.WriteString(w, "}\n")
+	return err
+}
+
+func listText(ctx context.Context, w io.Writer, path string, st *store.Store) error {
+	const row = "%14v  %23v  %23v  %s\n"
+	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
+	runs := uint64(0)
+	for r := range st.Exceptions().All() {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		e := runOf(st.Layout(), r)
+		if _, err := fmt.Fprintf(w, row, e.OriginOffset, chunkRange(e.OriginChunk, e.Chunks), chunkRange(e.COWChunk, e.Chunks), bytesText(e.Length)); err != nil {
+			return err
+		}
+		runs++
+	}
+	l := st.Layout()
+	_, err := fmt.Fprintf(w, "%s: %s in %s, %s; a chunk is %s\n", path, plural(st.Len(), "exception"), plural(runs, "run"),
+		bytesText(int64(st.Len())<<l.Shift()), bytesText(l.ChunkBytes()))
+	return err
+}
+
+// chunkRange is "7" or "7-9".
+func chunkRange(first, n uint64) string {
+	if n == 1 {
+		return fmt.Sprint(first)
+	}
+	return strings.Join([]string{fmt.Sprint(first), fmt.Sprint(first + n - 1)}, "-")
+}
