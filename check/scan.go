@@ -143,7 +143,9 @@ func leadingZeros(b []byte) int {
 
 func (s *scanner) unreadable(area uint64, p store.RawPiece) {
 	s.r.add(s.o.Limit, Unreadable, func() string { return s.l.Place(ondisk.Slot{Area: area, Index: p.Index}) }, uint64(p.Missing)/ondisk.SlotSize,
-		func() string { return fmt.Sprintf("%s not to be read: %v", are(uint64(p.Missing)/ondisk.SlotSize, "slot"), p.Err) })
+		func() string {
+			return fmt.Sprintf("%s not to be read: %v", are(uint64(p.Missing)/ondisk.SlotSize, "slot"), p.Err)
+		})
 }
 
 // fetchSlots is for how many slots ahead the words of the set are fetched.
