@@ -18,7 +18,7 @@ set -e
 cd $1
 i=0
 while [ ! -e /run/stop ]; do
-	mkdir tree
+	rm -rf tree; mkdir tree
 	tar xf /run/tree.tar -C tree
 	dd if=/dev/urandom of=log bs=4k count=20 oflag=dsync conv=notrunc 2>/dev/null
 	rm -rf old
