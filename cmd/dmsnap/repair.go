@@ -1,0 +1,260 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/repair"
+	"github.com/dmsnap/dmsnap/undo"
+)
+
+type repairOptions struct {
+	chunkSize sizeFlag
+	inPlace   bool
+	undo      string
+	undoApply string
+	force     bool
+	asJSON    bool
+}
+
+// repairResult is what repair prints as JSON.
+type repairResult struct {
+	Path      string                `json:"path"` // of the sound store
+	Changed   bool                  `json:"changed"`
+	Found     map[check.Code]uint64 `json:"found"` // what was wrong
+	KeptBytes int64                 `json:"kept_bytes"`
+	LostBytes int64                 `json:"lost_bytes"`
+	Kept      []repair.Range        `json:"kept"` // of the origin, ascending
+	Lost      []repair.Lost         `json:"lost"`
+	Missing   []string              `json:"missing"` // places of slots of which nothing is known
+}
+
+// undoResult is what repair --undo-apply prints as JSON.
+type undoResult struct {
+	Path  string `json:"path"`
+	Bytes int64  `json:"bytes"` // put back
+}
+
+func newRepair() *cobra.Command {
+	var o repairOptions
+	c := &cobra.Command{
+		Use:   "repair {COW NEWCOW | COW --in-place --undo FILE | COW --undo-apply FILE}",
+		Short: "Make a sound store of a damaged one",
+		Long: `Make a sound store of what can be believed of a damaged one, and say what was kept and what was lost, by range of
+the origin. dmsnap check finds nothing wrong with the result. Of two slots that claim the same chunk the first
+is kept; a lost range shows what the origin has there today.
+
+COW NEWCOW copies into a new file and leaves COW as it is. NEWCOW appears under its name when it is whole and on
+disk; an existing file is replaced with --force only.
+
+--in-place changes COW itself, after --undo FILE holds everything that will be overwritten. COW --undo-apply FILE
+takes the repair back, also one that was cut half-way.
+
+A damaged header is done without when --chunk-size says what it said. A store that is marked invalid is
+refused: that is for dmsnap rescue.`,
+		Example: `  dmsnap repair disk.cow sound.cow
+  dmsnap repair disk.cow --in-place --undo disk.undo
+  dmsnap repair disk.cow --undo-apply disk.undo`,
+		Args: func(c *cobra.Command, args []string) error { return o.args(args) },
+		RunE: func(c *cobra.Command, args []string) error {
+			switch {
+			case o.undoApply != "":
+				return o.takeBack(c, args[0])
+			case o.inPlace:
+				return o.repairInPlace(c, args[0])
+			}
+			return o.repairInto(c, args[0], args[1])
+		},
+	}
+	f := c.Flags()
+	f.BoolVar(&o.inPlace, "in-place", false, "change COW itself")
+	f.StringVar(&o.undo, "undo", "", "where to keep what --in-place overwrites")
+	f.StringVar(&o.undoApply, "undo-apply", "", "take back the repair that wrote this file")
+	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.BoolVar(&o.force, "force", false, "replace NEWCOW, or the undo file, when it exists")
+	f.BoolVar(&o.asJSON, "json", false, "print JSON")
+	return c
+}
+
+func (o *repairOptions) args(args []string) error {
+	switch {
+	case o.undoApply != "" && (o.inPlace || o.undo != "" || len(args) != 1):
+		return errors.New("--undo-apply FILE goes with one COW and nothing else")
+	case o.undoApply != "":
+	case o.inPlace && len(args) != 1:
+		return errors.New("--in-place goes with one COW and no NEWCOW")
+	case o.inPlace && o.undo == "":
+		return errors.New("--in-place needs --undo FILE")
+	case !o.inPlace && o.undo != "":
+		return errors.New("--undo goes with --in-place")
+	case !o.inPlace && len(args) != 2:
+		return errors.New("COW and NEWCOW are needed, or COW and --in-place --undo FILE")
+	}
+	return nil
+}
+
+// plan opens the store and looks at it.
+func (o *repairOptions) plan(ctx context.Context, path string, readOnly bool, bar *progressBar) (*block.File, *repair.Plan, error) {
+	sectors, err := o.chunkSize.believed()
+	if err != nil {
+		return nil, nil, err
+	}
+	cow, err := openDevice(path, block.Options{ReadOnly: readOnly})
+	if err != nil {
+		return nil, nil, err
+	}
+	p, err := repair.NewPlan(ctx, cow, repair.Options{ChunkSectors: sectors, Progress: bar.show})
+	if err != nil {
+		cow.Close()
+		return nil, nil, about(path, err)
+	}
+	return cow, p, nil
+}
+
+func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
+	ctx, stop := untilSignal()
+	defer stop()
+	bar := newProgress(c.ErrOrStderr(), "repair")
+	cow, p, err := o.plan(ctx, path, true, bar)
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	err = newFile(out, o.force, []string{path}, func(f *os.File) error {
+		dst, err := openNew(f, p.Size())
+		if err != nil {
+			return err
+		}
+		return errors.Join(p.Fresh(ctx, dst), dst.Close())
+	})
+	bar.end()
+	if err != nil {
+		return err
+	}
+	return o.tell(c, out, p, true)
+}
+
+func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
+	ctx, stop := untilSignal()
+	defer stop()
+	bar := newProgress(c.ErrOrStderr(), "repair")
+	cow, p, err := o.plan(ctx, path, false, bar)
+	if err != nil {
+		return err
+	}
+	saved := false
+	changed, err := p.InPlace(ctx, func(ranges []undo.Range, size int64) error {
+		err := newFile(o.undo, o.force, []string{path}, func(f *os.File) error {
+			return errors.Join(undo.Save(ctx, f, cow, ranges, size), f.Sync())
+		})
+		saved = err == nil
+		return err
+	})
+	bar.end()
+	err = about(path, errors.Join(err, cow.Close()))
+	if err != nil && saved {
+		err = fmt.Errorf("%w; to take back what was done: dmsnap repair %s --undo-apply %s", err, path, o.undo)
+	}
+	if err != nil {
+		return err
+	}
+	return o.tell(c, path, p, changed)
+}
+
+// tell prints what became of the store on path.
+func (o *repairOptions) tell(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
+	res := repairResult{Path: path, Changed: changed, Found: p.Report.Found, KeptBytes: p.Bytes(),
+		Kept: append([]repair.Range{}, p.Kept()...), Lost: append([]repair.Lost{}, p.Lost()...), Missing: []string{}}
+	for _, l := range res.Lost {
+		res.LostBytes += l.Length
+	}
+	for _, f := range p.Missing() {
+		res.Missing = append(res.Missing, f.Place+": "+f.Detail)
+	}
+	if o.asJSON {
+		return printJSON(c, res)
+	}
+	return res.print(c.OutOrStdout(), p.Report.Clean())
+}
+
+// maxLines is how many ranges of a kind are printed; JSON has all.
+const maxLines = 20
+
+func (res repairResult) print(w io.Writer, wasClean bool) error {
+	state := "sound now"
+	if wasClean {
+		state = "nothing was wrong"
+	}
+	fmt.Fprintf(w, "%s: %s: kept %s in %s\n", res.Path, state, bytesText(res.KeptBytes), plural(uint64(len(res.Kept)), "range"))
+	for i, r := range res.Kept {
+		if i == maxLines {
+			fmt.Fprintf(w, "  kept  %d more ranges\n", len(res.Kept)-i)
+			break
+		}
+		fmt.Fprintf(w, "  kept  bytes %d to %d of the origin\n", r.Off, r.Off+r.Length-1)
+	}
+	for i, r := range res.Lost {
+		if i == maxLines {
+			fmt.Fprintf(w, "  lost  %d more ranges\n", len(res.Lost)-i)
+			break
+		}
+		fmt.Fprintf(w, "  lost  bytes %d to %d of the origin: %v, %s\n", r.Off, r.Off+r.Length-1, r.Code, r.Code.Problem().Name)
+	}
+	var err error
+	for _, m := range res.Missing {
+		_, err = fmt.Fprintf(w, "  lost  unknown ranges: %s\n", m)
+	}
+	return err
+}
+
+// takeBack applies an undo file.
+func (o *repairOptions) takeBack(c *cobra.Command, path string) error {
+	ctx, stop := untilSignal()
+	defer stop()
+	s, err := applyUndo(ctx, path, o.undoApply)
+	if err != nil {
+		return err
+	}
+	if o.asJSON {
+		return printJSON(c, undoResult{path, s.Bytes})
+	}
+	return printf(c, "%s: as it was before: %s put back\n", path, bytesText(s.Bytes))
+}
+
+// applyUndo puts back on path what an undo file keeps, and its length where it is a file.
+func applyUndo(ctx context.Context, path, undoPath string) (undo.Saved, error) {
+	dev, err := openDevice(path, block.Options{})
+	if err != nil {
+		return undo.Saved{}, err
+	}
+	defer dev.Close()
+	f, err := os.Open(undoPath)
+	if err != nil {
+		return undo.Saved{}, err
+	}
+	defer f.Close()
+	s, err := undo.Apply(ctx, f, dev)
+	if errors.Is(err, undo.ErrFormat) || errors.Is(err, undo.ErrOtherDevice) {
+		return s, about(undoPath, err)
+	}
+	if err != nil {
+		return s, about(path, err)
+	}
+	if s.Size < dev.Size() { // the repair made it longer; the lock on it is still held
+		if err := os.Truncate(path, s.Size); err != nil {
+			return s, err
+		}
+		if err := dev.Flush(); err != nil {
+			return s, about(path, err)
+		}
+	}
+	return s, syncFolder(filepath.Dir(path))
+}

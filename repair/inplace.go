@@ -1,0 +1,196 @@
+package repair
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/undo"
+)
+
+// A move takes a chunk from the end of a store to a hole.
+type move struct{ from, to ondisk.COWChunk }
+
+// inPlace is how the store on its own device becomes sound.
+type inPlace struct {
+	p     *Plan
+	olds  []ondisk.OriginChunk // by slot, counted through all areas; slot n names DataChunk(n)
+	moves []move
+}
+
+// arrange gives the n exceptions the first n data chunks. Those that are there already stay; those behind
+// fill the holes, so that as little as possible is copied. What they fill is named by no exception that is
+// kept, so that nothing is lost when the copying is cut: the slots still name the old places.
+func (p *Plan) arrange() *inPlace {
+	n := uint64(len(p.kept))
+	a := &inPlace{p: p, olds: make([]ondisk.OriginChunk, n)}
+	taken := make([]bool, n)
+	index := func(m ondisk.COWChunk) uint64 { return uint64(m) - 2 - (uint64(m)-1)/(p.l.SlotsPerArea()+1) }
+	for _, e := range p.kept {
+		if i := index(e.New); i < n {
+			taken[i], a.olds[i] = true, e.Old
+		}
+	}
+	hole := uint64(0)
+	for _, e := range p.kept {
+		if index(e.New) < n {
+			continue
+		}
+		for taken[hole] {
+			hole++
+		}
+		a.olds[hole] = e.Old
+		a.moves = append(a.moves, move{e.New, p.l.DataChunk(hole)})
+		hole++
+	}
+	return a
+}
+
+// piece is how much of an area is looked at and written at once.
+const piece = 64 << 10
+
+// areas hands over what the areas must hold and do not, in pieces: all up to the one with the end mark.
+func (a *inPlace) areas(take func(off int64, want []byte) error) error {
+	l, n := a.p.l, uint64(len(a.olds))
+	want := make([]byte, min(l.ChunkBytes(), piece))
+	perPiece := uint64(len(want)) / ondisk.SlotSize
+	for area := uint64(0); area <= n/l.SlotsPerArea(); area++ {
+		for i := uint64(0); i < l.SlotsPerArea(); i += perPiece {
+			clear(want)
+			for k := range perPiece {
+				slot := area*l.SlotsPerArea() + i + k
+				if slot >= n {
+					break
+				}
+				ondisk.Exception{Old: a.olds[slot], New: l.DataChunk(slot)}.Encode(want[k*ondisk.SlotSize:])
+			}
+			off := l.SlotOffset(ondisk.Slot{Area: area, Index: i})
+			same, err := a.holds(off, want)
+			if err == nil && !same {
+				err = take(off, want)
+			}
+			if err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// holds reports whether the device has these bytes at off. Where it is too short it has not.
+func (a *inPlace) holds(off int64, want []byte) (bool, error) {
+	if off+int64(len(want)) > a.p.dev.Size() {
+		return false, nil
+	}
+	now := make([]byte, len(want))
+	_, err := a.p.dev.ReadAt(now, off)
+	return bytes.Equal(now, want), err
+}
+
+// header is the sector that the store must begin with, and whether it does not.
+func (a *inPlace) header() (want []byte, differs bool, err error) {
+	want = make([]byte, ondisk.SectorSize)
+	if _, err := a.p.dev.ReadAt(want, 0); err != nil {
+		return nil, false, err
+	}
+	now := bytes.Clone(want)
+	ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: ondisk.Version, ChunkSectors: a.p.l.ChunkSectors}.Encode(want)
+	return want, !bytes.Equal(now, want), nil
+}
+
+// changes are the ranges that will be written: nothing else is.
+func (a *inPlace) changes() ([]undo.Range, error) {
+	var list []undo.Range
+	_, differs, err := a.header()
+	if err != nil {
+		return nil, err
+	}
+	if differs {
+		list = append(list, undo.Range{Off: 0, Length: ondisk.SectorSize})
+	}
+	err = a.areas(func(off int64, want []byte) error {
+		list = append(list, undo.Range{Off: off, Length: int64(len(want))})
+		return nil
+	})
+	for _, m := range a.moves {
+		list = append(list, undo.Range{Off: a.p.l.COWOffset(m.to), Length: a.p.l.ChunkBytes()})
+	}
+	return list, err
+}
+
+// InPlace makes the store on its own device sound. Before anything is written it calls save with the ranges
+// that will be, and how long the device will be; save keeps their content, durably (see undo.Save), and an
+// error from it ends the work. Nothing to do means that save is not called.
+//
+// Order: save; chunks into holes; flush; areas; flush; header, durably. A cut in between leaves a store
+// that may be neither the old nor the new one: undo.Apply brings the old one back.
+//
+// In place nothing may be unreadable: that is an error, with the metadata untouched.
+func (p *Plan) InPlace(ctx context.Context, save func(ranges []undo.Range, size int64) error) (changed bool, err error) {
+	if err := store.CheckBlockSize(p.l, p.dev); err != nil {
+		return false, err
+	}
+	a := p.arrange()
+	ranges, err := a.changes()
+	if err != nil {
+		return false, fmt.Errorf("repair into a new file instead: %w", err)
+	}
+	if len(ranges) == 0 {
+		return false, nil
+	}
+	grower, canGrow := p.dev.(block.Resizer)
+	if p.Size() > p.dev.Size() && !canGrow {
+		return false, fmt.Errorf("the device needs %d bytes and has %d: repair into a new file instead", p.Size(), p.dev.Size())
+	}
+	if err := save(ranges, p.Size()); err != nil {
+		return false, err
+	}
+	if p.Size() > p.dev.Size() {
+		if err := grower.Grow(p.Size()); err != nil {
+			return false, err
+		}
+	}
+	return true, a.write(ctx)
+}
+
+// write does it.
+func (a *inPlace) write(ctx context.Context) error {
+	p := a.p
+	buf := make([]byte, p.l.ChunkBytes())
+	for i, m := range a.moves {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if _, err := p.dev.ReadAt(buf, p.l.COWOffset(m.from)); err != nil {
+			return fmt.Errorf("repair into a new file instead: %w", err)
+		}
+		if _, err := p.dev.WriteAt(buf, p.l.COWOffset(m.to)); err != nil {
+			return err
+		}
+		if p.o.Progress != nil {
+			p.o.Progress(int64(i+1)*p.l.ChunkBytes(), int64(len(a.moves))*p.l.ChunkBytes())
+		}
+	}
+	if err := p.dev.Flush(); err != nil {
+		return err
+	}
+	// Not cut from here on: it is soon done.
+	err := a.areas(func(off int64, want []byte) error {
+		_, err := p.dev.WriteAt(want, off)
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	if err := p.dev.Flush(); err != nil {
+		return err
+	}
+	want, _, err := a.header()
+	if err != nil {
+		return err
+	}
+	return block.WriteDurable(p.dev, want, 0)
+}
