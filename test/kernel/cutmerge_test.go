@@ -160,8 +160,8 @@ func TestMergePlugPulled(t *testing.T) {
 		write(t, cow, b.cows[0])
 		m := boot(t, disk, cow)
 		k := newKernelOf(t, m)
-		k.must(job.Op{Do: job.Create, Dev: "dm:slow", Stdin: fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 3", s.originSectors, machine.Disk(0))},
-			job.Op{Do: job.Create, Dev: "dm:merge", Stdin: fmt.Sprintf("0 %d snapshot-merge dm:slow %s P %d", s.originSectors, machine.Disk(1), s.snaps[0].chunk)})
+		k.must(job.Op{Do: job.Create, Dev: "dm:slow", Stdin: fmt.Sprintf("0 %d delay %s 0 0 %[2]s 0 3", s.originSectors, m.Disk(0))},
+			job.Op{Do: job.Create, Dev: "dm:merge", Stdin: fmt.Sprintf("0 %d snapshot-merge dm:slow %s P %d", s.originSectors, m.Disk(1), s.snaps[0].chunk)})
 		time.Sleep(time.Duration(20+rand.IntN(150)) * time.Millisecond)
 		m.Kill()
 		b.disk, b.cows[0] = read(t, disk, len(b.disk)), read(t, cow, len(b.cows[0]))

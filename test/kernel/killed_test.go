@@ -17,7 +17,6 @@ import (
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/test/kernel/job"
-	"github.com/dmsnap/dmsnap/test/kernel/machine"
 )
 
 // A history is what one writer did to a device: for each sector the seeds of the streams that it may hold
@@ -174,8 +173,8 @@ func guestKilled(t *testing.T, seed uint64) {
 	write(t, cow, s.before().cows[0])
 	m := boot(t, disk, cow)
 	k := newKernelOf(t, m)
-	k.must(job.Op{Do: job.Create, Dev: "dm:snap0", Stdin: fmt.Sprintf("0 %d snapshot %s %s P %d", s.originSectors, machine.Disk(0), machine.Disk(1), c)},
-		job.Op{Do: job.Create, Dev: "dm:origin", Stdin: fmt.Sprintf("0 %d snapshot-origin %s", s.originSectors, machine.Disk(0))})
+	k.must(job.Op{Do: job.Create, Dev: "dm:snap0", Stdin: fmt.Sprintf("0 %d snapshot %s %s P %d", s.originSectors, m.Disk(0), m.Disk(1), c)},
+		job.Op{Do: job.Create, Dev: "dm:origin", Stdin: fmt.Sprintf("0 %d snapshot-origin %s", s.originSectors, m.Disk(0))})
 	histories := map[string]*history{"dm:snap0": newHistory(s.originSectors), "dm:origin": newHistory(s.originSectors)}
 	plug := time.AfterFunc(time.Duration(50+r.IntN(1500))*time.Millisecond, m.Plug)
 	defer plug.Stop()

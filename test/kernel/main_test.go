@@ -35,9 +35,15 @@ func run(m *testing.M) int {
 	case judge() == "uml":
 		if err := machine.HaveUML(); err != nil {
 			unavailable = "no user-mode Linux: " + err.Error()
-			fmt.Println("SKIPPED:", unavailable)
-			return m.Run()
 		}
+	default:
+		if err := machine.HaveQEMU(); err != nil {
+			unavailable = "no kernel in qemu: " + err.Error()
+		}
+	}
+	if unavailable != "" {
+		fmt.Println("SKIPPED:", unavailable)
+		return m.Run()
 	}
 	dir, err := os.MkdirTemp("", "dmsnap-kernel-")
 	if err != nil {
@@ -118,6 +124,9 @@ func need(t testing.TB) {
 func newMachine(dir string, disks []string) (*machine.Machine, error) {
 	c := machine.Config{Guest: filepath.Join(binaries, "guest"), Dir: dir, Disks: disks}
 	start := machine.UML
+	if judge() == "qemu" {
+		start = machine.QEMU
+	}
 	m, err := start(c)
 	if err != nil {
 		return nil, err

@@ -3,7 +3,8 @@
 // over the host's files as well as in an initramfs.
 //
 // It is told by variables of the kernel's command line: DMSNAP_LINE, the device of the line to the
-// host; DMSNAP_SHARE, "hostfs:DIR" or "9p:TAG"; DMSNAP_MODULES, the folder with modules.dep.
+// host; DMSNAP_SHARE, "hostfs:DIR" or "9p:TAG"; DMSNAP_MODULES, the folder with modules.dep, where the
+// modules were not loaded from an initramfs; DMSNAP_ROOT, the tag of the host's root folder, where they were.
 package main
 
 import (
@@ -44,6 +45,9 @@ func run() error {
 	os.Setenv("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")
 	os.Setenv("DM_DISABLE_UDEV", "1")
 	os.Setenv("HOME", poolDir)
+	if err := leaveInitramfs(); err != nil {
+		return err
+	}
 	if err := mountAll(); err != nil {
 		return err
 	}
@@ -53,6 +57,28 @@ func run() error {
 	}
 	defer line.Close()
 	return serve(line)
+}
+
+// leaveInitramfs loads the modules that an initramfs brought, in the order it says, and moves to the root
+// folder that the host shares under a tag. Without an initramfs there is nothing to leave.
+func leaveInitramfs() error {
+	order, err := os.ReadFile("/modules/order")
+	if err != nil {
+		return nil
+	}
+	for name := range strings.FieldsSeq(string(order)) {
+		if err := insert("/modules/"+name, ""); err != nil {
+			fmt.Println("GUEST:", err) // one for other hardware, say; what is needed will be missed below
+		}
+	}
+	tag := os.Getenv("DMSNAP_ROOT")
+	if err := unix.Mount(tag, "/host", "9p", unix.MS_RDONLY, "trans=virtio,version=9p2000.L,msize=262144,cache=loose"); err != nil {
+		return fmt.Errorf("mount the host's root folder: %w", err)
+	}
+	if err := unix.Mount("devtmpfs", "/host/dev", "devtmpfs", 0, ""); err != nil {
+		return fmt.Errorf("mount /dev: %w", err)
+	}
+	return errors.Join(unix.Chroot("/host"), unix.Chdir("/"))
 }
 
 // mountAll makes a system of a kernel that has a root folder and nothing else.
@@ -71,9 +97,6 @@ func mountAll() error {
 	case "hostfs":
 		err = unix.Mount("none", shareDir, "hostfs", 0, name)
 	case "9p":
-		if err := loadModules("9pnet_virtio", "9p"); err != nil {
-			return err
-		}
 		err = unix.Mount(name, shareDir, "9p", 0, "trans=virtio,version=9p2000.L,msize=262144")
 	default:
 		return fmt.Errorf("no share in %q", os.Getenv("DMSNAP_SHARE"))
@@ -91,11 +114,6 @@ func mountAll() error {
 
 // openLine opens the line to the host and turns everything off that a terminal would do to bytes.
 func openLine(path string) (*os.File, error) {
-	if strings.HasPrefix(path, "/dev/vport") {
-		if err := loadModules("virtio_console"); err != nil {
-			return nil, err
-		}
-	}
 	fd := -1
 	var err error
 	for range 200 { // a port appears a moment after its driver was loaded

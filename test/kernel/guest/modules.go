@@ -14,6 +14,9 @@ import (
 // in, or has loaded already, is fine.
 func loadModules(names ...string) error {
 	dir := os.Getenv("DMSNAP_MODULES")
+	if dir == "" {
+		return nil // an initramfs had them
+	}
 	text, err := os.ReadFile(filepath.Join(dir, "modules.dep"))
 	if err != nil {
 		return err

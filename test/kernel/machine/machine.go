@@ -31,6 +31,7 @@ type Machine struct {
 	Ops     int // operations done
 
 	share   string
+	disk    string
 	cmd     *exec.Cmd
 	in      io.WriteCloser
 	replies chan string // closed when the line ends
@@ -40,17 +41,16 @@ type Machine struct {
 	files   int
 }
 
-// line is how a machine is spoken to and started: what the two kinds differ in.
+// line is how a machine is started and spoken to: what the two kinds differ in.
 type line struct {
 	cmd     *exec.Cmd
-	in      io.WriteCloser
-	out     io.Reader
-	started func() error // called when cmd runs
+	disk    string                                              // the guest's name of disks, but for the last letter
+	connect func() (to io.WriteCloser, from io.Reader, _ error) // called when cmd runs
 }
 
 // boot starts a machine and waits until its first process answers.
 func boot(l line, share string) (*Machine, error) {
-	m := &Machine{share: share, cmd: l.cmd, in: l.in, replies: make(chan string, 1), console: &tail{}, exited: make(chan error, 1)}
+	m := &Machine{share: share, cmd: l.cmd, disk: l.disk, replies: make(chan string, 1), console: &tail{}, exited: make(chan error, 1)}
 	l.cmd.Stdout, l.cmd.Stderr = m.console, m.console
 	// A group of its own, so that Kill ends what user-mode Linux started and nothing else; and the
 	// machine goes when the test does.
@@ -60,15 +60,15 @@ func boot(l line, share string) (*Machine, error) {
 		return nil, err
 	}
 	go func() { m.exited <- l.cmd.Wait() }()
-	if l.started != nil {
-		if err := l.started(); err != nil {
-			m.Kill()
-			return nil, err
-		}
+	in, out, err := l.connect()
+	if err != nil {
+		m.Kill()
+		return nil, fmt.Errorf("%w\n%s", err, m.Console())
 	}
+	m.in = in
 	go func() {
 		defer close(m.replies)
-		r := bufio.NewReaderSize(l.out, 1<<16)
+		r := bufio.NewReaderSize(out, 1<<16)
 		for {
 			text, err := r.ReadString('\n')
 			if err != nil {
@@ -78,7 +78,7 @@ func boot(l line, share string) (*Machine, error) {
 		}
 	}()
 	for {
-		text, err := m.receive(90 * time.Second)
+		text, err := m.receive(5 * time.Minute)
 		if err != nil {
 			m.Kill()
 			return nil, fmt.Errorf("the kernel did not come up: %w\n%s", err, m.Console())
@@ -171,6 +171,9 @@ func (m *Machine) Name(what string) string {
 	return fmt.Sprintf("%s-%06d", what, m.files)
 }
 
+// Disk is the guest's path of disk i of Config.Disks.
+func (m *Machine) Disk(i int) string { return m.disk + string(rune('a'+i)) }
+
 // Share is the host's path of the folder that both see.
 func (m *Machine) Share() string { return m.share }
 
@@ -200,7 +203,9 @@ func (m *Machine) Kill() {
 		m.Plug()
 		m.exited <- <-m.exited
 	}
-	m.in.Close()
+	if m.in != nil {
+		m.in.Close()
+	}
 	if m.broken == nil {
 		m.broken = errors.New("the guest was killed")
 	}

@@ -2,6 +2,7 @@ package machine
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -47,7 +48,7 @@ func umlModuleDir() (string, error) {
 }
 
 // UML boots Debian's user-mode Linux over the host's root folder, read-only. Disks appear as
-// /dev/ubda, /dev/ubdb, …: what the guest wrote to one is in the host's file, flushed or not.
+// /dev/ubda, /dev/ubdb, … ([Machine.Disk]): what the guest wrote to one is in the host's file, flushed or not.
 func UML(c Config) (*Machine, error) {
 	modules, err := umlModuleDir()
 	if err != nil {
@@ -77,10 +78,10 @@ func UML(c Config) (*Machine, error) {
 	cmd := exec.Command("linux.uml", args...)
 	cmd.ExtraFiles = []*os.File{toGuest, fromGuest}
 	cmd.Env = append(os.Environ(), "TMPDIR="+c.Dir)
-	return boot(line{cmd: cmd, in: in, out: out, started: func() error {
+	return boot(line{cmd: cmd, disk: "/dev/ubd", connect: func() (io.WriteCloser, io.Reader, error) {
 		toGuest.Close()
 		fromGuest.Close()
-		return nil
+		return in, out, nil
 	}}, share)
 }
 
@@ -90,6 +91,3 @@ func memory(c Config) int {
 	}
 	return c.Memory
 }
-
-// Disk is the guest's name of disk i of a machine made by UML.
-func Disk(i int) string { return "/dev/ubd" + string(rune('a'+i)) }
