@@ -42,6 +42,17 @@ func (c Code) String() string { return fmt.Sprintf("DS%03d", uint8(c)) }
 // MarshalText gives JSON the printed form.
 func (c Code) MarshalText() ([]byte, error) { return []byte(c.String()), nil }
 
+// UnmarshalText reads the printed form.
+func (c *Code) UnmarshalText(b []byte) error {
+	for _, p := range Problems() {
+		if p.Code.String() == string(b) {
+			*c = p.Code
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is no code of a problem", b)
+}
+
 // Problem returns the table's row for c.
 func (c Code) Problem() Problem { return problems[c] }
 
@@ -63,6 +74,17 @@ func (s Severity) String() string {
 
 // MarshalText gives JSON the printed form.
 func (s Severity) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText reads the printed form.
+func (s *Severity) UnmarshalText(b []byte) error {
+	for _, l := range []Severity{Note, Warning, Error} {
+		if l.String() == string(b) {
+			*s = l
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is no severity", b)
+}
 
 // Remedy says whether repair mends a problem.
 type Remedy string

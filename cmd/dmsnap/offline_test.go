@@ -1,0 +1,357 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// offline are the ways to call the verbs that work on a store from outside, with COW for its path and OUT for
+// that of a new file.
+var offline = []struct {
+	verb   string
+	args   []string
+	writes bool // to COW
+	live   bool // reads one in use if told --live-read
+	any    bool // takes whatever bytes there are
+}{
+	{verb: "check", args: []string{"check", "COW"}, live: true, any: true},
+	{verb: "dump", args: []string{"dump", "COW"}, live: true, any: true},
+	{verb: "dump --json", args: []string{"dump", "--json", "COW"}, live: true, any: true},
+	{verb: "dump --pack", args: []string{"dump", "--pack", "COW", "-o", "OUT"}, live: true, any: true},
+	{verb: "repair", args: []string{"repair", "COW", "OUT"}},
+	{verb: "repair --in-place", args: []string{"repair", "COW", "--in-place", "--undo", "OUT"}, writes: true},
+	{verb: "restore", args: []string{"restore", "COW", "OUT"}}, // COW is the text: binary where text belongs
+}
+
+func (p pair) with(args []string, more ...string) []string {
+	out := append(append([]string{}, args...), more...)
+	for i, a := range out {
+		switch a {
+		case "COW":
+			out[i] = p.cow
+		case "OUT":
+			out[i] = filepath.Join(p.dir, "out")
+		}
+	}
+	return out
+}
+
+// TestOfflineManners: what the verbs are given instead of a store is judged, or refused in one line that names
+// it, and files stay as they are.
+func TestOfflineManners(t *testing.T) {
+	random := make([]byte, 100_000)
+	r := rand.New(rand.NewPCG(1, 2))
+	for i := range random {
+		random[i] = byte(r.Uint32())
+	}
+	for name, set := range map[string]func(p *pair){
+		"missing":      func(p *pair) { os.Remove(p.cow) },
+		"directory":    func(p *pair) { p.cow = filepath.Join(p.dir, "folder"); os.Mkdir(p.cow, 0o700) },
+		"device":       func(p *pair) { p.cow = "/dev/null" },
+		"unreadable":   func(p *pair) { os.Chmod(p.cow, 0) },
+		"in use":       func(p *pair) { openFile(t, p.cow, false) },
+		"empty":        func(p *pair) { writeFile(t, p.cow, nil) },
+		"tiny":         func(p *pair) { writeFile(t, p.cow, []byte("SnAp")) },
+		"random bytes": func(p *pair) { writeFile(t, p.cow, random) },
+		"text":         func(p *pair) { writeFile(t, p.cow, bytes.Repeat([]byte("dear all, "), 9999)) },
+		"zeros":        func(p *pair) { writeFile(t, p.cow, make([]byte, 99999)) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if name == "unreadable" && os.Geteuid() == 0 {
+				t.Skip("SKIPPED: root may read every file")
+			}
+			for _, v := range offline {
+				p := newPair(t)
+				p.withStore(t)
+				set(&p)
+				before := digestsOf(t, p.dir)
+				o := dmsnap(p.with(v.args)...)
+				file := name == "empty" || name == "tiny" || name == "random bytes" || name == "text" || name == "zeros"
+				switch {
+				case v.verb == "restore" && name == "in use":
+					continue // a text is no device, and has no lock
+				case v.verb == "restore" && name == "device":
+					o.wantRefused(t, "line 1: the text ends") // /dev/null is an empty text
+				case !file || !v.any:
+					o.wantRefused(t, p.cow)
+				case v.verb == "check":
+					if o.status != exitNo || o.stderr != "" || !strings.Contains(o.out, "DS0") {
+						t.Errorf("%s: status %d, %s%s", v.verb, o.status, o.out, o.stderr)
+					}
+				default:
+					if o.status != exitDone || o.stderr != "" {
+						t.Errorf("%s: status %d, %s", v.verb, o.status, o.stderr)
+					}
+					os.Remove(filepath.Join(p.dir, "out"))
+				}
+				if after := digestsOf(t, p.dir); after != before {
+					t.Errorf("%s: files were touched; before:\n%safter:\n%s", v.verb, before, after)
+				}
+			}
+		})
+	}
+}
+
+// What reads a store reads a read-only one, and, when told so, one in use; and writes nothing to it.
+func TestOfflineReads(t *testing.T) {
+	for _, v := range offline {
+		if v.verb == "restore" || v.writes {
+			continue
+		}
+		t.Run(v.verb, func(t *testing.T) {
+			p := newPair(t)
+			p.withStore(t)
+			os.Chmod(p.cow, 0o400)
+			before := readFile(t, p.cow)
+			mustRun(t, p.with(v.args)...)
+			os.Remove(filepath.Join(p.dir, "out"))
+			openFileForWriting := func() *block.File { os.Chmod(p.cow, 0o600); return openFile(t, p.cow, false) }
+			f := openFileForWriting()
+			if v.live {
+				dmsnap(p.with(v.args)...).wantRefused(t, p.cow, "in use", "--live-read")
+				mustRun(t, p.with(v.args, "--live-read")...)
+			} else {
+				dmsnap(p.with(v.args)...).wantRefused(t, p.cow, "in use")
+			}
+			f.Close()
+			wantContent(t, p.cow, before)
+		})
+	}
+}
+
+// An output that exists is replaced with --force only, an input never.
+func TestOfflineOutputs(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	out, text := filepath.Join(p.dir, "out"), filepath.Join(p.dir, "text")
+	mustRun(t, "dump", p.cow, "-o", text)
+	writeFile(t, out, []byte("precious"))
+	damageSlot(t, p.cow)
+	for _, args := range [][]string{
+		{"dump", p.cow, "-o", out}, {"restore", text, out}, {"repair", p.cow, out}, {"repair", p.cow, "--in-place", "--undo", out},
+	} {
+		before := digests(t, p.dir)
+		dmsnap(args...).wantRefused(t, out, "exists", "--force")
+		wantSame(t, p.dir, before)
+		same := append([]string{}, args...)
+		input := p.cow
+		if args[0] == "restore" {
+			input = text
+		}
+		same[len(same)-1] = input
+		dmsnap(append(same, "--force")...).wantRefused(t, input, "same file")
+		wantSame(t, p.dir, before)
+		if args[len(args)-2] != "--undo" {
+			mustRun(t, append(args, "--force")...)
+			writeFile(t, out, []byte("precious"))
+		}
+	}
+}
+
+// damageSlot makes slot 1 of the store name the chunk of slot 0.
+func damageSlot(t *testing.T, cow string) {
+	t.Helper()
+	f := openFile(t, cow, false)
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{2}, 4096+16+8); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestCheckVerb(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	if out := mustRun(t, "check", p.cow, "--origin", p.origin); out != p.cow+": clean: 5 exceptions, 4 KiB a chunk\n" {
+		t.Errorf("a sound store: %q", out)
+	}
+	if res := mustJSON[checkResult](t, "check", p.cow); !res.Clean || res.Exceptions != 5 || res.ChunkSectors != 8 || len(res.Findings) != 0 {
+		t.Errorf("%+v", res)
+	}
+	os.Truncate(p.origin, 1<<19)
+	o := dmsnap("check", p.cow, "--origin", p.origin)
+	if o.status != exitNo || !strings.Contains(o.out, "DS021") {
+		t.Errorf("an origin too small: status %d, %s", o.status, o.out)
+	}
+	damageSlot(t, p.cow)
+	o = dmsnap("check", "--json", p.cow)
+	var res map[string]any
+	if err := json.Unmarshal([]byte(o.out), &res); err != nil || o.status != exitNo || res["clean"] != false {
+		t.Fatalf("status %d, %v, %s", o.status, err, o.out)
+	}
+	f := res["findings"].([]any)[0].(map[string]any)
+	if f["code"] != "DS019" || f["severity"] != "error" || f["place"] != "area 0 slot 1, byte 0x1010" || f["repair"] != "yes" {
+		t.Errorf("%v", f)
+	}
+	// Notes can be left out, errors can't: the hole at chunk 3 is a note.
+	if o := dmsnap("check", "--level", "error", p.cow); o.status != exitNo || strings.Contains(o.out, "DS022") || !strings.Contains(o.out, "DS019") {
+		t.Errorf("only errors: status %d, %s", o.status, o.out)
+	}
+	if res["found"].(map[string]any)["DS022"] != 1.0 {
+		t.Errorf("no hole in %v", res["found"])
+	}
+}
+
+// TestCatalogueByVerbs goes through the damage catalogue as a user would: check says no, repair mends or
+// refuses as the table says, check says yes.
+func TestCatalogueByVerbs(t *testing.T) {
+	for _, problem := range check.Problems() {
+		if problem.Code == check.ChunkNotBlocks || problem.Code == check.Unreadable {
+			continue // these need a device of their own: see package repair
+		}
+		t.Run(problem.Code.String(), func(t *testing.T) {
+			dir := t.TempDir()
+			cow, out, undoFile := filepath.Join(dir, "cow"), filepath.Join(dir, "out"), filepath.Join(dir, "undo")
+			text := filepath.Join("..", "..", "check", "testdata", problem.Code.String(), "store.txt")
+			mustRun(t, "restore", text, cow)
+			var more []string
+			if problem.Repair == check.WithChunkSize {
+				more = []string{"--chunk-size", "4KiB"}
+			}
+			origin := filepath.Join(dir, "origin")
+			writeFile(t, origin, make([]byte, 32768))
+			checkArgs := func(path string) []string {
+				if problem.Code == check.OriginTooSmall {
+					return []string{"check", path, "--origin", origin}
+				}
+				return []string{"check", path}
+			}
+			if o := dmsnap(checkArgs(cow)...); o.status != exitNo || o.stderr != "" || !strings.Contains(o.out, problem.Code.String()) || !strings.Contains(o.out, problem.Means) {
+				t.Errorf("check: status %d, %s%s", o.status, o.out, o.stderr)
+			}
+			before := digests(t, dir)
+			if problem.Repair == check.NotMended && problem.Code != check.OriginTooSmall {
+				dmsnap("repair", cow, out).wantRefused(t, cow, problem.Code.String())
+				wantSame(t, dir, before)
+				return
+			}
+			if problem.Repair == check.WithChunkSize {
+				dmsnap("repair", cow, out).wantRefused(t, cow, problem.Code.String(), "--chunk-size")
+				wantSame(t, dir, before)
+			}
+			mustRun(t, append([]string{"repair", cow, out}, more...)...)
+			if problem.Code == check.OriginTooSmall {
+				return
+			}
+			if said := mustRun(t, "check", out); strings.Count(said, "\n") != 1 {
+				t.Errorf("the second check said %q", said)
+			}
+			os.Remove(out)
+			wantSame(t, dir, before)
+			res := mustJSON[repairResult](t, append([]string{"repair", cow, "--in-place", "--undo", undoFile}, more...)...)
+			if !res.Changed || res.Found[problem.Code] == 0 {
+				t.Errorf("in place: %+v", res)
+			}
+			mustRun(t, "check", cow)
+			mustRun(t, "repair", cow, "--undo-apply", undoFile)
+			os.Remove(undoFile)
+			wantSame(t, dir, before)
+		})
+	}
+}
+
+func TestRepairVerb(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	damageSlot(t, p.cow)
+	out := filepath.Join(p.dir, "out")
+	said := mustRun(t, "repair", p.cow, out)
+	for _, want := range []string{out + ": sound now: kept 16 KiB in", "lost  bytes 98304 to 102399 of the origin: DS019, COW chunk used twice"} {
+		if !strings.Contains(said, want) {
+			t.Errorf("%q does not say %q", said, want)
+		}
+	}
+	image := filepath.Join(p.dir, "image")
+	mustRun(t, "export", p.origin, out, image)
+	copy(shown[98304:102400], p.content[98304:102400]) // what is lost is the origin's of today
+	wantContent(t, image, shown)
+
+	before := readFile(t, out)
+	undoFile := filepath.Join(p.dir, "undo")
+	if res := mustJSON[repairResult](t, "repair", out, "--in-place", "--undo", undoFile); res.Changed || len(res.Found) > 0 {
+		t.Errorf("nothing was wrong: %+v", res)
+	}
+	wantContent(t, out, before)
+	if _, err := os.Stat(undoFile); err == nil {
+		t.Error("an undo file with nothing to undo")
+	}
+	// An undo file is of its store alone.
+	mustRun(t, "repair", p.cow, "--in-place", "--undo", undoFile)
+	damaged := readFile(t, p.cow)
+	dmsnap("repair", p.origin, "--undo-apply", undoFile).wantRefused(t, undoFile, "another device")
+	b := readFile(t, undoFile)
+	writeFile(t, undoFile, b[:len(b)-1])
+	dmsnap("repair", p.cow, "--undo-apply", undoFile).wantRefused(t, undoFile, "not a whole undo file")
+	wantContent(t, p.cow, damaged)
+}
+
+func TestOfflineUsage(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	before := digests(t, p.dir)
+	for _, c := range []struct{ args, say string }{
+		{"check", "accepts 1 arg"},
+		{"check COW --frobnicate", "unknown flag"},
+		{"check COW --level bad", "note, warning or error"},
+		{"check COW --chunk-size 3k", "power of 2"},
+		{"check COW --origin COW", "cannot be the same"},
+		{"check COW --origin missing", "missing"},
+		{"dump", "accepts 1 arg"},
+		{"dump COW --frobnicate", "unknown flag"},
+		{"dump COW --format xml", "text or json"},
+		{"dump COW --pack --json", "pack"},
+		{"dump COW --pack --data", "data"},
+		{"restore COW", "accepts 2 arg"},
+		{"restore COW OUT --frobnicate", "unknown flag"},
+		{"restore missing OUT", "missing"},
+		{"repair COW", "COW and NEWCOW"},
+		{"repair COW OUT --frobnicate", "unknown flag"},
+		{"repair COW --in-place", "--undo FILE"},
+		{"repair COW OUT --in-place --undo OUT", "no NEWCOW"},
+		{"repair COW OUT --undo OUT", "goes with --in-place"},
+		{"repair COW --undo-apply OUT --in-place", "nothing else"},
+		{"repair COW --undo-apply missing", "missing"},
+		{"repair COW OUT --chunk-size 7", "512-byte sectors"},
+	} {
+		t.Run(c.args, func(t *testing.T) {
+			dmsnap(p.with(strings.Fields(c.args))...).wantRefused(t, c.say)
+			wantSame(t, p.dir, before)
+		})
+	}
+}
+
+// A dump goes through a pipe and comes back as the same store.
+func TestDumpThroughAPipe(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	for _, how := range [][]string{{"dump", p.cow}, {"dump", "--pack", p.cow}, {"dump", "--data", p.cow}} {
+		text := mustRun(t, how...)
+		out := filepath.Join(t.TempDir(), "out")
+		var stdout, stderr bytes.Buffer
+		if status := run([]string{"restore", "-", out, "--json"}, strings.NewReader(text), &stdout, &stderr); status != exitDone {
+			t.Fatalf("%q: status %d, %s", how, status, stderr.String())
+		}
+		var res restoreResult
+		if err := json.Unmarshal(stdout.Bytes(), &res); err != nil || res != (restoreResult{out, 260 * 4096, 8, 5}) {
+			t.Errorf("%+v, %v", res, err)
+		}
+		if got, want := readFile(t, out)[:8192], readFile(t, p.cow)[:8192]; !bytes.Equal(got, want) {
+			t.Errorf("%q: other metadata", how)
+		}
+		if strings.Contains(how[1], "data") {
+			f := openFile(t, out, true)
+			if st, err := store.Open(f); err != nil || st.Len() != 5 {
+				t.Errorf("%v", err)
+			}
+			wantContent(t, out, readFile(t, p.cow))
+		}
+	}
+}
