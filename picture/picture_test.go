@@ -121,7 +121,7 @@ func TestPanelAsLetters(t *testing.T) {
 	if err := p.Letters(&b); err != nil {
 		t.Fatal(err)
 	}
-	want := "disk\n  0  UU..\n400  .x..\n800  ..\n     . free 79.0 %  u used 20.0 %  x lost 1.0 % \n"
+	want := "disk\n  0  UU..\n400  .x..\n800  ..\n     . free 79.0 %  u used 20.0 %  x lost 1.0 %\n"
 	if b.String() != want {
 		t.Errorf("drew\n%swant\n%s", b.String(), want)
 	}

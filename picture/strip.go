@@ -85,34 +85,28 @@ func (s *Strip) Add(off, n int64, class int) {
 	}
 }
 
-// Share returns which part of cell i is of the class: 0 to 1.
-func (s *Strip) Share(i, class int) float64 {
-	_, n := s.Bounds(i)
-	if n == 0 {
-		return 0
-	}
+// Bytes returns how many bytes of cell i are of the class.
+func (s *Strip) Bytes(i, class int) int64 {
 	if class > 0 {
-		return float64(s.bytes[i*(len(s.classes)-1)+class-1]) / float64(n)
+		return s.bytes[i*(len(s.classes)-1)+class-1]
 	}
-	rest := 1.0
+	_, rest := s.Bounds(i)
 	for c := 1; c < len(s.classes); c++ {
-		rest -= s.Share(i, c)
+		rest -= s.Bytes(i, c)
 	}
 	return max(rest, 0)
 }
 
+// Share returns which part of cell i is of the class: 0 to 1.
+func (s *Strip) Share(i, class int) float64 {
+	_, n := s.Bounds(i)
+	return float64(s.Bytes(i, class)) / float64(max(n, 1))
+}
+
 // Total returns how many bytes of the strip are of the class.
-func (s *Strip) Total(class int) int64 {
-	if class == 0 {
-		rest := s.length
-		for c := 1; c < len(s.classes); c++ {
-			rest -= s.Total(c)
-		}
-		return max(rest, 0)
-	}
-	var sum int64
+func (s *Strip) Total(class int) (sum int64) {
 	for i := range s.cells {
-		sum += s.bytes[i*(len(s.classes)-1)+class-1]
+		sum += s.Bytes(i, class)
 	}
 	return sum
 }

@@ -49,9 +49,9 @@ func (p Panel) Letters(w io.Writer) error {
 		}
 		b.WriteByte('\n')
 	}
-	fmt.Fprintf(b, "%*s ", margin, "")
+	fmt.Fprintf(b, "%*s", margin, "")
 	for c, class := range p.Strip.classes {
-		fmt.Fprintf(b, " %c %s %s ", class.Letter, class.Name, p.percent(c))
+		fmt.Fprintf(b, "  %c %s %s", class.Letter, class.Name, p.percent(c))
 	}
 	b.WriteByte('\n')
 	return b.Flush()
@@ -84,9 +84,9 @@ func (p Panel) Colours(w io.Writer) error {
 		}
 		b.WriteString("\x1b[0m\n")
 	}
-	fmt.Fprintf(b, "%*s ", margin, "")
+	fmt.Fprintf(b, "%*s", margin, "")
 	for c, class := range p.Strip.classes {
-		fmt.Fprintf(b, " \x1b[38;5;%dm%s\x1b[0m %s %s ", terminalColour(class.Colour), "■", class.Name, p.percent(c))
+		fmt.Fprintf(b, "  \x1b[38;5;%dm■\x1b[0m %s %s", terminalColour(class.Colour), class.Name, p.percent(c))
 	}
 	b.WriteByte('\n')
 	return b.Flush()

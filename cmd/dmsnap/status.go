@@ -110,13 +110,18 @@ func statusOf(path string) (fileStatus, error) {
 	if err != nil {
 		return s, about(path, err)
 	}
+	s.figures, s.Version = figuresOf(statusOfStore(st)), st.Header().Version
+	return s, nil
+}
+
+// statusOfStore is the status that a snapshot of this store would have.
+func statusOfStore(st *store.Store) snapshot.Status {
 	look := snapshot.Status{Target: snapshot.TargetSnapshot, State: snapshot.StateOK,
 		ChunkSectors: st.Layout().ChunkSectors, Exceptions: st.Len(), Usage: st.Usage()}
 	if st.Err() != nil {
 		look.State = snapshot.StateInvalid
 	}
-	s.figures, s.Version = figuresOf(look), st.Header().Version
-	return s, nil
+	return look
 }
 
 // openWhileWritten loads a store that its owner may be writing to. Such a store is sound at every
