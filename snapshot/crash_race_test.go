@@ -64,15 +64,15 @@ func originWriteDuringSync(t *testing.T, l *lab) {
 	for _, c := range []uint32{1, 8} {
 		s := l.cow(96, persistent(c))
 		s.attach()
-		s.write(4, 3)
-		for range 2 { // the flush of the data, and with the next batch again
-			hold := s.faulty.Hold(isFlush)
+		for _, at := range []int64{4, 18} {
+			s.write(at, 3)
+			hold := s.faulty.Hold(isFlush) // of the data
 			flushed := held(hold, s.flush)
-			past := meanwhile(func() { l.write(5, 8) })
+			past := meanwhile(func() { l.write(at+1, 1) }) // its exception is there, and not durable
 			hold.Release()
 			flushed()
 			past()
-			s.write(18, 2)
+			l.write(at, 8)
 		}
 		s.read()
 		l.flush()
