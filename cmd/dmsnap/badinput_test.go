@@ -37,9 +37,9 @@ func patch(off int64, b ...byte) func(*testing.T, *pair) {
 }
 
 var (
-	readers    = []string{"status", "export", "diff", "diff --verify", "list", "merge", "merge -n", "serve", "serve --read-only"}
+	readers    = []string{"status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
 	pairs      = []string{"export", "diff", "diff --verify", "merge", "merge -n", "serve", "serve --read-only"}
-	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "merge", "merge -n", "serve", "serve --read-only"}
+	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
 	writers    = []string{"merge", "serve"}
 )
 
@@ -58,7 +58,7 @@ var traps = []trap{
 	{name: "truncated within the data", set: cut(5 * 4096), say: []string{"area 0 slot 3", "past the end"}, only: readers},
 	{name: "exception in an area", set: patch(4096+8, 1), say: []string{"area 0 slot 0, byte 0x1000", "metadata"}, only: readers},
 	{name: "chunk twice", set: patch(4096+16, 0), say: []string{"area 0 slot 1", "two exceptions"}, only: readers},
-	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "diff", "list", "merge", "merge -n"}},
+	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "diff", "list", "map", "merge", "merge -n"}},
 	{name: "COW is missing", set: func(t *testing.T, p *pair) { os.Remove(p.cow) }, say: []string{"no such file"}, only: readers},
 	{name: "COW is a directory", set: func(t *testing.T, p *pair) { p.cow = p.dir }, say: []string{"is a directory"}, only: everything},
 	{name: "COW is a character device", set: func(t *testing.T, p *pair) { p.cow = "/dev/null" }, say: []string{"character device"}, only: everything},
@@ -69,12 +69,12 @@ var traps = []trap{
 	{name: "COW may not be written", set: chmod(0o400, func(p *pair) string { return p.cow }), say: []string{"permission denied"}, only: writers},
 	{name: "COW in use", set: func(t *testing.T, p *pair) { openFile(t, p.cow, false) }, say: []string{"already in use"}, only: append([]string{"create --force"}, pairs...)},
 	{name: "COW being read", set: func(t *testing.T, p *pair) { openFile(t, p.cow, true) }, say: []string{"already in use"}, only: writers},
-	{name: "origin is missing", origin: true, set: func(t *testing.T, p *pair) { os.Remove(p.origin) }, say: []string{"no such file"}, only: append([]string{"create"}, pairs...)},
-	{name: "origin is a directory", origin: true, set: func(t *testing.T, p *pair) { p.origin = p.dir }, say: []string{"is a directory"}, only: append([]string{"create"}, pairs...)},
-	{name: "origin may not be read", origin: true, set: chmod(0, func(p *pair) string { return p.origin }), say: []string{"permission denied"}, only: append([]string{"create"}, pairs...)},
+	{name: "origin is missing", origin: true, set: func(t *testing.T, p *pair) { os.Remove(p.origin) }, say: []string{"no such file"}, only: append([]string{"create", "map --origin"}, pairs...)},
+	{name: "origin is a directory", origin: true, set: func(t *testing.T, p *pair) { p.origin = p.dir }, say: []string{"is a directory"}, only: append([]string{"create", "map --origin"}, pairs...)},
+	{name: "origin may not be read", origin: true, set: chmod(0, func(p *pair) string { return p.origin }), say: []string{"permission denied"}, only: append([]string{"create", "map --origin"}, pairs...)},
 	{name: "origin may not be written", origin: true, set: chmod(0o400, func(p *pair) string { return p.origin }), say: []string{"permission denied"}, only: writers},
 	{name: "origin in use", origin: true, set: func(t *testing.T, p *pair) { openFile(t, p.origin, false) }, say: []string{"already in use"}, only: pairs},
-	{name: "origin is no whole number of sectors", origin: true, set: func(t *testing.T, p *pair) { os.Truncate(p.origin, 1<<20-100) }, say: []string{"whole number"}, only: append([]string{"create"}, pairs...)},
+	{name: "origin is no whole number of sectors", origin: true, set: func(t *testing.T, p *pair) { os.Truncate(p.origin, 1<<20-100) }, say: []string{"whole number"}, only: append([]string{"create", "map --origin"}, pairs...)},
 }
 
 func cut(size int64) func(*testing.T, *pair) {
@@ -108,6 +108,11 @@ func (p *pair) command(verb string) []string {
 	words := strings.Fields(verb)
 	switch words[0] {
 	case "status", "list":
+		return append(words, p.cow)
+	case "map":
+		if len(words) > 1 {
+			words = append(words, p.origin)
+		}
 		return append(words, p.cow)
 	case "export":
 		return append(words, p.origin, p.cow, filepath.Join(p.dir, "out.img"))
@@ -202,6 +207,9 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"list"}, "accepts 1 arg"},
 		{[]string{"list", p.cow, p.cow}, "accepts 1 arg"},
 		{[]string{"list", p.cow, "--frobnicate"}, "unknown flag"},
+		{[]string{"map"}, "accepts 1 arg"},
+		{[]string{"map", p.cow, "--color", "blue"}, "auto, always or never"},
+		{[]string{"map", p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin}, "ORIGIN and COW"},
 		{[]string{"merge", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin, p.cow, "--wait"}, "need --control"},

@@ -191,7 +191,7 @@ func TestLiveRead(t *testing.T) {
 
 // looking are the verbs that look at a store.
 func (p pair) looking() [][]string {
-	return [][]string{{"diff", p.origin, p.cow}, {"list", p.cow}}
+	return [][]string{{"diff", p.origin, p.cow}, {"list", p.cow}, {"map", p.cow}}
 }
 
 // Exceptions for chunks that no disk has: offsets in bytes would overflow.
