@@ -141,9 +141,10 @@ func TestKernelCases(t *testing.T) {
 			t.Errorf("%s: restored %+v, and dumped it is another text", c.Name, made)
 		}
 		l := ondisk.Layout{ChunkSectors: c.ChunkSectors}
+		restored := again.Bytes()
 		chunk := func(m ondisk.COWChunk) {
 			from, to := l.COWOffset(m), l.COWOffset(m+1)
-			if !bytes.Equal(again.Bytes()[from:to], cow[from:to]) {
+			if !bytes.Equal(restored[from:to], cow[from:to]) {
 				t.Errorf("%s: COW chunk %d has other bytes", c.Name, m)
 			}
 		}
