@@ -85,7 +85,7 @@ func (p *parser) wrong(format string, args ...any) error {
 
 func (p *parser) all() error {
 	for !p.ended {
-		if p.line%4096 == 0 && p.ctx.Err() != nil {
+		if p.ctx.Err() != nil {
 			return context.Cause(p.ctx)
 		}
 		b, err := p.in.ReadSlice('\n')

@@ -5,8 +5,10 @@ import (
 	"encoding/json"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -353,5 +355,46 @@ func TestDumpThroughAPipe(t *testing.T) {
 			}
 			wantContent(t, out, readFile(t, p.cow))
 		}
+	}
+}
+
+// A restore that is cut half-way leaves nothing under the final name; a signal that can be caught leaves
+// nothing at all.
+func TestRestoreCutHalfWay(t *testing.T) {
+	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
+		p := newPair(t)
+		p.withStore(t)
+		text := mustRun(t, "dump", p.cow)
+		out := filepath.Join(p.dir, "out")
+		before := digests(t, p.dir)
+		cmd := exec.Command(program(t), "restore", "-", out)
+		stdin, err := cmd.StdinPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		// More than a pipe holds: when it is written most of it was read, and the file is begun.
+		half := strings.TrimSuffix(text, "end\n") + strings.Repeat("# and so on\n", 50_000)
+		if _, err := stdin.Write([]byte(half)); err != nil {
+			t.Fatal(err)
+		}
+		begun, err := filepath.Glob(filepath.Join(p.dir, ".out.*"))
+		if err != nil || len(begun) != 1 {
+			t.Errorf("%v, %v are begun", begun, err)
+		}
+		cmd.Process.Signal(sig)
+		if sig == syscall.SIGTERM {
+			stdin.Write([]byte("# it looks up at the next line\n")) // an error: it was quicker
+		}
+		stdin.Close()
+		cmd.Wait()
+		if sig == syscall.SIGKILL {
+			os.Remove(begun[0])
+		} else if status := cmd.ProcessState.ExitCode(); status != exitSignal+int(sig) && status != exitTrouble {
+			t.Errorf("status %d", status)
+		}
+		wantSame(t, p.dir, before)
 	}
 }
