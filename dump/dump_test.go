@@ -338,3 +338,22 @@ func FuzzRestore(f *testing.F) {
 		}
 	})
 }
+
+// Chunks larger than a line may stand for are more lines, and come back.
+func TestLargeChunks(t *testing.T) {
+	l := ondisk.Layout{ChunkSectors: 8192}
+	dev := block.NewMemory(4 * l.ChunkBytes())
+	var b [ondisk.HeaderSize]byte
+	ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: 1, ChunkSectors: 8192}.Encode(b[:])
+	dev.WriteAt(b[:], 0)
+	slots := make([]byte, l.ChunkBytes()) // a run of more slots than a line may stand for
+	for i := range 100_000 {
+		ondisk.Exception{Old: ondisk.OriginChunk(1000 + i), New: ondisk.COWChunk(2 + i)}.Encode(slots[i*ondisk.SlotSize:])
+	}
+	dev.WriteAt(slots, l.ChunkBytes())
+	dev.WriteAt(bytes.Repeat([]byte("x"), int(l.ChunkBytes())), 2*l.ChunkBytes())
+	again, made := restore(t, strings.NewReader(text(t, dev, dump.Options{Data: true})))
+	if made.Slots != 100_000 || !bytes.Equal(again.Bytes(), dev.Bytes()) {
+		t.Errorf("restored %+v, other bytes", made)
+	}
+}
