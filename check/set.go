@@ -18,7 +18,6 @@ import (
 type set struct {
 	segments []*segment
 	large    chunkmap.Map
-	n        uint64
 }
 
 const (
@@ -42,7 +41,6 @@ func (s *set) add(number uint64) bool {
 		return false
 	}
 	*word |= bit
-	s.n++
 	return true
 }
 
@@ -61,11 +59,7 @@ func (s *set) fetch(b []byte) (sum uint64) {
 
 func (s *set) addLarge(number uint64) bool {
 	// The same number on both sides makes a stretch of consecutive ones a single run.
-	fresh := s.large.Insert(ondisk.Exception{Old: ondisk.OriginChunk(number), New: ondisk.COWChunk(number % (1 << 55))})
-	if fresh {
-		s.n++
-	}
-	return fresh
+	return s.large.Insert(ondisk.Exception{Old: ondisk.OriginChunk(number), New: ondisk.COWChunk(number % (1 << 55))})
 }
 
 func (s *set) makeSegment(at uint64) {
