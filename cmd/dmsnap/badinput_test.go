@@ -39,7 +39,7 @@ func patch(off int64, b ...byte) func(*testing.T, *pair) {
 var (
 	readers    = []string{"status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
 	pairs      = []string{"export", "diff", "diff --verify", "merge", "merge -n", "serve", "serve --read-only"}
-	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
+	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "map", "map --origin", "inspect", "merge", "merge -n", "serve", "serve --read-only"}
 	writers    = []string{"merge", "serve"}
 )
 
@@ -59,7 +59,7 @@ var traps = []trap{
 	{name: "exception in an area", set: patch(4096+8, 1), say: []string{"area 0 slot 0, byte 0x1000", "metadata"}, only: readers},
 	{name: "chunk twice", set: patch(4096+16, 0), say: []string{"area 0 slot 1", "two exceptions"}, only: readers},
 	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "diff", "list", "map", "merge", "merge -n"}},
-	{name: "COW is missing", set: func(t *testing.T, p *pair) { os.Remove(p.cow) }, say: []string{"no such file"}, only: readers},
+	{name: "COW is missing", set: func(t *testing.T, p *pair) { os.Remove(p.cow) }, say: []string{"no such file"}, only: append([]string{"inspect"}, readers...)},
 	{name: "COW is a directory", set: func(t *testing.T, p *pair) { p.cow = p.dir }, say: []string{"is a directory"}, only: everything},
 	{name: "COW is a character device", set: func(t *testing.T, p *pair) { p.cow = "/dev/null" }, say: []string{"character device"}, only: everything},
 	{name: "COW is the origin", set: func(t *testing.T, p *pair) { p.cow = p.origin }, say: []string{"cannot be the same"}, only: append([]string{"create"}, pairs...)},
@@ -107,7 +107,7 @@ func chmod(mode os.FileMode, which func(*pair) string) func(*testing.T, *pair) {
 func (p *pair) command(verb string) []string {
 	words := strings.Fields(verb)
 	switch words[0] {
-	case "status", "list":
+	case "status", "list", "inspect":
 		return append(words, p.cow)
 	case "map":
 		if len(words) > 1 {
@@ -210,6 +210,8 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"map"}, "accepts 1 arg"},
 		{[]string{"map", p.cow, "--color", "blue"}, "auto, always or never"},
 		{[]string{"map", p.cow, "--frobnicate"}, "unknown flag"},
+		{[]string{"inspect"}, "accepts 1 arg"},
+		{[]string{"inspect", p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin}, "ORIGIN and COW"},
 		{[]string{"merge", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin, p.cow, "--wait"}, "need --control"},

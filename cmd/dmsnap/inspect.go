@@ -1,0 +1,243 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// inspection is what inspect prints as JSON.
+type inspection struct {
+	Path    string        `json:"path"`
+	Kind    string        `json:"kind"`
+	About   string        `json:"about"`
+	Bytes   int64         `json:"bytes"`
+	InUse   bool          `json:"in_use"` // some program has it open for writing
+	Details []detail      `json:"details"`
+	Store   *storeFacts   `json:"store,omitempty"`
+	Beside  []storeBeside `json:"beside"` // stores whose names say that they belong to this
+	Next    []nextStep    `json:"next"`
+
+	role role
+}
+
+// storeFacts is what a store says of itself.
+type storeFacts struct {
+	Header   storeHeader           `json:"header"`
+	Opens    bool                  `json:"opens"`
+	Figures  *figures              `json:"figures,omitempty"` // of one that opens
+	Problems map[check.Code]uint64 `json:"problems"`          // how often each was found
+	Origin   string                `json:"origin,omitempty"`  // a file whose name says that it is this one's origin
+	report   *check.Report
+}
+
+// storeHeader is the header as found.
+type storeHeader struct {
+	Valid        uint32 `json:"valid"`
+	Version      uint32 `json:"version"`
+	ChunkSectors uint32 `json:"chunk_sectors"`
+}
+
+// storeBeside is a store that was found by its name.
+type storeBeside struct {
+	Path       string `json:"path"`
+	State      string `json:"state"` // ok, invalid or damaged
+	Exceptions uint64 `json:"exceptions"`
+	Fits       bool   `json:"fits"` // no exception is past the end of the disk
+	InUse      bool   `json:"in_use"`
+}
+
+// nextStep is a command that may be of use now.
+type nextStep struct {
+	Command string `json:"command"`
+	Why     string `json:"why"`
+}
+
+func newInspect() *cobra.Command {
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "inspect PATH",
+		Short: "Tell what a file or device is, and what can be done with it",
+		Long: `Tell what PATH is: an exception store, with its header, state and figures; a disk, and whether a store
+with a name made from its own lies beside it (disk.img.cow or disk.cow for disk.img); a disk image that isn't raw;
+an LVM physical volume, an encrypted disk, a file system, compressed data, text. Then: which verb helps next.
+
+Nothing is written. What is in use is looked at all the same.
+
+Exit status: 0 it is known, 1 it is not, 2 trouble.`,
+		Example: `  dmsnap inspect disk.cow
+  dmsnap inspect --json /dev/vg/snap-cow`,
+		Args: cobra.ExactArgs(1),
+		RunE: func(c *cobra.Command, args []string) error {
+			ctx, stop := untilSignal()
+			defer stop()
+			i, err := inspect(ctx, args[0])
+			if err != nil {
+				return about(args[0], err)
+			}
+			if asJSON {
+				err = printJSON(c, i)
+			} else {
+				err = i.print(c.OutOrStdout())
+			}
+			if err == nil && i.Kind == unknownKind.name {
+				err = errNo
+			}
+			return err
+		},
+	}
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
+}
+
+// inspect looks at path, and at what its name leads to.
+func inspect(ctx context.Context, path string) (*inspection, error) {
+	dev, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+	if err != nil {
+		return nil, err
+	}
+	defer dev.Close()
+	head, err := readHead(dev)
+	if err != nil {
+		return nil, err
+	}
+	k, details := kindOf(head, dev.Size())
+	i := &inspection{Path: path, Kind: k.name, About: k.about, Bytes: dev.Size(), InUse: hasWriter(path),
+		Details: details, Beside: []storeBeside{}, role: k.role}
+	if details == nil {
+		i.Details = []detail{}
+	}
+	if k.name == storeKind.name {
+		i.Store, err = factsOf(ctx, i, dev, ondisk.DecodeHeader(head))
+		if err != nil {
+			return nil, err
+		}
+	} else {
+		i.Beside = storesBeside(path, dev.Size())
+	}
+	i.Next = i.next()
+	return i, nil
+}
+
+// factsOf reads the store on dev, sound or not.
+func factsOf(ctx context.Context, i *inspection, dev block.Device, h ondisk.Header) (*storeFacts, error) {
+	r, err := checkDevice(ctx, dev, check.Options{}, i.InUse)
+	if err != nil {
+		return nil, err
+	}
+	f := &storeFacts{Header: storeHeader{h.Valid, h.Version, h.ChunkSectors}, Problems: r.Found, Origin: originBeside(i.Path), report: r}
+	if st, err := openWhileWritten(dev, i.InUse); err == nil {
+		figures := figuresOf(statusOfStore(st))
+		f.Figures, f.Opens = &figures, true
+	}
+	return f, nil
+}
+
+// originBeside finds the file that a store's name is made from: disk.img for disk.img.cow or disk.cow.
+func originBeside(path string) string {
+	stem, ok := strings.CutSuffix(path, ".cow")
+	if !ok {
+		return ""
+	}
+	for _, p := range []string{stem, stem + ".img", stem + ".raw"} {
+		if info, err := os.Stat(p); err == nil && info.Mode().IsRegular() {
+			return p
+		}
+	}
+	return ""
+}
+
+// storesBeside finds stores that are named after the disk at path.
+func storesBeside(path string, size int64) []storeBeside {
+	found := []storeBeside{}
+	names := []string{path + ".cow"}
+	for _, end := range []string{".img", ".raw"} {
+		if stem, ok := strings.CutSuffix(path, end); ok {
+			names = append(names, stem+".cow")
+		}
+	}
+	for _, name := range names {
+		cow, err := block.Open(name, block.Options{ReadOnly: true, Lock: block.LockShared})
+		if err != nil {
+			continue
+		}
+		if h, err := store.ReadHeader(cow); err == nil && h.Magic == ondisk.Magic {
+			found = append(found, lookBeside(name, cow, size))
+		}
+		cow.Close()
+	}
+	return found
+}
+
+func lookBeside(name string, cow block.Device, size int64) storeBeside {
+	b := storeBeside{Path: name, State: "damaged", InUse: hasWriter(name)}
+	if st, err := openWhileWritten(cow, b.InUse); err == nil {
+		b.State, b.Exceptions = string(statusOfStore(st).State), st.Len()
+		b.Fits = st.CheckOrigin(size) == nil
+	}
+	return b
+}
+
+func (i *inspection) print(w io.Writer) error {
+	use := ""
+	if i.InUse {
+		use = ", in use"
+	}
+	fmt.Fprintf(w, "%s: %s, %s%s\n", i.Path, i.title(), bytesText(i.Bytes), use)
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	for _, d := range i.Details {
+		fmt.Fprintf(t, "  %s\t%s\n", d.Name, d.Value)
+	}
+	if i.Store != nil {
+		i.Store.print(t)
+	}
+	for _, b := range i.Beside {
+		fmt.Fprintf(t, "  beside it\t%s: a store, %s, %s\n", b.Path, b.State, plural(b.Exceptions, "exception"))
+	}
+	for n, step := range i.Next {
+		head := ""
+		if n == 0 {
+			head = "next"
+		}
+		fmt.Fprintf(t, "  %s\t%s\n  \t    %s\n", head, step.Why, step.Command)
+	}
+	return t.Flush()
+}
+
+// title is what it is, with its state.
+func (i *inspection) title() string {
+	switch {
+	case i.Store != nil && i.Store.report.Has(check.MarkedInvalid):
+		return i.About + ", marked invalid"
+	case i.Store != nil && i.Store.report.Worst() == check.Error:
+		return i.About + ", damaged"
+	case i.Kind != i.About && i.Store == nil && i.Kind != zerosKind.name && i.Kind != emptyKind.name && i.Kind != unknownKind.name:
+		return i.Kind + ", " + i.About
+	}
+	return i.About
+}
+
+func (f *storeFacts) print(t io.Writer) {
+	fmt.Fprintf(t, "  header\tvalid %d, version %d, chunks of %d sectors\n", f.Header.Valid, f.Header.Version, f.Header.ChunkSectors)
+	if f.Figures != nil {
+		f.Figures.print(t)
+	}
+	for _, p := range check.Problems() {
+		if n := f.Problems[p.Code]; n > 0 {
+			fmt.Fprintf(t, "  %v %v\t%s (%d)\n", p.Code, p.Severity, p.Name, n)
+		}
+	}
+	if f.Origin != "" {
+		fmt.Fprintf(t, "  origin\t%s, by its name\n", f.Origin)
+	}
+}

@@ -1,0 +1,320 @@
+package main
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/check"
+)
+
+// steps are the commands that an inspection proposes.
+func steps(i inspection) string {
+	var all []string
+	for _, s := range i.Next {
+		all = append(all, s.Command)
+	}
+	return strings.Join(all, "\n")
+}
+
+func TestInspectAStore(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	before := digests(t, p.dir)
+	i := mustJSON[inspection](t, "inspect", p.cow)
+	if i.Kind != "store" || i.Bytes != 260*4096 || i.InUse || i.Store == nil || !i.Store.Opens || i.Store.Figures.Exceptions != 5 ||
+		i.Store.Header != (storeHeader{1, 1, 8}) || len(i.Store.Problems) > 0 || i.Store.Origin != p.origin {
+		t.Errorf("%+v, %+v", i, i.Store)
+	}
+	for _, w := range []string{"dmsnap merge " + p.origin + " " + p.cow, "dmsnap map " + p.cow} {
+		if !strings.Contains(steps(i), w) {
+			t.Errorf("%q is not among the steps\n%s", w, steps(i))
+		}
+	}
+	text := mustRun(t, "inspect", p.cow)
+	for _, w := range []string{"dm-snapshot exception store, 1.0 MiB\n", "valid 1, version 1, chunks of 8 sectors", "exceptions  5", "next", "dmsnap export"} {
+		if !strings.Contains(text, w) {
+			t.Errorf("%q is not in\n%s", w, text)
+		}
+	}
+	held := openFile(t, p.cow, false) // as a server does
+	if i := mustJSON[inspection](t, "inspect", p.cow); !i.InUse || strings.Contains(steps(i), "merge") {
+		t.Errorf("in use: %v, steps %s", i.InUse, steps(i))
+	}
+	held.Close()
+	wantSame(t, p.dir, before)
+}
+
+func TestInspectABadStore(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	spoil(t, p.cow)
+	i := mustJSON[inspection](t, "inspect", p.cow)
+	if !i.Store.Opens || i.Store.Figures.Valid || i.Store.Problems[check.MarkedInvalid] != 1 || !strings.HasPrefix(steps(i), "dmsnap rescue "+p.origin+" "+p.cow) {
+		t.Errorf("an invalid store: %+v, steps %s", i.Store, steps(i))
+	}
+	if text := mustRun(t, "inspect", p.cow); !strings.Contains(text, "marked invalid") || !strings.Contains(text, "DS007") {
+		t.Errorf("text %s", text)
+	}
+
+	p = newPair(t)
+	p.withStore(t)
+	patch(4096+16, 0)(t, &p) // origin chunk 0 twice
+	i = mustJSON[inspection](t, "inspect", p.cow)
+	if i.Store.Opens || i.Store.Figures != nil || i.Store.Problems[check.DuplicateOrigin] != 1 || !strings.Contains(steps(i), "dmsnap repair "+p.cow) {
+		t.Errorf("a damaged store: %+v, steps %s", i.Store, steps(i))
+	}
+	if text := mustRun(t, "inspect", p.cow); !strings.Contains(text, "store, damaged") || !strings.Contains(text, "DS015 error") {
+		t.Errorf("text %s", text)
+	}
+	for _, set := range []func(*testing.T, *pair){cut(100), cut(16), cut(6000), patch(12, 7), patch(8, 9)} {
+		p := newPair(t)
+		p.withStore(t)
+		set(t, &p)
+		if i := mustJSON[inspection](t, "inspect", p.cow); i.Kind != "store" || i.Store.Opens || len(i.Store.Problems) == 0 {
+			t.Errorf("%+v, %+v", i, i.Store)
+		}
+	}
+}
+
+func TestInspectAnOrigin(t *testing.T) {
+	p := newPair(t)
+	if o := dmsnap("inspect", p.origin); o.status != exitNo || !strings.Contains(o.out, "dmsnap create "+p.origin) || o.stderr != "" {
+		t.Errorf("noise: %+v", o)
+	}
+	put := func(at int, magic string) {
+		f, err := os.OpenFile(p.origin, os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if _, err := f.WriteAt([]byte(magic), int64(at)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(512, "EFI PART")
+	p.withStore(t)
+	again := filepath.Join(p.dir, "disk.img.cow")
+	p.withStoreAt(t, again)
+	spoil(t, again)
+	i := mustJSON[inspection](t, "inspect", p.origin)
+	if i.Kind != "gpt" || len(i.Beside) != 2 || i.Beside[1] != (storeBeside{p.cow, "ok", 5, true, false}) || i.Beside[0] != (storeBeside{again, "invalid", 0, true, false}) {
+		t.Errorf("%+v", i)
+	}
+	for _, w := range []string{"dmsnap diff " + p.origin + " " + p.cow, "dmsnap rescue " + p.origin + " " + again} {
+		if !strings.Contains(steps(i), w) {
+			t.Errorf("%q is not among the steps\n%s", w, steps(i))
+		}
+	}
+	if text := mustRun(t, "inspect", p.origin); !strings.Contains(text, p.cow+": a store, ok, 5 exceptions") || !strings.Contains(text, "gpt, disk with a GPT partition table") {
+		t.Errorf("text %s", text)
+	}
+	os.Remove(again)
+	os.Truncate(p.origin, 1<<19)
+	if i := mustJSON[inspection](t, "inspect", p.origin); i.Beside[0].Fits || !strings.Contains(steps(i), "--origin "+p.origin) {
+		t.Errorf("a disk that was cut: %+v", i)
+	}
+}
+
+// head is the beginning of a file with bytes at places.
+func head(at ...any) []byte {
+	b := make([]byte, headBytes)
+	for i := 0; i < len(at); i += 2 {
+		copy(b[at[i].(int):], at[i+1].(string))
+	}
+	return b
+}
+
+const pvLabel = "LABELONE\x01\x00\x00\x00\x00\x00\x00\x00crc.\x20\x00\x00\x00LVM2 001abcdef0123456789ABCDEF0123456789ab\x00\x00\x00\x40"
+
+func TestKinds(t *testing.T) {
+	for name, c := range map[string]struct {
+		head []byte
+		want string
+	}{
+		"a PV, as LVM makes them": {head(512, pvLabel), "lvm2-pv uuid=abcdef-0123-4567-89AB-CDEF-0123-456789 size="},
+		"LABELONE in another":     {head(0, strings.Repeat("x", 9000), 1024, pvLabel), "unknown"},
+		"LUKS":                    {head(0, "LUKS\xba\xbe\x00\x02", 168, "1234-abcd"), "luks version=2 uuid=1234-abcd"},
+		"qcow2":                   {head(0, "QFI\xfb\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x08", 24, "\x00\x00\x00\x01\x00\x00\x00\x00", 512, "base.img"), "qcow2 version=3 size=4 GiB backing file=base.img"},
+		"qcow2, hostile":          {head(0, "QFI\xfb"+strings.Repeat("\xff", 100)), "qcow2 version=4294967295 size=18446744073709551615 bytes"},
+		"MBR":                     {head(446, "\x80\x01\x01\x00\x83", 510, "\x55\xaa"), "mbr partitions=1"},
+		"a boot sector":           {head(0, strings.Repeat("\x90", 510)+"\x55\xaa"), "mbr"},
+		"GPT before MBR":          {head(510, "\x55\xaaEFI PART"), "gpt"},
+		"ext by chance":           {head(0, strings.Repeat("\xfe", 1080)+"\x53\xef"), "unknown"},
+		"the end of a character":  {head(0, strings.Repeat("ä", 3000)+strings.Repeat("b", 90000)), "text"},
+		"zeros":                   {head(), "zeros"},
+		"a store":                 {head(0, "SnAp"), "store"},
+		"a dump":                  {head(0, "dmsnap store 1\nsize 4096\n"), "dump"},
+	} {
+		k, details := kindOf(c.head, headBytes)
+		got := k.name
+		for _, d := range details {
+			got += " " + d.Name + "=" + d.Value
+		}
+		if got != c.want && !(strings.HasSuffix(c.want, "=") && strings.HasPrefix(got, c.want)) {
+			t.Errorf("%s: %q, want %q", name, got, c.want)
+		}
+	}
+	for _, k := range kinds {
+		if k.off+len(k.magic) > headBytes || k.name == "" || k.about == "" || len(k.magic) < 2 {
+			t.Errorf("kind %+v", k)
+		}
+		made := head(k.off, k.magic)
+		if got, _ := kindOf(made, headBytes); got.name != k.name && k.details == nil {
+			t.Errorf("bytes of %s are taken for %s", k.name, got.name)
+		}
+	}
+}
+
+// What real programs make is known for what it is.
+func TestKindsInterop(t *testing.T) {
+	dir := t.TempDir()
+	at := func(name string) string { return filepath.Join(dir, name) }
+	writeFile(t, at("plain"), []byte("some text\n"))
+	for _, c := range []struct {
+		args []string // FILE is a sparse file of 400 MiB, which is inspected
+		kind string
+		says string
+	}{
+		{[]string{"mke2fs", "-q", "-t", "ext4", "-L", "backup", "FILE"}, "ext4", "label=backup"},
+		{[]string{"mke2fs", "-q", "-t", "ext2", "FILE"}, "ext4", "version=ext2"},
+		{[]string{"mkfs.xfs", "-q", "-L", "backup", "FILE"}, "xfs", "size=400 MiB"},
+		{[]string{"mkswap", "FILE"}, "swap", ""},
+		{[]string{"qemu-img", "create", "-q", "-f", "qcow2", "FILE", "64M"}, "qcow2", "size=64 MiB"},
+		{[]string{"qemu-img", "create", "-q", "-f", "qed", "FILE", "64M"}, "qed", ""},
+		{[]string{"qemu-img", "create", "-q", "-f", "vdi", "FILE", "64M"}, "vdi", ""},
+		{[]string{"qemu-img", "create", "-q", "-f", "vmdk", "FILE", "64M"}, "vmdk", ""},
+		{[]string{"qemu-img", "create", "-q", "-f", "vhdx", "FILE", "64M"}, "vhdx", ""},
+		{[]string{"qemu-img", "create", "-q", "-f", "vpc", "FILE", "64M"}, "vhd", ""},
+		{[]string{"zstd", "-q", "-f", at("plain"), "-o", "FILE"}, "zstd", ""},
+		{[]string{"sh", "-c", `gzip -c "$0" > "$1"`, at("plain"), "FILE"}, "gzip", ""},
+		{[]string{"sh", "-c", `xz -c "$0" > "$1"`, at("plain"), "FILE"}, "xz", ""},
+	} {
+		name := strings.Join(c.args[:min(5, len(c.args))], " ")
+		t.Run(name, func(t *testing.T) {
+			if _, err := exec.LookPath(c.args[0]); err != nil {
+				t.Skipf("SKIPPED: %v", err)
+			}
+			file := at("file")
+			writeFile(t, file, nil)
+			if err := os.Truncate(file, 400<<20); err != nil {
+				t.Fatal(err)
+			}
+			args := append([]string{}, c.args...)
+			for i, a := range args {
+				if a == "FILE" {
+					args[i] = file
+				}
+			}
+			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
+				t.Skipf("SKIPPED: %v: %s", err, out)
+			}
+			i := mustJSON[inspection](t, "inspect", file)
+			said := ""
+			for _, d := range i.Details {
+				said += d.Name + "=" + d.Value + " "
+			}
+			if i.Kind != c.kind || !strings.Contains(said, c.says) || len(i.Next) == 0 {
+				t.Errorf("%s, %s, next %s; want %s, %s", i.Kind, said, steps(i), c.kind, c.says)
+			}
+		})
+	}
+}
+
+func TestInspectOtherThings(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	for content, want := range map[string]string{"": "empty", "x": "text", "hello\n": "text", "\x00": "zeros", "\x01\x02": "unknown", "SnAp": "store"} {
+		path := filepath.Join(p.dir, "thing")
+		writeFile(t, path, []byte(content))
+		o := dmsnap("inspect", "--json", path)
+		wantStatus := exitDone
+		if want == "unknown" {
+			wantStatus = exitNo
+		}
+		if o.status != wantStatus || !strings.Contains(o.out, `"kind": "`+want+`"`) {
+			t.Errorf("%q: status %d, %s", content, o.status, o.out)
+		}
+		dmsnap("inspect", path)
+	}
+	packed, text := filepath.Join(p.dir, "packed"), filepath.Join(p.dir, "it's a dump")
+	mustRun(t, "dump", "--pack", p.cow, "-o", packed)
+	mustRun(t, "dump", p.cow, "-o", text)
+	for path, want := range map[string]string{packed: "packed-dump", text: "dump"} {
+		if i := mustJSON[inspection](t, "inspect", path); i.Kind != want || steps(i) != "dmsnap restore "+shellWord(path)+" NEWCOW" {
+			t.Errorf("%+v, want %s", i, want)
+		}
+	}
+}
+
+// Every command that is proposed is one of a verb that there is, with the options it has.
+func TestNextStepsExist(t *testing.T) {
+	facts := func(opens bool) *storeFacts { return &storeFacts{Opens: opens, report: &check.Report{}} }
+	all := (&inspection{Path: "a", Store: facts(true)}).next()
+	all = append(all, facts(true).next("a", true)...)
+	for _, code := range []check.Code{check.MarkedInvalid, check.DuplicateOrigin, check.OutOfOrder, check.NoEndMark, check.VoidSlots} {
+		f := facts(false)
+		f.report.Found = map[check.Code]uint64{code: 1}
+		all = append(all, f.next("a.cow", false)...)
+	}
+	for _, k := range append([]kind{emptyKind, zerosKind, textKind, unknownKind}, kinds...) {
+		for _, b := range [][]storeBeside{nil, {{State: "ok", Fits: true}, {State: "ok"}, {State: "invalid"}, {State: "damaged"}, {InUse: true}}} {
+			all = append(all, (&inspection{Path: "a.b", Kind: k.name, role: k.role, Beside: b}).next()...)
+		}
+	}
+	for _, s := range all {
+		args := strings.Fields(s.Command)
+		if args[0] == "qemu-img" {
+			continue
+		}
+		c, rest, err := newRoot().Find(args[1:])
+		if err == nil {
+			err = c.ParseFlags(rest)
+		}
+		if err == nil && c.Args != nil {
+			err = c.Args(c, c.Flags().Args())
+		}
+		if err != nil || args[0] != "dmsnap" || !c.HasParent() {
+			t.Errorf("%q: %v", s.Command, err)
+		}
+	}
+}
+
+func TestShellWord(t *testing.T) {
+	for in, want := range map[string]string{"/dev/vg/a-cow": "/dev/vg/a-cow", "": "''", "a b": "'a b'", "it's": `'it'\''s'`, "$HOME": "'$HOME'", "\n": "'\n'"} {
+		if got := shellWord(in); got != want {
+			t.Errorf("%q becomes %s, want %s", in, got, want)
+		}
+	}
+	for in, want := range map[string]string{"a.cow": "a", "/a.b/c": "/a.b/c", "/a/.cow": "/a/.cow", "x.y.z": "x.y"} {
+		if got := withoutEnd(in); got != want {
+			t.Errorf("%q without its end is %q, want %q", in, got, want)
+		}
+	}
+}
+
+// Whatever a file begins with: an answer, and no panic.
+func FuzzKindOf(f *testing.F) {
+	for _, k := range kinds {
+		f.Add(head(k.off, k.magic)[:min(headBytes, k.off+4096)])
+	}
+	f.Add([]byte(pvLabel))
+	f.Add(blocktest.Pattern(4096, 1))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		full := make([]byte, headBytes)
+		size := copy(full, b)
+		k, details := kindOf(full, int64(size))
+		if k.name == "" || k.about == "" {
+			t.Fatalf("no kind")
+		}
+		for _, d := range details {
+			if d.Name == "" || d.Value == "" || bytes.ContainsAny([]byte(d.Value), "\x00\x1b\n") {
+				t.Errorf("detail %q", d)
+			}
+		}
+	})
+}
