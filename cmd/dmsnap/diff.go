@@ -121,7 +121,11 @@ func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string
 	}
 	ctx, stop := untilSignal()
 	defer stop()
-	return o.print(ctx, c.OutOrStdout(), d, newProgress(c.ErrOrStderr(), "diff"))
+	barOn := c.ErrOrStderr()
+	if _, lines := terminalOf(c.OutOrStdout()); lines {
+		barOn = io.Discard // the ranges go by on the same screen
+	}
+	return o.print(ctx, c.OutOrStdout(), d, newProgress(barOn, "diff"))
 }
 
 func diffOf(origin block.Device, stores []*store.Store) (*diff.Diff, error) {
@@ -139,8 +143,8 @@ func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, ba
 		return err
 	}
 	extents := fromExceptions(ctx, d)
+	defer bar.end()
 	if o.verify {
-		defer bar.end()
 		extents = d.Verified(ctx)
 	}
 	differs := false

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -120,6 +121,40 @@ func (p pair) write(t *testing.T, off int64, b []byte) {
 			t.Fatal(err)
 		}
 	}
+}
+
+// The script of --help: a copy made at the snapshot's time is brought up to date with what changed since.
+func TestDiffFeedsABackupScript(t *testing.T) {
+	p := newPair(t)
+	mustRun(t, "create", p.origin, p.cow)
+	backup := filepath.Join(p.dir, "copy.img")
+	writeFile(t, backup, p.content)
+	origin, cow := openFile(t, p.origin, false), openFile(t, p.cow, false)
+	o := snapshot.NewOrigin(origin)
+	snap, err := o.Attach(cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range []int64{3000, 400_000, origin.Size() - 700} {
+		if _, err := o.WriteAt(bytes.Repeat([]byte("tuesday"), 100), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range []error{snap.Close(), cow.Close(), origin.Close()} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, script, ok := strings.Cut(newDiff().Example, "dmsnap diff --format ranges")
+	if !ok {
+		t.Fatal("the help has no script")
+	}
+	c := exec.Command("sh", "-ec", `"$0" diff --format ranges`+script, program(t))
+	c.Dir = p.dir
+	if out, err := c.CombinedOutput(); err != nil || len(out) > 0 {
+		t.Fatalf("%v, %s", err, out)
+	}
+	wantContent(t, backup, readFile(t, p.origin))
 }
 
 func TestDiffOfTwoSnapshots(t *testing.T) {

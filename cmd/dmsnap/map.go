@@ -258,8 +258,8 @@ func (o *mapOptions) print(w io.Writer, st *store.Store, m mapResult) error {
 // terminal tells how wide pictures on w may be, and whether in colours.
 func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 	const labels = 14
-	f, ok := w.(*os.File)
-	if ok = ok && term.IsTerminal(int(f.Fd())); ok {
+	f, ok := terminalOf(w)
+	if ok {
 		if n, _, err := term.GetSize(int(f.Fd())); err == nil {
 			columns = max(16, n-labels)
 		}
@@ -267,7 +267,7 @@ func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 	if columns == 0 || columns > mapColumns {
 		columns = mapColumns
 	}
-	colours = ok && os.Getenv("NO_COLOR") == "" && os.Getenv("TERM") != "dumb"
+	colours = ok && os.Getenv("NO_COLOR") == ""
 	if o.colour != "auto" {
 		colours = o.colour == "always"
 	}

@@ -25,7 +25,7 @@ type progressBar struct {
 // newProgress returns a bar that is drawn on w when that is a terminal.
 func newProgress(w io.Writer, what string) *progressBar {
 	p := &progressBar{what: what, now: time.Now, width: func() int { return 80 }}
-	if f, ok := w.(*os.File); ok && term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb" {
+	if f, ok := terminalOf(w); ok {
 		p.w = w
 		p.width = func() int {
 			n, _, err := term.GetSize(int(f.Fd()))
@@ -36,6 +36,12 @@ func newProgress(w io.Writer, what string) *progressBar {
 		}
 	}
 	return p
+}
+
+// terminalOf returns the terminal that w is, if it is one that understands more than plain text.
+func terminalOf(w io.Writer) (*os.File, bool) {
+	f, ok := w.(*os.File)
+	return f, ok && term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb"
 }
 
 // show draws the bar for so many bytes of a total, at most ten times a second.
