@@ -34,7 +34,7 @@ func stages() []stage {
 		}
 	}
 	for _, c := range []int64{1, 8, 32, 128, 1024} {
-		d := min(45*c, 50, 16384/c)
+		d := min(45*c, 50, 8192/c)
 		add("fresh", "P", c, 0, 20, 0, false)
 		add("some", "PO", c, 7, 30, 0, false)
 		add("full", "P", c, d, needed(c, d), 0, false)

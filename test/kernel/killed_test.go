@@ -121,6 +121,9 @@ func serveKilled(t *testing.T, seed uint64) {
 			t.Fatalf("no exports: %s", said.String())
 		}
 		f := strings.Fields(lines.Text())
+		if f[0] != []string{"snap", "origin"}[len(clients)] {
+			t.Fatalf("exports in another order: %q", f)
+		}
 		client, err := nbd.Dial(context.Background(), f[1])
 		if err != nil {
 			t.Fatal(err)
@@ -132,6 +135,10 @@ func serveKilled(t *testing.T, seed uint64) {
 	var wg sync.WaitGroup
 	done := make([]int, 2)
 	for i, client := range clients {
+		// An origin write makes durable what the snapshot holds; half of the time only flushes may.
+		if i == 1 && seed%2 == 0 {
+			break
+		}
 		own := rand.New(rand.NewPCG(seed, uint64(i)))
 		wg.Go(func() { done[i] = load(client, histories[i], c, own) })
 	}
