@@ -48,7 +48,7 @@ test-kernel-long: ## the same with 500 random scripts and more of everything
 	DMSNAP_KERNEL=1 DMSNAP_SCRIPTS=$${DMSNAP_SCRIPTS:-500} DMSNAP_ROUNDS=$${DMSNAP_ROUNDS:-20} $(GO) test -count=1 -v -timeout 3h -run '$(RUN)' ./test/kernel/...
 
 .PHONY: test-kernel-qemu
-test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERNEL_IMAGE=a vmlinuz package)
+test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERNEL_IMAGE=folder of an unpacked kernel)
 	DMSNAP_KERNEL=qemu DMSNAP_SCRIPTS=$${DMSNAP_SCRIPTS:-20} $(GO) test -count=1 -v -timeout 1h -run '$(RUN)' ./test/kernel/...
 
 .PHONY: deep
