@@ -132,6 +132,37 @@ func TestSnapshotAgainstOrigin(t *testing.T) {
 		"20480+4096 copied, 65536+1024 copied, 66560+512 changed")
 }
 
+// The chunk before a short last one, which is not stored.
+func TestBeforeTheShortChunk(t *testing.T) {
+	d := newDisk(t, 8<<10+1536)
+	s, cow := d.snap(8)
+	d.write(s, []byte("x"), 4096)
+	want(t, slices.Collect(made(t)(diff.New(d.memory, open(t, cow))).Extents()), "4096+4096 changed")
+}
+
+// Chunks that are larger than what is compared at once.
+func TestLargeChunks(t *testing.T) {
+	const chunk = 2 << 20
+	memory := block.NewMemory(3 * chunk)
+	cow := block.NewMemory(5 * chunk)
+	s, err := snapshot.NewOrigin(memory).Attach(cow, snapshot.Options{ChunkSectors: chunk / 512})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	for _, off := range []int64{chunk + 5<<18, chunk + 7<<18} {
+		if _, err := s.WriteAt([]byte("x"), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := s.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	df := made(t)(diff.New(memory, open(t, cow)))
+	want(t, slices.Collect(df.Extents()), "2097152+2097152 changed")
+	want(t, verified(t, df), "2097152+1310720 copied, 3407872+512 changed, 3408384+523776 copied, 3932160+512 changed, 3932672+261632 copied")
+}
+
 // Two snapshots with chunks of different sizes. The origin's write is kept in both, so neither view
 // changes.
 func TestTwoSnapshots(t *testing.T) {

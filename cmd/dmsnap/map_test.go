@@ -68,6 +68,17 @@ func TestMapOfAFragmentedStore(t *testing.T) {
 	}
 }
 
+// An area between two chunks is no jump: the next chunk had no other place.
+func TestMapAcrossAnArea(t *testing.T) {
+	p := newPair(t)
+	mustRun(t, "create", p.origin, p.cow, "--chunk-size", "512")
+	p.write(t, 512, make([]byte, 40*512))
+	m := mustJSON[mapResult](t, "map", p.cow)
+	if want := (fragmentation{Runs: 2, MeanBytes: 10240, LongestBytes: 32 * 512, Neighbours: 39}); m.Fragmentation != want {
+		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
+	}
+}
+
 func TestMapOfAnEmptyStore(t *testing.T) {
 	p := newPair(t)
 	mustRun(t, "create", p.origin, p.cow)
