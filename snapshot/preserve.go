@@ -37,7 +37,7 @@ func (s *Snapshot) preserve(off, n int64) (needsSync bool, err error) {
 				if none := s.noRoom(err); none != nil {
 					return needsSync, none
 				}
-				s.invalidate(reasonFor(err), err)
+				s.giveUp(err)
 				return false, nil
 			}
 			needsSync = true

@@ -5,12 +5,15 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"image/color"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/picture"
 	"github.com/dmsnap/dmsnap/rescue"
 )
 
@@ -41,7 +44,8 @@ what each part is worth:
   doubtful   the origin's content of today: it may have been overwritten since
   lost       not to be read; the image has zeros there
 
---map FILE keeps that as a table ("OFFSET LENGTH CLASS" in bytes), or as JSON when FILE ends in .json.
+--map FILE keeps that as a table ("OFFSET LENGTH CLASS" in bytes), as JSON when FILE ends in .json, or as a
+coloured picture of the disk when it ends in .svg or .png.
 --dry-run looks at the store alone. A header that is damaged is done without when --chunk-size says what it said.
 
 --revalidate copies a store that is marked invalid to NEWCOW and marks it valid there, so that a kernel, LVM or
@@ -141,7 +145,7 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 		result.Problems = append(result.Problems, f.String())
 	}
 	if o.mapFile != "" {
-		if err := newFile(o.mapFile, o.force, args, func(f *os.File) error { return writeMap(f, ranges, strings.HasSuffix(o.mapFile, ".json")) }); err != nil {
+		if err := newFile(o.mapFile, o.force, args, func(f *os.File) error { return writeMap(f, ranges, filepath.Ext(o.mapFile)) }); err != nil {
 			return err
 		}
 	}
@@ -157,12 +161,17 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost))
 }
 
-// writeMap writes the ranges, a line each or as JSON.
-func writeMap(f *os.File, ranges []rescue.Range, asJSON bool) error {
-	if asJSON {
+// writeMap writes the ranges: as JSON, as a picture, or a line each.
+func writeMap(f *os.File, ranges []rescue.Range, kind string) error {
+	switch kind {
+	case ".json":
 		e := json.NewEncoder(f)
 		e.SetIndent("", "  ")
 		return e.Encode(ranges)
+	case ".svg":
+		return picture.SVG(f, certaintyPanel(ranges))
+	case ".png":
+		return picture.PNG(f, certaintyPanel(ranges))
 	}
 	var text strings.Builder
 	for _, x := range ranges {
@@ -170,6 +179,25 @@ func writeMap(f *os.File, ranges []rescue.Range, asJSON bool) error {
 	}
 	_, err := f.WriteString(text.String())
 	return err
+}
+
+// certaintyPanel draws the disk as a strip: what is lost shows before what is doubtful, and that before what
+// is certain.
+func certaintyPanel(ranges []rescue.Range) picture.Panel {
+	size := int64(0)
+	for _, x := range ranges {
+		size += x.Length
+	}
+	s := picture.NewStrip(size, 64*32,
+		picture.Class{Name: rescue.Certain.String(), Letter: '.', Colour: color.RGBA{0x2e, 0x8b, 0x57, 0xff}},
+		picture.Class{Name: rescue.Doubtful.String(), Letter: 'd', Colour: color.RGBA{0xe6, 0xa8, 0x17, 0xff}},
+		picture.Class{Name: rescue.Lost.String(), Letter: 'l', Colour: color.RGBA{0xc0, 0x39, 0x2b, 0xff}})
+	for _, x := range ranges {
+		if x.Class != rescue.Certain {
+			s.Add(x.Off, x.Length, int(x.Class))
+		}
+	}
+	return picture.Panel{Title: "what the rescued image is worth", Strip: s, Columns: 64, Label: bytesText}
 }
 
 // copyValid makes the copy of --revalidate.

@@ -58,6 +58,13 @@ func TestRescue(t *testing.T) {
 		t.Errorf("it said %q", text)
 	}
 
+	for name, begins := range map[string]string{"old.svg": "<svg", "old.png": "\x89PNG"} {
+		mustRun(t, "rescue", p.origin, p.cow, out, "--force", "--map", filepath.Join(p.dir, name))
+		if b := readFile(t, filepath.Join(p.dir, name)); !bytes.HasPrefix(b, []byte(begins)) {
+			t.Errorf("%s begins with %q", name, b[:20])
+		}
+	}
+
 	again := filepath.Join(p.dir, "again.cow")
 	mustRun(t, "rescue", "--revalidate", p.cow, again)
 	if st := mustJSON[fileStatus](t, "status", again); !st.Valid || st.Exceptions != 6 {
