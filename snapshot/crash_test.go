@@ -103,6 +103,12 @@ func (x *explorer) wait() {
 func (x *explorer) look(m *moment) {
 	choices := x.choices
 	choices.Seed = uint64(m.n)
+	if m.n%oneIn == 0 {
+		killed := blocktest.Choices{All: 8, Limit: 3, Random: 3 + 20*depth, Seed: uint64(m.n)}
+		if err := m.afterKill(killed); err != nil && !x.failed.Swap(true) {
+			x.t.Errorf("killed at %d, after %s, and cut later: %v", m.n, m.after, err)
+		}
+	}
 	for img := range m.cut.Images(choices) {
 		if x.failed.Load() {
 			return

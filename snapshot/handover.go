@@ -189,7 +189,8 @@ func (m *Merging) open() (*store.Store, error) {
 // Step has work. A handover's source must be suspended; its exceptions are made durable first, and it is
 // invalid afterwards, in memory only (specification 5.12, 7.7).
 //
-// Errors: ErrSourceRunning; that of the source's last Sync, with nothing changed.
+// Errors: ErrSourceRunning; that of the source's last Sync, or of a Flush when the store was loaded as invalid,
+// with nothing changed.
 func (m *Merging) Resume() error {
 	o := m.origin
 	o.mu.Lock()
@@ -200,6 +201,7 @@ func (m *Merging) Resume() error {
 	if o.waiting != m {
 		return fs.ErrClosed
 	}
+	handed := m.source != nil
 	if src := m.source; src != nil {
 		if !src.suspended {
 			return ErrSourceRunning
@@ -221,7 +223,11 @@ func (m *Merging) Resume() error {
 	if st == nil {
 		return ErrHandoverCancelled
 	}
-	m.invalid = errors.Is(st.Err(), store.ErrInvalid)
+	if m.invalid = errors.Is(st.Err(), store.ErrInvalid); m.invalid && !handed {
+		if err := settleInvalid(st); err != nil {
+			return err
+		}
+	}
 	o.waiting = nil
 	o.merging.Store(m)
 	return nil

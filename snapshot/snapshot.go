@@ -187,6 +187,9 @@ func openStore(origin, cow block.Device, opts Options) (*store.Store, error) {
 		notify(opts, Event{Kind: EventNotice,
 			Text: fmt.Sprintf("chunk size %d in device metadata overrides table chunk size of %d.", found, sectors)})
 	}
+	if err := settleInvalid(st); err != nil {
+		return nil, err
+	}
 	if errors.Is(st.Err(), store.ErrInvalid) {
 		notify(opts, Event{Kind: EventNotice, Text: "Snapshot is marked invalid."})
 	}

@@ -37,6 +37,7 @@ func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
 		return nil, fmt.Errorf("create store: %w", err)
 	}
 	s.next = ondisk.FirstDataChunk
+	s.written = s.next
 	s.durableBelow.Store(uint64(s.next))
 	s.tail = make([]byte, metaBlock(l))
 	return s, nil
@@ -99,6 +100,9 @@ func (s *Store) CheckOrigin(size int64) error {
 }
 
 // Open loads the store on dev (specification 2.6). It writes nothing.
+//
+// What it reads need not be durable: a process that was killed in a Sync left slots in the cache of the
+// operating system. So no exception counts as durable (see Durable) until the first Sync.
 //
 // Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for
 // anything that can't be a store: a bad header, an area past the end of the device, an exception whose
@@ -175,7 +179,7 @@ func (s *Store) load() error {
 	s.next = l.NextData(s.next)
 	s.pos = position{end.Area, end.Index}
 	s.reserved, s.durable = s.pos, s.pos
-	s.durableBelow.Store(uint64(s.next))
+	s.written = s.next
 	s.scrub = true
 	if _, i := s.tailOffset(); i == 0 {
 		clear(s.tail) // the block before is full

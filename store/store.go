@@ -82,7 +82,7 @@ type Store struct {
 
 	exceptions chunkmap.Map // those committed
 
-	// durableBelow: an exception whose New is less is durable. Reservations ascend and are made
+	// durableBelow: an exception whose New is less is durable, for certain. Reservations ascend and are made
 	// durable in order, so one number tells for all of them. Transient: everything is.
 	durableBelow atomic.Uint64
 
@@ -100,10 +100,11 @@ type Store struct {
 
 	// Sync rounds, see sync.go. tail and scrub belong to whoever holds syncing.
 	syncing sync.Mutex
-	rounds  atomic.Uint64 // begun
-	durable position      // of the next slot to be written
-	tail    []byte        // the metadata block that holds slot durable, as on disk
-	scrub   bool          // what follows tail in its area may hold void slots
+	rounds  atomic.Uint64   // begun
+	durable position        // of the next slot to be written
+	written ondisk.COWChunk // exceptions whose New is less have their slots written
+	tail    []byte          // the metadata block that holds slot durable, as on disk
+	scrub   bool            // what follows tail in its area may hold void slots
 }
 
 // run is a stretch of exceptions whose chunks are consecutive on both sides.

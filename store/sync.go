@@ -39,6 +39,7 @@ func (s *Store) round() error {
 		if err := s.dev.Flush(); err != nil {
 			return s.fail(fmt.Errorf("%w: flush: %w", ErrFailed, err))
 		}
+		s.durableBelow.Store(max(s.durableBelow.Load(), uint64(s.written)))
 		return nil
 	}
 	if err := s.writeBatch(batch); err != nil {
@@ -71,7 +72,8 @@ func (s *Store) writeBatch(batch []run) error {
 	}
 	s.durable, s.tail = pos, tail
 	last := batch[len(batch)-1]
-	s.durableBelow.Store(uint64(last.new) + last.n)
+	s.written = last.new + ondisk.COWChunk(last.n)
+	s.durableBelow.Store(uint64(s.written))
 	return nil
 }
 
