@@ -53,8 +53,9 @@ func (m *moment) afterKill(choices blocktest.Choices) error {
 	if _, err := o.WriteAt(make([]byte, o.Size()), 0); err != nil {
 		return err
 	}
-	for i := range next.raw {
-		next.raw[i] = append(next.raw[i][:len(next.raw[i]):len(next.raw[i])], 0)
+	next.raw = make([][]stamp, len(m.raw)) // other moments have m's too
+	for i, may := range m.raw {
+		next.raw[i] = append([]stamp{0}, may...)
 	}
 	return next.cutAgain(&power, choices)
 }
