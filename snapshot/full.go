@@ -60,14 +60,27 @@ func (s *Snapshot) commit(r store.Reservation) error {
 	return r.Commit()
 }
 
-// growAndReserve makes the COW device longer, unless somebody else did so meanwhile.
+// growAndReserve makes the COW device longer, unless somebody else did so meanwhile. Those who find room at
+// once don't wait for the lock, and may take all that was added before its owner does: hence the loop. It
+// ends, as each round adds to the device, up to its maximum.
 func (s *Snapshot) growAndReserve(first ondisk.OriginChunk, count uint64) (store.Reservation, error) {
 	s.growing.Lock()
 	defer s.growing.Unlock()
-	r, err := s.store.Reserve(first, count)
-	if !errors.Is(err, store.ErrFull) || block.IsNoSpace(err) {
-		return r, err
+	for {
+		r, err := s.store.Reserve(first, count)
+		if !errors.Is(err, store.ErrFull) || block.IsNoSpace(err) {
+			return r, err
+		}
+		if grown, growErr := s.growStep(); growErr != nil {
+			return r, fmt.Errorf("%w, and it could not be made longer: %w", err, growErr)
+		} else if !grown {
+			return r, err
+		}
 	}
+}
+
+// growStep makes the COW device longer once; false where it may not become longer. s.growing is held.
+func (s *Snapshot) growStep() (bool, error) {
 	g, size := s.opts.Grow, s.cow.Size()
 	longer := size + max(g.Step, 2*s.store.Layout().ChunkBytes())
 	if g.Max > 0 {
@@ -75,13 +88,13 @@ func (s *Snapshot) growAndReserve(first ondisk.OriginChunk, count uint64) (store
 	}
 	dev, can := s.cow.(block.Resizer)
 	if longer <= size || !can {
-		return r, err
+		return false, nil
 	}
-	if growErr := dev.Grow(longer); growErr != nil {
-		return r, fmt.Errorf("%w, and it could not be made longer: %w", err, growErr)
+	if err := dev.Grow(longer); err != nil {
+		return false, err
 	}
 	notify(s.opts, Event{Kind: EventGrown, Text: fmt.Sprintf("COW device was made longer, from %d to %d bytes", size, longer)})
-	return s.store.Reserve(first, count)
+	return true, nil
 }
 
 // noRoom returns the error of a write that found no room under a policy that protects the snapshot; nil

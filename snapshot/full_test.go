@@ -152,6 +152,48 @@ func TestGrowthMakesRoom(t *testing.T) {
 	}
 }
 
+// taken is a COW device with somebody who takes the room that was made before its owner does.
+type taken struct {
+	*block.Memory
+	take func()
+}
+
+func (d *taken) Grow(size int64) error {
+	err := d.Memory.Grow(size)
+	d.take()
+	return err
+}
+
+// TestGrowthGoesOn: the room that was made goes to somebody else, twice. More is made.
+func TestGrowthGoesOn(t *testing.T) {
+	origin := snapshot.NewOrigin(block.NewMemory(1024 * sector))
+	cow := &taken{Memory: block.NewMemory(24 * sector)}
+	s, err := origin.Attach(cow, snapshot.Options{ChunkSectors: 8, Grow: snapshot.Growth{Step: 1}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	others := 0
+	cow.take = func() {
+		if others < 2 {
+			others++
+			for i := range int64(2) {
+				write(t, s, 64*int64(others)+8*i, 8, byte(others))
+			}
+		}
+	}
+	write(t, s, 0, 8, 10)
+	write(t, s, 8, 8, 11)
+	if others != 2 {
+		t.Fatalf("%d others took the room that was made, want 2", others)
+	}
+	wantRead(t, s, 0, append(fill(8, 10), fill(8, 11)...))
+	wantStatus(t, s, "64/72 16")
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkStore(t, cow.Memory)
+}
+
 // quotaRig is a snapshot whose COW file lies on a file system with little space.
 func quotaRig(t *testing.T, canAllocate bool, o snapshot.Options) (*snapshot.Origin, *block.Memory, *blocktest.Quota, *snapshot.Snapshot) {
 	t.Helper()
