@@ -62,6 +62,16 @@ func (l Layout) ChunksNeeded(n uint64) uint64 {
 	return n + 2 + n/l.SlotsPerArea()
 }
 
+// Room is the number of exceptions that a COW device of so many chunks can hold and stay valid: the most for
+// which ChunksNeeded says no more.
+func (l Layout) Room(chunks uint64) uint64 {
+	if chunks < uint64(FirstDataChunk) {
+		return 0
+	}
+	e, left := l.SlotsPerArea(), chunks-2
+	return left/(e+1)*e + min(left%(e+1), e-1)
+}
+
 // Chunks is the number of chunks of a device of size bytes; with a short one at its end counted
 // (an origin), or not (a COW device, whose last part of a chunk is never used).
 func (l Layout) Chunks(size int64, countShort bool) uint64 {

@@ -87,11 +87,7 @@ type created struct {
 // roomBytes is how much data fits before the snapshot overflows, in bytes.
 func (m created) roomBytes() int64 {
 	l := ondisk.Layout{ChunkSectors: m.ChunkSectors}
-	chunks := l.Chunks(int64(m.TotalSectors)*ondisk.SectorSize, false)
-	// The largest n for which ChunksNeeded(n) ≤ chunks.
-	e, left := l.SlotsPerArea(), chunks-2
-	n := left/(e+1)*e + min(left%(e+1), e-1)
-	return int64(n) * l.ChunkBytes()
+	return int64(l.Room(l.Chunks(int64(m.TotalSectors)*ondisk.SectorSize, false))) * l.ChunkBytes()
 }
 
 // create makes a store as o says.

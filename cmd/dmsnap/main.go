@@ -53,7 +53,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 130 or 143 cu
 			return errors.New("no verb given")
 		},
 	}
-	root.AddCommand(newCreate(), newServe(), newStatus(), newSnapshot(), newGrow(), newDrop(), newExport(), newDiff(), newList(), newMap(), newInspect(), newRescue(), newMerge(), newCheck(), newDump(), newRestore(), newRepair(), newVersion(), newMan())
+	root.AddCommand(newCreate(), newServe(), newStatus(), newSnapshot(), newGrow(), newDrop(), newExport(), newDiff(), newList(), newMap(), newInspect(), newRescue(), newMerge(), newCheck(), newDump(), newRestore(), newRepair(), newCompact(), newVersion(), newMan())
 	return root
 }
 

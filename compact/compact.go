@@ -1,0 +1,181 @@
+// Package compact makes a dense store of one that has grown: exceptions in the order of the origin, without
+// holes, without what is the same on the origin, in chunks of another size if asked. Or it leaves a store
+// where it is and frees the space of what no exception uses.
+//
+//	slots    chunk 9 -> 2, 4 -> 3, 5 -> 7, 8 -> 6       COW  | h | a | 9 | 4 | . | . | 8 | 5 | . |
+//	Write    chunk 4 -> 2, 5 -> 3, 8 -> 4, 9 -> 5       COW  | h | a | 4 | 5 | 8 | 9 |
+//	Punch    slots as they are                           COW  | h | a | 9 | 4 |       | 8 | 5 |
+//
+// The law of both: through the engine, the snapshot shows what it showed before, and package check finds
+// nothing new in the store.
+//
+// # Chunks of another size
+//
+// A smaller chunk is a part of a stored one. A larger chunk is stored when any part of it was; what else is
+// in it the snapshot showed from the origin, so it is read from there. The last chunk ends where the origin
+// does: what a store has behind that is shown to nobody and becomes zeros, where the origin is known.
+//
+// A store that is merged half-way is a store like any other: what was merged is not in it any more.
+package compact
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+var (
+	// ErrDamaged reports a store with problems that have to be mended first (package repair).
+	ErrDamaged = errors.New("store is damaged")
+
+	// ErrNeedsOrigin reports a task that can't be done without the origin's bytes.
+	ErrNeedsOrigin = errors.New("the origin is needed")
+)
+
+// Options say what the new store is to be like. The zero value asks for the same chunks, dense.
+type Options struct {
+	// Origin is the device that the store belongs to, nil where it is not at hand. It is only read.
+	Origin block.Device
+	// DropUnchanged leaves out chunks that hold what Origin holds. The snapshot shows the same without
+	// them.
+	DropUnchanged bool
+	// ChunkSectors is the new chunk size, 0 for that of the old store.
+	ChunkSectors uint32
+	// Progress hears how many bytes of the disk were looked at, of how many.
+	Progress func(done, total int64)
+}
+
+// A Plan is what a new store will be made of. Its methods only read the old one.
+type Plan struct {
+	o    Options
+	old  *store.Store
+	to   ondisk.Layout
+	end  int64 // of the disk, in bytes; the largest there is where the origin is not known
+	most uint64
+	gaps int64 // bytes that only the origin has
+	same struct {
+		view, origin []byte
+		differs      []bool
+	}
+}
+
+// anyDisk is an end that no disk reaches, small enough that offsets near it can be added.
+const anyDisk = 1 << 62
+
+// NewPlan looks at the store on cow and writes nothing.
+//
+// Errors: store.ErrInvalid; ErrDamaged for one in which package check finds an error; ErrNeedsOrigin where
+// unchanged chunks are to be dropped, or larger chunks made that are not stored whole, and there is no
+// origin; an origin that is not this store's; a chunk size that is none.
+func NewPlan(ctx context.Context, cow block.Device, o Options) (*Plan, error) {
+	if o.DropUnchanged && o.Origin == nil {
+		return nil, fmt.Errorf("%w: what is unchanged shows only beside it", ErrNeedsOrigin)
+	}
+	st, err := open(ctx, cow, check.Warning)
+	if err != nil {
+		return nil, err
+	}
+	p := &Plan{o: o, old: st, to: st.Layout(), end: anyDisk}
+	if o.ChunkSectors != 0 {
+		if p.to, err = ondisk.NewLayout(o.ChunkSectors); err != nil {
+			return nil, err
+		}
+	}
+	if o.Origin != nil {
+		if err := store.CheckBlockSize(p.to, o.Origin); err != nil {
+			return nil, err
+		}
+		p.end = o.Origin.Size()
+	}
+	if err := st.CheckOrigin(p.end); err != nil {
+		return nil, err
+	}
+	p.measure()
+	if p.gaps > 0 && o.Origin == nil {
+		return nil, fmt.Errorf("%w: of the chunks of %d bytes some are stored in part, and %d bytes more must be read from it",
+			ErrNeedsOrigin, p.to.ChunkBytes(), p.gaps)
+	}
+	if p.size() < 0 {
+		return nil, fmt.Errorf("no file is large enough for this store in chunks of %d bytes", p.to.ChunkBytes())
+	}
+	return p, nil
+}
+
+// open loads a store whose findings are all at most so bad.
+func open(ctx context.Context, cow block.Device, bearable check.Severity) (*store.Store, error) {
+	r, err := check.Run(ctx, cow, check.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if r.Has(check.MarkedInvalid) && r.Header.Magic == ondisk.Magic {
+		return nil, fmt.Errorf("%w: its header says so", store.ErrInvalid)
+	}
+	for _, f := range r.Findings {
+		if f.Problem().Severity > bearable {
+			return nil, fmt.Errorf("%w: %v", ErrDamaged, f)
+		}
+	}
+	return store.Open(cow)
+}
+
+// measure counts what the new store will have at most, and what it needs of the origin.
+func (p *Plan) measure() {
+	stored := int64(0)
+	for r := range p.old.Exceptions().All() {
+		from, to := p.bytesOf(span{r.Old, r.Count}, p.old.Layout())
+		stored += to - from
+	}
+	covered := int64(0)
+	for s := range p.spans() {
+		from, to := p.bytesOf(s, p.to)
+		covered += to - from
+		p.most += s.count
+	}
+	p.gaps = covered - stored
+}
+
+// Size is how long a device must be for the new store, in bytes: as long as the old one is, or longer
+// where chunks of the new size need more room for the same part of the disk.
+func (p *Plan) Size() int64 { return p.size() }
+
+// size is Size, or -1 where no device is so long.
+func (p *Plan) size() int64 {
+	from := p.old.Layout()
+	size := p.old.Device().Size()
+	room := from.Room(from.Chunks(size, false))
+	if from != p.to {
+		if shift := p.to.Shift(); shift > from.Shift() {
+			k := shift - from.Shift()
+			room = room>>k + min(1, room&(1<<k-1))
+		} else {
+			room <<= from.Shift() - shift
+		}
+	}
+	chunks := p.to.ChunksNeeded(max(room, p.most))
+	if chunks > uint64(math.MaxInt64)>>p.to.Shift() {
+		return -1
+	}
+	return max(size, int64(chunks)<<p.to.Shift())
+}
+
+// Layout is that of the new store.
+func (p *Plan) Layout() ondisk.Layout { return p.to }
+
+// EndUnknown reports that nothing told where the disk ends, and that it matters: the last stored chunk was cut
+// into smaller ones, and those behind the end of a disk that ends within it are too many. Where it does,
+// the origin must be given.
+func (p *Plan) EndUnknown() bool {
+	return p.o.Origin == nil && p.to.Shift() < p.old.Layout().Shift() && p.old.Len() > 0
+}
+
+// LastStored is where the last stored chunk begins on the disk, and how long it is, in bytes.
+func (p *Plan) LastStored() (off, length int64) {
+	last, _ := p.old.Exceptions().Max()
+	return p.old.Layout().OriginOffset(last), p.old.Layout().ChunkBytes()
+}

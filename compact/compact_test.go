@@ -1,0 +1,499 @@
+package compact_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"math/rand/v2"
+	"os"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/compact"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
+
+// A world is an origin and a store that was written to at random.
+type world struct {
+	origin *block.Memory
+	cow    *block.Memory
+	view   []byte // what the snapshot shows
+}
+
+// A past says what happened to a world's store.
+type past struct {
+	sectors    uint32 // of a chunk
+	kind       snapshot.StoreType
+	holes      bool // slots that were taken out, chunks that leaked
+	halfMerged bool
+	disk       int64 // bytes
+}
+
+// newWorld makes a store with zeros, data, and chunks that were written with what they held.
+func newWorld(t *testing.T, r *rand.Rand, p past) world {
+	t.Helper()
+	w := world{origin: block.MemoryFrom(blocktest.Pattern(int(p.disk), r.Uint64()))}
+	l := ondisk.Layout{ChunkSectors: p.sectors}
+	w.cow = block.NewMemory(int64(l.ChunksNeeded(l.Chunks(p.disk, true))) * l.ChunkBytes())
+	o := snapshot.NewOrigin(w.origin)
+	s, err := o.Attach(w.cow, snapshot.Options{Store: p.kind, ChunkSectors: p.sectors})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 5 + r.IntN(60) {
+		n := 512 * (1 + r.Int64N(24))
+		off := 512 * r.Int64N(p.disk/512)
+		n = min(n, p.disk-off)
+		b := blocktest.Pattern(int(n), r.Uint64())
+		switch r.IntN(4) {
+		case 0:
+			clear(b)
+		case 1: // the same bytes again
+			if _, err := s.ReadAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+		case 2: // the origin changes, the snapshot keeps
+			if _, err := o.WriteAt(b, off); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		if _, err := s.WriteAt(b, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if p.halfMerged {
+		mergeHalf(t, r, s)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if p.holes {
+		takeOut(t, r, w.cow)
+	}
+	w.view = shown(t, w.origin, w.cow)
+	return w
+}
+
+// mergeHalf makes some steps of a merge and leaves it there.
+func mergeHalf(t *testing.T, r *rand.Rand, s *snapshot.Snapshot) {
+	t.Helper()
+	m, err := s.BeginMerge()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 1 + r.IntN(4) {
+		if _, err := m.Step(1 + r.Uint64N(3)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// takeOut leaves out a third of the slots, so that their chunks are holes, and shuffles the rest.
+func takeOut(t *testing.T, r *rand.Rand, cow *block.Memory) {
+	t.Helper()
+	h, err := store.ReadHeader(cow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := ondisk.Layout{ChunkSectors: h.ChunkSectors}
+	var kept []ondisk.Exception
+	areas := uint64(0)
+	for e, err := range store.Scan(cow, l) {
+		if err != nil {
+			t.Fatal(err)
+		}
+		areas = e.Slot.Area + 1
+		if !e.IsEnd() && r.IntN(3) > 0 {
+			kept = append(kept, e.Exception)
+		}
+	}
+	r.Shuffle(len(kept), func(i, j int) { kept[i], kept[j] = kept[j], kept[i] })
+	for k := range areas {
+		if err := block.Zero(cow, l.COWOffset(l.AreaChunk(k)), l.ChunkBytes(), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for n, e := range kept {
+		var b [ondisk.SlotSize]byte
+		e.Encode(b[:])
+		if _, err := cow.WriteAt(b[:], l.SlotOffset(ondisk.Slot{Area: uint64(n) / l.SlotsPerArea(), Index: uint64(n) % l.SlotsPerArea()})); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// shown is what a snapshot shows through the engine. It changes neither side.
+func shown(t *testing.T, origin, cow block.Device) []byte {
+	t.Helper()
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := make([]byte, s.Size())
+	if _, err := s.ReadAt(b, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// made compacts cow into memory that held something else before.
+func made(t *testing.T, cow block.Device, o compact.Options) (*block.Memory, compact.Result) {
+	t.Helper()
+	p, err := compact.NewPlan(t.Context(), cow, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := block.MemoryFrom(blocktest.Pattern(int(p.Size()), 5))
+	res, err := p.Write(t.Context(), out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out, res
+}
+
+// wantClean wants check to find nothing.
+func wantClean(t *testing.T, cow, origin block.Device) *check.Report {
+	t.Helper()
+	r, err := check.Run(t.Context(), cow, check.Options{Origin: origin})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.Clean() {
+		t.Errorf("check finds %v", r.Findings)
+	}
+	return r
+}
+
+// wantDense wants the chunks of the store to ascend with the origin's, without a hole.
+func wantDense(t *testing.T, cow block.Device) *store.Store {
+	t.Helper()
+	st, err := store.Open(cow)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := uint64(0)
+	for r := range st.Exceptions().All() {
+		for i := range r.Count {
+			if want := st.Layout().DataChunk(n); r.New+ondisk.COWChunk(i) != want {
+				t.Fatalf("origin chunk %d is in chunk %d, not %d", r.Old+ondisk.OriginChunk(i), r.New+ondisk.COWChunk(i), want)
+			}
+			n++
+		}
+	}
+	return st
+}
+
+// TestLaw: through whatever compacting makes of a store, the snapshot shows what it showed; check finds
+// nothing; and compacting that again gives the same bytes.
+func TestLaw(t *testing.T) {
+	r := rand.New(rand.NewPCG(1, 1))
+	for i := range 60 {
+		p := past{sectors: 1 << r.IntN(7), kind: snapshot.Persistent, holes: i%3 == 1, halfMerged: i%4 == 2, disk: 512 * (400 + r.Int64N(400))}
+		if i%2 == 1 {
+			p.kind = snapshot.PersistentOverflow
+		}
+		w := newWorld(t, r, p)
+		o := compact.Options{Origin: w.origin, DropUnchanged: i%5 > 1, ChunkSectors: 1 << r.IntN(8)}
+		before, origin := w.cow.Bytes(), w.origin.Bytes()
+		out, res := made(t, w.cow, o)
+		if !bytes.Equal(w.cow.Bytes(), before) || !bytes.Equal(w.origin.Bytes(), origin) {
+			t.Fatal("the old store or the origin was changed")
+		}
+		wantClean(t, out, w.origin)
+		st := wantDense(t, out)
+		if st.Len() != res.Exceptions || st.Layout().ChunkSectors != o.ChunkSectors {
+			t.Errorf("%d exceptions of %d sectors, want %d of %d", st.Len(), st.Layout().ChunkSectors, res.Exceptions, o.ChunkSectors)
+		}
+		if o.DropUnchanged {
+			wantChanged(t, st, w)
+		}
+		if got := shown(t, w.origin, out); !bytes.Equal(got, w.view) {
+			t.Fatalf("round %d, %+v, %+v: the snapshot shows something else", i, p, o.ChunkSectors)
+		}
+		again, res2 := made(t, out, o)
+		if !bytes.Equal(again.Bytes(), out.Bytes()) {
+			t.Fatalf("round %d: the second time it is another store (%+v, %+v)", i, res, res2)
+		}
+		if t.Failed() {
+			t.Fatalf("round %d: %+v, %+v", i, p, o)
+		}
+	}
+}
+
+// wantChanged wants every stored chunk to differ from the origin, and all others to be the same.
+func wantChanged(t *testing.T, st *store.Store, w world) {
+	t.Helper()
+	l, origin := st.Layout(), w.origin.Bytes()
+	for n := range l.Chunks(int64(len(origin)), true) {
+		off := l.OriginOffset(ondisk.OriginChunk(n))
+		end := min(off+l.ChunkBytes(), int64(len(origin)))
+		_, stored := st.Lookup(ondisk.OriginChunk(n))
+		if differs := !bytes.Equal(w.view[off:end], origin[off:end]); differs != stored {
+			t.Errorf("chunk %d: differs %v, stored %v", n, differs, stored)
+		}
+	}
+}
+
+// Chunks of more than a piece are compared and copied in pieces.
+func TestLargeChunks(t *testing.T) {
+	r := rand.New(rand.NewPCG(2, 2))
+	for _, to := range []uint32{1 << 12, 1 << 13} { // 2 MiB, 4 MiB
+		w := newWorld(t, r, past{sectors: 64, kind: snapshot.Persistent, holes: true, disk: 5<<20 + 512})
+		out, _ := made(t, w.cow, compact.Options{Origin: w.origin, DropUnchanged: true, ChunkSectors: to})
+		wantClean(t, out, w.origin)
+		wantChanged(t, wantDense(t, out), w)
+		if !bytes.Equal(shown(t, w.origin, out), w.view) {
+			t.Errorf("%d sectors: the snapshot shows something else", to)
+		}
+		back, _ := made(t, out, compact.Options{Origin: w.origin, DropUnchanged: true, ChunkSectors: 1})
+		wantChanged(t, wantDense(t, back), w)
+		if !bytes.Equal(shown(t, w.origin, back), w.view) {
+			t.Errorf("%d sectors and back: the snapshot shows something else", to)
+		}
+	}
+}
+
+// Without an origin: the same chunks, smaller ones, larger ones that are stored whole.
+func TestWithoutOrigin(t *testing.T) {
+	r := rand.New(rand.NewPCG(3, 3))
+	for _, to := range []uint32{8, 1, 4} {
+		w := newWorld(t, r, past{sectors: 8, kind: snapshot.Persistent, holes: true, disk: 1 << 20})
+		out, res := made(t, w.cow, compact.Options{ChunkSectors: to})
+		wantClean(t, out, w.origin)
+		if res.Filled != 0 || !bytes.Equal(shown(t, w.origin, out), w.view) {
+			t.Errorf("%d sectors: the snapshot shows something else (%+v)", to, res)
+		}
+	}
+	origin, cow := block.NewMemory(1<<20), block.NewMemory(2<<20)
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(off, n int64) {
+		if _, err := s.WriteAt(blocktest.Pattern(int(n), uint64(off)), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(3*65536, 65536)
+	write(7*65536, 2*65536)
+	if err := s.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	out, res := made(t, cow, compact.Options{ChunkSectors: 128})
+	if res.Exceptions != 3 || !bytes.Equal(shown(t, origin, out), shown(t, origin, cow)) {
+		t.Errorf("%+v", res)
+	}
+	write(0, 4096) // a part of a larger chunk
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := compact.NewPlan(t.Context(), cow, compact.Options{ChunkSectors: 128}); !errors.Is(err, compact.ErrNeedsOrigin) {
+		t.Errorf("larger chunks that are stored in part: %v", err)
+	}
+	if _, err := compact.NewPlan(t.Context(), cow, compact.Options{DropUnchanged: true}); !errors.Is(err, compact.ErrNeedsOrigin) {
+		t.Errorf("dropping without an origin: %v", err)
+	}
+}
+
+// The last chunk of a disk that ends within it gives no smaller chunks behind the end, where the origin tells
+// it; where nothing does, that is said.
+func TestShortLastChunk(t *testing.T) {
+	origin, cow := block.NewMemory(65536+1024), block.NewMemory(1<<20)
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 16})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.WriteAt(bytes.Repeat([]byte{7}, 1024), 65536); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	// What a kernel leaves behind the end of the disk is anything.
+	if _, err := cow.WriteAt(bytes.Repeat([]byte{9}, 8192-1024), 2*8192+1024); err != nil {
+		t.Fatal(err)
+	}
+	out, res := made(t, cow, compact.Options{Origin: origin, ChunkSectors: 1})
+	wantClean(t, out, origin)
+	if res.Exceptions != 2 {
+		t.Errorf("%+v", res)
+	}
+	out, _ = made(t, cow, compact.Options{Origin: origin, ChunkSectors: 16})
+	if bytes.IndexByte(out.Bytes(), 9) >= 0 {
+		t.Error("what lay behind the end is still there")
+	}
+	p, err := compact.NewPlan(t.Context(), cow, compact.Options{ChunkSectors: 1})
+	if err != nil || !p.EndUnknown() {
+		t.Errorf("%v", err)
+	}
+	if off, n := p.LastStored(); off != 65536 || n != 8192 {
+		t.Errorf("%d, %d", off, n)
+	}
+	for _, o := range []compact.Options{{}, {Origin: origin, ChunkSectors: 1}} {
+		if p, err := compact.NewPlan(t.Context(), cow, o); err != nil || p.EndUnknown() {
+			t.Errorf("%+v: the end is said to matter (%v)", o, err)
+		}
+	}
+}
+
+// A COW device that could never overflow can't afterwards, whatever the chunks.
+func TestRoomStays(t *testing.T) {
+	for from := uint32(1); from <= 64; from *= 2 {
+		for to := uint32(1); to <= 64; to *= 2 {
+			const disk = 1<<20 + 512
+			a, b := ondisk.Layout{ChunkSectors: from}, ondisk.Layout{ChunkSectors: to}
+			cow := block.NewMemory(int64(a.ChunksNeeded(a.Chunks(disk, true))) * a.ChunkBytes())
+			if _, err := store.Create(cow, a, true); err != nil {
+				t.Fatal(err)
+			}
+			out, _ := made(t, cow, compact.Options{ChunkSectors: to})
+			if room, all := b.Room(b.Chunks(out.Size(), false)), b.Chunks(disk, true); room < all || out.Size() < cow.Size() {
+				t.Errorf("%d to %d sectors: room for %d chunks of %d", from, to, room, all)
+			}
+		}
+	}
+}
+
+// The valid word means valid whatever it is but 0, and is kept; the size of the device too; zeros take no
+// space.
+func TestKept(t *testing.T) {
+	origin, cow := block.NewMemory(1<<22), block.NewMemory(8<<20)
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, off := range []int64{1 << 20, 3 << 20} {
+		if _, err := s.WriteAt(make([]byte, 256<<10), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.WriteAt([]byte("data"), 2<<20); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := cow.WriteAt([]byte{0xff, 0xff, 0xff, 0xff}, 4); err != nil {
+		t.Fatal(err)
+	}
+	p, err := compact.NewPlan(t.Context(), cow, compact.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := block.NewMemory(p.Size())
+	if _, err := p.Write(t.Context(), out); err != nil {
+		t.Fatal(err)
+	}
+	if h, err := store.ReadHeader(out); err != nil || h.Valid != 0xffffffff {
+		t.Errorf("%+v, %v", h, err)
+	}
+	if out.Size() != cow.Size() || out.Allocated() > 64<<10 {
+		t.Errorf("%d bytes, of which %d take space", out.Size(), out.Allocated())
+	}
+}
+
+// Whatever fails, the error comes out; and a signal ends the work.
+func TestFailures(t *testing.T) {
+	w := newWorld(t, rand.New(rand.NewPCG(4, 4)), past{sectors: 8, kind: snapshot.Persistent, disk: 1 << 20})
+	boom := errors.New("the disk fails")
+	compactOn := func(cow, origin, out block.Device) error {
+		p, err := compact.NewPlan(t.Context(), cow, compact.Options{Origin: origin, DropUnchanged: true, ChunkSectors: 16})
+		if err == nil {
+			_, err = p.Write(t.Context(), out)
+		}
+		return err
+	}
+	for which := range 3 {
+		devs := [3]block.Device{w.cow, w.origin, block.NewMemory(4 << 20)}
+		faults := blocktest.NewFaulty(devs[which], nil)
+		devs[which] = faults
+		if err := compactOn(devs[0], devs[1], devs[2]); err != nil {
+			t.Fatal(err)
+		}
+		n, want := faults.Count(), shown(t, w.origin, devs[2])
+		for i := range n {
+			devs[2] = block.NewMemory(4 << 20)
+			if which == 2 {
+				faults = blocktest.NewFaulty(devs[2], nil)
+				devs[2] = faults
+			}
+			faults.Set(blocktest.FailNth(faults.Count()+1+i, boom))
+			err := compactOn(devs[0], devs[1], devs[2])
+			faults.Set(nil)
+			if err == nil && which == 0 && bytes.Equal(shown(t, w.origin, devs[2]), want) {
+				continue // an area was read again, sector by sector
+			}
+			if !errors.Is(err, boom) && !errors.Is(err, compact.ErrDamaged) {
+				t.Fatalf("device %d, operation %d of %d: %v", which, i, n, err)
+			}
+		}
+	}
+	full := blocktest.NewQuota(block.NewMemory(4<<20), 64<<10, true)
+	if err := compactOn(w.cow, w.origin, full); !block.IsNoSpace(err) {
+		t.Errorf("without space: %v", err)
+	}
+	ctx, stop := context.WithCancelCause(t.Context())
+	p, err := compact.NewPlan(ctx, w.cow, compact.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop(boom)
+	if _, err := p.Write(ctx, block.NewMemory(p.Size())); !errors.Is(err, boom) {
+		t.Errorf("when told to stop: %v", err)
+	}
+}
+
+// What is invalid or damaged is refused, by both.
+func TestRefused(t *testing.T) {
+	for what, c := range map[string]struct {
+		off   int64
+		bytes []byte
+		want  error
+		punch error // where it differs
+	}{
+		"invalid":        {4, []byte{0}, store.ErrInvalid, nil},
+		"no store":       {0, []byte{0, 0, 0, 0}, compact.ErrDamaged, nil},
+		"chunk twice":    {4096, []byte{1, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 3}, compact.ErrDamaged, nil},
+		"void slots":     {8192 - 16, []byte{1, 0, 0, 0, 0, 0, 0, 0, 200}, nil, compact.ErrDamaged},
+		"past the end":   {4096 + 8, []byte{0, 0, 0, 1}, compact.ErrDamaged, nil},
+		"another origin": {4096, []byte{0, 0, 0, 0, 1}, nil, nil},
+	} {
+		w := newWorld(t, rand.New(rand.NewPCG(5, 5)), past{sectors: 8, kind: snapshot.Persistent, disk: 1 << 20})
+		if _, err := w.cow.WriteAt(c.bytes, c.off); err != nil {
+			t.Fatal(err)
+		}
+		before := w.cow.Bytes()
+		_, err := compact.NewPlan(t.Context(), w.cow, compact.Options{Origin: w.origin})
+		if what == "another origin" {
+			if err == nil {
+				t.Error("an exception behind the end of the origin")
+			}
+			continue
+		}
+		if !errors.Is(err, c.want) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if c.punch == nil {
+			c.punch = c.want
+		}
+		if _, err := compact.Punch(t.Context(), w.cow, nil); !errors.Is(err, c.punch) {
+			t.Errorf("%s: punch: %v", what, err)
+		}
+		if !bytes.Equal(w.cow.Bytes(), before) {
+			t.Errorf("%s: the store was touched", what)
+		}
+	}
+}

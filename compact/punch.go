@@ -1,0 +1,114 @@
+package compact
+
+import (
+	"cmp"
+	"context"
+	"iter"
+	"slices"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// A stretch is neighbouring chunks of a COW device.
+type stretch struct {
+	first ondisk.COWChunk
+	count uint64
+}
+
+// Punch gives back the space of what the store on dev does not use: data chunks that no exception names,
+// areas behind the one with the end mark, and what lies behind the last chunk. The header and all areas in
+// use stay, whatever stands in them. It returns how many bytes were given back; what of them took space
+// before, dev alone knows. Only whole blocks of 4 KiB are.
+//
+// A chunk that is handed out later is written whole, and an area is zeroed before it is used (package
+// store; the kernel does the same), so that nobody reads what was there. Punching may be cut at any time
+// and started again.
+//
+// Errors: store.ErrInvalid, since an invalid store's exceptions are not read, and what they name would be
+// taken for unused; ErrDamaged also for a mere warning of package check, since slots behind a wrong end mark may
+// be worth mending; ctx's cause; those of dev.
+func Punch(ctx context.Context, dev block.Device, progress func(done, total int64)) (given int64, err error) {
+	st, err := open(ctx, dev, check.Note)
+	if err != nil {
+		return 0, err
+	}
+	used, err := inUse(ctx, dev, st)
+	if err != nil {
+		return 0, err
+	}
+	// The race considered: a process was killed in the middle of a merge, and that slots are gone is in the
+	// cache of the operating system only. A power cut would bring them back, and their chunks would be holes.
+	if err := dev.Flush(); err != nil {
+		return 0, err
+	}
+	for off, n := range unused(st.Layout(), used, dev.Size()) {
+		if ctx.Err() != nil {
+			return given, context.Cause(ctx)
+		}
+		if err := block.Discard(dev, off, n); err != nil {
+			return given, err
+		}
+		given += n
+		if progress != nil {
+			progress(off+n, dev.Size())
+		}
+	}
+	return given, dev.Flush()
+}
+
+// inUse returns the chunks that must stay, ascending: header, areas up to that with the end mark, data. It
+// goes through the slots in their order, in which data chunks ascend as a rule: so the list is short where the
+// store is, however scattered its origin chunks are.
+func inUse(ctx context.Context, dev block.Device, st *store.Store) ([]stretch, error) {
+	l := st.Layout()
+	used := []stretch{{0, 1}}
+	for e, err := range store.Scan(dev, l) {
+		if err == nil && e.Slot.Index == 0 {
+			err = context.Cause(ctx)
+		}
+		if err != nil {
+			return nil, err
+		}
+		if e.Slot.Index == 0 {
+			used = appendChunk(used, l.AreaChunk(e.Slot.Area))
+		}
+		if !e.IsEnd() {
+			used = appendChunk(used, e.New)
+		}
+	}
+	slices.SortFunc(used, func(a, b stretch) int { return cmp.Compare(a.first, b.first) })
+	return used, nil
+}
+
+// appendChunk adds chunk m, to the last stretch where it follows it.
+func appendChunk(list []stretch, m ondisk.COWChunk) []stretch {
+	if last := &list[len(list)-1]; last.first+ondisk.COWChunk(last.count) == m {
+		last.count++
+		return list
+	}
+	return append(list, stretch{m, 1})
+}
+
+// unused yields offset and length, in bytes, of what lies between the stretches and behind them, as whole blocks.
+func unused(l ondisk.Layout, used []stretch, size int64) iter.Seq2[int64, int64] {
+	return func(yield func(off, n int64) bool) {
+		at := int64(0)
+		for _, s := range append(used, stretch{}) {
+			end := l.COWOffset(s.first)
+			if s.count == 0 {
+				end = size
+			}
+			from, to := (at+blockBytes-1)&^(blockBytes-1), end&^(blockBytes-1)
+			if end == size {
+				to = end // a file's last block may be a short one
+			}
+			if from < to && !yield(from, to-from) {
+				return
+			}
+			at = end + int64(s.count)<<l.Shift()
+		}
+	}
+}

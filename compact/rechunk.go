@@ -1,0 +1,111 @@
+package compact
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"iter"
+
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// pieceBytes is how much is read, compared or written at once.
+const pieceBytes = 1 << 20
+
+// A span is neighbouring chunks of the origin, of the new size unless said otherwise.
+type span struct {
+	first ondisk.OriginChunk
+	count uint64 // ≥ 1
+}
+
+// bytesOf returns where on the disk a span of chunks of some layout begins and ends.
+func (p *Plan) bytesOf(s span, l ondisk.Layout) (from, to int64) {
+	from, to = l.OriginOffset(s.first), p.end
+	if whole := uint64(p.end-from) >> l.Shift(); s.count <= whole {
+		to = from + int64(s.count)<<l.Shift()
+	}
+	return from, to
+}
+
+// spans yields the new chunks of which something is stored, ascending and joined.
+func (p *Plan) spans() iter.Seq[span] {
+	return func(yield func(span) bool) {
+		var last span
+		for r := range p.old.Exceptions().All() {
+			from, to := p.bytesOf(span{r.Old, r.Count}, p.old.Layout())
+			s := span{first: p.to.OriginChunkAt(from)}
+			s.count = uint64(p.to.OriginChunkAt(to-1)-s.first) + 1
+			if end := last.first + ondisk.OriginChunk(last.count); last.count > 0 && s.first <= end {
+				// A larger chunk of which two runs have a part joins them.
+				last.count = uint64(s.first-last.first) + s.count
+				continue
+			}
+			if last.count > 0 && !yield(last) {
+				return
+			}
+			last = s
+		}
+		if last.count > 0 {
+			yield(last)
+		}
+	}
+}
+
+// compare tells which chunks of s, one by one, differ from the origin's: s is one chunk, or fits in a
+// piece. Only the bytes that the origin has are compared. What it returns is valid until the next call.
+func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
+	c := &p.same
+	if c.view == nil {
+		c.view, c.origin = make([]byte, pieceBytes), make([]byte, pieceBytes)
+	}
+	c.differs = append(c.differs[:0], make([]bool, s.count)...)
+	off, end := p.bytesOf(s, p.to)
+	for off < end && !(s.count == 1 && c.differs[0]) {
+		a := c.view[:min(pieceBytes, end-off)]
+		b := c.origin[:len(a)]
+		if ctx.Err() != nil {
+			return nil, context.Cause(ctx)
+		}
+		if _, err := p.read(a, off); err != nil {
+			return nil, err
+		}
+		if _, err := p.o.Origin.ReadAt(b, off); err != nil {
+			return nil, fmt.Errorf("read the origin at byte %d: %w", off, err)
+		}
+		for len(a) > 0 {
+			k := min(p.to.ChunkBytes(), int64(len(a)))
+			i := p.to.OriginChunkAt(off) - s.first
+			c.differs[i] = c.differs[i] || !bytes.Equal(a[:k], b[:k])
+			a, b, off = a[k:], b[k:], off+k
+		}
+	}
+	return c.differs, nil
+}
+
+// read fills b with what the snapshot shows at byte off, and with zeros behind the end of the disk. It returns
+// how many of these bytes are the origin's.
+func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
+	if over := off + int64(len(b)) - p.end; over > 0 {
+		inside := max(0, int64(len(b))-over)
+		clear(b[inside:])
+		b = b[:inside]
+	}
+	l := p.old.Layout()
+	for len(b) > 0 {
+		first, in := l.OriginChunkAt(off), off&(l.ChunkBytes()-1)
+		chunks := uint64(in+int64(len(b))-1)>>l.Shift() + 1
+		new, count, mapped := p.old.LookupRun(first, chunks)
+		n := min(int64(len(b)), int64(count)<<l.Shift()-in)
+		dev, at, whose := p.o.Origin, off, "the origin"
+		if mapped {
+			dev, at, whose = p.old.Device(), l.COWOffset(new)+in, "the store"
+		} else {
+			origins += n
+		}
+		if _, err := dev.ReadAt(b[:n], at); err != nil {
+			return 0, fmt.Errorf("read %s at byte %d: %w", whose, at, err)
+		}
+		b, off = b[n:], off+n
+	}
+	return origins, nil
+}
