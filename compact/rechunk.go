@@ -74,8 +74,7 @@ func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
 		}
 		for len(a) > 0 {
 			k := min(p.to.ChunkBytes(), int64(len(a)))
-			i := p.to.OriginChunkAt(off) - s.first
-			c.differs[i] = c.differs[i] || !bytes.Equal(a[:k], b[:k])
+			c.differs[p.to.OriginChunkAt(off)-s.first] = !bytes.Equal(a[:k], b[:k])
 			a, b, off = a[k:], b[k:], off+k
 		}
 	}
