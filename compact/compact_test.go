@@ -135,8 +135,8 @@ func TestShortLastChunk(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, off := range []int64{8192, 65536} {
-		if _, err := s.WriteAt(bytes.Repeat([]byte{7}, 1024), off); err != nil {
+	for _, w := range [][2]int{{8192, 8192}, {65536, 1024}} {
+		if _, err := s.WriteAt(bytes.Repeat([]byte{7}, w[1]), int64(w[0])); err != nil {
 			t.Fatal(err)
 		}
 	}

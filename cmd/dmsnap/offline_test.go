@@ -31,6 +31,8 @@ var offline = []struct {
 	{verb: "dump --pack", args: []string{"dump", "--pack", "COW", "-o", "OUT"}, live: true, any: true},
 	{verb: "repair", args: []string{"repair", "COW", "OUT"}},
 	{verb: "repair --in-place", args: []string{"repair", "COW", "--in-place", "--undo", "OUT"}, writes: true},
+	{verb: "compact", args: []string{"compact", "COW", "OUT"}},
+	{verb: "compact --punch", args: []string{"compact", "COW", "--punch"}, writes: true},
 	{verb: "restore", args: []string{"restore", "COW", "OUT"}}, // COW is the text: binary where text belongs
 }
 
@@ -322,6 +324,16 @@ func TestOfflineUsage(t *testing.T) {
 		{"repair COW --undo-apply OUT --in-place", "nothing else"},
 		{"repair COW --undo-apply missing", "missing"},
 		{"repair COW OUT --chunk-size 7", "512-byte sectors"},
+		{"compact COW", "COW and NEWCOW"},
+		{"compact COW OUT --frobnicate", "unknown flag"},
+		{"compact COW OUT --chunk-size 3k", "power of 2"},
+		{"compact COW OUT --chunk-size 64k", "--origin ORIGIN"},
+		{"compact COW OUT --drop-unchanged", "--origin ORIGIN"},
+		{"compact COW OUT --origin missing", "missing"},
+		{"compact COW OUT --origin COW", "cannot be the same"},
+		{"compact COW OUT --punch", "no NEWCOW"},
+		{"compact COW --punch --force", "no other option"},
+		{"compact COW --punch --chunk-size 4k", "no other option"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			dmsnap(p.with(strings.Fields(c.args))...).wantRefused(t, c.say)
