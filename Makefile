@@ -55,6 +55,14 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 deep: ## the random and crash tests for longer than a commit waits
 	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/...
 
+.PHONY: release
+release: ## build bin/dmsnap as it is released: static, without paths and symbols
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags "-s -w" -o $(BIN) ./cmd/dmsnap
+
+.PHONY: bench
+bench: release ## dmsnap beside its peers: table, JSON and plot in docs/benchmarks; ARGS="--rounds 1 --seconds 1 --only REGEXP"
+	$(GO) run ./bench --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s) each
 	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' .); do \

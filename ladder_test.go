@@ -29,7 +29,7 @@ var floors = map[string]int{
 
 	// Only tests and demonstrations use these; nothing below may.
 	"internal/kernelcase": 1, "internal/model": 1, "internal/testcerts": 1,
-	"demo": 7,
+	"demo": 7, "bench": 7,
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.

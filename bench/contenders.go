@@ -1,0 +1,235 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+)
+
+// A contender is a column of the table: one way to serve the same origin.
+type contender struct {
+	key, title string
+	needs      string // the program, "" for dmsnap itself
+	// create makes an empty overlay; nil when the overlay lives no longer than the process, or there is none.
+	create func(ctx context.Context, l *lab, base, image string) error
+	// serve is the command line of the server; nil when fio goes to the image itself.
+	serve  func(l *lab, base, image, socket string) []string
+	export string
+	// raw: there is no overlay, the image is a copy of the origin.
+	raw bool
+}
+
+// The columns' keys. A bar names those it compares with.
+const (
+	ours     = "dmsnap"
+	ourRaw   = "dmsnap-raw"
+	qcow2    = "qcow2"
+	qcow2by4 = "qcow2-4k"
+	cow      = "nbdkit-cow"
+	cowBy4   = "nbdkit-cow-4k"
+	file     = "nbdkit-file"
+	direct   = "direct"
+)
+
+var (
+	durablePeers = []string{qcow2, qcow2by4}
+	volatile     = []string{cow, cowBy4}
+	cowPeers     = []string{qcow2, qcow2by4, cow, cowBy4}
+)
+
+// contenders in the order of the columns. The peers run with their defaults and, since blocks of 64 KiB cost
+// them much in random writes of 4 KiB, with blocks of 4 KiB as well: the better one is the one to beat.
+var contenders = []contender{
+	{key: ours, title: "dmsnap",
+		create: createDmsnap, serve: serveDmsnap},
+	{key: ourRaw, title: "dmsnap, raw export", raw: true,
+		serve: serveDmsnapRaw, export: "origin"},
+	{key: qcow2, title: "qemu-nbd, qcow2", needs: "qemu-nbd",
+		create: createQcow2("64k"), serve: serveQcow2},
+	{key: qcow2by4, title: "qemu-nbd, qcow2, 4 KiB clusters", needs: "qemu-nbd",
+		create: createQcow2("4k"), serve: serveQcow2},
+	{key: cow, title: "nbdkit cow (not durable)", needs: "nbdkit",
+		serve: serveCOW("64K")},
+	{key: cowBy4, title: "nbdkit cow, 4 KiB blocks (not durable)", needs: "nbdkit",
+		serve: serveCOW("4K")},
+	{key: file, title: "nbdkit file", needs: "nbdkit", raw: true,
+		serve: func(l *lab, base, image, socket string) []string {
+			return []string{"nbdkit", "-f", "-U", socket, "file", image}
+		}},
+	{key: direct, title: "pread/pwrite", raw: true},
+}
+
+// titled returns the title of a column.
+func titled(key string) string {
+	for _, c := range contenders {
+		if c.key == key {
+			return c.title
+		}
+	}
+	return key
+}
+
+// find returns a contender by its key.
+func find(key string) contender {
+	for _, c := range contenders {
+		if c.key == key {
+			return c
+		}
+	}
+	panic("no contender " + key)
+}
+
+// available says whether the contender's program is there.
+func (c contender) available() bool {
+	if c.needs == "" {
+		return true
+	}
+	_, err := exec.LookPath(c.needs)
+	return err == nil
+}
+
+func createDmsnap(ctx context.Context, l *lab, base, image string) error {
+	return command(ctx, l.binary, "create", base, image)
+}
+
+func serveDmsnap(l *lab, base, image, socket string) []string {
+	return []string{l.binary, "serve", base, "snap=" + image, "--socket", socket}
+}
+
+// serveDmsnapRaw serves the image as an origin. A server has one snapshot at least when it starts;
+// [lab.open] drops it.
+func serveDmsnapRaw(l *lab, base, image, socket string) []string {
+	return []string{l.binary, "serve", image, "none=" + l.path("none.cow"), "--create",
+		"--export-origin", "--socket", socket, "--control", l.path("c.sock")}
+}
+
+func createQcow2(cluster string) func(ctx context.Context, l *lab, base, image string) error {
+	return func(ctx context.Context, l *lab, base, image string) error {
+		return command(ctx, "qemu-img", "create", "-q", "-f", "qcow2", "-F", "raw", "-b", base,
+			"-o", "cluster_size="+cluster, image)
+	}
+}
+
+// serveQcow2 has qemu-nbd's default cache mode, writeback: flushes reach the disk. As many clients as come.
+func serveQcow2(l *lab, base, image, socket string) []string {
+	return []string{"qemu-nbd", "-t", "-e", "64", "-f", "qcow2", "-k", socket, image}
+}
+
+// serveCOW keeps what is written in an unlinked file in the scratch folder.
+func serveCOW(blocks string) func(l *lab, base, image, socket string) []string {
+	return func(l *lab, base, image, socket string) []string {
+		return []string{"env", "TMPDIR=" + l.dir, "nbdkit", "-f", "-U", socket, "--filter=cow", "file", base, "cow-block-size=" + blocks}
+	}
+}
+
+// A target is what fio works on: a server that runs, or a file.
+type target struct {
+	server *server
+	uri    string // of the NBD export, or
+	path   string // of the file
+}
+
+func (t *target) close() error {
+	if t.server == nil {
+		return nil
+	}
+	return t.server.stop()
+}
+
+// open starts c on an image that is there, or made already.
+func (l *lab) open(ctx context.Context, c contender, base, image string) (*target, error) {
+	if c.serve == nil {
+		return &target{path: image}, nil
+	}
+	s, err := l.start(ctx, func(socket string) []string { return c.serve(l, base, image, socket) })
+	if err != nil {
+		return nil, err
+	}
+	if c.key == ourRaw {
+		if err := command(ctx, l.binary, "drop", "--control", l.path("c.sock"), "none"); err != nil {
+			return nil, errors.Join(err, s.stop())
+		}
+	}
+	return &target{server: s, uri: s.uri(c.export)}, nil
+}
+
+// prepare brings c into the state in which a workload begins: an empty overlay, or one into which fill was
+// written through the server itself. Where the overlay is a file that state is made once and kept; changes says
+// that the workload changes which chunks are in the overlay, so that it gets a copy.
+func (l *lab) prepare(ctx context.Context, c contender, fill *job, changes bool) (*target, error) {
+	base, err := l.image("base.img", l.origin)
+	if err != nil {
+		return nil, err
+	}
+	var image string
+	switch {
+	case c.raw:
+		if image, err = l.image("raw.img", l.origin); err != nil {
+			return nil, err
+		}
+		fill = nil // all of it is there already
+	case c.create == nil: // in the process
+	case fill == nil:
+		if image, err = l.overlay(ctx, c, base); err != nil {
+			return nil, err
+		}
+	default:
+		if image, err = l.template(ctx, c, base, fill); err != nil {
+			return nil, err
+		}
+		if changes {
+			kept := image
+			image = l.path(c.key + ".run")
+			if err := copyImage(ctx, kept, image); err != nil {
+				return nil, err
+			}
+		}
+		if err := warm(image); err != nil {
+			return nil, err
+		}
+	}
+	t, err := l.open(ctx, c, base, image)
+	if err != nil {
+		return nil, err
+	}
+	if fill != nil && c.create == nil {
+		if _, err := l.fio(ctx, *fill, t); err != nil {
+			return nil, errors.Join(fmt.Errorf("fill: %w", err), t.close())
+		}
+	}
+	settle()
+	return t, nil
+}
+
+// overlay makes an empty overlay in place of the last one.
+func (l *lab) overlay(ctx context.Context, c contender, base string) (string, error) {
+	image := l.path(c.key + ".run")
+	if err := os.Remove(image); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return "", err
+	}
+	return image, c.create(ctx, l, base, image)
+}
+
+// template returns the overlay of c with fill written to it, made when it is first asked for.
+func (l *lab) template(ctx context.Context, c contender, base string, fill *job) (string, error) {
+	kept := l.path(c.key + "." + fill.name)
+	if _, err := os.Stat(kept); err == nil {
+		return kept, nil
+	}
+	l.say("%s: %s", c.key, fill.name)
+	image, err := l.overlay(ctx, c, base)
+	if err != nil {
+		return "", err
+	}
+	t, err := l.open(ctx, c, base, image)
+	if err != nil {
+		return "", err
+	}
+	_, err = l.fio(ctx, *fill, t)
+	if err := errors.Join(err, t.close()); err != nil {
+		return "", fmt.Errorf("fill: %w", err)
+	}
+	return kept, os.Rename(image, kept)
+}

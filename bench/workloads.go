@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"errors"
+)
+
+// The states in which workloads begin, written through the server that is measured. Each block of 4 KiB is
+// written once, in random order.
+var (
+	halfFull  = &job{name: "half", rw: "randwrite", block: 4096, depth: 16, total: originSize / 2, sync: true, seed: 1}
+	halfAtOne = &job{name: "rewrite", rw: "randwrite", block: 4096, depth: 16, size: originSize / 2, sync: true, seed: 1}
+)
+
+// fioRow is a row whose figure is fio's: operations a second, or MiB a second.
+type fioRow struct {
+	name    string
+	job     job
+	fill    *job // state it begins in; nil is an empty overlay
+	changes bool // it changes which chunks are in the overlay
+	bytes   bool // the figure is MiB/s
+	columns []string
+	bars    []bar
+}
+
+func (f fioRow) row() row {
+	r := row{name: f.name, unit: "IOPS", columns: f.columns, bars: f.bars}
+	if f.bytes {
+		r.unit = "MiB/s"
+	}
+	r.run = func(ctx context.Context, l *lab, c contender, round int) (s sample, err error) {
+		t, err := l.prepare(ctx, c, f.fill, f.changes)
+		if err != nil {
+			return s, err
+		}
+		defer func() { err = errors.Join(err, t.close()) }()
+		j := f.job
+		j.seed = 100 + round // another order than the fill's, the same for all servers
+		got, err := l.fio(ctx, j, t)
+		if err != nil {
+			return s, err
+		}
+		return got.sample(f.bytes), nil
+	}
+	return r
+}
+
+func (r fioResult) sample(bytes bool) sample {
+	s := sample{Value: r.IOPS}
+	if bytes {
+		s.Value = r.Bytes / (1 << 20)
+	}
+	if r.P99 > 0 {
+		s.More = map[string]float64{"p99": r.P99}
+	}
+	return s
+}
+
+var everyServer = []string{ours, ourRaw, qcow2, qcow2by4, cow, cowBy4, file, direct}
+
+// workloads are the rows of issue 5's table, in its order.
+func workloads() []row {
+	rows := []row{
+		fioRow{name: "4 KiB random read, depth 16, half the chunks in the COW",
+			job: job{rw: "randread", block: 4096, depth: 16, timed: true}, fill: halfFull, columns: everyServer,
+			bars: []bar{{text: "≥ 1.5 × best COW peer", least: 1.5, peers: cowPeers},
+				{text: "≥ 1.15 × nbdkit file", least: 1.15, peers: []string{file}}},
+		}.row(),
+		fioRow{name: "4 KiB random first write, depth 16",
+			job: job{rw: "randwrite", block: 4096, depth: 16, total: originSize / 2}, columns: everyServer,
+			bars: []bar{{text: "≥ 1.5 × best durable COW peer", least: 1.5, peers: durablePeers},
+				{text: "≥ 1.1 × nbdkit cow", least: 1.1, peers: volatile},
+				{text: "≥ 0.93 × own raw export", least: 0.93, peers: []string{ourRaw}}},
+		}.row(),
+		fioRow{name: "4 KiB random rewrite, depth 16",
+			job: job{rw: "randwrite", block: 4096, depth: 16, size: originSize / 2, timed: true}, fill: halfAtOne, columns: everyServer,
+			bars: []bar{{text: "≥ 1.2 × best COW peer", least: 1.2, peers: cowPeers}},
+		}.row(),
+		fioRow{name: "64 KiB sequential first write, depth 8", bytes: true,
+			job: job{rw: "write", block: 64 << 10, depth: 8}, columns: everyServer,
+			bars: []bar{{text: "≥ 1.8 × best COW peer", least: 1.8, peers: cowPeers},
+				{text: "≥ 0.8 × nbdkit file", least: 0.8, peers: []string{file}}},
+		}.row(),
+		fioRow{name: "4 KiB random first write, depth 1, flush after each",
+			job: job{rw: "randwrite", block: 4096, depth: 1, flush: true, limited: true}, columns: everyServer,
+			bars: []bar{{text: "≥ 1.3 × best durable COW peer", least: 1.3, peers: durablePeers}},
+		}.row(),
+		fioRow{name: "sequential read of a snapshot, 1 MiB, depth 4", bytes: true,
+			job: job{rw: "read", block: 1 << 20, depth: 4, timed: true}, fill: halfFull, columns: everyServer,
+			bars: []bar{{text: "≥ 1.0 × best COW peer", least: 1, peers: cowPeers}},
+		}.row(),
+		fioRow{name: "16 clients at once, 4 KiB, mixed 70/30, depth 4 each",
+			job:  job{rw: "randrw", block: 4096, depth: 4, clients: 16, mix: 70, timed: true, latency: true},
+			fill: halfFull, changes: true, columns: everyServer,
+			bars: []bar{{text: "≥ 1.2 × best COW peer", least: 1.2, peers: cowPeers},
+				{text: "p99 no worse than the best COW peer's", least: 1, peers: cowPeers, figure: "p99"}},
+		}.row(),
+	}
+	return rows
+}
+
+// curveRows are the rows of the curves.
+func curveRows() []row { return nil }
