@@ -19,8 +19,8 @@ import (
 // nothing; and compacting that again gives the same bytes.
 func TestLaw(t *testing.T) {
 	r := rand.New(rand.NewPCG(1, 1))
-	for i := range 60 {
-		p := past{sectors: 1 << r.IntN(7), kind: snapshot.Persistent, holes: i%3 == 1, halfMerged: i%4 == 2, disk: 512 * (400 + r.Int64N(400))}
+	for i := range 48 {
+		p := past{sectors: 1 << r.IntN(7), kind: snapshot.Persistent, holes: i%3 == 1, halfMerged: i%4 == 2, disk: 512 * (200 + r.Int64N(400))}
 		if i%2 == 1 {
 			p.kind = snapshot.PersistentOverflow
 		}
@@ -70,7 +70,7 @@ func wantChanged(t *testing.T, st *store.Store, w world) {
 func TestLargeChunks(t *testing.T) {
 	r := rand.New(rand.NewPCG(2, 2))
 	for _, to := range []uint32{1 << 12, 1 << 13} { // 2 MiB, 4 MiB
-		w := newWorld(t, r, past{sectors: 64, kind: snapshot.Persistent, holes: true, disk: 5<<20 + 512})
+		w := newWorld(t, r, past{sectors: 64, kind: snapshot.Persistent, holes: true, disk: 4<<20 + 512})
 		out, _ := made(t, w.cow, compact.Options{Origin: w.origin, DropUnchanged: true, ChunkSectors: to})
 		wantClean(t, out, w.origin)
 		wantChanged(t, wantDense(t, out), w)
