@@ -80,16 +80,28 @@ type fioResult struct {
 	P99   float64 // seconds: the worse of reads and writes, 0 when not measured
 }
 
+// A fioRun is fio at work.
+type fioRun struct {
+	cmd             *exec.Cmd
+	out, complaints bytes.Buffer
+}
+
+func (l *lab) startFio(ctx context.Context, j job, t *target) (*fioRun, error) {
+	r := &fioRun{cmd: exec.CommandContext(ctx, "fio", l.fioArgs(j, t)...)}
+	r.cmd.Stdout, r.cmd.Stderr = &r.out, &r.complaints
+	return r, r.cmd.Start()
+}
+
 // fio runs a job to its end.
 func (l *lab) fio(ctx context.Context, j job, t *target) (fioResult, error) {
-	args := l.fioArgs(j, t)
-	cmd := exec.CommandContext(ctx, "fio", args...)
-	var out, complaints bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &complaints
-	if err := cmd.Run(); err != nil {
-		return fioResult{}, fmt.Errorf("fio %q: %w\n%s%s", args, err, complaints.Bytes(), tail(out.Bytes(), 500))
+	r, err := l.startFio(ctx, j, t)
+	if err == nil {
+		err = r.cmd.Wait()
 	}
-	return parseFio(out.Bytes())
+	if err != nil {
+		return fioResult{}, fmt.Errorf("%q: %w\n%s%s", r.cmd.Args, err, r.complaints.Bytes(), tail(r.out.Bytes(), 500))
+	}
+	return parseFio(r.out.Bytes())
 }
 
 // tail is the end of b.

@@ -34,7 +34,7 @@ type bar struct {
 	peers []string // columns
 	// figure is the name of the sample's other figure that is meant; less of it is better. "" is the row's own.
 	figure string
-	// limit is an absolute bar on the row's own figure, where there are no peers.
+	// limit is an absolute bar, where there are no peers.
 	limit float64
 }
 
@@ -165,7 +165,7 @@ func (r *rowResult) judge(bars []bar) {
 		case own == nil:
 			v.Absent = true
 		case b.peers == nil:
-			v.Value = own.Median
+			v.Value = median(own.values(b.figure))
 			v.Reached = v.Value == b.limit || better(v.Value, b.limit, less)
 		case peer == nil:
 			v.Absent = true

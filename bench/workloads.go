@@ -85,6 +85,8 @@ func workloads() []row {
 			job: job{rw: "randwrite", block: 4096, depth: 1, flush: true, limited: true}, columns: everyServer,
 			bars: []bar{{text: "≥ 1.3 × best durable COW peer", least: 1.3, peers: durablePeers}},
 		}.row(),
+		originRow("4 KiB random write to the origin, 1 snapshot, depth 16", 1, 0.76),
+		originRow("4 KiB random write to the origin, 4 snapshots, depth 16", 4, 0.4),
 		fioRow{name: "sequential read of a snapshot, 1 MiB, depth 4", bytes: true,
 			job: job{rw: "read", block: 1 << 20, depth: 4, timed: true}, fill: halfFull, columns: everyServer,
 			bars: []bar{{text: "≥ 1.0 × best COW peer", least: 1, peers: cowPeers}},
@@ -95,9 +97,12 @@ func workloads() []row {
 			bars: []bar{{text: "≥ 1.2 × best COW peer", least: 1.2, peers: cowPeers},
 				{text: "p99 no worse than the best COW peer's", least: 1, peers: cowPeers, figure: "p99"}},
 		}.row(),
+		mergeRow("offline merge, 512 MiB of random 4 KiB chunks into 2 GiB", scattered,
+			[]bar{{text: "≥ 3 × qemu-img commit", least: 3, peers: durablePeers},
+				{text: "≥ 0.5 × copying in order with fsync", least: 0.5, peers: []string{direct}}}),
+		mergeRow("offline merge, 512 MiB contiguous", contiguous,
+			[]bar{{text: "≥ 0.9 × copying in order with fsync", least: 0.9, peers: []string{direct}}}),
+		liveMergeRow(),
 	}
-	return rows
+	return append(rows, processRows()...)
 }
-
-// curveRows are the rows of the curves.
-func curveRows() []row { return nil }

@@ -1,0 +1,3 @@
+package main
+
+func curveRows() []row { return nil }
