@@ -29,11 +29,14 @@ func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	w := &writer{p: p, ctx: ctx, st: st, buf: make([]byte, pieceBytes)}
+	w := &writer{p: p, ctx: ctx, st: st, buf: make([]byte, 0, pieceBytes)}
 	for s := range p.spans() {
 		if err := w.span(s); err != nil {
 			return Result{}, err
 		}
+	}
+	if err := w.flush(); err != nil {
+		return Result{}, err
 	}
 	if err := st.Sync(); err != nil {
 		return Result{}, err
@@ -44,14 +47,18 @@ func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	return w.made, dst.Flush()
 }
 
-// A writer fills one new store.
+// A writer fills one new store. Its chunks follow each other whatever their origin chunks are, so that it
+// gathers scattered ones to large writes.
 type writer struct {
 	p    *Plan
 	ctx  context.Context
 	st   *store.Store
-	buf  []byte
 	made Result
 	done uint64 // chunks looked at
+
+	buf     []byte              // gathered, at most a piece
+	at      int64               // byte of the device where buf belongs
+	waiting []store.Reservation // whose last bytes are in buf
 }
 
 // span takes over what is to be kept of s, as many chunks at a time as fit in a piece.
@@ -102,10 +109,7 @@ func (w *writer) copy(s span) error {
 		if err != nil {
 			return err
 		}
-		if err := w.data(r); err != nil {
-			return err
-		}
-		if err := r.Commit(); err != nil {
+		if err := w.gather(r); err != nil {
 			return err
 		}
 		w.made.Exceptions += r.Count
@@ -114,24 +118,44 @@ func (w *writer) copy(s span) error {
 	return nil
 }
 
-// data writes the chunks of a reservation. Each piece begins and ends inside one, or is whole ones.
-func (w *writer) data(r store.Reservation) error {
+// gather reads the chunks of a reservation.
+func (w *writer) gather(r store.Reservation) error {
 	l := w.p.to
 	for i, n := int64(0), int64(r.Count)<<l.Shift(); i < n; {
 		if w.ctx.Err() != nil {
 			return context.Cause(w.ctx)
 		}
-		b := w.buf[:min(pieceBytes, n-i)]
+		off := l.COWOffset(r.New) + i
+		if len(w.buf) == cap(w.buf) || w.at+int64(len(w.buf)) != off { // full, or there is an area between
+			if err := w.flush(); err != nil {
+				return err
+			}
+			w.at = off
+		}
+		b := w.buf[len(w.buf):min(cap(w.buf), len(w.buf)+int(n-i))]
 		filled, err := w.p.read(b, l.OriginOffset(r.Old)+i)
 		if err != nil {
 			return err
 		}
-		if err := writeSparse(w.st.Device(), b, l.COWOffset(r.New)+i); err != nil {
-			return fmt.Errorf("write the new store: %w", err)
-		}
+		w.buf = w.buf[:len(w.buf)+len(b)]
 		w.made.Filled += filled
 		i += int64(len(b))
 	}
+	w.waiting = append(w.waiting, r)
+	return nil
+}
+
+// flush writes what was gathered.
+func (w *writer) flush() error {
+	if err := writeSparse(w.st.Device(), w.buf, w.at); err != nil {
+		return fmt.Errorf("write the new store: %w", err)
+	}
+	for _, r := range w.waiting {
+		if err := r.Commit(); err != nil {
+			return err
+		}
+	}
+	w.buf, w.waiting = w.buf[:0], w.waiting[:0]
 	return nil
 }
 
