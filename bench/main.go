@@ -14,6 +14,7 @@ import (
 	"context"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"os/signal"
 	"path/filepath"
@@ -82,15 +83,14 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer l.close()
-	rows := workloads()
 	if curves {
-		rows = curveRows()
+		return l.measure(ctx, curveRows(), (*report).printCurves, (*report).writeCurves)
 	}
-	return l.measure(ctx, rows, curves)
+	return l.measure(ctx, workloads(), (*report).printTable, (*report).write)
 }
 
-// measure runs the rows that were asked for and reports them.
-func (l *lab) measure(ctx context.Context, rows []row, curves bool) error {
+// measure runs the rows that were asked for and reports them with print and write.
+func (l *lab) measure(ctx context.Context, rows []row, print func(*report, io.Writer) error, write func(*report, string) error) error {
 	report := &report{Machine: l.machine(ctx), Rounds: l.rounds, Seconds: l.seconds}
 	l.say("scratch folder %s (%s)", l.dir, report.Machine.FileSystem)
 	for _, r := range rows {
@@ -106,7 +106,7 @@ func (l *lab) measure(ctx context.Context, rows []row, curves bool) error {
 		}
 		report.Rows = append(report.Rows, result)
 		if l.out != "" { // what has been measured is kept, whatever becomes of the rest
-			if err := report.write(l.out, curves); err != nil {
+			if err := write(report, l.out); err != nil {
 				return err
 			}
 		}
@@ -117,10 +117,7 @@ func (l *lab) measure(ctx context.Context, rows []row, curves bool) error {
 	if l.json {
 		return report.printJSON(os.Stdout)
 	}
-	if curves {
-		return report.printCurves(os.Stdout)
-	}
-	return report.printTable(os.Stdout)
+	return print(report, os.Stdout)
 }
 
 // newLab makes the scratch folder.

@@ -10,6 +10,8 @@ import (
 // A row is a workload, measured on some contenders.
 type row struct {
 	name string
+	x    float64 // of a curve: which point of it, and
+	axis string  // what that counts
 	unit string
 	less bool // less is better
 	// columns are the keys of the contenders it is measured on.
@@ -19,6 +21,14 @@ type row struct {
 	bars []bar
 	// cleanup, where there is one, removes what the row left in the scratch folder.
 	cleanup func(l *lab) error
+}
+
+// point names the point of a curve.
+func (r row) point() string {
+	if r.axis == "" {
+		return ""
+	}
+	return fmt.Sprintf(", %g %s", r.x, r.axis)
 }
 
 // A sample is one measurement: the row's figure, and others worth keeping, by their names.
@@ -40,7 +50,7 @@ type bar struct {
 
 // row measures a row in rounds, each beginning with another contender.
 func (l *lab) row(ctx context.Context, r row) (rowResult, error) {
-	result := rowResult{Name: r.name, Unit: r.unit, Less: r.less}
+	result := rowResult{Name: r.name, X: r.x, Axis: r.axis, Unit: r.unit, Less: r.less}
 	var present []contender
 	for _, key := range r.columns {
 		c := find(key)
@@ -59,7 +69,7 @@ func (l *lab) row(ctx context.Context, r row) (rowResult, error) {
 			if err != nil {
 				return result, fmt.Errorf("%s: %w", c.title, err)
 			}
-			l.say("%s, round %d, %s: %s (%.1f s in all)", r.name, round+1, c.key, figureText(s.Value, r.unit), time.Since(began).Seconds())
+			l.say("%s%s, round %d, %s: %s (%.1f s in all)", r.name, r.point(), round+1, c.key, figureText(s.Value, r.unit), time.Since(began).Seconds())
 			result.Columns[at].Samples = append(result.Columns[at].Samples, s)
 		}
 	}
@@ -76,6 +86,8 @@ func (l *lab) row(ctx context.Context, r row) (rowResult, error) {
 // rowResult is a row's measurements and what follows from them. The JSON names are what results.json has.
 type rowResult struct {
 	Name    string    `json:"name"`
+	X       float64   `json:"x,omitempty"`
+	Axis    string    `json:"axis,omitempty"`
 	Unit    string    `json:"unit"`
 	Less    bool      `json:"less_is_better"`
 	Columns []column  `json:"columns"`
