@@ -63,6 +63,14 @@ release: ## build bin/dmsnap as it is released: static, without paths and symbol
 bench: release ## dmsnap beside its peers: table, JSON and plot in docs/benchmarks; ARGS="--rounds 1 --seconds 1 --only REGEXP"
 	$(GO) run ./bench --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
 
+.PHONY: bench-curves
+bench-curves: release ## how cost grows with exceptions, snapshots, connections and the chunk size
+	$(GO) run ./bench curves --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
+
+.PHONY: bench-compare
+bench-compare: ## Go benchmarks of the working tree beside those of REF=commit, by benchstat; BENCH=regexp
+	@REF='$(REF)' GO='$(GO)' bench/compare.sh
+
 .PHONY: fuzz
 fuzz: ## every fuzz target for FUZZTIME (10s) each
 	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' .); do \

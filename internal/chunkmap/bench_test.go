@@ -104,6 +104,9 @@ func build(b *testing.B, es []ondisk.Exception, fill func(*Map)) {
 func BenchmarkGet(b *testing.B) {
 	for i, o := range orders {
 		for _, n := range []uint64{million / 16, million, 16 * million} {
+			if n > million && testing.Short() {
+				continue
+			}
 			es := exceptions(i, n)
 			var m Map
 			for _, e := range es {
