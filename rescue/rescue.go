@@ -94,8 +94,11 @@ func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, er
 		return nil, fmt.Errorf("nothing to rescue by: no layout")
 	}
 	rep := r.report
-	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic && !rep.Has(check.NoEndMark) && !rep.Has(check.AreaPastDevice) &&
-		!rep.Has(check.Unreadable)
+	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic
+	// After these there may be exceptions, or there were, that nothing is known of.
+	for _, c := range []check.Code{check.DeviceTooSmall, check.NoEndMark, check.AreaPastDevice, check.Unreadable, check.HeaderNamed, check.OriginImpossible} {
+		r.whole = r.whole && !rep.Has(c)
+	}
 	return r, nil
 }
 

@@ -253,6 +253,18 @@ func TestDamage(t *testing.T) {
 	if _, ranges := rescued(t, origin, cow); rescue.Totals(ranges)[rescue.Doubtful] != 8*sector {
 		t.Errorf("two exceptions for one chunk: %v", ranges)
 	}
+	// Whose exceptions these were is gone, so that what has none may have had one.
+	for name, e := range map[string]ondisk.Exception{"no such chunk": {Old: 1 << 60, New: 4}, "in the header": {Old: 4, New: 0}} {
+		origin, cow = build()
+		put(cow, 9, e)
+		if _, ranges := rescued(t, origin, cow); rescue.Totals(ranges)[rescue.Certain] != 9*8*sector {
+			t.Errorf("%s: %v", name, ranges)
+		}
+	}
+	origin, cow = build()
+	if _, ranges := rescued(t, origin, block.MemoryFrom(cow.Bytes()[:8*sector])); rescue.Totals(ranges)[rescue.Doubtful] != origin.Size() {
+		t.Errorf("cut behind the header: %v", ranges)
+	}
 	// No header any more.
 	origin, cow = build()
 	if _, err := cow.WriteAt(make([]byte, 512), 0); err != nil {
