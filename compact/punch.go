@@ -92,6 +92,9 @@ func appendChunk(list []stretch, m ondisk.COWChunk) []stretch {
 	return append(list, stretch{m, 1})
 }
 
+// blockBytes is the unit in which file systems keep space, as a rule: less of it can't be freed.
+const blockBytes = 4096
+
 // unused yields offset and length, in bytes, of what lies between the stretches and behind them, as whole blocks.
 func unused(l ondisk.Layout, used []stretch, size int64) iter.Seq2[int64, int64] {
 	return func(yield func(off, n int64) bool) {

@@ -1,9 +1,7 @@
 package compact
 
 import (
-	"bytes"
 	"context"
-	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -29,13 +27,13 @@ func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	if err != nil {
 		return Result{}, err
 	}
-	w := &writer{p: p, ctx: ctx, st: st, buf: make([]byte, 0, pieceBytes)}
+	w := &writer{p: p, ctx: ctx, st: st, fill: store.NewFiller(st, pieceBytes)}
 	for s := range p.spans() {
 		if err := w.span(s); err != nil {
 			return Result{}, err
 		}
 	}
-	if err := w.flush(); err != nil {
+	if err := w.fill.Flush(); err != nil {
 		return Result{}, err
 	}
 	if err := st.Sync(); err != nil {
@@ -47,18 +45,14 @@ func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	return w.made, dst.Flush()
 }
 
-// A writer fills one new store. Its chunks follow each other whatever their origin chunks are, so that it
-// gathers scattered ones to large writes.
+// A writer fills one new store.
 type writer struct {
 	p    *Plan
 	ctx  context.Context
 	st   *store.Store
+	fill *store.Filler
 	made Result
 	done uint64 // chunks looked at
-
-	buf     []byte              // gathered, at most a piece
-	at      int64               // byte of the device where buf belongs
-	waiting []store.Reservation // whose last bytes are in buf
 }
 
 // span takes over what is to be kept of s, as many chunks at a time as fit in a piece.
@@ -104,96 +98,18 @@ func (w *writer) part(s span) error {
 
 // copy adds all chunks of s to the store.
 func (w *writer) copy(s span) error {
-	for s.count > 0 {
-		r, err := w.st.Reserve(s.first, s.count)
-		if err != nil {
-			return err
-		}
-		if err := w.gather(r); err != nil {
-			return err
-		}
-		w.made.Exceptions += r.Count
-		s = span{s.first + ondisk.OriginChunk(r.Count), s.count - r.Count}
-	}
-	return nil
-}
-
-// gather reads the chunks of a reservation.
-func (w *writer) gather(r store.Reservation) error {
-	l := w.p.to
-	for i, n := int64(0), int64(r.Count)<<l.Shift(); i < n; {
+	err := w.fill.Add(s.first, s.count, func(b []byte, off int64) error {
 		if w.ctx.Err() != nil {
 			return context.Cause(w.ctx)
 		}
-		off := l.COWOffset(r.New) + i
-		if len(w.buf) == cap(w.buf) || w.at+int64(len(w.buf)) != off { // full, or there is an area between
-			if err := w.flush(); err != nil {
-				return err
-			}
-			w.at = off
-		}
-		b := w.buf[len(w.buf):min(cap(w.buf), len(w.buf)+int(n-i))]
-		filled, err := w.p.read(b, l.OriginOffset(r.Old)+i)
-		if err != nil {
-			return err
-		}
-		w.buf = w.buf[:len(w.buf)+len(b)]
+		filled, err := w.p.read(b, off)
 		w.made.Filled += filled
-		i += int64(len(b))
+		return err
+	})
+	if err == nil {
+		w.made.Exceptions += s.count
 	}
-	w.waiting = append(w.waiting, r)
-	return nil
-}
-
-// flush writes what was gathered.
-func (w *writer) flush() error {
-	if err := writeSparse(w.st.Device(), w.buf, w.at); err != nil {
-		return fmt.Errorf("write the new store: %w", err)
-	}
-	for _, r := range w.waiting {
-		if err := r.Commit(); err != nil {
-			return err
-		}
-	}
-	w.buf, w.waiting = w.buf[:0], w.waiting[:0]
-	return nil
-}
-
-// blockBytes is the unit in which file systems keep space, as a rule: less of it is not worth a hole.
-const blockBytes = 4096
-
-var zeros [blockBytes]byte
-
-// writeSparse writes b at off, but blocks of zeros as holes where dev can.
-func writeSparse(dev block.Device, b []byte, off int64) error {
-	for len(b) > 0 {
-		zero, n := startsZero(b, off)
-		for int(n) < len(b) {
-			next, k := startsZero(b[n:], off+n)
-			if next != zero {
-				break
-			}
-			n += k
-		}
-		var err error
-		if zero {
-			err = block.Zero(dev, off, n, 0)
-		} else {
-			_, err = dev.WriteAt(b[:n], off)
-		}
-		if err != nil {
-			return err
-		}
-		b, off = b[n:], off+n
-	}
-	return nil
-}
-
-// startsZero reports whether the first n bytes of b, which end with a block of the device, are a whole block
-// of zeros.
-func startsZero(b []byte, off int64) (zero bool, n int64) {
-	n = min(blockBytes-off%blockBytes, int64(len(b)))
-	return n == blockBytes && bytes.Equal(b[:n], zeros[:]), n
+	return err
 }
 
 // close gives back the space that was set aside for further chunks, and keeps the valid word: any but 0

@@ -6,6 +6,7 @@ import (
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -15,7 +16,9 @@ type Work struct {
 	ChunkSectors uint32
 	Chunks       uint64 // exceptions to merge
 	Runs         uint64 // stretches of them that are consecutive on both devices
+	Ranges       uint64 // stretches of the origin that are overwritten
 	Bytes        int64  // to copy to the origin
+	UndoBytes    int64  // size of a store that keeps what is overwritten; see WriteUndo
 }
 
 // Plan tells what Offline would do with these devices, or the error with which it would refuse. It
@@ -32,9 +35,14 @@ func Plan(origin, cow block.Device) (Work, error) {
 // workOf counts what is to be merged from st into an origin of size bytes.
 func workOf(st *store.Store, size int64) Work {
 	l := st.Layout()
-	w := Work{ChunkSectors: l.ChunkSectors, Chunks: st.Len()}
+	w := Work{ChunkSectors: l.ChunkSectors, Chunks: st.Len(), UndoBytes: int64(l.ChunksNeeded(st.Len())) << l.Shift()}
+	var end ondisk.OriginChunk // of the run before
 	for r := range st.Exceptions().All() {
 		w.Runs++
+		if w.Runs == 1 || r.Old != end {
+			w.Ranges++
+		}
+		end = r.Old + ondisk.OriginChunk(r.Count)
 		w.Bytes += min(int64(r.Count)<<l.Shift(), size-l.OriginOffset(r.Old)) // the last chunk may overlap the end
 	}
 	return w
@@ -58,7 +66,11 @@ func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, er
 	if err := m.Resume(); err != nil {
 		return w, errors.Join(err, m.Close())
 	}
-	return w, errors.Join(Run(ctx, m, o), m.Close())
+	err = Run(ctx, m, o)
+	if err == nil {
+		err = finishTie(m)
+	}
+	return w, errors.Join(err, m.Close())
 }
 
 // load makes the merge of two devices without starting it.

@@ -1,0 +1,116 @@
+package store
+
+import (
+	"bytes"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// A Filler adds chunks to a store that nobody else uses. Its chunks follow each other whatever their
+// origin chunks are, so that it gathers scattered ones to large writes; where there is a stretch of zeros
+// the device gets no space, if it can be without.
+type Filler struct {
+	st      *Store
+	buf     []byte        // gathered
+	at      int64         // byte of the device where buf belongs
+	waiting []Reservation // whose last bytes are in buf
+}
+
+// NewFiller returns a Filler that writes at most so many bytes at once.
+func NewFiller(st *Store, together int) *Filler {
+	return &Filler{st: st, buf: make([]byte, 0, together)}
+}
+
+// Add adds the origin chunks old, old+1, … of which none has an exception yet. read gives their content: it
+// fills p with what stands at byte off of the origin. They are in the store after the next Flush.
+//
+// Errors: those of Reserve, ErrFull among them, of the device and of read. The store is of no use to a Filler
+// any more after one.
+func (f *Filler) Add(old ondisk.OriginChunk, count uint64, read func(p []byte, off int64) error) error {
+	for count > 0 {
+		r, err := f.st.Reserve(old, count)
+		if err != nil {
+			return err
+		}
+		if err := f.gather(r, read); err != nil {
+			return err
+		}
+		old, count = old+ondisk.OriginChunk(r.Count), count-r.Count
+	}
+	return nil
+}
+
+// gather reads the chunks of a reservation.
+func (f *Filler) gather(r Reservation, read func(p []byte, off int64) error) error {
+	l := f.st.layout
+	for i, n := int64(0), int64(r.Count)<<l.Shift(); i < n; {
+		off := l.COWOffset(r.New) + i
+		if len(f.buf) == cap(f.buf) || f.at+int64(len(f.buf)) != off { // full, or there is an area between
+			if err := f.Flush(); err != nil {
+				return err
+			}
+			f.at = off
+		}
+		p := f.buf[len(f.buf):min(cap(f.buf), len(f.buf)+int(n-i))]
+		if err := read(p, l.OriginOffset(r.Old)+i); err != nil {
+			return err
+		}
+		f.buf = f.buf[:len(f.buf)+len(p)]
+		i += int64(len(p))
+	}
+	f.waiting = append(f.waiting, r)
+	return nil
+}
+
+// Flush writes what was gathered and commits it. Sync makes it durable.
+func (f *Filler) Flush() error {
+	if err := writeSparse(f.st.dev, f.buf, f.at); err != nil {
+		return fmt.Errorf("write the new store: %w", err)
+	}
+	for _, r := range f.waiting {
+		if err := r.Commit(); err != nil {
+			return err
+		}
+	}
+	f.buf, f.waiting = f.buf[:0], f.waiting[:0]
+	return nil
+}
+
+// blockBytes is the unit in which file systems keep space, as a rule: less of it is not worth a hole.
+const blockBytes = 4096
+
+var zeroBlock [blockBytes]byte
+
+// writeSparse writes b at off, but blocks of zeros as holes where dev can.
+func writeSparse(dev block.Device, b []byte, off int64) error {
+	for len(b) > 0 {
+		zero, n := startsZero(b, off)
+		for int(n) < len(b) {
+			next, k := startsZero(b[n:], off+n)
+			if next != zero {
+				break
+			}
+			n += k
+		}
+		var err error
+		if zero {
+			err = block.Zero(dev, off, n, 0)
+		} else {
+			_, err = dev.WriteAt(b[:n], off)
+		}
+		if err != nil {
+			return err
+		}
+		b, off = b[n:], off+n
+	}
+	return nil
+}
+
+// startsZero reports whether the first n bytes of b, which end with a block of the device, are a whole block
+// of zeros.
+func startsZero(b []byte, off int64) (zero bool, n int64) {
+	n = min(blockBytes-off%blockBytes, int64(len(b)))
+	return n == blockBytes && bytes.Equal(b[:n], zeroBlock[:]), n
+}
