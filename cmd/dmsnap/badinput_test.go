@@ -8,7 +8,6 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
 // A trap is something wrong with the files that a verb is given.
@@ -37,10 +36,8 @@ func patch(off int64, b ...byte) func(*testing.T, *pair) {
 }
 
 var (
-	readers    = []string{"status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
-	pairs      = []string{"export", "diff", "diff --verify", "merge", "merge -n", "serve", "serve --read-only"}
-	everything = []string{"create", "status", "export", "diff", "diff --verify", "list", "map", "map --origin", "inspect", "merge", "merge -n", "serve", "serve --read-only"}
-	writers    = []string{"merge", "serve"}
+	readers = []string{"status", "export", "diff", "diff --verify", "list", "map", "map --origin", "merge", "merge -n", "serve", "serve --read-only"}
+	pairs   = []string{"export", "diff", "diff --verify", "merge", "merge -n", "serve", "serve --read-only"}
 )
 
 var traps = []trap{
@@ -50,30 +47,15 @@ var traps = []trap{
 	{name: "chunk size 0", set: patch(12, 0), say: []string{"byte 0xc", "chunk size 0"}, only: readers},
 	{name: "chunk size 7", set: patch(12, 7), say: []string{"byte 0xc", "chunk size 7"}, only: readers},
 	{name: "chunk size too high", set: patch(12, 0, 0, 0, 0x80), say: []string{"byte 0xc", "too high"}, only: readers},
-	{name: "COW is empty", set: cut(0), say: []string{"0 bytes"}, only: readers},
-	{name: "COW is text", set: patch(0, []byte("[disk]\npath = /srv/disk.img\n")...), say: []string{"byte 0x0", "magic"}, only: readers},
-	{name: "COW is random", set: patch(0, blocktest.Pattern(5*4096, 9)...), say: []string{"byte 0x0", "magic"}, only: readers},
 	{name: "truncated within the header", set: cut(100), say: []string{"100 bytes"}, only: readers},
 	{name: "truncated within area 0", set: cut(6000), say: []string{"area 0"}, only: readers},
 	{name: "truncated within the data", set: cut(5 * 4096), say: []string{"area 0 slot 3", "past the end"}, only: readers},
 	{name: "exception in an area", set: patch(4096+8, 1), say: []string{"area 0 slot 0, byte 0x1000", "metadata"}, only: readers},
 	{name: "chunk twice", set: patch(4096+16, 0), say: []string{"area 0 slot 1", "two exceptions"}, only: readers},
 	{name: "invalid", set: func(t *testing.T, p *pair) { spoil(t, p.cow) }, say: []string{"invalid"}, only: []string{"export", "diff", "list", "map", "merge", "merge -n"}},
-	{name: "COW is missing", set: func(t *testing.T, p *pair) { os.Remove(p.cow) }, say: []string{"no such file"}, only: append([]string{"inspect"}, readers...)},
-	{name: "COW is a directory", set: func(t *testing.T, p *pair) { p.cow = p.dir }, say: []string{"is a directory"}, only: everything},
-	{name: "COW is a character device", set: func(t *testing.T, p *pair) { p.cow = "/dev/null" }, say: []string{"character device"}, only: everything},
 	{name: "COW is the origin", set: func(t *testing.T, p *pair) { p.cow = p.origin }, say: []string{"cannot be the same"}, only: append([]string{"create"}, pairs...)},
 	{name: "COW is a symbolic link to the origin", set: func(t *testing.T, p *pair) { link(t, p, os.Symlink) }, say: []string{"cannot be the same"}, only: append([]string{"create"}, pairs...)},
 	{name: "COW is a hard link of the origin", set: func(t *testing.T, p *pair) { link(t, p, os.Link) }, say: []string{"cannot be the same"}, only: append([]string{"create"}, pairs...)},
-	{name: "COW may not be read", set: chmod(0, func(p *pair) string { return p.cow }), say: []string{"permission denied"}, only: everything},
-	{name: "COW may not be written", set: chmod(0o400, func(p *pair) string { return p.cow }), say: []string{"permission denied"}, only: writers},
-	{name: "COW in use", set: func(t *testing.T, p *pair) { openFile(t, p.cow, false) }, say: []string{"already in use"}, only: append([]string{"create --force"}, pairs...)},
-	{name: "COW being read", set: func(t *testing.T, p *pair) { openFile(t, p.cow, true) }, say: []string{"already in use"}, only: writers},
-	{name: "origin is missing", origin: true, set: func(t *testing.T, p *pair) { os.Remove(p.origin) }, say: []string{"no such file"}, only: append([]string{"create", "map --origin"}, pairs...)},
-	{name: "origin is a directory", origin: true, set: func(t *testing.T, p *pair) { p.origin = p.dir }, say: []string{"is a directory"}, only: append([]string{"create", "map --origin"}, pairs...)},
-	{name: "origin may not be read", origin: true, set: chmod(0, func(p *pair) string { return p.origin }), say: []string{"permission denied"}, only: append([]string{"create", "map --origin"}, pairs...)},
-	{name: "origin may not be written", origin: true, set: chmod(0o400, func(p *pair) string { return p.origin }), say: []string{"permission denied"}, only: writers},
-	{name: "origin in use", origin: true, set: func(t *testing.T, p *pair) { openFile(t, p.origin, false) }, say: []string{"already in use"}, only: pairs},
 	{name: "origin is no whole number of sectors", origin: true, set: func(t *testing.T, p *pair) { os.Truncate(p.origin, 1<<20-100) }, say: []string{"whole number"}, only: append([]string{"create", "map --origin"}, pairs...)},
 }
 
@@ -89,17 +71,6 @@ func link(t *testing.T, p *pair, make func(old, new string) error) {
 	p.cow = filepath.Join(p.dir, "link.cow")
 	if err := make(p.origin, p.cow); err != nil {
 		t.Fatal(err)
-	}
-}
-
-func chmod(mode os.FileMode, which func(*pair) string) func(*testing.T, *pair) {
-	return func(t *testing.T, p *pair) {
-		if os.Geteuid() == 0 {
-			t.Skip("SKIPPED: root may read and write every file")
-		}
-		if err := os.Chmod(which(p), mode); err != nil {
-			t.Fatal(err)
-		}
 	}
 }
 
@@ -122,7 +93,7 @@ func (p *pair) command(verb string) []string {
 	return append(words, p.origin, p.cow)
 }
 
-// Whatever is wrong with a file: status 2, one line that names the place, and nothing is touched.
+// Whatever is wrong with what is in a file: status 2, one line that names the place, and nothing is touched.
 func TestBadInput(t *testing.T) {
 	for _, trap := range traps {
 		t.Run(trap.name, func(t *testing.T) {
@@ -182,8 +153,6 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"frobnicate"}, `unknown command "frobnicate"`},
 		{[]string{"--frobnicate"}, "unknown flag: --frobnicate"},
 		{[]string{"create", p.origin}, "accepts 2 arg"},
-		{[]string{"create", p.origin, fresh, "more"}, "accepts 2 arg"},
-		{[]string{"create", p.origin, fresh, "--frobnicate"}, "unknown flag"},
 		{[]string{"create", p.origin, fresh, "--chunk-size", "big"}, "not a size"},
 		{[]string{"create", p.origin, fresh, "--chunk-size", "0"}, "power of 2"},
 		{[]string{"create", p.origin, fresh, "--chunk-size", "7"}, "512-byte sectors"},
@@ -192,28 +161,16 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"create", p.origin, fresh, "--store", "X"}, "P, PO or N"},
 		{[]string{"create", p.origin, fresh, "--store", "N"}, "nothing to create"},
 		{[]string{"status"}, "COW is needed"},
-		{[]string{"status", p.cow, p.cow}, "COW is needed"},
 		{[]string{"status", p.cow, "--control", "x"}, "not both"},
-		{[]string{"status", p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"status", "--control", p.cow}, p.cow},
 		{[]string{"status", "--control", fresh}, fresh},
 		{[]string{"export", p.origin, p.cow}, "accepts 3 arg"},
-		{[]string{"export", p.origin, p.cow, "-", "--frobnicate"}, "unknown flag"},
 		{[]string{"diff", p.origin}, "between 2 and 3 arg"},
 		{[]string{"diff", p.origin, p.cow, p.cow, p.cow}, "between 2 and 3 arg"},
 		{[]string{"diff", p.origin, p.cow, "--format", "xml"}, "text, ranges or json"},
 		{[]string{"diff", p.origin, p.cow, "--format", "text", "--json"}, "format json"},
-		{[]string{"diff", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
-		{[]string{"list"}, "accepts 1 arg"},
-		{[]string{"list", p.cow, p.cow}, "accepts 1 arg"},
-		{[]string{"list", p.cow, "--frobnicate"}, "unknown flag"},
-		{[]string{"map"}, "accepts 1 arg"},
 		{[]string{"map", p.cow, "--color", "blue"}, "auto, always or never"},
-		{[]string{"map", p.cow, "--frobnicate"}, "unknown flag"},
-		{[]string{"inspect"}, "accepts 1 arg"},
-		{[]string{"inspect", p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin}, "ORIGIN and COW"},
-		{[]string{"merge", p.origin, p.cow, "--frobnicate"}, "unknown flag"},
 		{[]string{"merge", p.origin, p.cow, "--wait"}, "need --control"},
 		{[]string{"merge", "--control", fresh, "a", "b"}, "one NAME"},
 		{[]string{"merge", "--control", fresh, "--dry-run"}, "offline"},
@@ -240,8 +197,6 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"serve", p.origin, "=" + p.cow}, "can't be the name"},
 		{[]string{"serve", p.origin, "origin=" + p.cow, "--export-origin"}, "taken"},
 		{[]string{"serve", p.origin, strings.Repeat("n", 5000) + "=" + p.cow}, "more than 4096 bytes"},
-		{[]string{"version", "x"}, "unknown command"},
-		{[]string{"man"}, "accepts 1 arg"},
 	} {
 		t.Run(strings.ReplaceAll(strings.Join(c.args, " "), p.dir+"/", ""), func(t *testing.T) {
 			dmsnap(c.args...).wantRefused(t, c.say)

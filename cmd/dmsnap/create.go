@@ -119,17 +119,22 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 	if err != nil {
 		return made, about(cowPath, err)
 	}
-	cow, isNew, err := openOrCreate(cowPath, size)
-	if err != nil {
-		return made, err
+	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
+		err = newFile(cowPath, false, nil, func(f *os.File) error {
+			cow, err := openNew(f, size)
+			if err != nil {
+				return err
+			}
+			return o.makeStore(cow, layout, &size)
+		})
+	} else {
+		var cow *block.File
+		if cow, err = openDevice(cowPath, block.Options{}); err != nil {
+			return made, err
+		}
+		err = o.makeStore(cow, layout, &size)
 	}
-	err = o.makeStore(cow, layout, size)
-	if err != nil && isNew {
-		// Nobody else can have the name: it was made with O_EXCL and is still locked.
-		err = errors.Join(err, os.Remove(cowPath))
-	}
-	made = created{cowPath, o.store.String(), sectors, uint64(cow.Size()) / ondisk.SectorSize}
-	return made, about(cowPath, errors.Join(err, cow.Close()))
+	return created{cowPath, o.store.String(), sectors, uint64(size) / ondisk.SectorSize}, about(cowPath, err)
 }
 
 // size is how large a COW file for an origin of so many bytes is made.
@@ -147,29 +152,22 @@ func (o *creation) size(l ondisk.Layout, origin int64) (int64, error) {
 	return int64(chunks) * l.ChunkBytes(), nil
 }
 
-// openOrCreate makes the file, or opens what is there.
-func openOrCreate(path string, size int64) (f *block.File, isNew bool, err error) {
-	f, err = block.Create(path, size)
-	if err == nil || !errors.Is(err, fs.ErrExist) {
-		return f, err == nil, about(path, err)
-	}
-	f, err = openDevice(path, block.Options{})
-	return f, false, err
-}
-
-// makeStore makes the store on an open device.
-func (o *creation) makeStore(cow *block.File, l ondisk.Layout, size int64) error {
+// makeStore makes the store on an open device, and closes it. size is what a file that is empty gets, and then
+// what the device has.
+func (o *creation) makeStore(cow *block.File, l ondisk.Layout, size *int64) (err error) {
+	defer func() { err = errors.Join(err, cow.Close()) }()
 	if !o.force {
 		if err := checkVacant(cow); err != nil {
 			return err
 		}
 	}
 	if cow.Size() == 0 || o.cowSize.set {
-		if err := cow.Grow(size); err != nil {
+		if err := cow.Grow(*size); err != nil {
 			return err
 		}
 	}
-	_, err := store.Create(cow, l, true)
+	*size = cow.Size()
+	_, err = store.Create(cow, l, true)
 	return err
 }
 

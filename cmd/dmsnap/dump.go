@@ -108,7 +108,7 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 		} else if err != nil {
 			return err
 		}
-		return errors.Join(w.Flush(), f.Sync())
+		return w.Flush()
 	})
 	return about(path, errors.Join(err, gaps))
 }

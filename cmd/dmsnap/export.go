@@ -83,8 +83,8 @@ func exportFile(ctx context.Context, snap *snapshot.Snapshot, out string, force 
 	return newFile(out, force, inputs, func(f *os.File) error { return writeImage(ctx, f, snap, bar) })
 }
 
-// newFile has fill write a file under a temporary name beside out, and gives it its name at the end: out is
-// whole or not there. What exists is replaced with force only, and none of the inputs ever.
+// newFile has fill write a file under a temporary name beside out, and gives it its name when it is on disk: out
+// is whole or not there. What exists is replaced with force only, and none of the inputs ever.
 func newFile(out string, force bool, inputs []string, fill func(*os.File) error) (err error) {
 	if out, err = checkOut(out, force, inputs); err != nil {
 		return err
@@ -98,8 +98,10 @@ func newFile(out string, force bool, inputs []string, fill func(*os.File) error)
 			os.Remove(f.Name())
 		}
 	}()
-	err = errors.Join(fill(f), f.Close())
-	if err != nil {
+	if err = fill(f); err == nil {
+		err = f.Sync() // what it holds is durable before its name is
+	}
+	if err = errors.Join(err, f.Close()); err != nil {
 		return err
 	}
 	if err := rename(f.Name(), out, force); err != nil {
@@ -108,7 +110,7 @@ func newFile(out string, force bool, inputs []string, fill func(*os.File) error)
 	return syncFolder(filepath.Dir(out))
 }
 
-// checkOut refuses what export must not replace, and returns the path of the file itself where out is a
+// checkOut refuses what must not be replaced, and returns the path of the file itself where out is a
 // symbolic link.
 func checkOut(out string, force bool, inputs []string) (string, error) {
 	target, err := filepath.EvalSymlinks(out)
@@ -116,10 +118,11 @@ func checkOut(out string, force bool, inputs []string) (string, error) {
 		if _, err := os.Lstat(out); err == nil {
 			return "", fmt.Errorf("%s: a symbolic link to nothing", out)
 		}
-		return out, nil
+		_, err := os.Stat(filepath.Dir(out)) // told before any work is done
+		return out, err
 	}
 	if err != nil {
-		return "", err
+		return "", about(out, err)
 	}
 	info, err := os.Stat(target)
 	if err != nil {
@@ -170,15 +173,12 @@ func syncFolder(path string) error {
 	return nil
 }
 
-// writeImage fills a new file with the image, durably.
+// writeImage fills a new file with the image.
 func writeImage(ctx context.Context, f *os.File, snap *snapshot.Snapshot, bar *progressBar) error {
 	if err := f.Truncate(snap.Size()); err != nil {
 		return err
 	}
-	if err := copyOut(ctx, &sparseWriter{f: f}, snap, bar); err != nil {
-		return err
-	}
-	return f.Sync()
+	return copyOut(ctx, &sparseWriter{f: f}, snap, bar)
 }
 
 // An imageWriter takes the image from its first byte to its last.

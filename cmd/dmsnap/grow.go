@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 func newGrow() *cobra.Command {
@@ -65,6 +66,11 @@ func growFile(path string, size int64) error {
 		return err
 	}
 	if err = checkStore(path, cow); err == nil {
+		// One that was cut must not be made as long as it was: zeros would pass for what is gone.
+		_, err = store.Open(cow)
+		err = about(path, err)
+	}
+	if err == nil {
 		if size < cow.Size() {
 			err = fmt.Errorf("%s has %d bytes already, and can't be made shorter", path, cow.Size())
 		} else {

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"image/color"
 	"io"
@@ -208,10 +207,7 @@ func (o *mapOptions) show(c *cobra.Command, st *store.Store, m mapResult, inputs
 			if out.path == "" {
 				continue
 			}
-			err := newFile(out.path, o.force, inputs, func(f *os.File) error {
-				return errors.Join(out.write(f, panels...), f.Sync())
-			})
-			if err != nil {
+			if err := newFile(out.path, o.force, inputs, func(f *os.File) error { return out.write(f, panels...) }); err != nil {
 				return err
 			}
 		}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -153,7 +154,7 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 	saved := false
 	changed, err := p.InPlace(ctx, func(ranges []undo.Range, size int64) error {
 		err := newFile(o.undo, o.force, []string{path}, func(f *os.File) error {
-			return errors.Join(undo.Save(ctx, f, cow, ranges, size), f.Sync())
+			return undo.Save(ctx, f, cow, ranges, size)
 		})
 		saved = err == nil
 		return err
@@ -188,7 +189,8 @@ func (o *repairOptions) tell(c *cobra.Command, path string, p *repair.Plan, chan
 // maxLines is how many ranges of a kind are printed; JSON has all.
 const maxLines = 20
 
-func (res repairResult) print(w io.Writer, wasClean bool) error {
+func (res repairResult) print(out io.Writer, wasClean bool) error {
+	w := bufio.NewWriter(out) // keeps the first error for Flush
 	state := "sound now"
 	if wasClean {
 		state = "nothing was wrong"
@@ -208,11 +210,10 @@ func (res repairResult) print(w io.Writer, wasClean bool) error {
 		}
 		fmt.Fprintf(w, "  lost  bytes %d to %d of the origin: %v, %s\n", r.Off, r.Off+r.Length-1, r.Code, r.Code.Problem().Name)
 	}
-	var err error
 	for _, m := range res.Missing {
-		_, err = fmt.Fprintf(w, "  lost  unknown ranges: %s\n", m)
+		fmt.Fprintf(w, "  lost  unknown ranges: %s\n", m)
 	}
-	return err
+	return w.Flush()
 }
 
 // takeBack applies an undo file.
@@ -236,6 +237,9 @@ func applyUndo(ctx context.Context, path, undoPath string) (undo.Saved, error) {
 		return undo.Saved{}, err
 	}
 	defer dev.Close()
+	if info, err := os.Stat(undoPath); err == nil && !info.Mode().IsRegular() {
+		return undo.Saved{}, fmt.Errorf("%s: not a regular file", undoPath) // opening a pipe would wait for a writer
+	}
 	f, err := os.Open(undoPath)
 	if err != nil {
 		return undo.Saved{}, err

@@ -26,6 +26,12 @@ type rescueResult struct {
 	Problems []string       `json:"problems"`
 }
 
+// revalidated is what rescue --revalidate prints as JSON.
+type revalidated struct {
+	Path  string `json:"path"` // of the copy
+	Bytes int64  `json:"bytes"`
+}
+
 type rescueOptions struct {
 	force, dryRun, asJSON, revalidate bool
 	mapFile                           string
@@ -108,6 +114,9 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		if o.mapFile, err = checkOut(o.mapFile, o.force, args); err != nil {
 			return err
 		}
+		if len(args) > 2 && filepath.Clean(args[2]) == filepath.Clean(o.mapFile) {
+			return fmt.Errorf("%s: the image and its map can't be the same file", o.mapFile)
+		}
 	}
 	ctx, stop := untilSignal()
 	defer stop()
@@ -124,10 +133,8 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 			if err := f.Truncate(r.Size()); err != nil {
 				return err
 			}
-			if ranges, err = r.Write(ctx, f, func(done int64) { bar.show(done, r.Size()) }); err != nil {
-				return err
-			}
-			return f.Sync()
+			ranges, err = r.Write(ctx, f, func(done int64) { bar.show(done, r.Size()) })
+			return err
 		})
 		bar.end()
 		if err != nil {
@@ -212,6 +219,9 @@ func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) err
 	err = newFile(newPath, o.force, []string{cowPath}, func(f *os.File) error { return revalidate(ctx, cow, f) })
 	if err != nil {
 		return about(cowPath, err)
+	}
+	if o.asJSON {
+		return printJSON(c, revalidated{newPath, cow.Size()})
 	}
 	return printf(c, "%s: a valid copy of %s; what the origin overwrote meanwhile looks like the rest\n", newPath, cowPath)
 }

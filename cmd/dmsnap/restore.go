@@ -74,7 +74,7 @@ func restoreFile(stdin io.Reader, text, cow string, force bool) (restoreResult, 
 	return restoreResult{cow, made.Size, made.ChunkSectors, made.Slots}, err
 }
 
-// restoreTo fills a new file, durably.
+// restoreTo fills a new file.
 func restoreTo(ctx context.Context, in io.Reader, f *os.File) (made dump.Restored, err error) {
 	var dev *block.File
 	made, err = dump.Restore(ctx, in, func(size int64) (block.Device, error) {
@@ -82,9 +82,6 @@ func restoreTo(ctx context.Context, in io.Reader, f *os.File) (made dump.Restore
 		return dev, err
 	})
 	if dev != nil {
-		if err == nil {
-			err = dev.Flush()
-		}
 		err = errors.Join(err, dev.Close())
 	}
 	return made, err

@@ -289,19 +289,7 @@ func TestVersion(t *testing.T) {
 	}
 }
 
-// Every verb has a summary, an example that names it, and a description of each option.
-func TestHelp(t *testing.T) {
-	root := newRoot()
-	verbs := root.Commands()
-	if len(verbs) < 9 {
-		t.Fatalf("%d verbs", len(verbs))
-	}
-	for _, c := range verbs {
-		text := mustRun(t, c.Name(), "--help")
-		if c.Short == "" || !strings.Contains(c.Example, "dmsnap "+c.Name()) || !strings.Contains(text, c.Example) {
-			t.Errorf("%s: no summary, no example, or not in its help:\n%s", c.Name(), text)
-		}
-	}
+func TestCompletion(t *testing.T) {
 	for _, shell := range []string{"bash", "zsh", "fish"} {
 		if text := mustRun(t, "completion", shell); !strings.Contains(text, "dmsnap") {
 			t.Errorf("completion for %s: %q", shell, text)
