@@ -50,9 +50,11 @@ func WriteUndo(ctx context.Context, origin, cow, undo block.Device, o Options) e
 	}
 	t := tie{exceptions: from.Len(), originSize: origin.Size()}
 	rand.Read(t.id[:])
+	t.undo = true
 	if err := t.write(undo); err != nil {
 		return fmt.Errorf("undo store: %w", err)
 	}
+	t.undo = false
 	return t.write(cow)
 }
 
@@ -128,8 +130,8 @@ func checkTies(origin block.Device, from, st *store.Store) error {
 	if err != nil {
 		return err
 	}
-	if !tied {
-		return errors.New("it was not made by a merge")
+	if !tied || !mine.undo { // a copy of the merged store has the tie, and the right chunks
+		return errors.New("it was not made by a merge to take it back")
 	}
 	cows, tied, err := readTie(from.Device())
 	switch {
@@ -183,19 +185,23 @@ func finishTie(m *snapshot.Merging) error {
 //	272     id, 16 bytes, random
 //	288     exceptions that there were to merge, 8 bytes
 //	296     size of the origin in bytes, 8
-//	304     1: the store was merged to its end, 8
+//	304     1: the store was merged to its end; 2: it is the undo store; 8
 //	312     CRC-32C of the 56 bytes before it, 4
 type tie struct {
 	id         [16]byte
 	exceptions uint64
 	originSize int64
 	done       bool
+	undo       bool
 }
 
 const (
 	tieMagic = "dmsnap undo id 1"
 	tieAt    = 256
 	tieBytes = 60
+
+	tieDone = 1
+	tieUndo = 2
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
@@ -205,10 +211,14 @@ func (t tie) encode(b []byte) {
 	copy(b[16:], t.id[:])
 	binary.LittleEndian.PutUint64(b[32:], t.exceptions)
 	binary.LittleEndian.PutUint64(b[40:], uint64(t.originSize))
-	binary.LittleEndian.PutUint64(b[48:], 0)
+	flags := uint64(0)
 	if t.done {
-		b[48] = 1
+		flags |= tieDone
 	}
+	if t.undo {
+		flags |= tieUndo
+	}
+	binary.LittleEndian.PutUint64(b[48:], flags)
 	binary.LittleEndian.PutUint32(b[56:], crc32.Checksum(b[:56], castagnoli))
 }
 
@@ -220,7 +230,8 @@ func decodeTie(b []byte) (t tie, ok bool) {
 	copy(t.id[:], b[16:])
 	t.exceptions = binary.LittleEndian.Uint64(b[32:])
 	t.originSize = int64(binary.LittleEndian.Uint64(b[40:]))
-	t.done = b[48] != 0
+	flags := binary.LittleEndian.Uint64(b[48:])
+	t.done, t.undo = flags&tieDone != 0, flags&tieUndo != 0
 	return t, true
 }
 
