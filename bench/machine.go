@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -113,6 +114,7 @@ func installPeers(ctx context.Context, install bool) {
 			packages = append(packages, p.pkg)
 		}
 	}
+	packages = slices.Compact(packages) // those of one package stand together
 	switch _, err := exec.LookPath("apt-get"); {
 	case packages == nil:
 		return
@@ -120,8 +122,11 @@ func installPeers(ctx context.Context, install bool) {
 		l.say("what needs them is left out. To install them: apt-get install %s", strings.Join(packages, " "))
 		return
 	}
-	apt := []string{"env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "install", "-y", "-q", "--no-install-recommends"}
-	if err := command(ctx, append(apt, packages...)...); err != nil {
-		l.say("%v", err)
+	apt := []string{"env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-y", "-q", "--no-install-recommends"}
+	for _, what := range [][]string{{"update"}, append([]string{"install"}, packages...)} {
+		if err := command(ctx, slices.Concat(apt, what)...); err != nil {
+			l.say("%v", err)
+			return
+		}
 	}
 }

@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
@@ -78,6 +79,9 @@ func run(ctx context.Context, args []string) error {
 		return fmt.Errorf("--servers: %w", err)
 	}
 	installPeers(ctx, s.install)
+	if _, err := exec.LookPath("fio"); err != nil {
+		return fmt.Errorf("the client of every workload over NBD: %w", err)
+	}
 	l, err := newLab(s)
 	if err != nil {
 		return err
