@@ -59,6 +59,7 @@ var callings = []calling{
 	{args: "rescue --revalidate INVALID OUT", json: true},
 	{args: "merge ORIGIN COW", writes: "ORIGIN COW", json: true},
 	{args: "merge --dry-run ORIGIN COW", json: true},
+	{args: "merge ORIGIN COW --undo OUT", writes: "ORIGIN COW", json: true},
 	{args: "merge disk --wait --control CONTROL", served: true, json: true},
 	{args: "check COW --origin ORIGIN", shares: "ORIGIN", any: "COW", json: true},
 	{args: "check BAD", any: "BAD", status: exitNo, json: true},

@@ -1,8 +1,10 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -14,13 +16,25 @@ import (
 type mergeResult struct {
 	DryRun       bool   `json:"dry_run"`
 	ChunkSectors uint32 `json:"chunk_sectors"`
-	Chunks       uint64 `json:"chunks"` // exceptions that were to be merged
-	Runs         uint64 `json:"runs"`   // stretches of them
-	Bytes        int64  `json:"bytes"`  // to copy to the origin
+	Chunks       uint64 `json:"chunks"`         // exceptions that were to be merged
+	Runs         uint64 `json:"runs"`           // stretches of them
+	Bytes        int64  `json:"bytes"`          // to copy to the origin
+	Ranges       uint64 `json:"ranges"`         // stretches of the origin that are overwritten
+	UndoBytes    int64  `json:"undo_bytes"`     // what an undo store takes
+	Undo         string `json:"undo,omitempty"` // where one is
+
+	// How long it takes, about; of a dry run.
+	Seconds float64 `json:"estimated_seconds,omitempty"`
+}
+
+// offlineMerge is how an offline merge is to be done.
+type offlineMerge struct {
+	dryRun, force, asJSON bool
+	undo                  string
 }
 
 func newMerge() *cobra.Command {
-	var dryRun, asJSON bool
+	var o offlineMerge
 	var live liveMerge
 	c := &cobra.Command{
 		Use:   "merge {ORIGIN COW | --control PATH [NAME]}",
@@ -32,11 +46,22 @@ ORIGIN COW merges offline. It may be interrupted, or killed, at any time: start 
 with what is left. Until it is complete, ORIGIN alone is a mixture of old and new. A merge that is refused
 (an invalid store, an origin that is too small, a store in use) touches nothing.
 
+--undo FILE keeps what is overwritten, as a store of its own: dmsnap merge ORIGIN FILE takes the merge back, and
+until then dmsnap export ORIGIN FILE or a read-only serve shows the origin as it was. FILE appears under its name when
+it is whole and on disk, and only then does the merge begin; where there is no room for it nothing is merged. To go on
+after an interruption, say the same again: a FILE that belongs to this merge is used as it is, any other that exists
+is refused, or replaced with --force. Taking a merge back when it is half done loses what was merged of COW, unless
+that is done with an --undo of its own.
+
+--dry-run tells how much there is to merge, in how many ranges, what an undo store would take, and about how long it
+takes: a guess from reading a part of COW, too short where that is cached.
+
 --control PATH NAME starts the live merge of a served snapshot. Clients go on: the origin shows the
 merged content at once, and the snapshot's export goes on as the origin. Without NAME the merge under way is
 meant. --pause and --resume say what to do with it; --wait waits until it is complete.`,
 		Example: `  dmsnap merge disk.img disk.cow
   dmsnap merge --dry-run disk.img disk.cow
+  dmsnap merge disk.img disk.cow --undo before.cow
   dmsnap merge --control /run/dmsnap.ctl snap --wait`,
 		Args: func(c *cobra.Command, args []string) error {
 			switch {
@@ -46,21 +71,25 @@ meant. --pause and --resume say what to do with it; --wait waits until it is com
 				return errors.New("--pause, --resume and --wait need --control PATH")
 			case live.control != "" && len(args) > 1:
 				return errors.New("with --control, one NAME at most")
-			case live.control != "" && dryRun:
-				return errors.New("--dry-run is for an offline merge")
+			case live.control != "" && (o.dryRun || o.undo != ""):
+				return errors.New("--dry-run and --undo are for an offline merge")
+			case o.force && o.undo == "":
+				return errors.New("--force needs --undo FILE")
 			}
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
 			if live.control != "" {
-				return live.run(c, args, asJSON)
+				return live.run(c, args, o.asJSON)
 			}
-			return mergeOffline(c, args[0], args[1], dryRun, asJSON)
+			return o.run(c, args[0], args[1])
 		},
 	}
 	f := c.Flags()
-	f.BoolVarP(&dryRun, "dry-run", "n", false, "tell what would be merged, write nothing")
-	f.BoolVar(&asJSON, "json", false, "print JSON")
+	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "tell what would be merged, write nothing")
+	f.StringVar(&o.undo, "undo", "", "keep what is overwritten in this store")
+	f.BoolVar(&o.force, "force", false, "replace FILE when it does not belong to this merge")
+	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge live, in the server with this control socket")
 	f.BoolVar(&live.pause, "pause", false, "pause the live merge")
 	f.BoolVar(&live.resume, "resume", false, "go on with a live merge that was paused or failed")
@@ -70,31 +99,59 @@ meant. --pause and --resume say what to do with it; --wait waits until it is com
 	return c
 }
 
-func mergeOffline(c *cobra.Command, originPath, cowPath string, dryRun, asJSON bool) error {
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: dryRun})
+func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
+	ctx, stop := untilSignal()
+	defer stop()
+	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun})
 	if err != nil {
 		return err
 	}
-	work, err := mergeDevices(c, origin, cow, dryRun)
-	if err := errors.Join(err, both.Close()); err != nil {
-		return about(cowPath, err)
+	res := mergeResult{DryRun: o.dryRun, Undo: o.undo}
+	work, err := o.merge(ctx, c, origin, cow, []string{originPath, cowPath}, &res)
+	if err := errors.Join(err, about(cowPath, both.Close())); err != nil {
+		return err
 	}
-	if asJSON {
-		return printJSON(c, mergeResult{dryRun, work.ChunkSectors, work.Chunks, work.Runs, work.Bytes})
+	res.ChunkSectors, res.Chunks, res.Runs, res.Ranges = work.ChunkSectors, work.Chunks, work.Runs, work.Ranges
+	res.Bytes, res.UndoBytes = work.Bytes, work.UndoBytes
+	if o.asJSON {
+		return printJSON(c, res)
 	}
-	did := "merged"
-	if dryRun {
-		did = "to merge:"
-	}
-	return printf(c, "%s: %s %d chunks in %d runs, %s\n", cowPath, did, work.Chunks, work.Runs, bytesText(work.Bytes))
+	return res.print(c, originPath, cowPath)
 }
 
-func mergeDevices(c *cobra.Command, origin, cow block.Device, dryRun bool) (merge.Work, error) {
-	if dryRun {
-		return merge.Plan(origin, cow)
+func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error {
+	what := fmt.Sprintf("%d chunks in %d runs, %s", res.Chunks, res.Runs, bytesText(res.Bytes))
+	if res.DryRun {
+		return printf(c, "%s: to merge: %s; %d ranges of %s are overwritten, about %s; an undo store takes %s\n", cowPath, what,
+			res.Ranges, originPath, time.Duration(res.Seconds*float64(time.Second)).Round(time.Second/10), bytesText(res.UndoBytes))
 	}
-	ctx, stop := untilSignal()
-	defer stop()
+	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil || res.Undo == "" {
+		return err
+	}
+	return printf(c, "%s: keeps what was overwritten; to take it back: dmsnap merge %s %s\n", res.Undo, originPath, res.Undo)
+}
+
+// merge does what was asked for with the devices, whose paths are the inputs.
+func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow block.Device, inputs []string, res *mergeResult) (merge.Work, error) {
+	work, err := merge.Plan(origin, cow)
+	if err != nil {
+		return work, about(inputs[1], err)
+	}
+	if o.dryRun {
+		return work, o.foresee(origin, cow, inputs, res)
+	}
+	if o.undo != "" {
+		kept, err := o.keep(ctx, c, origin, cow, work.UndoBytes, inputs)
+		if err != nil {
+			return work, err
+		}
+		defer kept.Close() // nothing is written to it
+	}
+	work, err = mergeDevices(ctx, c, origin, cow)
+	return work, about(inputs[1], err)
+}
+
+func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device) (merge.Work, error) {
 	bar := newProgress(c.ErrOrStderr(), "merge")
 	work, err := merge.Offline(ctx, origin, cow, merge.Options{Progress: func(p merge.Progress) {
 		bar.show(p.MergedBytes(), p.TotalBytes())

@@ -1,0 +1,99 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// keep makes the undo store of a merge, or opens the one that is there and belongs to it. It stays open,
+// and locked, while the merge goes on.
+func (o *offlineMerge) keep(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, inputs []string) (*block.File, error) {
+	kept, err := o.openUndo(origin, cow, false, inputs)
+	replace := o.force && errors.Is(err, merge.ErrNotUndo)
+	if err == nil || !replace && !errors.Is(err, fs.ErrNotExist) {
+		return kept, err
+	}
+	if err := o.writeUndo(ctx, c, origin, cow, size, replace, inputs); err != nil {
+		return nil, err
+	}
+	return o.openUndo(origin, cow, false, inputs)
+}
+
+// openUndo opens an undo store that belongs to the merge.
+func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs []string) (*block.File, error) {
+	for _, in := range inputs {
+		err := checkDifferent(in, o.undo)
+		if errors.Is(err, snapshot.ErrSameDevice) {
+			err = fmt.Errorf("%s: is the same file as %s", o.undo, in)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	kept, err := openDevice(o.undo, block.Options{ReadOnly: readOnly})
+	if err != nil {
+		return nil, err
+	}
+	if err = merge.CheckUndo(origin, cow, kept); err == nil {
+		// Whoever gave it its name may have been killed before the name was durable.
+		err = syncFolder(filepath.Dir(o.undo))
+	}
+	if err != nil {
+		kept.Close()
+		if errors.Is(err, merge.ErrNotUndo) {
+			err = fmt.Errorf("%w: take another name, or --force to replace it", err)
+		}
+		return nil, about(o.undo, err)
+	}
+	return kept, nil
+}
+
+// writeUndo makes the undo store of so many bytes; it gets its name when it is whole and durable.
+func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, replace bool, inputs []string) error {
+	bar := newProgress(c.ErrOrStderr(), "keep")
+	err := newFile(o.undo, replace, inputs, func(f *os.File) error {
+		dst, err := openNew(f, size)
+		if err != nil {
+			return err
+		}
+		err = merge.WriteUndo(ctx, origin, cow, dst, merge.Options{Progress: func(p merge.Progress) {
+			bar.show(p.MergedBytes(), p.TotalBytes())
+		}})
+		return errors.Join(err, dst.Close())
+	})
+	bar.end()
+	if err != nil {
+		err = fmt.Errorf("%w; the merge did not begin", err)
+	}
+	return about(o.undo, err)
+}
+
+// foresee fills in what only a dry run tells, and refuses an undo store that a merge would refuse.
+func (o *offlineMerge) foresee(origin, cow block.Device, inputs []string, res *mergeResult) error {
+	takes, err := merge.Estimate(origin, cow, o.undo != "")
+	if err != nil {
+		return about(inputs[1], err)
+	}
+	res.Seconds = takes.Seconds()
+	if o.undo == "" {
+		return nil
+	}
+	kept, err := o.openUndo(origin, cow, true, inputs)
+	switch {
+	case err == nil:
+		return kept.Close()
+	case errors.Is(err, fs.ErrNotExist), o.force && errors.Is(err, merge.ErrNotUndo):
+		return nil
+	}
+	return err
+}

@@ -1,0 +1,211 @@
+package main
+
+import (
+	"errors"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// withContent gives the origin of a pair whose exceptions are whole chunks content of its own.
+func (p pair) withContent(t *testing.T) []byte {
+	t.Helper()
+	info, err := os.Stat(p.origin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	content := blocktest.Pattern(int(info.Size()), 77)
+	writeFile(t, p.origin, content)
+	return content
+}
+
+func TestMergeUndo(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	before := readFile(t, p.origin)
+	undo := filepath.Join(p.dir, "before.cow")
+	files := digests(t, p.dir)
+	plan := mustJSON[mergeResult](t, "merge", "-n", p.origin, p.cow, "--undo", undo)
+	if !plan.DryRun || plan.Undo != undo || plan.UndoBytes == 0 || plan.Seconds <= 0 {
+		t.Errorf("dry run: %+v", plan)
+	}
+	wantSame(t, p.dir, files)
+	out := mustRun(t, "merge", p.origin, p.cow, "--undo", undo)
+	if !strings.Contains(out, "to take it back: dmsnap merge "+p.origin+" "+undo) {
+		t.Errorf("it said %q", out)
+	}
+	wantContent(t, p.origin, shown)
+	if info, err := os.Stat(undo); err != nil || info.Size() != plan.UndoBytes {
+		t.Errorf("undo store: %v, %v; planned %d bytes", info, err, plan.UndoBytes)
+	}
+	if said := mustRun(t, "check", undo, "--origin", p.origin); strings.Count(said, "\n") != 1 {
+		t.Errorf("check of the undo store said %q", said)
+	}
+	for range 2 { // complete, and asked for once more: nothing to do, nothing changed
+		files = digests(t, p.dir)
+		if res := mustJSON[mergeResult](t, "merge", p.origin, p.cow, "--undo", undo); res.Chunks != 0 || res.Undo != undo {
+			t.Errorf("once more: %+v", res)
+		}
+		mustRun(t, "merge", "-n", p.origin, p.cow, "--undo", undo)
+		wantSame(t, p.dir, files)
+	}
+	if got := mustRun(t, "export", p.origin, undo, "-"); got != string(before) {
+		t.Error("the undo store does not show the origin as it was")
+	}
+	mustRun(t, "merge", p.origin, undo)
+	wantContent(t, p.origin, before)
+}
+
+// What must not be used or written over is refused with a reason, and nothing is touched.
+func TestMergeUndoRefuses(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	undo := filepath.Join(p.dir, "undo.cow")
+	refused := func(path string, words ...string) {
+		t.Helper()
+		files := digests(t, p.dir)
+		for _, more := range [][]string{nil, {"--dry-run"}} {
+			dmsnap(append([]string{"merge", p.origin, p.cow, "--undo", path}, more...)...).wantRefused(t, append(words, path)...)
+		}
+		wantSame(t, p.dir, files)
+	}
+	refused(p.origin, "is the same file as")
+	refused(p.cow, "is the same file as")
+	refused(p.dir, "is a directory")
+	writeFile(t, undo, []byte("something precious"))
+	refused(undo, "not the undo store of this merge", "--force")
+	os.Remove(undo)
+	mustRun(t, "create", p.origin, undo)
+	refused(undo, "not made by a merge", "take another name")
+
+	held := openFile(t, undo, true)
+	files := digests(t, p.dir)
+	dmsnap("merge", p.origin, p.cow, "--undo", undo, "--force").wantRefused(t, undo, "in use")
+	wantSame(t, p.dir, files)
+	held.Close()
+	dmsnap("merge", p.origin, p.cow, "--force").wantRefused(t, "--force needs --undo")
+	dmsnap("merge", "--control", "socket", "--undo", undo).wantRefused(t, "offline")
+
+	// With --force it is replaced; what belongs to the merge is not, even then.
+	mustRun(t, "merge", p.origin, p.cow, "--undo", undo, "--force")
+	kept := digest(readFile(t, undo))
+	mustRun(t, "merge", p.origin, p.cow, "--undo", undo, "--force")
+	if digest(readFile(t, undo)) != kept {
+		t.Error("--force replaced the undo store of this very merge")
+	}
+	// The next merge of the same store has another undo store.
+	origin, cow := openFile(t, p.origin, true), openFile(t, p.cow, false)
+	snap, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeAt(t, snap, []byte("anew"), 0)
+	if err := errors.Join(snap.Close(), cow.Close(), origin.Close()); err != nil {
+		t.Fatal(err)
+	}
+	refused(undo, "new writes")
+}
+
+// The undo store is held while the merge goes on, like the other two.
+func TestMergeUndoIsLocked(t *testing.T) {
+	p, _ := bigPair(t)
+	origin, cow := openFile(t, p.origin, false), openFile(t, p.cow, false)
+	defer origin.Close()
+	defer cow.Close()
+	o := offlineMerge{undo: filepath.Join(p.dir, "undo.cow")}
+	kept, err := o.keep(t.Context(), newMerge(), origin, cow, 100<<20, []string{p.origin, p.cow})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer kept.Close()
+	if _, err := block.Open(o.undo, block.Options{}); !errors.Is(err, block.ErrInUse) {
+		t.Errorf("another writer: %v", err)
+	}
+}
+
+// Killed at any moment and started again with the same words, a merge with --undo ends, and until the undo
+// store has its name the origin is untouched; from then on it shows what the origin held.
+func TestMergeUndoKilledAtAnyMoment(t *testing.T) {
+	p, shown := bigPair(t)
+	before := p.withContent(t)
+	undo := filepath.Join(p.dir, "undo.cow")
+	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 0))
+	kills, named := 0, 0
+	for delay := 4 * time.Millisecond; ; delay += delay / 2 {
+		m := launch(t, "merge", p.origin, p.cow, "--undo", undo)
+		time.Sleep(delay/2 + time.Duration(r.Int64N(int64(delay)))) // a moment is what this test is about
+		m.Process.Kill()
+		status := m.end(t)
+		if status != -1 && status != exitDone {
+			t.Fatalf("merge: status %d, %s", status, &m.stderr)
+		}
+		if _, err := os.Stat(undo); errors.Is(err, fs.ErrNotExist) {
+			wantContent(t, p.origin, before)
+		} else if got := mustRun(t, "export", p.origin, undo, "-"); got != string(before) {
+			t.Fatalf("killed after %v: the undo store does not show the origin as it was", delay)
+		} else if status == -1 {
+			if named++; named == 1 {
+				delay = 4 * time.Millisecond // what is left takes less time
+			}
+		}
+		if got := mustRun(t, "export", p.origin, p.cow, "-"); got != string(shown) {
+			t.Fatalf("killed after %v: the snapshot shows something else", delay)
+		}
+		if status == exitDone {
+			break
+		}
+		kills++
+	}
+	t.Logf("%d kills, %d of them when the undo store was there", kills, named)
+	if kills == 0 {
+		t.Error("it was never killed in time")
+	}
+	wantContent(t, p.origin, shown)
+	// Taken back, killed too.
+	for delay := 4 * time.Millisecond; ; delay += delay / 2 {
+		m := launch(t, "merge", p.origin, undo)
+		time.Sleep(delay)
+		m.Process.Kill()
+		status := m.end(t)
+		if got := mustRun(t, "export", p.origin, undo, "-"); got != string(before) {
+			t.Fatalf("taking back killed after %v: the undo store shows something else", delay)
+		}
+		if status == exitDone {
+			break
+		}
+	}
+	wantContent(t, p.origin, before)
+	left, err := filepath.Glob(filepath.Join(p.dir, ".undo.cow.*"))
+	if err != nil || len(left) > kills {
+		t.Errorf("%d temporary files of %d kills, %v", len(left), kills, err)
+	}
+}
+
+// A file system that is too small for the undo store: nothing is merged, nothing is left.
+func TestMergeUndoWithoutRoom(t *testing.T) {
+	p, shown := bigPair(t)
+	before := p.withContent(t)
+	dir := filepath.Join(p.dir, "small")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=16m"); err != nil {
+		t.Skipf("SKIPPED: no small file system to fill: %v", err)
+	}
+	defer syscall.Unmount(dir, 0)
+	files := digests(t, p.dir)
+	dmsnap("merge", p.origin, p.cow, "--undo", filepath.Join(dir, "undo.cow")).wantRefused(t, "no space left on device", "did not begin")
+	wantSame(t, p.dir, files)
+	wantContent(t, p.origin, before)
+	mustRun(t, "merge", p.origin, p.cow, "--undo", filepath.Join(p.dir, "undo.cow"))
+	wantContent(t, p.origin, shown)
+}
