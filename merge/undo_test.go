@@ -67,11 +67,28 @@ func (w undoWorld) undoStore(t testing.TB) *block.Memory {
 	if err != nil {
 		t.Fatal(err)
 	}
-	undo := block.NewMemory(plan.UndoBytes)
+	undo := block.MemoryFrom(blocktest.Pattern(int(plan.UndoBytes), 1)) // of whatever was there nothing is left
 	if err := merge.WriteUndo(t.Context(), w.origin, w.cow, undo, merge.Options{}); err != nil {
 		t.Fatal(err)
 	}
 	return undo
+}
+
+// wantNothingBehindTheEnd wants zeros where the last chunk overlaps the end of the origin.
+func (w undoWorld) wantNothingBehindTheEnd(t *testing.T, undo *block.Memory) {
+	t.Helper()
+	st, err := store.Open(undo)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l := st.Layout()
+	last := ondisk.OriginChunk(l.Chunks(w.origin.Size(), true) - 1)
+	if new, mapped := st.Lookup(last); mapped {
+		p := undo.Bytes()[l.COWOffset(new):][:l.ChunkBytes()]
+		if rest := p[w.origin.Size()-l.OriginOffset(last):]; len(bytes.Trim(rest, "\x00")) > 0 {
+			t.Error("what lies behind the end of the origin is not zero")
+		}
+	}
 }
 
 // shows reads origin as a store keeps it.
@@ -121,6 +138,7 @@ func TestUndoTakesAMergeBack(t *testing.T) {
 			}
 		}
 		check("before the merge")
+		w.wantNothingBehindTheEnd(t, undo)
 		plan, err := merge.Plan(w.origin, w.cow)
 		if err != nil {
 			t.Fatal(err)
