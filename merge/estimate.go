@@ -9,8 +9,8 @@ import (
 
 // Estimate guesses how long Offline takes with these devices, with the writing of an undo store before it
 // if so asked. It reads samples of the COW device, for a third of a second at most, and takes it that all
-// else that is read and written goes as fast: a cache makes the guess too short, an origin on a slower disk
-// than the COW device does too. Errors: as Plan; of a read.
+// else is read as fast, and written no faster than fastestWrite: what is cached says nothing of a disk. An
+// origin on a slower disk than the COW device makes the guess too short. Errors: as Plan; of a read.
 func Estimate(origin, cow block.Device, undo bool) (time.Duration, error) {
 	m, err := load(origin, cow)
 	if err != nil {
@@ -26,12 +26,17 @@ func Estimate(origin, cow block.Device, undo bool) (time.Duration, error) {
 	if err != nil {
 		return 0, err
 	}
-	moved := 2 * w.Bytes // read and written
+	reading := float64(took) / float64(read) // nanoseconds a byte
+	writing := max(reading, float64(time.Second)/fastestWrite)
+	moved := float64(w.Bytes)
 	if undo {
-		moved += 2 * w.Bytes
+		moved *= 2
 	}
-	return time.Duration(float64(took) / float64(read) * float64(moved)), nil
+	return time.Duration(moved * (reading + writing)), nil
 }
+
+// fastestWrite is the most that is expected to become durable on a disk in a second, in bytes.
+const fastestWrite = 400 << 20
 
 // sample reads pieces here and there in the first so many bytes of dev.
 func sample(dev block.Device, used int64) (read int64, took time.Duration, err error) {

@@ -7,6 +7,8 @@
 //
 //   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] tells
 //     beforehand what it would do, and writes nothing.
+//   - [WriteUndo] keeps what Offline is going to overwrite in a store that takes the merge back, and
+//     [CheckUndo] knows it again.
 //   - [Driver] merges in the background while the origin is in use: pause, resume, wait, stop.
 //   - [Run] is the plain loop, for whoever has a Merging of their own.
 //

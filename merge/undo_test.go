@@ -188,6 +188,27 @@ func TestUndoOfAnUndo(t *testing.T) {
 	}
 }
 
+// An undo store that is made half-way takes the merge back to there, from where the first one takes it
+// further.
+func TestUndoInTwoParts(t *testing.T) {
+	w := newUndoWorld(t, rand.New(rand.NewPCG(8, 8)), 999, 8, 40, snapshot.Persistent)
+	first := w.undoStore(t)
+	stoppedAfter(t, w.world, 10)
+	mixture := w.origin.Bytes()
+	second := w.undoStore(t)
+	for _, step := range []struct {
+		cow  block.Device
+		want []byte
+	}{{w.cow, w.want}, {second, mixture}, {first, w.before}} {
+		if _, err := merge.Offline(t.Context(), w.origin, step.cow, merge.Options{}); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(w.origin.Bytes(), step.want) {
+			t.Fatal("not as it was")
+		}
+	}
+}
+
 // stoppedAfter merges so many chunks and stops.
 func stoppedAfter(t *testing.T, w world, chunks uint64) error {
 	t.Helper()
