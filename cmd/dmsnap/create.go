@@ -41,6 +41,8 @@ When create fails no half-made file is left.`,
   dmsnap create disk.img disk.cow --chunk-size 64KiB --cow-size 10GiB`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
+			_, stop := untilSignal() // a signal waits: this is soon done, and leaves nothing half-made
+			defer stop()
 			made, err := o.create(args[0], args[1])
 			if err != nil {
 				return err

@@ -14,7 +14,7 @@ func withOutputs(c calling) bool { return len(c.outputs()) > 0 }
 // What exists is never overwritten, but with --force; an input not even then; and what can't be made leaves
 // nothing behind.
 func TestMannersOfOutput(t *testing.T) {
-	precious := bytes.Repeat([]byte("precious"), 200_000)
+	precious := bytes.Repeat([]byte("precious"), 20_000)
 	eachCalling(t, withOutputs, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {
 			k := newKit(t)
@@ -88,7 +88,7 @@ func TestMannersOfFullOutput(t *testing.T) {
 	if err != nil {
 		t.Skipf("SKIPPED: %v", err)
 	}
-	defer full.Close()
+	t.Cleanup(func() { full.Close() })
 	eachCalling(t, func(c calling) bool { return !c.quiet && !c.stays }, func(t *testing.T, c calling) {
 		for _, more := range [][]string{nil, {"--json"}} {
 			if more != nil && !c.json {

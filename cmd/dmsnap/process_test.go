@@ -217,27 +217,3 @@ func TestInterruptedWork(t *testing.T) {
 	mustRun(t, "merge", p.origin, p.cow)
 	wantContent(t, p.origin, shown)
 }
-
-// An export that is killed leaves nothing under the final name.
-func TestExportKilledLeavesNoImage(t *testing.T) {
-	p, shown := bigPair(t)
-	out := filepath.Join(p.dir, "out.img")
-	for delay := 2 * time.Millisecond; ; delay += delay / 2 {
-		e := launch(t, "export", p.origin, p.cow, out)
-		time.Sleep(delay)
-		e.Process.Kill()
-		status := e.end(t)
-		if status != -1 && status != exitDone {
-			t.Fatalf("export: status %d, %s", status, &e.stderr)
-		}
-		if _, err := os.Stat(out); err == nil {
-			wantContent(t, out, shown)
-			os.Remove(out)
-		} else if status == exitDone {
-			t.Fatal("done, and no image")
-		}
-		if status == exitDone {
-			return
-		}
-	}
-}
