@@ -5,7 +5,7 @@
 // What did get lost is knowledge: of a chunk without an exception the origin has the only copy, and nobody
 // kept it from being overwritten after the store had become invalid. So each byte of the snapshot is
 //
-//	certain    as the snapshot showed it: the chunk has an exception, or the store is valid and whole
+//	certain    as the snapshot showed it: the chunk has an exception, or the store is valid, whole and not in use
 //	doubtful   what the origin holds now; it may have been overwritten since
 //	lost       neither: the exception's data can't be read, or is not on the device any more
 //
@@ -63,6 +63,10 @@ type Range struct {
 // Options say how to look at the store. The zero value is ready.
 type Options struct {
 	ChunkSectors uint32 // believed instead of the header's, for a header that is damaged; 0: the header's
+
+	// Live says that somebody may be writing to the store and its origin: what has no exception is
+	// doubtful then, also where the store is valid, as it may get one, and be overwritten, at any time.
+	Live bool
 }
 
 // A Rescue is a store that was looked at, with its origin.
@@ -94,7 +98,7 @@ func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, er
 		return nil, fmt.Errorf("nothing to rescue by: no layout")
 	}
 	rep := r.report
-	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic
+	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic && !o.Live
 	// After these there may be exceptions, or there were, that nothing is known of.
 	for _, c := range []check.Code{check.DeviceTooSmall, check.NoEndMark, check.AreaPastDevice, check.Unreadable, check.HeaderNamed, check.OriginImpossible} {
 		r.whole = r.whole && !rep.Has(c)
@@ -266,52 +270,4 @@ func Totals(ranges []Range) (bytes [3]int64) {
 		bytes[x.Class] += x.Length
 	}
 	return bytes
-}
-
-// Revalidate makes a copy of a store, invalid or not, on out, which is as long as cow and reads as zeros, and
-// marks it valid: afterwards it loads like any other. What it then shows is what Plan says, doubtful parts
-// among them. A store with anything else wrong is refused; repair helps there.
-func Revalidate(ctx context.Context, cow block.Device, out block.Device) error {
-	rep, err := check.Run(ctx, cow, check.Options{})
-	if err != nil {
-		return err
-	}
-	for _, f := range rep.Findings {
-		if f.Problem().Severity == check.Error && f.Code != check.MarkedInvalid {
-			return fmt.Errorf("more is wrong than the valid mark: %v", f)
-		}
-	}
-	buf := make([]byte, copyBytes)
-	for off := int64(0); off < cow.Size(); {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		extents, err := block.Extents(cow, off, cow.Size()-off)
-		if err != nil {
-			return err
-		}
-		for _, e := range extents {
-			for end := off + e.Length; off < end; {
-				n := end - off
-				if e.Flags&block.ReadsZero == 0 {
-					n = min(n, copyBytes)
-					if _, err := cow.ReadAt(buf[:n], off); err != nil {
-						return err
-					}
-					if err := writeSparse(out, buf[:n], off); err != nil {
-						return err
-					}
-				}
-				off += n
-			}
-		}
-	}
-	if err := out.Flush(); err != nil {
-		return err
-	}
-	head := make([]byte, ondisk.HeaderSize)
-	h := rep.Header
-	h.Valid = 1
-	h.Encode(head)
-	return block.WriteDurable(out, head, 0)
 }

@@ -15,6 +15,7 @@ import (
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/undo"
 )
 
 func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
@@ -117,7 +118,11 @@ func TestOverflowedSnapshot(t *testing.T) {
 
 		// Revalidated, it loads and shows the same.
 		out := block.NewMemory(cow.Size())
-		if err := rescue.Revalidate(t.Context(), cow, out); err != nil {
+		v, err := rescue.NewRevalidation(t.Context(), cow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := v.Copy(t.Context(), out); err != nil {
 			t.Fatal(err)
 		}
 		s, err := snapshot.NewOrigin(origin).Attach(out, snapshot.Options{})
@@ -133,6 +138,84 @@ func TestOverflowedSnapshot(t *testing.T) {
 		}
 		if again, err := store.Open(out); err != nil || again.Err() != nil {
 			t.Errorf("revalidated: %v, %v", err, again.Err())
+		}
+	}
+}
+
+// In place one sector changes, and nothing before its content is kept; what was kept brings it back.
+func TestRevalidateInPlace(t *testing.T) {
+	origin, cow := block.NewMemory(64*sector), block.NewMemory(64*sector)
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s.WriteAt(bytes.Repeat([]byte("kept"), sector), 3*sector); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	sound := cow.Bytes()
+	if _, err := cow.WriteAt(make([]byte, 4), 4); err != nil {
+		t.Fatal(err)
+	}
+	invalid := cow.Bytes()
+	var log blocktest.Log
+	v, err := rescue.NewRevalidation(t.Context(), log.Record("COW", cow))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if v.Valid() || v.KeptBytes() != 8*sector {
+		t.Errorf("valid %v, %d bytes kept", v.Valid(), v.KeptBytes())
+	}
+	failed := errors.New("no room")
+	if _, err := v.InPlace(func([]undo.Range, int64) error { return failed }); !errors.Is(err, failed) || !bytes.Equal(cow.Bytes(), invalid) {
+		t.Errorf("nothing was kept: %v, or the store was touched", err)
+	}
+	var kept bytes.Buffer
+	log.Clear()
+	changed, err := v.InPlace(func(ranges []undo.Range, size int64) error {
+		return undo.Save(t.Context(), &kept, cow, ranges, size)
+	})
+	if err != nil || !changed || !bytes.Equal(cow.Bytes(), sound) {
+		t.Errorf("%v, changed %v, or not the store of before", err, changed)
+	}
+	if ops := log.Ops(); len(ops) != 1 || ops[0].Kind != blocktest.WriteDurable {
+		t.Errorf("it did %v", blocktest.Lines(ops))
+	}
+	if _, err := undo.Apply(t.Context(), bytes.NewReader(kept.Bytes()), cow); err != nil || !bytes.Equal(cow.Bytes(), invalid) {
+		t.Errorf("taken back: %v, or not as it was", err)
+	}
+	again, err := rescue.NewRevalidation(t.Context(), block.MemoryFrom(sound))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if changed, err := again.InPlace(nil); changed || err != nil {
+		t.Errorf("a valid store: changed %v, %v", changed, err)
+	}
+}
+
+// Of a store in use nothing is certain but what has an exception.
+func TestLive(t *testing.T) {
+	origin, cow := block.NewMemory(64*sector), block.NewMemory(64*sector)
+	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if _, err := s.WriteAt(make([]byte, sector), 8*sector); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	for live, certain := range map[bool]int64{false: 64 * sector, true: 8 * sector} {
+		r, err := rescue.Open(t.Context(), origin, cow, rescue.Options{Live: live})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := rescue.Totals(r.Plan())[rescue.Certain]; got != certain {
+			t.Errorf("live %v: %d bytes certain, want %d", live, got, certain)
 		}
 	}
 }
@@ -273,7 +356,7 @@ func TestDamage(t *testing.T) {
 	if _, err := rescue.Open(t.Context(), origin, cow, rescue.Options{}); err == nil || !strings.Contains(err.Error(), "DS001") {
 		t.Errorf("no header: %v", err)
 	}
-	if err := rescue.Revalidate(t.Context(), cow, block.NewMemory(cow.Size())); err == nil {
+	if _, err := rescue.NewRevalidation(t.Context(), cow); err == nil {
 		t.Error("no header was revalidated")
 	}
 	r, err := rescue.Open(t.Context(), origin, cow, rescue.Options{ChunkSectors: 8})

@@ -48,6 +48,7 @@ var callings = []calling{
 	{args: "rescue ORIGIN INVALID OUT --map ALSO", json: true},
 	{args: "rescue --dry-run ORIGIN COW", json: true},
 	{args: "rescue --revalidate INVALID OUT", json: true},
+	{args: "rescue --revalidate INVALID --in-place --undo OUT", writes: "INVALID", json: true},
 	{args: "merge ORIGIN COW", writes: "ORIGIN COW", json: true},
 	{args: "merge --dry-run ORIGIN COW", json: true},
 	{args: "merge ORIGIN COW --undo OUT", writes: "ORIGIN COW", json: true},

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/picture"
 	"github.com/dmsnap/dmsnap/rescue"
 )
@@ -26,22 +24,17 @@ type rescueResult struct {
 	Problems []string       `json:"problems"`
 }
 
-// revalidated is what rescue --revalidate prints as JSON.
-type revalidated struct {
-	Path  string `json:"path"` // of the copy
-	Bytes int64  `json:"bytes"`
-}
-
 type rescueOptions struct {
-	force, dryRun, asJSON, revalidate bool
-	mapFile                           string
-	chunkSize                         sizeFlag
+	force, dryRun, asJSON, liveRead bool
+	revalidate, inPlace             bool
+	mapFile, undo                   string
+	chunkSize                       sizeFlag
 }
 
 func newRescue() *cobra.Command {
 	var o rescueOptions
 	c := &cobra.Command{
-		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW}",
+		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW | --revalidate COW --in-place --undo FILE}",
 		Short: "Get out of an invalid or damaged snapshot what can be had",
 		Long: `An invalid snapshot is not lost. Write the best that can be had of it to OUT, a sparse raw image, and say
 what each part is worth:
@@ -54,38 +47,55 @@ what each part is worth:
 coloured picture of the disk when it ends in .svg or .png.
 --dry-run looks at the store alone. A header that is damaged is done without when --chunk-size says what it said.
 
---revalidate copies a store that is marked invalid to NEWCOW and marks it valid there, so that a kernel, LVM or
-dmsnap serve load it again. Doubtful parts then look like the rest: think before you merge it.
+--revalidate makes a store that is marked invalid load again, in a kernel, LVM or dmsnap serve: a copy of it,
+NEWCOW, or with --in-place the store itself, after --undo FILE holds what is overwritten; dmsnap repair COW
+--undo-apply FILE takes that back. It does not bring anything back that was lost: doubtful parts then look like the
+rest, and nobody can tell them apart any more. Make a map first, and think before you merge such a store.
 
-Nothing is written to ORIGIN or COW.`,
+Nothing is written to ORIGIN, nor, without --in-place, to COW. An ORIGIN or COW in use is refused; --live-read reads it
+all the same, and then nothing is certain but what has an exception.`,
 		Example: `  dmsnap rescue disk.img disk.cow old.img --map old.map
   dmsnap rescue --dry-run disk.img disk.cow
-  dmsnap rescue --revalidate disk.cow again.cow`,
+  dmsnap rescue --revalidate disk.cow again.cow
+  dmsnap rescue --revalidate disk.cow --in-place --undo disk.undo`,
 		Args: func(c *cobra.Command, args []string) error {
 			switch {
-			case o.revalidate && len(args) != 2:
-				return errors.New("--revalidate needs COW and NEWCOW")
+			case !o.revalidate && o.inPlace:
+				return errors.New("--in-place goes with --revalidate")
+			case o.inPlace != (o.undo != ""):
+				return errors.New("--in-place needs --undo FILE, and that nothing else")
+			case o.inPlace && len(args) != 1:
+				return errors.New("--in-place goes with one COW and no NEWCOW")
+			case o.revalidate && !o.inPlace && len(args) != 2:
+				return errors.New("--revalidate needs COW and NEWCOW, or COW and --in-place --undo FILE")
 			case !o.revalidate && o.dryRun && len(args) != 2 && len(args) != 3, !o.revalidate && !o.dryRun && len(args) != 3:
 				return errors.New("ORIGIN, COW and OUT are needed")
 			}
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			if o.revalidate {
+			switch {
+			case o.inPlace:
+				return o.markValid(c, args[0])
+			case o.revalidate:
 				return o.copyValid(c, args[0], args[1])
 			}
 			return o.run(c, args)
 		},
 	}
 	f := c.Flags()
-	f.BoolVar(&o.force, "force", false, "replace OUT, NEWCOW and the map when they exist")
+	f.BoolVar(&o.force, "force", false, "replace OUT, NEWCOW, the map and the undo file when they exist")
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "say what would be certain, read no data, write nothing")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
-	f.BoolVar(&o.revalidate, "revalidate", false, "make a copy of the store that loads again")
+	f.BoolVar(&o.revalidate, "revalidate", false, "make the store load again, in a copy")
+	f.BoolVar(&o.inPlace, "in-place", false, "revalidate COW itself")
+	f.StringVar(&o.undo, "undo", "", "where to keep what --in-place overwrites")
+	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and a store that are in use")
 	f.StringVar(&o.mapFile, "map", "", "write what each range is worth to this file")
 	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
 	c.MarkFlagsMutuallyExclusive("revalidate", "map")
 	c.MarkFlagsMutuallyExclusive("revalidate", "dry-run")
+	c.MarkFlagsMutuallyExclusive("in-place", "live-read")
 	return c
 }
 
@@ -93,18 +103,20 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 	if err := checkDifferent(args[0], args[1]); err != nil {
 		return err
 	}
-	readOnly := block.Options{ReadOnly: true}
-	origin, err := openOrigin(args[0], readOnly)
+	origin, err := openToRead(args[0], o.liveRead)
 	if err != nil {
 		return err
 	}
 	defer origin.Close()
-	cow, err := openDevice(args[1], readOnly)
+	if err := checkWholeSectors(args[0], origin); err != nil {
+		return err
+	}
+	cow, err := openToRead(args[1], o.liveRead)
 	if err != nil {
 		return err
 	}
 	defer cow.Close()
-	var look rescue.Options
+	look := rescue.Options{Live: o.liveRead && (hasWriter(args[0]) || hasWriter(args[1]))}
 	if o.chunkSize.set {
 		if look.ChunkSectors, err = o.chunkSize.chunkSectors(); err != nil {
 			return err
@@ -205,34 +217,4 @@ func certaintyPanel(ranges []rescue.Range) picture.Panel {
 		}
 	}
 	return picture.Panel{Title: "what the rescued image is worth", Strip: s, Columns: 64, Label: bytesText}
-}
-
-// copyValid makes the copy of --revalidate.
-func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) error {
-	cow, err := openDevice(cowPath, block.Options{ReadOnly: true})
-	if err != nil {
-		return err
-	}
-	defer cow.Close()
-	ctx, stop := untilSignal()
-	defer stop()
-	err = newFile(newPath, o.force, []string{cowPath}, func(f *os.File) error { return revalidate(ctx, cow, f) })
-	if err != nil {
-		return about(cowPath, err)
-	}
-	if o.asJSON {
-		return printJSON(c, revalidated{newPath, cow.Size()})
-	}
-	return printf(c, "%s: a valid copy of %s; what the origin overwrote meanwhile looks like the rest\n", newPath, cowPath)
-}
-
-func revalidate(ctx context.Context, cow block.Device, f *os.File) error {
-	if err := f.Truncate(cow.Size()); err != nil {
-		return err
-	}
-	out, err := block.Open(f.Name(), block.Options{})
-	if err != nil {
-		return err
-	}
-	return errors.Join(rescue.Revalidate(ctx, cow, out), out.Close())
 }

@@ -66,12 +66,31 @@ func TestRescue(t *testing.T) {
 	}
 
 	again := filepath.Join(p.dir, "again.cow")
-	mustRun(t, "rescue", "--revalidate", p.cow, again)
+	if said := mustRun(t, "rescue", "--revalidate", p.cow, again); !strings.Contains(said, "has 24 KiB as the snapshot showed them; all else") {
+		t.Errorf("it did not say what that means: %q", said)
+	}
 	if st := mustJSON[fileStatus](t, "status", again); !st.Valid || st.Exceptions != 6 {
 		t.Errorf("%+v", st)
 	}
 	if view := mustRun(t, "export", p.origin, again, "-"); view != string(image) {
 		t.Error("the copy shows something else than was rescued")
+	}
+
+	// In place, and back.
+	undo := filepath.Join(p.dir, "undo")
+	invalid, sound := digest(readFile(t, p.cow)), digest(readFile(t, again))
+	if said := mustRun(t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", undo); !strings.Contains(said, "all else") || !strings.Contains(said, "--undo-apply "+undo) {
+		t.Errorf("it said %q", said)
+	}
+	if got := digest(readFile(t, p.cow)); got != sound {
+		t.Error("in place it is not what the copy is")
+	}
+	if res := mustJSON[revalidated](t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", filepath.Join(p.dir, "none")); res.Changed || res.Kept != 24<<10 {
+		t.Errorf("a valid store: %+v", res)
+	}
+	mustRun(t, "repair", p.cow, "--undo-apply", undo)
+	if got := digest(readFile(t, p.cow)); got != invalid {
+		t.Error("taken back it is not as it was")
 	}
 
 	// Manners.
@@ -86,6 +105,11 @@ func TestRescue(t *testing.T) {
 	dmsnap("rescue", "--revalidate", p.cow, again).wantRefused(t, again, "exists")
 	dmsnap("rescue", "--revalidate", p.origin, filepath.Join(p.dir, "x")).wantRefused(t, p.origin)
 	dmsnap("rescue", p.origin, p.cow).wantRefused(t, "OUT")
+	dmsnap("rescue", "--revalidate", p.cow, "--in-place").wantRefused(t, "--undo FILE")
+	dmsnap("rescue", "--revalidate", p.cow, again, "--in-place", "--undo", undo+"2").wantRefused(t, "no NEWCOW")
+	dmsnap("rescue", p.origin, p.cow, "--in-place", "--undo", undo+"2").wantRefused(t, "goes with --revalidate")
+	dmsnap("rescue", "--revalidate", p.cow, "--in-place", "--undo", undo).wantRefused(t, undo, "exists", "--force")
+	dmsnap("rescue", "--revalidate", p.cow, "--in-place", "--undo", p.cow, "--force").wantRefused(t, "same file")
 	wantSame(t, p.dir, before)
 	if left, _ := filepath.Glob(filepath.Join(p.dir, ".*.part")); len(left) > 0 {
 		t.Errorf("left: %v", left)

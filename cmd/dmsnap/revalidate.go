@@ -1,0 +1,95 @@
+package main
+
+import (
+	"errors"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/rescue"
+	"github.com/dmsnap/dmsnap/undo"
+)
+
+// revalidated is what rescue --revalidate prints as JSON.
+type revalidated struct {
+	Path    string `json:"path"`  // of the valid store
+	Bytes   int64  `json:"bytes"` // that it has
+	Changed bool   `json:"changed"`
+	Kept    int64  `json:"kept_bytes"` // of the snapshot, that are as they were; nothing says so of the rest
+}
+
+// say tells what it means that a store is made valid; before it is, where that is done in place.
+func (o *rescueOptions) say(c *cobra.Command, v *rescue.Revalidation, cowPath string) error {
+	if o.asJSON {
+		return nil
+	}
+	return printf(c, "%s: has %s as the snapshot showed them; all else will show the origin as it is now, and nothing "+
+		"will tell what was overwritten since the store became invalid\n", cowPath, bytesText(v.KeptBytes()))
+}
+
+// copyValid makes the copy of --revalidate.
+func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) error {
+	cow, err := openToRead(cowPath, o.liveRead)
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	ctx, stop := untilSignal()
+	defer stop()
+	v, err := rescue.NewRevalidation(ctx, cow)
+	if err != nil {
+		return about(cowPath, err)
+	}
+	err = newFile(newPath, o.force, []string{cowPath}, func(f *os.File) error {
+		out, err := openNew(f, cow.Size())
+		if err != nil {
+			return err
+		}
+		return errors.Join(v.Copy(ctx, out), out.Close())
+	})
+	if err != nil {
+		return about(cowPath, err)
+	}
+	if o.asJSON {
+		return printJSON(c, revalidated{newPath, cow.Size(), true, v.KeptBytes()})
+	}
+	if err := o.say(c, v, cowPath); err != nil {
+		return err
+	}
+	return printf(c, "%s: a valid copy of %s\n", newPath, cowPath)
+}
+
+// markValid makes the store itself valid, after its undo file is on disk.
+func (o *rescueOptions) markValid(c *cobra.Command, cowPath string) error {
+	cow, err := openDevice(cowPath, block.Options{})
+	if err != nil {
+		return err
+	}
+	defer cow.Close()
+	ctx, stop := untilSignal()
+	defer stop()
+	v, err := rescue.NewRevalidation(ctx, cow)
+	if err != nil {
+		return about(cowPath, err)
+	}
+	changed, err := v.InPlace(func(ranges []undo.Range, size int64) error {
+		err := newFile(o.undo, o.force, []string{cowPath}, func(f *os.File) error {
+			return undo.Save(ctx, f, cow, ranges, size)
+		})
+		if err != nil {
+			return err
+		}
+		return o.say(c, v, cowPath)
+	})
+	if err != nil {
+		return about(cowPath, err)
+	}
+	if o.asJSON {
+		return printJSON(c, revalidated{cowPath, cow.Size(), changed, v.KeptBytes()})
+	}
+	if !changed {
+		return printf(c, "%s: is valid; nothing was changed\n", cowPath)
+	}
+	return printf(c, "%s: valid again; to take it back: dmsnap repair %[1]s --undo-apply %s\n", cowPath, o.undo)
+}
