@@ -58,7 +58,8 @@ takes: a guess from reading a part of COW, too short where that is cached.
 
 --control PATH NAME starts the live merge of a served snapshot. Clients go on: the origin shows the
 merged content at once, and the snapshot's export goes on as the origin. Without NAME the merge under way is
-meant. --pause and --resume say what to do with it; --wait waits until it is complete.`,
+meant. --pause and --resume say what to do with it; --wait waits until it is complete. To be able to take it back,
+make a snapshot before it (dmsnap snapshot --create): merging that one brings the origin back.`,
 		Example: `  dmsnap merge disk.img disk.cow
   dmsnap merge --dry-run disk.img disk.cow
   dmsnap merge disk.img disk.cow --undo before.cow

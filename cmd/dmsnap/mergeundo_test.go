@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"math/rand/v2"
@@ -208,4 +209,24 @@ func TestMergeUndoWithoutRoom(t *testing.T) {
 	wantContent(t, p.origin, before)
 	mustRun(t, "merge", p.origin, p.cow, "--undo", filepath.Join(p.dir, "undo.cow"))
 	wantContent(t, p.origin, shown)
+}
+
+// A live merge is taken back by a snapshot of the origin that was made before it.
+func TestLiveMergeTakenBack(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	before := readFile(t, p.origin)
+	r := start(t, p, serveOptions{exportOrigin: true}, "disk="+p.cow)
+	mustRun(t, "snapshot", "--control", r.control, "before", filepath.Join(p.dir, "before.cow"), "--create")
+	for _, step := range []struct {
+		merge string
+		want  []byte
+	}{{"disk", shown}, {"before", before}} {
+		mustRun(t, "merge", "--control", r.control, step.merge, "--wait")
+		if !bytes.Equal(readAll(t, r.origin), step.want) {
+			t.Errorf("after the merge of %s the origin shows something else", step.merge)
+		}
+	}
+	r.stop()
+	wantContent(t, p.origin, before)
 }
