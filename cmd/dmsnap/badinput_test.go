@@ -99,6 +99,7 @@ func TestBadInput(t *testing.T) {
 		t.Run(trap.name, func(t *testing.T) {
 			for _, verb := range trap.only {
 				t.Run(verb, func(t *testing.T) {
+					t.Parallel() // most of the time goes into waiting for the disk
 					p := newPair(t)
 					p.withStore(t)
 					trap.set(t, &p)

@@ -93,10 +93,10 @@ func TestServeProcess(t *testing.T) {
 	}
 }
 
-// bigPair is a pair with 48 MiB of exceptions out of order, enough to be interrupted.
+// bigPair is a pair with 32 MiB of exceptions out of order, enough to be interrupted.
 func bigPair(t *testing.T) (p pair, shown []byte) {
 	t.Helper()
-	const size, piece = 48 << 20, 64 << 10
+	const size, piece = 32 << 20, 64 << 10
 	dir := t.TempDir()
 	p = pair{dir: dir, origin: filepath.Join(dir, "disk.img"), cow: filepath.Join(dir, "disk.cow")}
 	writeFile(t, p.origin, make([]byte, size))
