@@ -114,19 +114,19 @@ func TestLiveMergeOverTheWire(t *testing.T) {
 	p, shown := bigPair(t)
 	r := start(t, p, serveOptions{exportOrigin: true}, p.cow)
 	var clients sync.WaitGroup
-	const part = 12 << 20 // of the disk for each client: two of the snapshot's export, one of the origin
+	part := len(shown) / 3 &^ 4095 // of the disk for each client: two of the snapshot's export, one of the origin
 	var warm sync.WaitGroup
 	for i := range 2 {
 		c := dial(t, r.uri("disk"))
 		warm.Add(1)
-		clients.Go(func() { useDisk(t, c, int64(i)*part, shown[i*part:(i+1)*part], uint64(i), warm.Done) })
+		clients.Go(func() { useDisk(t, c, int64(i*part), shown[i*part:(i+1)*part], uint64(i), warm.Done) })
 	}
 	warm.Wait()
 	if err := r.startMerge("disk"); err != nil {
 		t.Fatal(err)
 	}
 	o := dial(t, r.uri(originName))
-	clients.Go(func() { useDisk(t, o, 2*part, shown[2*part:3*part], 2, func() {}) })
+	clients.Go(func() { useDisk(t, o, int64(2*part), shown[2*part:3*part], 2, func() {}) })
 	m := mustJSON[mergeStatus](t, "merge", "--control", r.control, "--wait")
 	if m.State != merge.Done {
 		t.Errorf("merge %+v", m)
