@@ -7,9 +7,9 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// maxUnsynced is how many exceptions may wait for a Sync before Reserve makes one itself: 64 Ki, a
-// mebibyte of slots.
-const maxUnsynced = 64 << 10
+// maxUnsynced is how many exceptions may wait for a Sync before Reserve makes one itself: 256 Ki, 4 MiB
+// of slots. Each such Sync writes out all data since the last one while writers wait.
+const maxUnsynced = 256 << 10
 
 // reservation is one entry of the queue.
 type reservation struct {

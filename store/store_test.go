@@ -432,13 +432,13 @@ func TestDropLastInWindows(t *testing.T) {
 
 func TestManyExceptionsOverManyRounds(t *testing.T) {
 	// More than wait for a Sync at once, in a store of several areas.
-	const n = 70000
-	s, mem, _, _ := newStore(t, 8, 8*(n+n/256+4))
+	const n = 264000
+	s, mem, _, _ := newStore(t, 1, n+n/32+4)
 	for i := range ondisk.OriginChunk(n) {
 		add(t, s, 5*i, 1)
 	}
 	if !s.Durable(1000) {
-		t.Error("65536 exceptions wait for a Sync that nobody may make")
+		t.Error("262,144 exceptions wait for a Sync that nobody may make")
 	}
 	mustSync(t, s)
 	again := reopen(t, mem)
