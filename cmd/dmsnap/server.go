@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
@@ -229,6 +230,7 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 	if err != nil {
 		return nil, err
 	}
+	releaseLoaded(snap)
 	v := &served{name: a.name, path: a.cow, dev: &switchable{dev: snap}, cow: cow, snap: snap}
 	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: "snapshot " + a.cow, Device: v.dev,
 		ReadOnly: s.readOnly, CanTrim: true, MultiConn: true,
@@ -238,6 +240,17 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 		return nil, errors.Join(err, snap.Close())
 	}
 	return v, nil
+}
+
+// muchLoaded is from how many exceptions on the loading of a store is cleaned up after: tens of MB.
+const muchLoaded = 1 << 20
+
+// releaseLoaded gives the memory back that only the loading of a large store needed. An idle server would
+// keep it for minutes, and is looked at for what it takes.
+func releaseLoaded(snap *snapshot.Snapshot) {
+	if snap.Status().Exceptions >= muchLoaded {
+		debug.FreeOSMemory()
+	}
 }
 
 // preferredBlock is the chunk size, as far as it is sensible as the size of a request: writes of
