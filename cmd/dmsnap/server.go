@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"os"
+	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -249,6 +250,7 @@ const muchLoaded = 1 << 20
 // keep it for minutes, and is looked at for what it takes.
 func releaseLoaded(snap *snapshot.Snapshot) {
 	if snap.Status().Exceptions >= muchLoaded {
+		runtime.GC() // buffers kept in pools outlive one collection
 		debug.FreeOSMemory()
 	}
 }
