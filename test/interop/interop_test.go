@@ -290,10 +290,7 @@ func fill(b []byte, x byte) {
 
 // TestInteropFioLiveMerge has fio write and verify the snapshot while it is merged into the origin.
 func TestInteropFioLiveMerge(t *testing.T) {
-	fio := tool(t, "fio", "fio")
-	if out, err := exec.Command(fio, "--enghelp").CombinedOutput(); err != nil || !bytes.Contains(out, []byte("nbd")) {
-		t.Skip("SKIPPED: this fio has no nbd engine")
-	}
+	fio := fioWithNBD(t)
 	w, disk := standard(t)
 	job := func(name, uri string, more ...string) []string {
 		return append([]string{"--name=" + name, "--ioengine=nbd", "--uri=" + uri, "--rw=randwrite", "--bs=4k", "--iodepth=16",
@@ -302,6 +299,7 @@ func TestInteropFioLiveMerge(t *testing.T) {
 	// Fill the upper half of the snapshot, then merge while the lower half is written and verified.
 	w.run(fio, job("fill", w.uris["snap"], "--offset=32m", "--size=16m")...)
 	load := exec.Command(fio, job("load", w.uris["snap"], "--size=16m", "--loops=3")...)
+	load.Dir = w.dir
 	out := new(bytes.Buffer)
 	load.Stdout, load.Stderr = out, out
 	if err := load.Start(); err != nil {
