@@ -53,7 +53,7 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits
-	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/...
+	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/... ./cmd/dmsnap ./test/interop
 
 .PHONY: release
 release: ## build bin/dmsnap as it is released: static, without paths and symbols
