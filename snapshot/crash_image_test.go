@@ -44,6 +44,9 @@ func (m *moment) check(img *blocktest.Image, goOn bool) error {
 	if err := a.checkViews(); err != nil {
 		return err
 	}
+	if err := a.give(img); err != nil {
+		return err
+	}
 	if goOn && m.merged < 0 {
 		if err := a.goOn(); err != nil {
 			return fmt.Errorf("used again after the cut: %w", err)

@@ -81,11 +81,11 @@ func judge() string {
 var tally counts
 
 type counts struct {
-	mu                                             sync.Mutex
-	releases                                       []string
-	boots                                          int
-	scripts, operations, observations              int
-	exchanged, rounds, kills, percentages, hazards int
+	mu                                                      sync.Mutex
+	releases                                                []string
+	boots                                                   int
+	scripts, operations, observations                       int
+	exchanged, crashes, rounds, kills, percentages, hazards int
 }
 
 func (c *counts) add(change func(*counts)) {
@@ -96,9 +96,9 @@ func (c *counts) add(change func(*counts)) {
 
 func (c *counts) String() string {
 	return fmt.Sprintf("judged by Linux %s (%d boots): %d scripts, %d operations and %d states compared; "+
-		"%d stores exchanged, %d cross-merge rounds, %d kill points, %d LVM percentages, %d hazards reproduced",
+		"%d stores exchanged, %d crash images, %d cross-merge rounds, %d kill points, %d LVM percentages, %d hazards reproduced",
 		strings.Join(c.releases, ", "), c.boots, c.scripts, c.operations, c.observations,
-		c.exchanged, c.rounds, c.kills, c.percentages, c.hazards)
+		c.exchanged, c.crashes, c.rounds, c.kills, c.percentages, c.hazards)
 }
 
 // boot starts a machine of the kind that judges, with the modules loaded and an empty pool, and checks
