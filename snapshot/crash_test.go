@@ -26,7 +26,7 @@ var deep = depth > 0
 func TestCrash(t *testing.T) {
 	choices := blocktest.Choices{All: 16, Limit: 6, Random: 4}
 	if deep {
-		choices = blocktest.Choices{All: 1 << 12, Random: 1500}
+		choices = blocktest.Choices{All: 1 << 12, Random: 3500}
 	}
 	var all atomic.Int64
 	for _, sc := range slices.Concat(scenarios, races) {

@@ -52,7 +52,7 @@ func run(m *testing.M) int {
 	}
 	defer os.RemoveAll(dir)
 	binaries = dir
-	for name, pkg := range map[string]string{"guest": "./guest", "dmsnap": "../../cmd/dmsnap"} {
+	for name, pkg := range map[string]string{"guest": "./guest", "files": "./files", "dmsnap": "../../cmd/dmsnap"} {
 		cmd := exec.Command("go", "build", "-o", filepath.Join(dir, name), pkg)
 		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
 		if out, err := cmd.CombinedOutput(); err != nil {
