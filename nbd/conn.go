@@ -25,9 +25,7 @@ const (
 // conn is a connection in its transmission.
 //
 // The workers take turns at reading (turn). Whoever has read a request passes the turn on before it
-// carries the request out. A mutex does for that: one that is given up and soon asked for again mostly
-// stays with the same goroutine, so a stream of quick requests is read and answered without a change of
-// goroutine, and a slow one leaves the turn to the next.
+// carries the request out, unless the request is likely to be quick: inhand.go has that.
 type conn struct {
 	server     *Server
 	export     *export
@@ -45,6 +43,7 @@ type conn struct {
 	all      sync.WaitGroup
 	underWay atomic.Int32 // tasks that were read and not answered yet
 
+	hand inHand
 	held held
 	out  replies
 
@@ -56,6 +55,8 @@ func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
 	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{})}
 	c.held.init(&s.payloads, c.stopped)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
+	c.hand.timer = time.AfterFunc(time.Hour, c.watch)
+	c.hand.timer.Stop() // until something is in hand
 	return c
 }
 
@@ -103,7 +104,8 @@ func (c *conn) startWorker() {
 	})
 }
 
-// work reads one request and carries it out. It reports false when the worker is no longer needed.
+// work reads one request, and those that are carried out in hand before it, and carries it out. It reports
+// false when the worker is no longer needed.
 func (c *conn) work() bool {
 	c.idle.Add(1)
 	c.turn.Lock()
@@ -113,21 +115,40 @@ func (c *conn) work() bool {
 		return false
 	}
 	t, err := c.read()
+	for t != nil && t.errno == 0 && c.hand.passed(t.Request) {
+		if !c.carryOutInHand(t) {
+			return true
+		}
+		t, err = c.read()
+	}
+	waiting := c.hand.waiting > 0
+	c.hand.waiting = 0
 	if t == nil {
 		c.ended = true
 		if !c.stopping.Load() {
 			c.err = err
 		}
 		c.turn.Unlock()
+	} else {
+		c.passTurn()
+	}
+	if waiting {
+		c.out.flush() // the request they waited for is not carried out in hand after all
+	}
+	if t == nil {
 		return false
 	}
-	// Somebody must be there to read on while this worker is busy.
+	t.carryOut()
+	c.out.send(t, true)
+	return true
+}
+
+// passTurn gives the turn up. Somebody must be there to read on while its worker is busy.
+func (c *conn) passTurn() {
 	if c.idle.Load() == 0 && c.workers.Load() < maxInFlight {
 		c.startWorker()
 	}
 	c.turn.Unlock()
-	t.carryOut()
-	return true
 }
 
 // read takes one request off the stream, with the payload of a WRITE. No task means that the connection

@@ -3,25 +3,29 @@ package nbd
 import (
 	"bytes"
 	"fmt"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// carryOut does what the request asks for and sends the reply. The task ends with it.
+// carryOut does what the request asks for and makes the reply.
 func (t *task) carryOut() {
 	e := t.conn.export
 	if t.errno == 0 {
+		start := time.Now()
 		if err := t.execute(); err != nil {
 			t.errno = errnoOf(err)
 			e.failed(t.conn.server, t.Request, err)
+		}
+		if short(t.Request) {
+			t.conn.hand.took(t.Request, time.Since(start))
 		}
 	}
 	if t.errno != 0 {
 		e.errors.Add(1)
 		t.fail()
 	}
-	t.conn.out.send(t)
 }
 
 // execute carries out a valid request: a case for every command.

@@ -37,21 +37,46 @@ type replies struct {
 	joined  []byte // of an encrypted connection, where each Write is a record of its own
 }
 
-// send puts the reply of t on its way. t has ended when the bytes have left, or never will: before send
-// returns, or later in another goroutine.
-func (o *replies) send(t *task) {
+// add puts the reply of t behind the others, for the next send or flush.
+func (o *replies) add(t *task) {
 	o.mu.Lock()
 	o.queue = append(o.queue, t)
+	o.mu.Unlock()
+}
+
+// send puts the reply of t on its way. t has ended when the bytes have left, or never will: before send
+// returns, or later in another goroutine.
+//
+// With others, workers that are ready to run go first: where requests came in one piece their replies leave in
+// one, too. This is worth a factor of three at depth 32, and costs nothing when nobody else is ready.
+func (o *replies) send(t *task, others bool) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	o.queue = append(o.queue, t)
 	if o.writing {
-		o.mu.Unlock()
 		return
 	}
 	o.writing = true
-	o.mu.Unlock()
-	// Let workers that are ready to run go first: where requests came in one piece their replies leave in
-	// one, too. This is worth a factor of three at depth 32, and costs nothing when nobody else is ready.
-	runtime.Gosched()
+	if others {
+		o.mu.Unlock()
+		runtime.Gosched()
+		o.mu.Lock()
+	}
+	o.writeAll()
+}
+
+// flush sends what was added, unless somebody is at it.
+func (o *replies) flush() {
 	o.mu.Lock()
+	defer o.mu.Unlock()
+	if !o.writing {
+		o.writing = true
+		o.writeAll()
+	}
+}
+
+// writeAll writes until nothing is left. mu is held, but not while it writes; the caller has set writing.
+func (o *replies) writeAll() {
 	for len(o.queue) > 0 {
 		o.batch, o.queue = o.queue, o.batch[:0]
 		err := o.err
@@ -70,7 +95,6 @@ func (o *replies) send(t *task) {
 		}
 	}
 	o.writing = false
-	o.mu.Unlock()
 }
 
 // write sends a batch, in steps for which the peer has some time each.

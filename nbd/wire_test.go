@@ -174,6 +174,16 @@ func (p *peer) simple(cookie uint64, errno wire.Errno) {
 	}
 }
 
+// anySimple wants a simple reply that says that all is well, and returns its cookie.
+func (p *peer) anySimple() (cookie uint64) {
+	p.t.Helper()
+	s := wire.DecodeSimple(p.read(wire.SimpleSize))
+	if s.Magic != wire.MagicSimple || s.Error != 0 {
+		p.t.Fatalf("reply %+v, want one without an error", s)
+	}
+	return s.Cookie
+}
+
 // chunk wants a chunk, and returns its payload.
 func (p *peer) chunk(cookie uint64, flags uint16, kind wire.ChunkType) []byte {
 	p.t.Helper()
