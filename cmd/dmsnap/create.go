@@ -127,14 +127,14 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 			if err != nil {
 				return err
 			}
-			return o.makeStore(cow, layout, &size)
+			return o.makeStore(cow, unnamed{cow}, layout, &size)
 		})
 	} else {
 		var cow *block.File
 		if cow, err = openDevice(cowPath, block.Options{}); err != nil {
 			return made, err
 		}
-		err = o.makeStore(cow, layout, &size)
+		err = o.makeStore(cow, cow, layout, &size)
 	}
 	return created{cowPath, o.store.String(), sectors, uint64(size) / ondisk.SectorSize}, about(cowPath, err)
 }
@@ -156,7 +156,7 @@ func (o *creation) size(l ondisk.Layout, origin int64) (int64, error) {
 
 // makeStore makes the store on an open device, and closes it. size is what a file that is empty gets, and then
 // what the device has.
-func (o *creation) makeStore(cow *block.File, l ondisk.Layout, size *int64) (err error) {
+func (o *creation) makeStore(cow *block.File, as block.Device, l ondisk.Layout, size *int64) (err error) {
 	defer func() { err = errors.Join(err, cow.Close()) }()
 	if !o.force {
 		if err := checkVacant(cow); err != nil {
@@ -169,7 +169,19 @@ func (o *creation) makeStore(cow *block.File, l ondisk.Layout, size *int64) (err
 		}
 	}
 	*size = cow.Size()
-	_, err = store.Create(cow, l, true)
+	_, err = store.Create(as, l, true)
+	return err
+}
+
+// unnamed is a file that has its name only when newFile has made it durable as a whole. Nobody finds a store in
+// it before, so the order in which its parts get there is all the same, and one flush does: on a disk each
+// costs as much as all the rest of create.
+type unnamed struct{ *block.File }
+
+func (unnamed) Flush() error { return nil }
+
+func (u unnamed) WriteDurableAt(p []byte, off int64) error {
+	_, err := u.WriteAt(p, off)
 	return err
 }
 
