@@ -25,35 +25,39 @@ func (s *Snapshot) ReadAt(p []byte, off int64) (int, error) {
 	if err := s.usable(); err != nil {
 		return 0, err
 	}
-	for done := int64(0); done < int64(len(p)); {
-		n, err := s.readPiece(p[done:], off+done)
-		if err != nil {
-			return int(done), err
-		}
-		done += n
+	if len(p) == 0 {
+		return 0, nil
 	}
-	return len(p), nil
+	n, err := s.read(p, off)
+	return int(n), err
 }
 
-// readPiece reads the first piece of p and returns its length.
-func (s *Snapshot) readPiece(p []byte, off int64) (int64, error) {
-	pc := nextPiece(s.store, off, int64(len(p)))
-	if !pc.mapped {
-		// From Enter on, an origin write to these chunks waits for us in Drain. One that passed its
-		// Drain before had made the exception visible by then, so look again.
-		first, count := chunks(s.store.Layout(), pc.off, pc.n)
-		reader := s.gate.Enter(span(first, count))
-		defer reader.Leave()
-		pc = nextPiece(s.store, off, pc.n)
+// read reads len(p) > 0 bytes at off and returns how many it has read.
+//
+// Whatever isn't mapped is read as a registered reader: from Enter on, an origin write to these chunks waits
+// for us in Drain. One that passed its Drain before had made the exception visible by then, so look (again)
+// after Enter. A request of many pieces registers once.
+func (s *Snapshot) read(p []byte, off int64) (int64, error) {
+	n := int64(len(p))
+	pc := nextPiece(s.store, off, n)
+	if pc.mapped && pc.n == n {
+		k, err := s.cow.ReadAt(p, pc.cow)
+		return int64(k), err
 	}
-	from, dev := pc.off, s.origin.dev
-	if pc.mapped {
-		from, dev = pc.cow, s.cow
+	first, count := chunks(s.store.Layout(), off, n)
+	reader := s.gate.Enter(span(first, count))
+	defer reader.Leave()
+	for done := int64(0); done < n; done += pc.n {
+		pc = nextPiece(s.store, off+done, n-done)
+		from, dev := pc.off, s.origin.dev
+		if pc.mapped {
+			from, dev = pc.cow, s.cow
+		}
+		if _, err := dev.ReadAt(p[done:done+pc.n], from); err != nil {
+			return done, err
+		}
 	}
-	if _, err := dev.ReadAt(p[:pc.n], from); err != nil {
-		return 0, err
-	}
-	return pc.n, nil
+	return n, nil
 }
 
 func span(first ondisk.OriginChunk, count uint64) gate.Span {
