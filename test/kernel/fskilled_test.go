@@ -166,7 +166,7 @@ func (x *killedFS) loadAndKill(round int) {
 	var writers []int64
 	for _, m := range mounts {
 		x.k.sh(fmt.Sprintf("mount %s %s %s", x.fs.mount, m.device, m.folder))
-		writers = append(writers, x.k.spawn(x.k.m.Name("files"), "/run/files", "write", m.folder, m.folder+".log", fmt.Sprint(round)))
+		writers = append(writers, x.k.spawn(x.k.m.Name("files"), "/run/files", "write", m.folder, m.folder+".log", fmt.Sprint(round), m.device))
 	}
 	pause := 50 + x.random.Int64N(600)
 	if x.merging {

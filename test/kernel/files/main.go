@@ -1,13 +1,18 @@
 // Files writes files on a file system that may be taken away under it, and says afterwards whether each one
 // that was made durable is there.
 //
-//	files write DIR LOG SEED   until something fails, which is its proper end
-//	files verify DIR LOG       prints what it found; status 1 when something is missing or wrong
+//	files write DIR LOG SEED DEVICE   until something fails, which is its proper end
+//	files verify DIR LOG              prints what it found; status 1 when something is missing or wrong
 //
 // LOG is on another file system, which stays. Before a file is replaced or deleted a line says so, and one
 // says so when that is durable: a file that was written under another name, made durable, renamed, and whose
 // folder was made durable. A file system that keeps its word then shows each file as the last durable
 // change left it, or as one that was begun later, whole.
+//
+// An fsync that succeeded isn't enough to say so. When another writer's commit fails because the device is gone,
+// and takes our change with it, ext4 of Linux 6.1 may find no transaction left to wait for and report success
+// (one of twenty kills). DEVICE, which never comes back while it is mounted, is therefore read afterwards,
+// past the cache: if that succeeds it was there during the fsync.
 package main
 
 import (
@@ -24,18 +29,20 @@ import (
 	"strings"
 	"sync"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dmsnap/dmsnap/internal/kernelcase"
 )
 
 func main() {
 	status := 2
 	switch {
-	case len(os.Args) == 5 && os.Args[1] == "write":
-		status = write(os.Args[2], os.Args[3], os.Args[4])
+	case len(os.Args) == 6 && os.Args[1] == "write":
+		status = write(os.Args[2], os.Args[3], os.Args[4], os.Args[5])
 	case len(os.Args) == 4 && os.Args[1] == "verify":
 		status = verify(os.Args[2], os.Args[3])
 	default:
-		fmt.Fprintln(os.Stderr, "usage: files write DIR LOG SEED | files verify DIR LOG")
+		fmt.Fprintln(os.Stderr, "usage: files write DIR LOG SEED DEVICE | files verify DIR LOG")
 	}
 	os.Exit(status)
 }
@@ -52,7 +59,7 @@ type version struct {
 	size int64
 }
 
-func write(dir, logName, seedText string) int {
+func write(dir, logName, seedText, deviceName string) int {
 	seed, err := strconv.ParseUint(seedText, 10, 64)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, err)
@@ -63,6 +70,12 @@ func write(dir, logName, seedText string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
+	device, err := openDirect(deviceName)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	defer device.Close()
 	var all sync.WaitGroup
 	for n := range writers {
 		r := rand.New(rand.NewPCG(seed, uint64(n)))
@@ -75,7 +88,7 @@ func write(dir, logName, seedText string) int {
 				}
 				// One write call is one line, whoever else appends.
 				fmt.Fprintf(log, "begin %s %d %d\n", name, v.seed, v.size)
-				if err := replace(dir, name, v); err != nil {
+				if err := errors.Join(replace(dir, name, v), device.isThere()); err != nil {
 					fmt.Println("ended by", err)
 					return
 				}
@@ -110,6 +123,25 @@ func replace(dir, name string, v version) error {
 	return syncFolder(dir)
 }
 
+// A direct is a block device that is read past the cache.
+type direct struct{ *os.File }
+
+func openDirect(name string) (direct, error) {
+	f, err := os.OpenFile(name, os.O_RDONLY|unix.O_DIRECT, 0)
+	return direct{f}, err
+}
+
+// isThere fails when the device can't be read any more.
+func (d direct) isThere() error {
+	page, err := unix.Mmap(-1, 0, os.Getpagesize(), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	if err != nil {
+		return err
+	}
+	defer unix.Munmap(page)
+	_, err = d.ReadAt(page, 0)
+	return err
+}
+
 func syncFolder(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
@@ -141,7 +173,7 @@ func verify(dir, logName string) int {
 		})
 		if i < 0 {
 			wrong++
-			fmt.Printf("%s: %d bytes (%v), may be one of %v\n", name, len(content), err, versions)
+			fmt.Printf("%s: %d bytes (%v), may be one of %v; lately:\n%s", name, len(content), err, versions, lastLines(logName, name))
 			continue
 		}
 		fmt.Fprintf(log, "found %s %d %d\n", name, versions[i].seed, versions[i].size)
@@ -151,6 +183,21 @@ func verify(dir, logName string) int {
 		return 1
 	}
 	return 0
+}
+
+// lastLines returns the end of what the log says of a file, with the numbers of the lines.
+func lastLines(logName, file string) string {
+	log, err := os.ReadFile(logName)
+	if err != nil {
+		return err.Error()
+	}
+	var all []string
+	for i, line := range strings.Split(string(log), "\n") {
+		if strings.Contains(line, " "+file+" ") {
+			all = append(all, fmt.Sprintf("\t%d: %s\n", i+1, line))
+		}
+	}
+	return strings.Join(all[max(0, len(all)-6):], "")
 }
 
 // readLog returns what each file may hold, and how many changes were made durable.
