@@ -2,6 +2,7 @@ package snapshot_test
 
 import (
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -38,6 +39,27 @@ var scenarios = []scenario{
 	{"merge beside others", mergeBesideOthers, 40},
 	{"merge in two lives", mergeInTwoLives, 72},
 	{"short last chunk", shortLastChunk, 43},
+}
+
+// heldScenarios are those whose origin writes are held in memory, as far as they may be. What fails then is
+// told to a later call, so the fault tests leave them out.
+var heldScenarios = []scenario{
+	{"origin writes, held", holding(1<<20, originWrites), 48},
+	{"origin writes, held for want of room only", holding(8<<10, originWrites), 48},
+	{"writes on both sides, held", holding(1<<20, bothSides), 40},
+	{"reloads, held", holding(1<<20, reloads), 80},
+	{"overflow by the origin, held", holding(1<<20, overflowByOrigin), 48},
+	{"merge beside others, held", holding(1<<20, mergeBesideOthers), 40},
+	{"merge in two lives, held", holding(1<<20, mergeInTwoLives), 72},
+	{"short last chunk, held", holding(1<<20, shortLastChunk), 43},
+}
+
+// holding is a scenario's run with origin writes held: until something asks for them, or there are limit bytes.
+func holding(limit int64, run func(*testing.T, *lab)) func(*testing.T, *lab) {
+	return func(t *testing.T, l *lab) {
+		l.origin.HoldWrites(limit, time.Hour)
+		run(t, l)
+	}
 }
 
 func firstWrites(t *testing.T, l *lab) {

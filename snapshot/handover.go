@@ -61,6 +61,9 @@ func (s *Snapshot) Resume() error {
 	case s.handsOver():
 		return ErrResumeSource
 	}
+	if err := o.writeOut(); err != nil {
+		return err // s would see the origin as it was before
+	}
 	if s.source != nil {
 		if err := s.takeOver(s.source); err != nil {
 			return err
@@ -200,6 +203,9 @@ func (m *Merging) Resume() error {
 	}
 	if o.waiting != m {
 		return fs.ErrClosed
+	}
+	if err := o.writeOut(); err != nil {
+		return err
 	}
 	handed := m.source != nil
 	if src := m.source; src != nil {

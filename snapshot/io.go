@@ -257,6 +257,9 @@ func (s *Snapshot) Discard(off, n int64) error {
 		off += k
 	}
 	if s.opts.DiscardPassdownOrigin {
+		if err := s.origin.writeOutUnlocked(); err != nil { // or it would come back
+			return err
+		}
 		return block.Discard(s.origin.dev, off-n, n)
 	}
 	return nil

@@ -191,7 +191,7 @@ func (p *pairOf) check() error {
 	} else if valid && s.Len() != uint64(p.model.Exceptions()) {
 		return fmt.Errorf("the store on disk has %d exceptions, the model %d", s.Len(), p.model.Exceptions())
 	}
-	return p.compareSlots()
+	return p.compareSlots(false)
 }
 
 // reattach loads a store again, as a table says that leaves it what it is: persistent or transient.

@@ -59,6 +59,7 @@ type Origin struct {
 	waiting *Merging // loaded, not yet resumed
 
 	pauses pauses
+	held   held
 }
 
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
@@ -81,7 +82,7 @@ func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
 		defer o.mu.RUnlock()
 		return m.readAt(p, off)
 	}
-	return o.dev.ReadAt(p, off)
+	return o.held.readAt(o.dev, p, off)
 }
 
 // enterMerging returns the merge that plays the origin's part, with mu held for reading so that it
@@ -99,7 +100,7 @@ func (o *Origin) enterMerging() *Merging {
 	return m
 }
 
-// WriteAt writes p after every snapshot has durably kept what it shows there.
+// WriteAt writes p after every snapshot has durably kept what it shows there. See HoldWrites.
 func (o *Origin) WriteAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("write", off, int64(len(p)), o.Size()); err != nil {
 		return 0, err
@@ -141,7 +142,20 @@ func (o *Origin) changeNow(pl payload, off, n int64) error {
 	if m := o.merging.Load(); m != nil {
 		return m.change(pl, off, n)
 	}
-	if err := o.preserve(off, n); err != nil {
+	var few [4]*Snapshot
+	dirty, err := o.keep(few[:0], off, n)
+	if err != nil {
+		return err
+	}
+	if o.held.holds(pl, off, n, len(dirty) > 0) {
+		return o.hold(pl.data, off)
+	}
+	if o.held.overlaps(off, n) {
+		if err := o.writeOut(); err != nil { // or it would replace pl later
+			return err
+		}
+	}
+	if err := syncForOrigin(dirty); err != nil {
 		return err
 	}
 	return pl.put(o.dev, off, n)
@@ -154,6 +168,9 @@ func (o *Origin) Flush() error {
 		defer o.mu.RUnlock()
 		return m.flush()
 	}
+	if err := o.writeOutUnlocked(); err != nil {
+		return err
+	}
 	return o.dev.Flush()
 }
 
@@ -163,34 +180,49 @@ func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 		defer o.mu.RUnlock()
 		return m.extents(off, n)
 	}
+	if err := o.writeOutUnlocked(); err != nil {
+		return nil, err
+	}
 	return block.Extents(o.dev, off, n)
 }
 
 // preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
 // reading. Snapshots that can't are invalid when it returns, but for those whose policy is to have the
 // write fail or wait: then it fails with ErrNoRoom.
-//
-// Copies come first, for each snapshot in the order of the list; then one Sync a store, side by side:
-// writes that meet share them.
 func (o *Origin) preserve(off, n int64) error {
 	var few [4]*Snapshot
-	dirty := few[:0]
+	dirty, err := o.keep(few[:0], off, n)
+	if err != nil {
+		return err
+	}
+	return syncForOrigin(dirty)
+}
+
+// keep is preserve without the durability: it appends to dirty the snapshots whose stores need a Sync before
+// the origin may change. The copies are made for each snapshot in the order of the list.
+func (o *Origin) keep(dirty []*Snapshot, off, n int64) ([]*Snapshot, error) {
 	for _, s := range o.snapshots {
 		if !s.active {
 			continue
 		}
 		needsSync, err := s.preserve(off, n)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		if needsSync {
 			dirty = append(dirty, s)
 		}
 	}
-	if len(dirty) == 0 {
+	return dirty, nil
+}
+
+// syncForOrigin makes the exceptions of snapshots durable, with one Sync a store, side by side: writes that
+// meet share them. It fails like preserve.
+func syncForOrigin(dirty []*Snapshot) error {
+	switch len(dirty) {
+	case 0:
 		return nil
-	}
-	if len(dirty) == 1 {
+	case 1:
 		return dirty[0].syncForOrigin()
 	}
 	errs := make([]error, len(dirty))

@@ -257,12 +257,13 @@ func (s *Snapshot) Close() error {
 		return nil
 	}
 	s.closed = true
+	lost := s.letHeldGo()
 	s.origin.remove(s)
 	s.cancelHandover()
 	if s.store == nil || s.invalid.Load() {
-		return nil
+		return lost
 	}
-	return s.store.Sync()
+	return errors.Join(lost, s.store.Sync())
 }
 
 // Size returns the size in bytes.

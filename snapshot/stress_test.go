@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
@@ -33,6 +34,9 @@ func newCrowd(t *testing.T, seed uint64, sectors int64) *crowd {
 	before := blocktest.Pattern(int(sectors*sector), seed)
 	c := &crowd{t: t, rnd: rand.New(rand.NewPCG(seed, 9)), world: &world{disk: block.MemoryFrom(before), model: model.New(before), seen: make(map[string]int)}}
 	c.origin = snapshot.NewOrigin(c.disk)
+	if c.held = seed%2 == 1; c.held {
+		c.origin.HoldWrites(32<<10, time.Millisecond)
+	}
 	return c
 }
 

@@ -90,13 +90,23 @@ func noSnapshot(name string) error {
 
 var errReadOnlyServer = refuse(http.StatusForbidden, "read_only", "the server is read-only")
 
+// What writes to the origin may wait in memory for exceptions to become durable.
+const (
+	heldBytes = 64 << 20
+	heldFor   = 100 * time.Millisecond
+)
+
 // newServer opens the origin.
 func newServer(path string, readOnly bool, opts snapshot.Options, limits nbd.Options) (*server, error) {
 	f, err := openOrigin(path, block.Options{ReadOnly: readOnly})
 	if err != nil {
 		return nil, err
 	}
-	return &server{path: path, file: f, origin: snapshot.NewOrigin(f), readOnly: readOnly, opts: opts,
+	origin := snapshot.NewOrigin(f)
+	if opts.Sync == snapshot.SyncFlush {
+		origin.HoldWrites(heldBytes, heldFor)
+	}
+	return &server{path: path, file: f, origin: origin, readOnly: readOnly, opts: opts,
 		nbd: nbd.NewServer(limits), log: limits.Log,
 		drive: func(m *snapshot.Merging) *merge.Driver { return merge.Start(m, merge.Options{}) }}, nil
 }
