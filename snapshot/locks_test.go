@@ -19,6 +19,9 @@ import (
 func TestLocksNeverMeet(t *testing.T) {
 	for _, seed := range seeds(t, 4) {
 		r := newRig(t, 256)
+		if seed%2 == 1 {
+			r.origin.HoldWrites(32<<10, time.Millisecond)
+		}
 		cows := [3]*cow{}
 		for i, name := range []string{"A", "B", "C"} {
 			cows[i] = r.cow(name, 200) // soon full

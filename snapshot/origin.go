@@ -14,6 +14,7 @@
 //
 //   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a
 //     crash at any point: the exception is durable before the write reaches the origin.
+//   - A write to the origin is durable once a Flush that began after it returned. See [Origin.HoldWrites].
 //   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways]
 //     when it returns, as the kernel has it.
 //   - An origin write is never failed because a snapshot failed: that snapshot becomes invalid, durably,
@@ -28,11 +29,12 @@
 //  2. Origin.mu: held for reading by every write to the origin, by every request to it while a merge is
 //     under way, and by every merge step, once, at their beginning; for writing while the list of
 //     snapshots changes. So a snapshot that is attached sees all later writes, whatever their size
-//     (H7). Requests to a snapshot never take it.
-//  3. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
+//     (H7). Requests to a snapshot never take it, but for discards that are passed down.
+//  3. The lock of writing out what is held; while it has it, the stores' and the devices' locks below.
+//  4. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
 //     origin write passes the snapshots' gates one after the other and holds one at a time.
-//  4. Snapshot.growing, then Snapshot.invalidating.
-//  5. The store's locks, then the device's.
+//  5. Snapshot.growing, then Snapshot.invalidating.
+//  6. The store's locks, then the device's.
 //
 // Writes that wait for room (FullPause) hold none. TestLocksNeverMeet runs everything beside everything.
 package snapshot

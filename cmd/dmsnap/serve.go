@@ -88,7 +88,7 @@ merge.`,
 	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
 	f.BoolVar(&o.create, "create", false, "make COW files and stores that are not there")
 	f.Var(&o.store, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
-	f.Var(&o.sync, "sync", "when a write to a snapshot is durable: at a flush, or always, before it is answered")
+	f.Var(&o.sync, "sync", "when a write is safe from a crash: at a flush, like a disk with a cache, or always, a snapshot's before it is answered")
 	f.Var(&o.onFull, "on-full", "what becomes of writes that need room in a COW that has none: they fail, pause until there is some, or invalidate the snapshot as the kernel does")
 	f.Var(&o.grow, "grow", "make a COW file that is full longer by this much at a time (default: leave it)")
 	f.Var(&o.growMax, "grow-max", "make it no longer than this")
