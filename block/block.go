@@ -94,6 +94,19 @@ func WriteDurable(dev Device, p []byte, off int64) error {
 	return dev.Flush()
 }
 
+// An EarlyFlusher can begin to write to the disk what was written to a range, and go on at once. Nothing is durable
+// by that, and no error is told: Flush, which has less to do afterwards, is told it all.
+type EarlyFlusher interface {
+	BeginFlush(off, n int64)
+}
+
+// BeginFlush begins to write a range to the disk where dev can; else it does nothing.
+func BeginFlush(dev Device, off, n int64) {
+	if d, ok := dev.(EarlyFlusher); ok {
+		d.BeginFlush(off, n)
+	}
+}
+
 // ZeroFlags refine [Zero].
 type ZeroFlags uint8
 

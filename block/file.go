@@ -139,6 +139,15 @@ func (f *File) datasync() error {
 	return nil
 }
 
+// BeginFlush makes the kernel begin to write a range (sync_file_range). A write that fails by it fails a later Flush.
+func (f *File) BeginFlush(off, n int64) {
+	if f.enter("flush", off, n) != nil {
+		return
+	}
+	defer f.life.RUnlock()
+	unix.SyncFileRange(f.fd, off, n, unix.SYNC_FILE_RANGE_WRITE)
+}
+
 // WriteDurableAt writes p at off and returns when it is durable, by one system call where kernel and
 // file system have it. A failure counts as a failed Flush, even where only the write failed, since
 // the two can't be told apart.

@@ -296,3 +296,24 @@ func TestIdentity(t *testing.T) {
 		t.Errorf("locked: %v with LockNone, %v otherwise", again.Locked(), a.Locked())
 	}
 }
+
+// TestBeginFlush: it changes nothing, and is harmless on ranges and files that aren't there.
+func TestBeginFlush(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	f := create(t, path, 1<<20)
+	want := blocktest.Pattern(1<<20, 1)
+	if _, err := f.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	block.BeginFlush(f, 4096, 1<<19)
+	block.BeginFlush(f, 1<<19, 1<<20)
+	block.BeginFlush(block.NewMemory(4096), 0, 4096)
+	if err := f.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	f.Close()
+	block.BeginFlush(f, 0, 4096)
+	if got, err := os.ReadFile(path); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("content changed (%v)", err)
+	}
+}

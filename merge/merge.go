@@ -18,6 +18,7 @@ package merge
 
 import (
 	"context"
+	"time"
 
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -25,12 +26,21 @@ import (
 // DefaultWindow is how much one step merges unless told otherwise, in bytes. Larger windows copy in
 // larger pieces and flush less often; writes to a window wait while it is merged, so it should take
 // no longer than a client is willing to wait.
-const DefaultWindow = 32 << 20
+//
+// Offline, where nobody waits but who wants to interrupt, windows grow up to MaxWindow as long as a step takes
+// little time, and shrink again when it takes long.
+const (
+	DefaultWindow = 32 << 20
+	MaxWindow     = 256 << 20
+
+	quickStep = 200 * time.Millisecond
+	slowStep  = time.Second
+)
 
 // Options say how to drive a merge. The zero value is good.
 type Options struct {
-	// Window is how much one step merges, in bytes; 0 means DefaultWindow. A step merges at least
-	// one chunk.
+	// Window is how much one step merges, in bytes; 0 means DefaultWindow, and for Offline and Run that
+	// it may grow from there. A step merges at least one chunk.
 	Window int64
 
 	// Progress is called before the first step and after each, from the goroutine that makes the
@@ -65,6 +75,7 @@ type loop struct {
 	window uint64 // exceptions a step
 	chunk  int64  // bytes
 	total  uint64 // exceptions at the beginning
+	adapt  bool   // window follows the time that steps take
 }
 
 // newLoop begins to count. m has been resumed.
@@ -87,14 +98,30 @@ func (l *loop) progress() Progress {
 
 // step makes one step. done: nothing was left.
 func (l *loop) step() (done bool, err error) {
+	began := time.Now()
 	n, err := l.m.Step(l.window)
+	if l.adapt && n == l.window {
+		l.window = nextWindow(l.window, time.Since(began), uint64(l.chunk))
+	}
 	return n == 0 && err == nil, err
+}
+
+// nextWindow is the window, in exceptions, after a step of one took so long.
+func nextWindow(window uint64, took time.Duration, chunk uint64) uint64 {
+	switch {
+	case took < quickStep:
+		return max(window, min(2*window, MaxWindow/chunk))
+	case took > slowStep:
+		return min(window, max(window/2, DefaultWindow/chunk, 1))
+	}
+	return window
 }
 
 // Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of
 // that). m must have been resumed; it stays loaded, to be closed or run again by the caller.
 func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 	l := newLoop(m, o)
+	l.adapt = o.Window <= 0
 	for {
 		p := l.progress()
 		if o.Progress != nil {

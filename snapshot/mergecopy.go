@@ -4,12 +4,17 @@ import (
 	"cmp"
 	"slices"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
 
 // gatherBytes is the most that is gathered in memory to be merged in the order of the origin, in bytes.
 const gatherBytes = 32 << 20
+
+// earlyBytes is how much is copied before the disk begins to write it, while the next is copied: the flush at the
+// end of the window finds less to do.
+const earlyBytes = 8 << 20
 
 // copyWindow copies the runs, ascending by origin chunk, from the COW device to the origin.
 //
@@ -30,8 +35,7 @@ func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 		}
 		var err error
 		if k == 1 {
-			off, n := m.originRange(l, runs[0])
-			err = copyRange(m.origin.dev, off, m.cow, l.COWOffset(runs[0].New), n)
+			err = m.copyRun(l, runs[0])
 		} else {
 			err = m.copyGathered(l, runs[:k], bytes)
 		}
@@ -39,6 +43,21 @@ func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 			return err
 		}
 		runs = runs[k:]
+	}
+	return nil
+}
+
+// copyRun copies one run.
+func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
+	off, n := m.originRange(l, r)
+	from := l.COWOffset(r.New)
+	for n > 0 {
+		k := min(n, earlyBytes)
+		if err := copyRange(m.origin.dev, off, m.cow, from, k); err != nil {
+			return err
+		}
+		block.BeginFlush(m.origin.dev, off, k)
+		off, from, n = off+k, from+k, n-k
 	}
 	return nil
 }
@@ -65,9 +84,15 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 			return &copyError{"read", err}
 		}
 	}
-	return m.writeGathered(l, runs, func(r store.Run) []byte {
+	if err := m.writeGathered(l, runs, func(r store.Run) []byte {
 		return buf[at[r.New]:][:int64(r.N)<<l.Shift()]
-	})
+	}); err != nil {
+		return err
+	}
+	first, _ := m.originRange(l, runs[0])
+	last, n := m.originRange(l, runs[len(runs)-1])
+	block.BeginFlush(m.origin.dev, first, last+n-first)
+	return nil
 }
 
 // writeGathered writes the runs' content to the origin, neighbours there in one write.

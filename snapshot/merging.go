@@ -41,12 +41,18 @@ type Merging struct {
 	gathered []byte      // copyGathered's, for the next step
 	failed   atomic.Bool // the last step failed
 	failures atomic.Uint64
+	requests atomic.Uint64 // to the origin, while m plays its part
 }
+
+// Requests counts the requests that m has answered or is answering: whoever calls Step sees by it whether anybody
+// else wants the disks.
+func (m *Merging) Requests() uint64 { return m.requests.Load() }
 
 // readAt reads the merged content. It waits for no step: the COW device keeps a chunk that is being
 // merged, nothing is reserved there any more, and once the exception is gone the origin has the same
 // bytes (specification 7.5).
 func (m *Merging) readAt(p []byte, off int64) (int, error) {
+	m.requests.Add(1)
 	o := m.origin
 	if err := block.CheckRange("read", off, int64(len(p)), o.Size()); err != nil {
 		return 0, err
@@ -82,6 +88,7 @@ func (m *Merging) place(pc piece) (int64, block.Device) {
 
 // change applies pl to n > 0 bytes at off. origin.mu is held for reading.
 func (m *Merging) change(pl payload, off, n int64) error {
+	m.requests.Add(1)
 	st := m.store.Load()
 	durable := pl.durable
 	pl.durable = false
