@@ -17,11 +17,12 @@ import (
 // because a snapshot is full, the turn is watched: when one is in hand for longer than overdue, the turn
 // is taken from its worker and passed on, and the replies that wait leave.
 const (
-	quickPayload = 16 << 10               // bytes of a short READ or WRITE
-	quickTime    = 100 * time.Microsecond // what a quick request takes at most
-	quickTrial   = 64                     // requests
-	quickBatch   = 32                     // replies that wait for each other
-	overdue      = 2 * time.Millisecond
+	quickRead  = 16 << 10               // bytes of a short READ: replies wait, and so does their memory
+	quickWrite = 64 << 10               // bytes of a short WRITE
+	quickTime  = 200 * time.Microsecond // what a quick request takes at most
+	quickTrial = 64                     // requests
+	quickBatch = 32                     // replies that wait for each other
+	overdue    = 2 * time.Millisecond
 )
 
 // inHand watches the turn of one connection.
@@ -39,7 +40,8 @@ type inHand struct {
 
 // short reports whether r may ever be carried out in hand.
 func short(r wire.Request) bool {
-	return (r.Command == wire.CmdRead || r.Command == wire.CmdWrite) && r.Length <= quickPayload && r.Flags&wire.FlagFUA == 0
+	return r.Flags&wire.FlagFUA == 0 &&
+		(r.Command == wire.CmdRead && r.Length <= quickRead || r.Command == wire.CmdWrite && r.Length <= quickWrite)
 }
 
 // trial counts quick requests of the kind of r.
