@@ -75,12 +75,12 @@ func (d *Driver) run() {
 }
 
 // restAfter is how long to leave the disks and processors to the clients after a step that took so long, while so
-// many of their requests came: half the time, so that they get at least a third of it undivided.
+// many of their requests came: as long again, so that they get half of the time undivided.
 func restAfter(took time.Duration, requests uint64) time.Duration {
 	if requests == 0 {
 		return 0
 	}
-	return min(took/2, time.Second)
+	return min(took, time.Second)
 }
 
 // rest waits, or until the driver is paused or stopped.

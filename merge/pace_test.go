@@ -35,7 +35,7 @@ func TestRestAfter(t *testing.T) {
 		want     time.Duration
 	}{
 		{time.Second, 0, 0}, // nobody is there
-		{100 * time.Millisecond, 1, 50 * time.Millisecond},
+		{100 * time.Millisecond, 1, 100 * time.Millisecond},
 		{time.Hour, 5, time.Second},
 	} {
 		if got := restAfter(c.took, c.requests); got != c.want {

@@ -115,7 +115,7 @@ func (c *conn) work() bool {
 		return false
 	}
 	t, err := c.read()
-	for t != nil && t.errno == 0 && c.hand.passed(t.Request) {
+	for t != nil && t.errno == 0 && c.inHand(t.Request) {
 		if !c.carryOutInHand(t) {
 			return true
 		}

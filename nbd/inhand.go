@@ -57,6 +57,13 @@ func (h *inHand) passed(r wire.Request) bool {
 	return short(r) && h.trial(r).Load() >= quickTrial
 }
 
+// inHand reports whether a request like r is to be carried out in hand: not when the server has more connections
+// than processors. A worker that never waits keeps its processor, and those whose requests wait in their sockets
+// would get one only when the scheduler takes it away, after ten milliseconds.
+func (c *conn) inHand(r wire.Request) bool {
+	return c.hand.passed(r) && c.server.connections.Load() <= c.server.processors
+}
+
 // took notes how long a short request took.
 //
 // Two workers that note at the same time may lose one of two quick requests, or of a slow and a quick one the
@@ -99,7 +106,7 @@ func (c *conn) nextIsHere() bool {
 	}
 	head, _ := c.r.Peek(wire.RequestSize)
 	r := wire.DecodeRequest(head)
-	if r.Magic != wire.MagicRequest || !c.hand.passed(r) {
+	if r.Magic != wire.MagicRequest || !c.inHand(r) {
 		return false
 	}
 	return r.Command == wire.CmdRead || n >= wire.RequestSize+int(r.Length)

@@ -31,8 +31,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"runtime"
 	"sort"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
@@ -66,10 +68,12 @@ type Server struct {
 	opts     Options
 	payloads budget // see Options.MaxPayloads
 
+	processors int64 // that goroutines run on
+
 	mu          sync.Mutex
 	exports     map[string]*export
 	defaultName string
-	connections int
+	connections atomic.Int64 // grows with mu held
 }
 
 // NewServer returns a server without exports.
@@ -83,7 +87,7 @@ func NewServer(o Options) *Server {
 	if o.Log == nil {
 		o.Log = func(string) {}
 	}
-	return &Server{opts: o, exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
+	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
 }
 
 func setDefault(d *time.Duration, to time.Duration) {
@@ -182,18 +186,14 @@ func peer(nc net.Conn) string {
 func (s *Server) admit() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if m := s.opts.MaxConnections; m > 0 && s.connections >= m {
+	if m := s.opts.MaxConnections; m > 0 && s.connections.Load() >= int64(m) {
 		return false
 	}
-	s.connections++
+	s.connections.Add(1)
 	return true
 }
 
-func (s *Server) dismiss() {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.connections--
-}
+func (s *Server) dismiss() { s.connections.Add(-1) }
 
 // ServeConn serves one connection to its end, and closes it. The error is nil when the client
 // disconnected in an orderly way, or ctx ended.
