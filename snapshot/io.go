@@ -32,11 +32,21 @@ func (s *Snapshot) ReadAt(p []byte, off int64) (int, error) {
 	return int(n), err
 }
 
-// read reads len(p) > 0 bytes at off and returns how many it has read.
-//
-// Whatever isn't mapped is read as a registered reader: from Enter on, an origin write to these chunks waits
-// for us in Drain. One that passed its Drain before had made the exception visible by then, so look (again)
-// after Enter. A request of many pieces registers once.
+// enter registers a gate reader of n > 0 bytes at off. Whoever asks the origin about a chunk without an exception,
+// for its bytes or for its extents, does so under one: from Enter on, an origin write to these chunks waits in Drain.
+// One that passed its Drain before had made the exception visible by then, or had made s invalid, so the caller looks
+// up the chunks after enter, and enter looks whether s is still usable. life is held.
+func (s *Snapshot) enter(off, n int64) (gate.Reader, error) {
+	first, count := chunks(s.store.Layout(), off, n)
+	reader := s.gate.Enter(span(first, count))
+	if err := s.usable(); err != nil {
+		reader.Leave()
+		return gate.Reader{}, err
+	}
+	return reader, nil
+}
+
+// read reads len(p) > 0 bytes at off and returns how many it has read. A request of many pieces registers once.
 func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 	n := int64(len(p))
 	pc := nextPiece(s.store, off, n)
@@ -44,8 +54,10 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 		k, err := s.cow.ReadAt(p, pc.cow)
 		return int64(k), err
 	}
-	first, count := chunks(s.store.Layout(), off, n)
-	reader := s.gate.Enter(span(first, count))
+	reader, err := s.enter(off, n)
+	if err != nil {
+		return 0, err
+	}
 	defer reader.Leave()
 	for done := int64(0); done < n; done += pc.n {
 		pc = nextPiece(s.store, off+done, n-done)
@@ -268,7 +280,9 @@ func (s *Snapshot) Discard(off, n int64) error {
 // maxExtents bounds one answer of Extents and Changed.
 const maxExtents = 4096
 
-// Extents tells where the holes of the snapshot are, by the device that holds each piece.
+// Extents returns where the holes of the snapshot are, by the device that holds each piece. Like a read, it asks the
+// origin under a gate reader: without one, the origin could be zeroed between the lookup and the answer, and the
+// snapshot's data would be reported as zeros.
 func (s *Snapshot) Extents(off, n int64) ([]block.Extent, error) {
 	return s.describe(off, n, func(pc piece) ([]block.Extent, error) {
 		if pc.mapped {
@@ -299,9 +313,14 @@ func (s *Snapshot) describe(off, n int64, of func(piece) ([]block.Extent, error)
 	}
 	s.life.RLock()
 	defer s.life.RUnlock()
-	if err := s.usable(); err != nil {
+	if err := s.usable(); err != nil || n == 0 {
 		return nil, err
 	}
+	reader, err := s.enter(off, n)
+	if err != nil {
+		return nil, err
+	}
+	defer reader.Leave()
 	return gatherExtents(s.store, off, n, of)
 }
 

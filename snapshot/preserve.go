@@ -12,15 +12,26 @@ import (
 // protect s where that is its policy; other failures invalidate s, and the change goes on. origin.mu is
 // held for reading.
 //
-// When it returns, every chunk of the range has an exception that Lookup finds, and no request to s
-// still reads it from the origin.
+// When it returns without an error, every chunk of the range has an exception that Lookup finds, or s is invalid, and
+// no request to s still reads the range from the origin.
 func (s *Snapshot) preserve(off, n int64) (needsSync bool, err error) {
 	if off >= s.size || s.store == nil {
 		return false, nil // beyond a shorter snapshot (specification 5.7), or handed over
 	}
-	n = min(n, s.size-off)
+	first, count := chunks(s.store.Layout(), off, min(n, s.size-off))
+	if needsSync, err = s.keep(first, count); err != nil {
+		return needsSync, err
+	}
+	// Also where nothing was copied: whoever made the exception may still be waiting for a reader
+	// that began before. And where s is invalid: a read that began before succeeds, so it must not return
+	// what the origin is about to be.
+	s.gate.Drain(span(first, count))
+	return needsSync, nil
+}
+
+// keep is preserve without the waiting for readers.
+func (s *Snapshot) keep(first ondisk.OriginChunk, count uint64) (needsSync bool, err error) {
 	l := s.store.Layout()
-	first, count := chunks(l, off, n)
 	for at, left := first, count; left > 0; {
 		if s.invalid.Load() {
 			return false, nil
@@ -44,9 +55,6 @@ func (s *Snapshot) preserve(off, n int64) (needsSync bool, err error) {
 		}
 		at, left = at+ondisk.OriginChunk(k), left-k
 	}
-	// Also where nothing was copied: whoever made the exception may still be waiting for a reader
-	// that began before.
-	s.gate.Drain(span(first, count))
 	return needsSync, nil
 }
 
