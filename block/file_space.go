@@ -135,11 +135,12 @@ func (f *File) wholeBlocks(off, n int64) (start, end int64) {
 	return (off + mask) &^ mask, (off + n) &^ mask
 }
 
-// fileExtents bounds the extents, and so the system calls, of one call of Extents.
-const fileExtents = 256
+// fileExtents bounds the extents, and so the system calls, of one call of Extents: few, since a caller may need only
+// the first one.
+const fileExtents = 16
 
 // Extents tells data from holes; see [Extenter]. Space that was reserved and never written counts as a
-// hole. A block special file is all data. A call returns at most 256 extents.
+// hole. A block special file is all data. A call returns at most 16 extents.
 func (f *File) Extents(off, n int64) ([]Extent, error) {
 	if err := f.enter("extents", off, n); err != nil {
 		return nil, err

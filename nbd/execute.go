@@ -190,12 +190,20 @@ func (t *task) blockStatus() error {
 	return nil
 }
 
-// describe gathers the descriptors of one context: neighbours with the same flags are one, none reaches
-// behind the range, and with REQ_ONE there is one.
+// maxLooks bounds how often the device is asked for a BLOCK_STATUS with REQ_ONE, where each answer may add to the same
+// extent. Without REQ_ONE the bound is maxDescriptors.
+const maxLooks = 8
+
+// describe gathers the descriptors of one context: neighbours with the same flags are one, and none reaches behind
+// the range. With REQ_ONE there is one, which may be shorter than the run of equal flags.
 func (t *task) describe(of ContextFunc) ([]wire.Descriptor, error) {
 	var ds []wire.Descriptor
+	one, most := t.Flags&wire.FlagReqOne != 0, maxDescriptors
+	if one {
+		most = maxLooks
+	}
 	off, left := int64(t.Offset), int64(t.Length)
-	for left > 0 && len(ds) < maxDescriptors {
+	for looks := 0; left > 0 && len(ds) < maxDescriptors && looks < most; looks++ {
 		extents, err := of(off, left)
 		if err != nil {
 			return nil, err
@@ -210,7 +218,7 @@ func (t *task) describe(of ContextFunc) ([]wire.Descriptor, error) {
 			n := uint32(min(x.Length, left))
 			if k := len(ds) - 1; k >= 0 && ds[k].Flags == uint32(x.Flags) {
 				ds[k].Length += n
-			} else if k >= 0 && (t.Flags&wire.FlagReqOne != 0 || k+1 == maxDescriptors) {
+			} else if k >= 0 && (one || k+1 == maxDescriptors) {
 				return ds, nil
 			} else {
 				ds = append(ds, wire.Descriptor{Length: n, Flags: uint32(x.Flags)})

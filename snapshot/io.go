@@ -277,8 +277,10 @@ func (s *Snapshot) Discard(off, n int64) error {
 	return nil
 }
 
-// maxExtents bounds one answer of Extents and Changed.
-const maxExtents = 4096
+// maxPieces bounds the pieces that one call of Extents or Changed looks at. It is small because a client may keep
+// only the first extent of an answer (NBD_CMD_FLAG_REQ_ONE), and each piece costs system calls. A caller that wants
+// more calls again.
+const maxPieces = 4
 
 // Extents returns where the holes of the snapshot are, by the device that holds each piece. Like a read, it asks the
 // origin under a gate reader: without one, the origin could be zeroed between the lookup and the answer, and the
@@ -324,10 +326,10 @@ func (s *Snapshot) describe(off, n int64, of func(piece) ([]block.Extent, error)
 	return gatherExtents(s.store, off, n, of)
 }
 
-// gatherExtents joins the extents of the pieces of a range, until it is covered or they are many.
+// gatherExtents joins the extents of the first pieces of a range, at most maxPieces of them.
 func gatherExtents(st *store.Store, off, n int64, of func(piece) ([]block.Extent, error)) ([]block.Extent, error) {
 	var all []block.Extent
-	for n > 0 && len(all) < maxExtents {
+	for pieces := 0; n > 0 && pieces < maxPieces; pieces++ {
 		es, err := of(nextPiece(st, off, n))
 		if err != nil {
 			return nil, err
