@@ -21,7 +21,7 @@ demo: build ## the main job end to end on a real file system image
 	$(GO) run ./demo -dmsnap $(BIN)
 
 .PHONY: test
-test: check-format ## formatting, vet, and all tests that need nothing but Go
+test: check-format ## formatting, vet, and all tests that need nothing but Go (DMSNAP_TEST_HOST=1, as root: loop devices and mounts, too)
 	$(GO) vet $(TESTED)
 	$(GO) test $(TESTED)
 

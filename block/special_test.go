@@ -12,23 +12,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
-
-// loop makes a loop device over a file, or skips the test where that is impossible.
-func loop(t *testing.T, file string, sectorSize int) string {
-	t.Helper()
-	out, err := exec.Command("losetup", "--find", "--show", "--sector-size", fmt.Sprint(sectorSize), file).CombinedOutput()
-	if err != nil {
-		t.Skipf("SKIPPED: no loop device for a test of block special files: %v: %s", err, out)
-	}
-	dev := strings.TrimSpace(string(out))
-	t.Cleanup(func() {
-		if out, err := exec.Command("losetup", "--detach", dev).CombinedOutput(); err != nil {
-			t.Errorf("%v: %s", err, out)
-		}
-	})
-	return dev
-}
 
 // backing makes a file with noise for a loop device.
 func backing(t *testing.T, size int) string {
@@ -43,7 +28,7 @@ func backing(t *testing.T, size int) string {
 func TestBlockSpecialFile(t *testing.T) {
 	for _, sector := range []int{512, 4096} {
 		t.Run(fmt.Sprint(sector), func(t *testing.T) {
-			dev := loop(t, backing(t, 320<<10), sector)
+			dev := testhost.Loop(t, backing(t, 320<<10), sector)
 			f := open(t, dev, block.Options{})
 			if f.Size() != 320<<10 || f.BlockSize() != sector {
 				t.Errorf("size %d, logical block size %d", f.Size(), f.BlockSize())
@@ -67,7 +52,7 @@ func TestBlockSpecialFile(t *testing.T) {
 // A device grows beneath us as a logical volume does, and two special files are one device.
 func TestBlockSpecialFileChanges(t *testing.T) {
 	path := backing(t, 320<<10)
-	dev := loop(t, path, 512)
+	dev := testhost.Loop(t, path, 512)
 	f := open(t, dev, block.Options{})
 	if err := os.Truncate(path, 640<<10); err != nil {
 		t.Fatal(err)
@@ -109,11 +94,7 @@ func TestBlockSpecialFileChanges(t *testing.T) {
 
 // What a disk can't take in is seen by Flush, once by the kernel's account and for good by ours.
 func TestFlushOfABrokenDisk(t *testing.T) {
-	dir := t.TempDir()
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=256k"); err != nil {
-		t.Skipf("SKIPPED: no small file system for a disk that fails: %v", err)
-	}
-	t.Cleanup(func() { syscall.Unmount(dir, syscall.MNT_DETACH) })
+	dir := testhost.Mount(t, "tmpfs", "tmpfs", "size=256k")
 	path := filepath.Join(dir, "backing")
 	if err := os.WriteFile(path, nil, 0o600); err != nil {
 		t.Fatal(err)
@@ -121,7 +102,7 @@ func TestFlushOfABrokenDisk(t *testing.T) {
 	if err := os.Truncate(path, 1<<20); err != nil {
 		t.Fatal(err)
 	}
-	f := open(t, loop(t, path, 512), block.Options{})
+	f := open(t, testhost.Loop(t, path, 512), block.Options{})
 	if _, err := f.WriteAt(blocktest.Pattern(1<<20, 2), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -143,12 +124,8 @@ func TestMountedDeviceIsInUse(t *testing.T) {
 	if out, err := exec.Command("mkfs.ext4", "-q", path).CombinedOutput(); err != nil {
 		t.Skipf("SKIPPED: no file system to mount: %v: %s", err, out)
 	}
-	dev := loop(t, path, 512)
-	dir := t.TempDir()
-	if err := syscall.Mount(dev, dir, "ext4", 0, ""); err != nil {
-		t.Skipf("SKIPPED: can't mount: %v", err)
-	}
-	t.Cleanup(func() { syscall.Unmount(dir, 0) })
+	dev := testhost.Loop(t, path, 512)
+	testhost.Mount(t, dev, "ext4", "")
 	if _, err := block.Open(dev, block.Options{}); !errors.Is(err, block.ErrInUse) || !strings.Contains(err.Error(), dev) {
 		t.Errorf("open of a mounted device for writing: %v", err)
 	}

@@ -8,12 +8,12 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
-	"syscall"
 	"testing"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -210,14 +210,7 @@ func TestMergeUndoKilledAtAnyMoment(t *testing.T) {
 func TestMergeUndoWithoutRoom(t *testing.T) {
 	p, shown := bigPair(t)
 	before := p.withContent(t)
-	dir := filepath.Join(p.dir, "small")
-	if err := os.Mkdir(dir, 0o700); err != nil {
-		t.Fatal(err)
-	}
-	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "size=16m"); err != nil {
-		t.Skipf("SKIPPED: no small file system to fill: %v", err)
-	}
-	defer syscall.Unmount(dir, 0)
+	dir := testhost.Mount(t, "tmpfs", "tmpfs", "size=16m")
 	files := digests(t, p.dir)
 	dmsnap("merge", p.origin, p.cow, "--undo", filepath.Join(dir, "undo.cow")).wantRefused(t, "no space left on device", "did not begin")
 	wantSame(t, p.dir, files)

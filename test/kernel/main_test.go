@@ -18,31 +18,28 @@ import (
 )
 
 // unavailable says why there is no kernel to ask, or is empty.
-var unavailable string
+var unavailable = "no kernel is asked without DMSNAP_KERNEL=1 (make test-kernel)"
 
 // binaries is the folder of the static programs that run inside guests.
 var binaries string
+
+// A judge is a kind of machine: how it is started, and why that is impossible here.
+type judge struct {
+	name  string
+	have  func() error
+	start func(machine.Config) (*machine.Machine, error)
+	shim  string
+}
+
+// judging is the kind of machine that is asked.
+var judging judge
 
 func TestMain(m *testing.M) {
 	os.Exit(run(m))
 }
 
 func run(m *testing.M) int {
-	switch {
-	case os.Getenv("DMSNAP_KERNEL") == "":
-		unavailable = "no kernel is asked without DMSNAP_KERNEL=1 (make test-kernel)"
-		return m.Run()
-	case judge() == "uml":
-		if err := machine.HaveUML(); err != nil {
-			unavailable = "no user-mode Linux: " + err.Error()
-		}
-	default:
-		if err := machine.HaveQEMU(); err != nil {
-			unavailable = "no kernel in qemu: " + err.Error()
-		}
-	}
-	if unavailable != "" {
-		fmt.Println("SKIPPED:", unavailable)
+	if os.Getenv("DMSNAP_KERNEL") == "" {
 		return m.Run()
 	}
 	dir, err := os.MkdirTemp("", "dmsnap-kernel-")
@@ -60,6 +57,10 @@ func run(m *testing.M) int {
 			return 1
 		}
 	}
+	if unavailable = chooseJudge(dir); unavailable != "" {
+		fmt.Println("SKIPPED:", unavailable)
+		return m.Run()
+	}
 	start := time.Now()
 	code := m.Run()
 	closeShared()
@@ -69,12 +70,35 @@ func run(m *testing.M) int {
 	return code
 }
 
-// judge is the kind of machine that is asked: "uml" or "qemu".
-func judge() string {
+// chooseJudge sets judging to the first kind of machine whose guest program answers, and leaves that machine running
+// for the tests that share one. It returns why there is none: that a kernel is installed, or begins to boot, does
+// not mean that programs run under it.
+func chooseJudge(dir string) (why string) {
+	uml := judge{name: "uml", have: machine.HaveUML, start: machine.UML}
+	kinds := []judge{uml, {name: "qemu", have: machine.HaveQEMU, start: machine.QEMU}}
 	if os.Getenv("DMSNAP_KERNEL") == "qemu" {
-		return "qemu"
+		kinds = kinds[1:]
 	}
-	return "uml"
+	var reasons []string
+	for _, kind := range kinds {
+		err := kind.have()
+		if err == nil && kind.name == "uml" {
+			var noShim error
+			if kind.shim, noShim = machine.BuildShim(dir); noShim != nil {
+				fmt.Println("user-mode Linux without the shim for long register states:", noShim)
+			}
+		}
+		if err == nil {
+			judging = kind
+			err = startShared()
+		}
+		if err == nil {
+			return ""
+		}
+		fmt.Printf("no kernel by %s: %v\n", kind.name, err)
+		reasons = append(reasons, fmt.Sprintf("%s: %s", kind.name, strings.SplitN(err.Error(), "\n", 2)[0]))
+	}
+	return "no kernel can be asked on this machine (" + strings.Join(reasons, "; ") + ")"
 }
 
 // tally counts what was compared, for the summary at the end.
@@ -122,12 +146,8 @@ func need(t testing.TB) {
 }
 
 func newMachine(dir string, disks []string) (*machine.Machine, error) {
-	c := machine.Config{Guest: filepath.Join(binaries, "guest"), Dir: dir, Disks: disks}
-	start := machine.UML
-	if judge() == "qemu" {
-		start = machine.QEMU
-	}
-	m, err := start(c)
+	c := machine.Config{Guest: filepath.Join(binaries, "guest"), Shim: judging.shim, Dir: dir, Disks: disks}
+	m, err := judging.start(c)
 	if err != nil {
 		return nil, err
 	}
@@ -164,17 +184,24 @@ func sharedMachine(t testing.TB) *machine.Machine {
 		}
 		closeShared()
 	}
+	if err := startShared(); err != nil {
+		t.Fatal(err)
+	}
+	return shared.m
+}
+
+func startShared() error {
 	dir, err := os.MkdirTemp("", "dmsnap-guest-")
 	if err != nil {
-		t.Fatal(err)
+		return err
 	}
 	m, err := newMachine(dir, nil)
 	if err != nil {
 		os.RemoveAll(dir)
-		t.Fatal(err)
+		return err
 	}
 	shared.m, shared.dir = m, dir
-	return m
+	return nil
 }
 
 func closeShared() {

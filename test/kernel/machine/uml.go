@@ -1,6 +1,7 @@
 package machine
 
 import (
+	_ "embed"
 	"fmt"
 	"io"
 	"os"
@@ -14,6 +15,7 @@ const umlModules = "/usr/lib/uml/modules"
 // A Config says how a machine is to be.
 type Config struct {
 	Guest  string   // the program of test/kernel/guest
+	Shim   string   // for UML: what BuildShim made, or empty
 	Dir    string   // an empty folder for the machine's use; Dir/share is seen by both
 	Memory int      // MiB; 0 means 1024
 	Disks  []string // files of the host that the guest gets as disks, in order
@@ -47,6 +49,22 @@ func umlModuleDir() (string, error) {
 	return filepath.Dir(found[len(found)-1]), nil
 }
 
+//go:embed shim/xstate.c
+var shimSource []byte
+
+// BuildShim compiles the shim without which user-mode Linux does not run on processors with AMX (see shim/xstate.c) in
+// dir, and returns its path for [Config].
+func BuildShim(dir string) (string, error) {
+	source, shim := filepath.Join(dir, "xstate.c"), filepath.Join(dir, "xstate.so")
+	if err := os.WriteFile(source, shimSource, 0o644); err != nil {
+		return "", err
+	}
+	if out, err := exec.Command("cc", "-shared", "-fPIC", "-O2", "-o", shim, source).CombinedOutput(); err != nil {
+		return "", fmt.Errorf("cc: %w\n%s", err, out)
+	}
+	return shim, nil
+}
+
 // UML boots Debian's user-mode Linux over the host's root folder, read-only. Disks appear as
 // /dev/ubda, /dev/ubdb, … ([Machine.Disk]): what the guest wrote to one is in the host's file, flushed or not.
 func UML(c Config) (*Machine, error) {
@@ -78,6 +96,9 @@ func UML(c Config) (*Machine, error) {
 	cmd := exec.Command("linux.uml", args...)
 	cmd.ExtraFiles = []*os.File{toGuest, fromGuest}
 	cmd.Env = append(os.Environ(), "TMPDIR="+c.Dir)
+	if c.Shim != "" {
+		cmd.Env = append(cmd.Env, "LD_PRELOAD="+c.Shim)
+	}
 	return boot(line{cmd: cmd, disk: "/dev/ubd", connect: func() (io.WriteCloser, io.Reader, error) {
 		toGuest.Close()
 		fromGuest.Close()
