@@ -4,9 +4,10 @@
 // Everything above it, exception stores, snapshots, block servers, sees disks only through [Device],
 // four methods that every implementer keeps. What some devices can do beyond that (write durably in
 // one step, zero or discard a range, tell where holes are, grow) is asked for by small interfaces,
-// and the functions of this package ([WriteDurable], [Zero], [Discard], [Extents], [Refresh]) fall
+// and the functions of this package ([WriteDurable], [Zero], [Discard], [Extents], [Grow], …) fall
 // back to something correct where a device lacks the ability. Callers use the functions, never a
-// type assertion of their own.
+// type assertion of their own: a device that stands over another one embeds [Forward], has all the
+// methods, and answers [ErrUnsupported] or [ErrNotFast] for what the device beneath lacks.
 //
 // The package has three devices: [Memory], regular files and block special files ([Open]). Package
 // blocktest has the suite that each device passes, and devices that record, fail and crash.
@@ -20,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"syscall"
 )
 
@@ -55,6 +57,13 @@ var ErrInUse = errors.New("already in use")
 // ErrNotFast reports that a range can't be zeroed any faster than by writing zeros (see [OnlyFast]).
 var ErrNotFast = errors.New("no fast way to write zeros")
 
+// ErrUnsupported reports that a device lacks an optional ability, and that nothing was changed. The
+// functions of this package then fall back as for a device without the method.
+var ErrUnsupported = errors.New("the device lacks this ability")
+
+// ErrFixedSize reports a device that can't be made longer by its user.
+var ErrFixedSize = errors.New("the size of the device is fixed")
+
 // A RangeError reports an access that is not wholly inside a device.
 type RangeError struct {
 	Op     string // "read", "write", "zero", "discard", "extents"
@@ -77,7 +86,8 @@ func CheckRange(op string, off, length, size int64) error {
 }
 
 // A DurableWriter can write and make that write durable in one step, as FUA does. Other writes need
-// not become durable. A returned error leaves the range unknown.
+// not become durable. A returned error leaves the range unknown, except ErrUnsupported, with nothing
+// changed, where the device needs a write and a Flush for it.
 type DurableWriter interface {
 	WriteDurableAt(p []byte, off int64) error
 }
@@ -86,7 +96,9 @@ type DurableWriter interface {
 // write and a Flush.
 func WriteDurable(dev Device, p []byte, off int64) error {
 	if d, ok := dev.(DurableWriter); ok {
-		return d.WriteDurableAt(p, off)
+		if err := d.WriteDurableAt(p, off); !errors.Is(err, ErrUnsupported) {
+			return err
+		}
 	}
 	if _, err := dev.WriteAt(p, off); err != nil {
 		return err
@@ -237,7 +249,7 @@ type Resizer interface {
 	// old Size: reads past the new end fail as the operating system lets them.
 	Refresh() (int64, error)
 	// Grow makes the device at least size bytes long, the new part reading as zeros. A device that
-	// can't be made longer by its user (a block special file) returns an error.
+	// can't be made longer by its user (a block special file) returns ErrFixedSize.
 	Grow(size int64) error
 }
 
@@ -247,6 +259,32 @@ func Refresh(dev Device) (int64, error) {
 		return r.Refresh()
 	}
 	return dev.Size(), nil
+}
+
+// Grow makes dev at least size bytes long. A device that can't be made longer is ErrFixedSize; one
+// that is long enough needs nothing.
+func Grow(dev Device, size int64) error {
+	if r, ok := dev.(Resizer); ok {
+		return r.Grow(size)
+	}
+	if now := dev.Size(); size > now {
+		return fmt.Errorf("grow from %d to %d bytes: %w", now, size, ErrFixedSize)
+	}
+	return nil
+}
+
+// A GrowReporter is a Resizer that knows in advance whether its Grow always fails with ErrFixedSize.
+type GrowReporter interface {
+	CanGrow() bool
+}
+
+// CanGrow reports whether Grow may make dev longer. True promises nothing: there may be no space.
+func CanGrow(dev Device) bool {
+	if g, ok := dev.(GrowReporter); ok {
+		return g.CanGrow()
+	}
+	_, ok := dev.(Resizer)
+	return ok
 }
 
 // A BlockSizer knows its logical block size in bytes, a power of two, at least 512. Chunks must be a
@@ -264,16 +302,34 @@ func BlockSize(dev Device) int {
 }
 
 // An Identifier can tell which disk it stands for, so that two openings of one disk are recognised.
+// The empty string says that it is not known; such a device is the same as no other.
 type Identifier interface {
 	Identity() string
 }
 
-// Same reports whether a and b are the same disk.
+// Same reports whether a and b are the same disk: one value, or two devices with the same identity. A
+// device that embeds [Forward] has the identity of the device beneath it. Devices of any dynamic type
+// may be compared.
 func Same(a, b Device) bool {
-	if a == b {
+	if x := reflect.ValueOf(a); x.Comparable() && reflect.ValueOf(b).Comparable() && a == b {
 		return true
 	}
-	x, ok := a.(Identifier)
-	y, ok2 := b.(Identifier)
-	return ok && ok2 && x.Identity() == y.Identity()
+	x := Identity(a)
+	return x != "" && x == Identity(b)
+}
+
+// Identity returns the identity of dev: what it says itself, else its address when it is a pointer, else
+// the empty string. It is for comparing devices that are in use at the same time.
+func Identity(dev Device) string {
+	v := reflect.ValueOf(dev)
+	if !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
+		return ""
+	}
+	if i, ok := dev.(Identifier); ok {
+		return i.Identity()
+	}
+	if v.Kind() == reflect.Pointer {
+		return fmt.Sprintf("%T %p", dev, dev)
+	}
+	return ""
 }

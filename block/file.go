@@ -254,7 +254,7 @@ func (f *File) Grow(size int64) error {
 	}
 	if now < size {
 		if f.special {
-			return f.error("grow", fmt.Errorf("a block device of %d bytes can't be made %d bytes long from here", now, size))
+			return f.error("grow", fmt.Errorf("a block device of %d bytes can't be made %d bytes long from here: %w", now, size, ErrFixedSize))
 		}
 		if err := retry(func() error { return unix.Ftruncate(f.fd, size) }); err != nil {
 			return f.error("grow", err)
@@ -263,6 +263,9 @@ func (f *File) Grow(size int64) error {
 	_, err = f.refresh()
 	return err
 }
+
+// CanGrow reports whether f is a regular file that is open for writing.
+func (f *File) CanGrow() bool { return !f.special && !f.readOnly }
 
 // Close waits for calls under way, releases the locks and closes the file. It makes nothing durable:
 // that is Flush. Later calls return an error wrapping fs.ErrClosed.

@@ -167,12 +167,12 @@ func TestHeaderFindings(t *testing.T) {
 	}
 }
 
-type blocks4K struct{ block.Device }
+type blocks4K struct{ block.Forward }
 
 func (blocks4K) BlockSize() int { return 4096 }
 
 func TestBlockSize(t *testing.T) {
-	if r := run(t, blocks4K{image(1, 40)}, check.Options{}); codes(r) != "DS005" {
+	if r := run(t, blocks4K{block.NewForward(image(1, 40))}, check.Options{}); codes(r) != "DS005" {
 		t.Errorf("found %v", r.Findings)
 	}
 }

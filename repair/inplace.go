@@ -141,17 +141,14 @@ func (p *Plan) InPlace(ctx context.Context, save func(ranges []undo.Range, size 
 	if len(ranges) == 0 {
 		return false, nil
 	}
-	grower, canGrow := p.dev.(block.Resizer)
-	if p.Size() > p.dev.Size() && !canGrow {
+	if p.Size() > p.dev.Size() && !block.CanGrow(p.dev) {
 		return false, fmt.Errorf("the device needs %d bytes and has %d: repair into a new file instead", p.Size(), p.dev.Size())
 	}
 	if err := save(ranges, p.Size()); err != nil {
 		return false, err
 	}
-	if p.Size() > p.dev.Size() {
-		if err := grower.Grow(p.Size()); err != nil {
-			return false, err
-		}
+	if err := block.Grow(p.dev, p.Size()); err != nil {
+		return false, err
 	}
 	return true, a.write(ctx)
 }

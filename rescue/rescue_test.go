@@ -276,7 +276,7 @@ func TestKernelCases(t *testing.T) {
 
 // hurt fails reads of a range.
 type hurt struct {
-	block.Device
+	block.Forward
 	at, n int64
 }
 
@@ -284,7 +284,7 @@ func (h hurt) ReadAt(p []byte, off int64) (int, error) {
 	if off < h.at+h.n && h.at < off+int64(len(p)) {
 		return 0, errors.New("bad sector")
 	}
-	return h.Device.ReadAt(p, off)
+	return h.Forward.ReadAt(p, off)
 }
 
 func TestDamage(t *testing.T) {
@@ -315,11 +315,11 @@ func TestDamage(t *testing.T) {
 	}
 
 	origin, cow := build()
-	if _, ranges := rescued(t, origin, hurt{cow, 16*sector + 8*sector*3 + 1024, 600}); len(ranges) != 3 ||
+	if _, ranges := rescued(t, origin, hurt{block.NewForward(cow), 16*sector + 8*sector*3 + 1024, 600}); len(ranges) != 3 ||
 		ranges[1] != (rescue.Range{Off: 3*16*sector + 1024, Length: 1024, Class: rescue.Lost}) {
 		t.Errorf("two bad sectors in the data: %v", ranges)
 	}
-	_, ranges := rescued(t, origin, hurt{cow, 8*sector + 512, 1}) // slots 32 to 63: none in use, but who knows
+	_, ranges := rescued(t, origin, hurt{block.NewForward(cow), 8*sector + 512, 1}) // slots 32 to 63: none in use, but who knows
 	if sum := rescue.Totals(ranges); sum[rescue.Certain] != 10*8*sector {
 		t.Errorf("a bad sector behind the slots: %v", sum)
 	}

@@ -135,7 +135,7 @@ func TestC011LargestChunk(t *testing.T) {
 }
 
 // blocks4k is a device with logical blocks of 4096 bytes.
-type blocks4k struct{ block.Device }
+type blocks4k struct{ block.Forward }
 
 func (blocks4k) BlockSize() int { return 4096 }
 
@@ -144,9 +144,9 @@ func TestC012ChunkIsAMultipleOfTheBlock(t *testing.T) {
 		for chunk, ok := range map[uint32]bool{1: false, 4: false, 8: true} {
 			disk, cow := block.Device(block.NewMemory(1024*sector)), block.Device(block.NewMemory(1024*sector))
 			if large == "origin" {
-				disk = blocks4k{disk}
+				disk = blocks4k{block.NewForward(disk)}
 			} else {
-				cow = blocks4k{cow}
+				cow = blocks4k{block.NewForward(cow)}
 			}
 			s, err := snapshot.NewOrigin(disk).Attach(cow, snapshot.Options{ChunkSectors: chunk})
 			if ok != (err == nil) || !ok && !errors.Is(err, ondisk.ErrChunkNotBlocks) {

@@ -86,11 +86,10 @@ func (s *Snapshot) growStep() (bool, error) {
 	if g.Max > 0 {
 		longer = min(longer, g.Max)
 	}
-	dev, can := s.cow.(block.Resizer)
-	if longer <= size || !can {
+	if longer <= size {
 		return false, nil
 	}
-	if err := dev.Grow(longer); err != nil {
+	if err := block.Grow(s.cow, longer); err != nil {
 		return false, err
 	}
 	notify(s.opts, Event{Kind: EventGrown, Text: fmt.Sprintf("COW device was made longer, from %d to %d bytes", size, longer)})

@@ -7,8 +7,8 @@
 //     the snapshot.
 //   - [Merging] is an origin into which a snapshot is being merged back, while both are in use.
 //
-// All three are a [block.Device] with its optional abilities. Writes to the disk beneath an Origin
-// that go past it aren't noticed.
+// Origin and Snapshot are a [block.Device] with its optional abilities; requests to a Merging go to its Origin.
+// Writes to the disk beneath an Origin that go past it aren't noticed.
 //
 // # What a caller may rely on
 //
@@ -49,8 +49,11 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently.
+// An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently. What it
+// does not change of the disk beneath, its logical block size and identity among it, it passes on. Its size is
+// fixed while it is open: snapshots and a merge are cut at the origin's end.
 type Origin struct {
+	forward
 	dev block.Device
 
 	mu        sync.RWMutex
@@ -64,18 +67,15 @@ type Origin struct {
 	held   held
 }
 
+// forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
+type forward = block.Forward
+
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
 // caller keeps dev open as long as the origin is used.
-func NewOrigin(dev block.Device) *Origin { return &Origin{dev: dev} }
+func NewOrigin(dev block.Device) *Origin { return &Origin{forward: block.NewForward(dev), dev: dev} }
 
 // Device returns the disk beneath.
 func (o *Origin) Device() block.Device { return o.dev }
-
-// Size returns the size in bytes.
-func (o *Origin) Size() int64 { return o.dev.Size() }
-
-// BlockSize returns the logical block size in bytes.
-func (o *Origin) BlockSize() int { return block.BlockSize(o.dev) }
 
 // ReadAt reads the origin, or what it will be when the merge under way has ended. It waits for nothing
 // but the devices (checklist 66).
@@ -128,6 +128,24 @@ func (o *Origin) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	}
 	return o.change(payload{zero: flags}, off, n)
 }
+
+// Discard does nothing: the content would become undefined, snapshots would have to keep it first, and the target
+// snapshot-origin takes no discards either (specification 5.7).
+func (o *Origin) Discard(off, n int64) error { return block.CheckRange("discard", off, n, o.Size()) }
+
+// Refresh returns the size, which is fixed.
+func (o *Origin) Refresh() (int64, error) { return o.Size(), nil }
+
+// Grow refuses to make the origin longer: its size is fixed.
+func (o *Origin) Grow(size int64) error {
+	if now := o.Size(); size > now {
+		return fmt.Errorf("grow an origin from %d to %d bytes: %w", now, size, block.ErrFixedSize)
+	}
+	return nil
+}
+
+// CanGrow is false.
+func (o *Origin) CanGrow() bool { return false }
 
 // change applies pl to n bytes at off.
 func (o *Origin) change(pl payload, off, n int64) error {

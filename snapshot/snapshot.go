@@ -272,6 +272,15 @@ func (s *Snapshot) Size() int64 { return s.size }
 // BlockSize returns the logical block size in bytes: the larger of origin's and COW device's.
 func (s *Snapshot) BlockSize() int { return max(block.BlockSize(s.origin.dev), block.BlockSize(s.cow)) }
 
+// Identity is that of the pair of origin and COW device: a snapshot is another disk than either.
+func (s *Snapshot) Identity() string {
+	origin, cow := block.Identity(s.origin.dev), block.Identity(s.cow)
+	if origin == "" || cow == "" {
+		return ""
+	}
+	return fmt.Sprintf("snapshot in %s of %s", cow, origin)
+}
+
 // COW returns the COW device.
 func (s *Snapshot) COW() block.Device { return s.cow }
 

@@ -328,7 +328,7 @@ func TestInvalidate(t *testing.T) {
 // TestAMergeBelievesMemory: what a device says of the slots once, and wrongly, neither merges nor drops.
 func TestAMergeBelievesMemory(t *testing.T) {
 	mem := block.NewMemory(1024 * sector)
-	lying := &liar{Device: mem}
+	lying := &liar{Forward: block.NewForward(mem)}
 	s, err := store.Create(lying, ondisk.Layout{ChunkSectors: 8}, false)
 	if err != nil {
 		t.Fatal(err)
@@ -379,12 +379,12 @@ func TestAMergeBelievesMemory(t *testing.T) {
 
 // liar changes what is read.
 type liar struct {
-	block.Device
+	block.Forward
 	lie func([]byte)
 }
 
 func (l *liar) ReadAt(p []byte, off int64) (int, error) {
-	n, err := l.Device.ReadAt(p, off)
+	n, err := l.Forward.ReadAt(p, off)
 	if l.lie != nil {
 		l.lie(p)
 	}

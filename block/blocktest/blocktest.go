@@ -11,8 +11,8 @@
 //   - A [Crash] keeps what was written and not flushed apart, and shows all the disks that a power cut
 //     could leave behind: see [Power].
 //
-// They can be put on top of each other. Each has all the optional abilities of package block and falls
-// back as the functions of that package do where the device beneath lacks one.
+// They can be put on top of each other: each embeds a block.Forward. [RunForward] checks that a device of
+// that kind passes on every ability of the device beneath it.
 package blocktest
 
 import (
@@ -115,47 +115,4 @@ func Pattern(n int, seed uint64) []byte {
 		p = binary.LittleEndian.AppendUint64(p, r.Uint64())
 	}
 	return p[:n:n]
-}
-
-// beneath is the device under a wrapper, and the abilities that a wrapper passes through as they are.
-type beneath struct{ dev block.Device }
-
-// Size returns the size of the device beneath.
-func (b beneath) Size() int64 { return b.dev.Size() }
-
-// Extents returns the extents of the device beneath.
-func (b beneath) Extents(off, n int64) ([]block.Extent, error) { return block.Extents(b.dev, off, n) }
-
-// BlockSize returns the logical block size of the device beneath.
-func (b beneath) BlockSize() int { return block.BlockSize(b.dev) }
-
-// Refresh looks up the size of the device beneath.
-func (b beneath) Refresh() (int64, error) { return block.Refresh(b.dev) }
-
-// Allocate reserves space on the device beneath, where that can.
-func (b beneath) Allocate(off, n int64) error {
-	can, err := block.Allocate(b.dev, off, n)
-	if err == nil && !can {
-		return block.ErrNotFast
-	}
-	return err
-}
-
-// Identity is that of the device beneath, so that block.Same sees through the wrapper.
-func (b beneath) Identity() string {
-	if i, ok := b.dev.(block.Identifier); ok {
-		return i.Identity()
-	}
-	return fmt.Sprintf("%T %p", b.dev, b.dev)
-}
-
-// grow makes the device beneath longer where it can be.
-func (b beneath) grow(size int64) error {
-	if r, ok := b.dev.(block.Resizer); ok {
-		return r.Grow(size)
-	}
-	if size <= b.dev.Size() {
-		return nil
-	}
-	return fmt.Errorf("a %T can't be made longer", b.dev)
 }

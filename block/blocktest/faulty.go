@@ -10,10 +10,10 @@ import (
 // A Faulty passes operations on to a device, except those that its Decide function fails and those
 // that are held. Its methods may be called concurrently.
 //
-// It keeps the contract of a device: once a Flush failed, all later ones fail the same way. Extents and
-// Refresh are passed on without being counted.
+// It keeps the contract of a device: once a Flush failed, all later ones fail the same way. Abilities that
+// neither move data nor order it (Extents, Allocate, Refresh) are passed on without being counted.
 type Faulty struct {
-	beneath
+	block.Forward
 
 	mu     sync.Mutex
 	decide Decide
@@ -39,7 +39,7 @@ func (e *ShortError) Unwrap() error { return e.Err }
 
 // NewFaulty returns a device that fails as decide says; nil fails nothing.
 func NewFaulty(dev block.Device, decide Decide) *Faulty {
-	return &Faulty{beneath: beneath{dev}, decide: decide}
+	return &Faulty{Forward: block.NewForward(dev), decide: decide}
 }
 
 // FailNth fails the n-th operation, counted from 1 over all kinds, and no other.
@@ -161,13 +161,13 @@ func (f *Faulty) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	if err := f.admit(Op{Kind: Read, Off: off, Len: int64(len(p))}); err != nil {
-		n, err2 := f.dev.ReadAt(p[:short(err, int64(len(p)))], off)
+		n, err2 := f.Forward.ReadAt(p[:short(err, int64(len(p)))], off)
 		if err2 != nil {
 			err = err2
 		}
 		return n, err
 	}
-	return f.dev.ReadAt(p, off)
+	return f.Forward.ReadAt(p, off)
 }
 
 // WriteAt writes to the device beneath.
@@ -178,12 +178,12 @@ func (f *Faulty) WriteAt(p []byte, off int64) (int, error) {
 	if err := f.admit(Op{Kind: Write, Off: off, Len: int64(len(p))}); err != nil {
 		return f.writePart(p, off, err)
 	}
-	return f.dev.WriteAt(p, off)
+	return f.Forward.WriteAt(p, off)
 }
 
 // writePart writes what a failed write leaves behind.
 func (f *Faulty) writePart(p []byte, off int64, err error) (int, error) {
-	n, err2 := f.dev.WriteAt(p[:short(err, int64(len(p)))], off)
+	n, err2 := f.Forward.WriteAt(p[:short(err, int64(len(p)))], off)
 	if err2 != nil {
 		err = err2
 	}
@@ -200,7 +200,7 @@ func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 		_, err := f.writePart(p, off, err)
 		return err
 	}
-	return block.WriteDurable(f.dev, p, off)
+	return block.WriteDurable(f.Forward, p, off)
 }
 
 // Flush flushes the device beneath.
@@ -215,7 +215,7 @@ func (f *Faulty) Flush() error {
 	if err != nil {
 		return err
 	}
-	return f.dev.Flush()
+	return f.Forward.Flush()
 }
 
 // ZeroAt zeroes a range of the device beneath, by writing where it has no other way.
@@ -225,13 +225,13 @@ func (f *Faulty) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	}
 	if err := f.admit(Op{Kind: Zero, Off: off, Len: n, Flags: flags}); err != nil {
 		if part := short(err, n); part > 0 {
-			if err2 := block.Zero(f.dev, off, part, flags); err2 != nil {
+			if err2 := block.Zero(f.Forward, off, part, flags); err2 != nil {
 				err = err2
 			}
 		}
 		return err
 	}
-	return block.Zero(f.dev, off, n, flags)
+	return block.Zero(f.Forward, off, n, flags)
 }
 
 // Discard discards a range of the device beneath.
@@ -242,7 +242,7 @@ func (f *Faulty) Discard(off, n int64) error {
 	if err := f.admit(Op{Kind: Discard, Off: off, Len: n}); err != nil {
 		return err
 	}
-	return block.Discard(f.dev, off, n)
+	return block.Discard(f.Forward, off, n)
 }
 
 // Grow makes the device beneath longer.
@@ -250,5 +250,5 @@ func (f *Faulty) Grow(size int64) error {
 	if err := f.admit(Op{Kind: Grow, Len: size}); err != nil {
 		return err
 	}
-	return f.grow(size)
+	return f.Forward.Grow(size)
 }

@@ -15,7 +15,7 @@ const quotaBlock = 4096
 // write that needs more than there is fails with ENOSPC, having written nothing. Its methods may be
 // called concurrently.
 type Quota struct {
-	beneath
+	block.Forward
 	can bool // reserve space
 
 	mu    sync.Mutex
@@ -26,7 +26,7 @@ type Quota struct {
 // NewQuota returns dev, which takes no space yet, with so many bytes to take. Without canAllocate it is a
 // file system that can't reserve space.
 func NewQuota(dev block.Device, limit int64, canAllocate bool) *Quota {
-	return &Quota{beneath: beneath{dev}, limit: limit / quotaBlock, taken: make(map[int64]bool), can: canAllocate}
+	return &Quota{Forward: block.NewForward(dev), limit: limit / quotaBlock, taken: make(map[int64]bool), can: canAllocate}
 }
 
 // SetLimit changes how much there is: somebody deleted a file, or wrote one.
@@ -67,7 +67,17 @@ func (q *Quota) WriteAt(p []byte, off int64) (int, error) {
 	if err := q.take(off, int64(len(p))); err != nil {
 		return 0, err
 	}
-	return q.dev.WriteAt(p, off)
+	return q.Forward.WriteAt(p, off)
+}
+
+// WriteDurableAt writes durably where there is space.
+func (q *Quota) WriteDurableAt(p []byte, off int64) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if err := q.take(off, int64(len(p))); err != nil {
+		return err
+	}
+	return block.WriteDurable(q.Forward, p, off)
 }
 
 // ZeroAt makes holes of whole blocks, or with KeepAllocated takes space.
@@ -83,7 +93,7 @@ func (q *Quota) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 			delete(q.taken, b)
 		}
 	}
-	return block.Zero(q.dev, off, n, flags)
+	return block.Zero(q.Forward, off, n, flags)
 }
 
 // Discard makes holes.
@@ -98,12 +108,3 @@ func (q *Quota) Allocate(off, n int64) error {
 	defer q.mu.Unlock()
 	return q.take(off, n)
 }
-
-// Grow makes the file longer, which takes no space.
-func (q *Quota) Grow(size int64) error { return q.grow(size) }
-
-// Flush flushes the device beneath.
-func (q *Quota) Flush() error { return q.dev.Flush() }
-
-// ReadAt reads from the device beneath.
-func (q *Quota) ReadAt(p []byte, off int64) (int, error) { return q.dev.ReadAt(p, off) }

@@ -19,7 +19,7 @@ type Log struct {
 
 // Record puts a Recorder, whose operations carry the name, over a device.
 func (l *Log) Record(name string, dev block.Device) *Recorder {
-	return &Recorder{beneath{dev}, name, l}
+	return &Recorder{block.NewForward(dev), name, l}
 }
 
 // Ops returns a copy of the operations so far. Their Data is shared.
@@ -98,10 +98,10 @@ func (l *Log) end(op *Op, err error) {
 	op.Ended = l.next + 1
 }
 
-// A Recorder passes everything on to a device and writes it down in a Log. Extents and Refresh are not
-// written down: they neither move data nor order it.
+// A Recorder passes everything on to a device and writes it down in a Log. Abilities that
+// neither move data nor order it (Extents, Allocate, Refresh) are not written down.
 type Recorder struct {
-	beneath
+	block.Forward
 	name string
 	log  *Log
 }
@@ -118,7 +118,7 @@ func (r *Recorder) record(op Op, data []byte, call func() error) error {
 // ReadAt reads from the device beneath.
 func (r *Recorder) ReadAt(p []byte, off int64) (n int, err error) {
 	err = r.record(Op{Kind: Read, Off: off, Len: int64(len(p))}, nil, func() error {
-		n, err = r.dev.ReadAt(p, off)
+		n, err = r.Forward.ReadAt(p, off)
 		return err
 	})
 	return n, err
@@ -127,7 +127,7 @@ func (r *Recorder) ReadAt(p []byte, off int64) (n int, err error) {
 // WriteAt writes to the device beneath.
 func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
 	err = r.record(Op{Kind: Write, Off: off, Len: int64(len(p))}, p, func() error {
-		n, err = r.dev.WriteAt(p, off)
+		n, err = r.Forward.WriteAt(p, off)
 		return err
 	})
 	return n, err
@@ -137,30 +137,30 @@ func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
 // needs a write and a flush.
 func (r *Recorder) WriteDurableAt(p []byte, off int64) error {
 	return r.record(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}, p, func() error {
-		return block.WriteDurable(r.dev, p, off)
+		return block.WriteDurable(r.Forward, p, off)
 	})
 }
 
 // Flush flushes the device beneath.
 func (r *Recorder) Flush() error {
-	return r.record(Op{Kind: Flush}, nil, r.dev.Flush)
+	return r.record(Op{Kind: Flush}, nil, r.Forward.Flush)
 }
 
 // ZeroAt zeroes a range of the device beneath, by writing where it has no other way.
 func (r *Recorder) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	return r.record(Op{Kind: Zero, Off: off, Len: n, Flags: flags}, nil, func() error {
-		return block.Zero(r.dev, off, n, flags)
+		return block.Zero(r.Forward, off, n, flags)
 	})
 }
 
 // Discard discards a range of the device beneath.
 func (r *Recorder) Discard(off, n int64) error {
 	return r.record(Op{Kind: Discard, Off: off, Len: n}, nil, func() error {
-		return block.Discard(r.dev, off, n)
+		return block.Discard(r.Forward, off, n)
 	})
 }
 
 // Grow makes the device beneath longer.
 func (r *Recorder) Grow(size int64) error {
-	return r.record(Op{Kind: Grow, Len: size}, nil, func() error { return r.grow(size) })
+	return r.record(Op{Kind: Grow, Len: size}, nil, func() error { return r.Forward.Grow(size) })
 }

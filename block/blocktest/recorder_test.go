@@ -36,7 +36,7 @@ COW Z 8+8 keep fast error: no fast way to write zeros
 ORIGIN Z 8+8
 COW D 16+1
 ORIGIN G 4096
-COW G 4096 error: a blocktest_test.plain can't be made longer
+COW G 4096 error: grow from 1048576 to 2097152 bytes: the size of the device is fixed
 ORIGIN R 1073741824+1 bytes error: read of 1 bytes at byte 1073741824 is outside a device of 2097152 bytes
 `
 	if got := log.String(); got != golden {
@@ -106,7 +106,7 @@ func TestFaultyFailsTheNth(t *testing.T) {
 	run := func(dev block.Device) []error {
 		_, w := dev.WriteAt([]byte("abc"), 0)
 		_, r := dev.ReadAt(make([]byte, 3), 0)
-		return []error{w, r, block.WriteDurable(dev, []byte("d"), 3), block.Zero(dev, 8, 8, 0), block.Discard(dev, 16, 8), dev.Flush(), dev.(block.Resizer).Grow(8192)}
+		return []error{w, r, block.WriteDurable(dev, []byte("d"), 3), block.Zero(dev, 8, 8, 0), block.Discard(dev, 16, 8), dev.Flush(), block.Grow(dev, 8192)}
 	}
 	count := blocktest.NewFaulty(block.NewMemory(4096), nil)
 	run(count)

@@ -18,8 +18,8 @@ const suiteWindow = 192 << 10
 // returns a new device each time, of at least 64 KiB and whole sectors, with any content, writable;
 // it arranges for its end with t.Cleanup, which must bear a device that was closed already.
 //
-// The part about closing runs where the device is an io.Closer, the one about growing where it is a
-// block.Resizer.
+// The part about closing runs where the device is an io.Closer, the one about growing where block.CanGrow says
+// so.
 func Run(t *testing.T, open func(t *testing.T) block.Device) {
 	for _, part := range []struct {
 		name string
@@ -64,11 +64,9 @@ func RunReadOnly(t *testing.T, open func(t *testing.T) block.Device) {
 			t.Errorf("%s outside the device: no error", name)
 		}
 	}
-	if r, ok := dev.(block.Resizer); ok {
-		size := dev.Size()
-		if err := r.Grow(size + 4096); err == nil || dev.Size() != size {
-			t.Errorf("grow: error %v, size %d of %d", err, dev.Size(), size)
-		}
+	size := dev.Size()
+	if err := block.Grow(dev, size+4096); err == nil || dev.Size() != size {
+		t.Errorf("grow: error %v, size %d of %d", err, dev.Size(), size)
 	}
 	if err := dev.Flush(); err != nil {
 		t.Errorf("flush with nothing to flush: %v", err)

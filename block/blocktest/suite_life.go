@@ -109,27 +109,26 @@ func testDurable(t *testing.T, dev block.Device) {
 }
 
 func testGrow(t *testing.T, dev block.Device) {
-	r, ok := dev.(block.Resizer)
-	if !ok {
-		t.Skip("the device can't change its size")
-	}
 	size := dev.Size()
 	n := min(size, suiteWindow)
 	shadow := Pattern(int(n), 15)
 	write(t, dev, size-n, shadow)
 	for _, same := range []int64{0, size - 1, size} {
-		if err := r.Grow(same); err != nil || dev.Size() != size {
+		if err := block.Grow(dev, same); err != nil || dev.Size() != size {
 			t.Fatalf("grow from %d to %d: %v, size %d", size, same, err, dev.Size())
 		}
 	}
 	more := size + 100<<10
-	if err := r.Grow(more); err != nil {
+	if err := block.Grow(dev, more); err != nil {
+		if !errors.Is(err, block.ErrFixedSize) && !block.CanGrow(dev) {
+			t.Errorf("a device that can't be made longer: %v, want ErrFixedSize", err)
+		}
 		if dev.Size() != size {
 			t.Errorf("grow failed (%v), and the size is %d instead of %d", err, dev.Size(), size)
 		}
 		t.Skipf("the device can't be grown by its user: %v", err)
 	}
-	if now, err := r.Refresh(); err != nil || now < more || dev.Size() != now {
+	if now, err := block.Refresh(dev); err != nil || now < more || dev.Size() != now {
 		t.Fatalf("after growing to %d: refreshed %d, %v, size %d", more, now, err, dev.Size())
 	}
 	want(t, dev, size-n, append(bytes.Clone(shadow), make([]byte, more-size)...))
@@ -181,8 +180,8 @@ func testClose(t *testing.T, dev block.Device) {
 	if e, ok := dev.(block.Extenter); ok {
 		_, closed["extents"] = e.Extents(0, 512)
 	}
-	if r, ok := dev.(block.Resizer); ok {
-		closed["grow"] = r.Grow(dev.Size() + 512)
+	if block.CanGrow(dev) {
+		closed["grow"] = block.Grow(dev, dev.Size()+512)
 	}
 	for name, err := range closed {
 		if !errors.Is(err, fs.ErrClosed) {

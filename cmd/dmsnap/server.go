@@ -242,7 +242,7 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 		return nil, err
 	}
 	releaseLoaded(snap)
-	v := &served{name: a.name, path: a.cow, dev: &switchable{dev: snap}, cow: cow, snap: snap}
+	v := &served{name: a.name, path: a.cow, dev: newSwitchable(snap), cow: cow, snap: snap}
 	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: "snapshot " + a.cow, Device: v.dev,
 		ReadOnly: s.readOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),

@@ -1,0 +1,156 @@
+package block
+
+// A Forward passes every call on to a device beneath it, the optional abilities included. A device that
+// stands over another one embeds a Forward and overrides what it changes:
+//
+//	type counted struct {
+//		block.Forward
+//		reads atomic.Int64
+//	}
+//
+//	func (c *counted) ReadAt(p []byte, off int64) (int, error) {
+//		c.reads.Add(1)
+//		return c.Forward.ReadAt(p, off)
+//	}
+//
+//	dev := &counted{Forward: block.NewForward(disk)}
+//
+// What the device beneath lacks is answered so that the functions of this package fall back on the
+// device that embeds the Forward: [Zero] writes zeros by its WriteAt, [WriteDurable] uses its WriteAt and
+// Flush. What the device beneath has is called directly. So a device that changes what is written, or
+// where, overrides WriteAt, WriteDurableAt, ZeroAt, Discard and Allocate; one that changes what is read
+// overrides ReadAt and Extents; one that is another disk than the one beneath overrides Identity.
+//
+// A Forward adds nothing: errors, concurrency and guarantees are those of the device beneath. Closing is
+// not an ability: who opened the device beneath closes it. The zero Forward is not usable.
+type Forward struct {
+	dev    Device
+	holder Holder
+}
+
+// A Holder supplies the device beneath a Forward call by call, where it may be replaced between calls.
+// Its methods may be called concurrently, also several times before a Release.
+type Holder interface {
+	// Acquire returns the device for one call, and keeps it in place until Release.
+	Acquire() Device
+	Release()
+}
+
+// NewForward returns a Forward to dev.
+func NewForward(dev Device) Forward { return Forward{dev: dev} }
+
+// NewHeldForward returns a Forward to whatever device h supplies.
+func NewHeldForward(h Holder) Forward { return Forward{holder: h} }
+
+// acquire returns the device beneath; release must follow.
+func (f Forward) acquire() Device {
+	if f.holder != nil {
+		return f.holder.Acquire()
+	}
+	return f.dev
+}
+
+func (f Forward) release() {
+	if f.holder != nil {
+		f.holder.Release()
+	}
+}
+
+// ReadAt reads from the device beneath.
+func (f Forward) ReadAt(p []byte, off int64) (int, error) {
+	defer f.release()
+	return f.acquire().ReadAt(p, off)
+}
+
+// WriteAt writes to the device beneath.
+func (f Forward) WriteAt(p []byte, off int64) (int, error) {
+	defer f.release()
+	return f.acquire().WriteAt(p, off)
+}
+
+// Flush flushes the device beneath.
+func (f Forward) Flush() error {
+	defer f.release()
+	return f.acquire().Flush()
+}
+
+// Size is that of the device beneath.
+func (f Forward) Size() int64 {
+	defer f.release()
+	return f.acquire().Size()
+}
+
+// WriteDurableAt writes durably to the device beneath, or is ErrUnsupported.
+func (f Forward) WriteDurableAt(p []byte, off int64) error {
+	defer f.release()
+	if d, ok := f.acquire().(DurableWriter); ok {
+		return d.WriteDurableAt(p, off)
+	}
+	return ErrUnsupported
+}
+
+// BeginFlush begins to write a range to the disk, where the device beneath can.
+func (f Forward) BeginFlush(off, n int64) {
+	defer f.release()
+	BeginFlush(f.acquire(), off, n)
+}
+
+// ZeroAt zeroes a range of the device beneath by its own means, or is ErrNotFast.
+func (f Forward) ZeroAt(off, n int64, flags ZeroFlags) error {
+	defer f.release()
+	if z, ok := f.acquire().(Zeroer); ok {
+		return z.ZeroAt(off, n, flags)
+	}
+	return ErrNotFast
+}
+
+// Allocate reserves space on the device beneath, or is ErrNotFast.
+func (f Forward) Allocate(off, n int64) error {
+	defer f.release()
+	if a, ok := f.acquire().(Allocator); ok {
+		return a.Allocate(off, n)
+	}
+	return ErrNotFast
+}
+
+// Discard discards a range of the device beneath, where it can.
+func (f Forward) Discard(off, n int64) error {
+	defer f.release()
+	return Discard(f.acquire(), off, n)
+}
+
+// Extents returns the extents of the device beneath; all is data where it does not know.
+func (f Forward) Extents(off, n int64) ([]Extent, error) {
+	defer f.release()
+	return Extents(f.acquire(), off, n)
+}
+
+// Refresh looks up the size of the device beneath.
+func (f Forward) Refresh() (int64, error) {
+	defer f.release()
+	return Refresh(f.acquire())
+}
+
+// Grow makes the device beneath longer, or is ErrFixedSize.
+func (f Forward) Grow(size int64) error {
+	defer f.release()
+	return Grow(f.acquire(), size)
+}
+
+// CanGrow reports whether the device beneath may be made longer.
+func (f Forward) CanGrow() bool {
+	defer f.release()
+	return CanGrow(f.acquire())
+}
+
+// BlockSize is the logical block size of the device beneath.
+func (f Forward) BlockSize() int {
+	defer f.release()
+	return BlockSize(f.acquire())
+}
+
+// Identity is that of the device beneath: its address when it has none but is a pointer, else empty.
+func (f Forward) Identity() string {
+	defer f.release()
+	return Identity(f.acquire())
+}
