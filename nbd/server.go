@@ -53,7 +53,8 @@ type Options struct {
 	MaxPayloads int64
 
 	// TLS, when there is one, is what OptStartTLS begins: at least a certificate, and with ClientAuth and
-	// ClientCAs the clients' are verified. With RequireTLS a client that does not begin it gets nothing,
+	// ClientCAs the clients' are verified; the names of ClientCAs are not sent. A certificate that expired is logged by
+	// NewServer. With RequireTLS a client that does not begin it gets nothing,
 	// not even the names of exports; without it may stay in the clear.
 	TLS        *tls.Config
 	RequireTLS bool
@@ -66,7 +67,8 @@ type Options struct {
 // A Server serves exports. Its methods may be called concurrently.
 type Server struct {
 	opts     Options
-	payloads budget // see Options.MaxPayloads
+	tls      *tls.Config // Options.TLS as connections use it
+	payloads budget      // see Options.MaxPayloads
 
 	processors int64 // that goroutines run on
 
@@ -87,7 +89,9 @@ func NewServer(o Options) *Server {
 	if o.Log == nil {
 		o.Log = func(string) {}
 	}
-	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
+	warnOfCertificates(o.TLS, time.Now(), o.Log)
+	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, tls: withoutAuthorityNames(o.TLS),
+		exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
 }
 
 func setDefault(d *time.Duration, to time.Duration) {

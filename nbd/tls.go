@@ -2,8 +2,10 @@ package nbd
 
 import (
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
@@ -29,7 +31,7 @@ func (h *handshake) startTLS(data []byte) error {
 	if err := h.reply(o, wire.RepAck, nil); err != nil {
 		return err
 	}
-	nc := tls.Server(h.nc, h.server.opts.TLS)
+	nc := tls.Server(h.nc, h.server.tls)
 	if err := nc.Handshake(); err != nil { // within the deadline of the whole handshake
 		return fmt.Errorf("TLS: %w", err)
 	}
@@ -42,4 +44,71 @@ func (h *handshake) startTLS(data []byte) error {
 // mustEncrypt reports whether an option has to wait for TLS.
 func (h *handshake) mustEncrypt(o wire.Option) bool {
 	return h.server.opts.RequireTLS && !h.secure && o != wire.OptStartTLS && o != wire.OptAbort
+}
+
+// withoutAuthorityNames returns a configuration that verifies clients as config does, and does not send them the names
+// of the authorities. GnuTLS before 3.8, which most NBD clients use, looks in TLS 1.3 for a certificate by authority
+// and signature algorithm together, takes an RSA certificate for unfit for the RSA-PSS signatures that TLS 1.3 asks
+// for, and sends none. Without names it sends the certificate that it has.
+func withoutAuthorityNames(config *tls.Config) *tls.Config {
+	if config == nil || config.ClientCAs == nil {
+		return config
+	}
+	c := config.Clone()
+	switch config.ClientAuth {
+	case tls.RequireAndVerifyClientCert:
+		c.ClientAuth = tls.RequireAnyClientCert
+	case tls.VerifyClientCertIfGiven:
+		c.ClientAuth = tls.RequestClientCert
+	default:
+		return config
+	}
+	c.ClientCAs = nil
+	// Called for every connection, resumed ones included.
+	c.VerifyConnection = func(state tls.ConnectionState) error {
+		if len(state.PeerCertificates) > 0 {
+			chains, err := verifyClient(config, state.PeerCertificates)
+			if err != nil {
+				return &tls.CertificateVerificationError{UnverifiedCertificates: state.PeerCertificates, Err: err}
+			}
+			state.VerifiedChains = chains
+		}
+		if config.VerifyConnection != nil {
+			return config.VerifyConnection(state)
+		}
+		return nil
+	}
+	return c
+}
+
+// verifyClient verifies a client's certificate and those that came with it.
+func verifyClient(config *tls.Config, certs []*x509.Certificate) ([][]*x509.Certificate, error) {
+	o := x509.VerifyOptions{Roots: config.ClientCAs, Intermediates: x509.NewCertPool(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}}
+	if config.Time != nil {
+		o.CurrentTime = config.Time()
+	}
+	for _, c := range certs[1:] {
+		o.Intermediates.AddCert(c)
+	}
+	return certs[0].Verify(o)
+}
+
+// warnOfCertificates logs the server's certificates that clients will refuse at the time now.
+func warnOfCertificates(config *tls.Config, now time.Time, log func(line string)) {
+	if config == nil {
+		return
+	}
+	for _, chain := range config.Certificates {
+		for _, der := range chain.Certificate {
+			c, err := x509.ParseCertificate(der)
+			switch {
+			case err != nil:
+				log(fmt.Sprintf("server certificate: %v", err))
+			case now.After(c.NotAfter):
+				log(fmt.Sprintf("server certificate %q expired on %s: clients that verify it refuse to connect", c.Subject, c.NotAfter.UTC().Format(time.DateTime)))
+			case now.Before(c.NotBefore):
+				log(fmt.Sprintf("server certificate %q is not valid before %s: clients that verify it refuse to connect", c.Subject, c.NotBefore.UTC().Format(time.DateTime)))
+			}
+		}
+	}
 }

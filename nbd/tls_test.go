@@ -24,10 +24,16 @@ import (
 // certificates makes a folder with an authority's certificates and returns configurations for both sides.
 func certificates(t *testing.T) (dir string, server, client *tls.Config) {
 	t.Helper()
+	return certificatesOf(t, testcerts.ECDSA, time.Now().Add(time.Hour))
+}
+
+// certificatesOf is certificates with keys of a kind and an expiry.
+func certificatesOf(t *testing.T, kind testcerts.KeyKind, expiry time.Time) (dir string, server, client *tls.Config) {
+	t.Helper()
 	dir = t.TempDir()
 	a, err := testcerts.NewAuthority("for a test")
 	if err == nil {
-		err = a.Write(dir)
+		err = a.WriteKind(dir, kind, expiry)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -251,4 +257,99 @@ func TestInteropTLS(t *testing.T) {
 		t.Error("qemu-img made another copy")
 	}
 	fails("qemu-img", args(strange)...)
+}
+
+// TestInteropTLSMatrix: clients with keys of each kind, in each version of TLS, from each program that has a client
+// certificate, are let in; and none with a certificate of another authority, or without one.
+func TestInteropTLSMatrix(t *testing.T) {
+	for _, name := range []string{"nbdinfo", "nbdcopy"} {
+		tool(t, name, "libnbd-bin")
+	}
+	tool(t, "qemu-img", "qemu-utils")
+	mem := striped()
+	for _, kind := range []testcerts.KeyKind{testcerts.ECDSA, testcerts.RSA, testcerts.Ed25519} {
+		dir, server, client := certificatesOf(t, kind, time.Now().Add(time.Hour))
+		strange, _, strangeClient := certificatesOf(t, kind, time.Now().Add(time.Hour))
+		ca, err := os.ReadFile(filepath.Join(dir, "ca-cert.pem"))
+		if err == nil {
+			err = os.WriteFile(filepath.Join(strange, "ca-cert.pem"), ca, 0o600) // it trusts the server all the same
+		}
+		none := t.TempDir()
+		if err == nil {
+			err = os.WriteFile(filepath.Join(none, "ca-cert.pem"), ca, 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+			config := server.Clone()
+			config.MinVersion, config.MaxVersion = version, version
+			s := start(t, nbd.Options{TLS: config, RequireTLS: true}, "tcp", nbd.Export{Name: "x", Device: mem, MultiConn: true})
+			out := filepath.Join(t.TempDir(), "copy")
+			u, err := nbd.ParseURI(s.uri("x"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			host, port, _ := net.SplitHostPort(u.Address)
+			uri := secure(s.uri("x")) + "?tls-certificates="
+			for _, try := range []struct {
+				dir  string
+				good bool
+			}{{dir, true}, {strange, false}, {none, false}} {
+				for _, args := range [][]string{
+					{"nbdinfo", "--size", uri + try.dir},
+					{"nbdcopy", uri + try.dir, out},
+					{"qemu-img", "convert", "--object", "tls-creds-x509,id=t,endpoint=client,dir=" + try.dir, "--image-opts",
+						"driver=nbd,host=" + host + ",port=" + port + ",export=x,tls-creds=t", "-O", "raw", out},
+				} {
+					os.Remove(out)
+					ctx, cancel := context.WithTimeout(t.Context(), 60*time.Second)
+					text, err := command(ctx, args[0], args[1:]...)
+					cancel()
+					if (err == nil) != try.good {
+						t.Errorf("%s, %s, %v: let in %v, want %v: %s", kind, tls.VersionName(version), args[:2], err == nil, try.good, text)
+					}
+					if err == nil && args[0] != "nbdinfo" {
+						if got, _ := os.ReadFile(out); !bytes.Equal(got, mem.Bytes()) {
+							t.Errorf("%s, %s: %s made another copy", kind, tls.VersionName(version), args[0])
+						}
+					}
+				}
+			}
+			// A session that was verified once is verified again when it is resumed.
+			cached := client.Clone()
+			cached.ClientSessionCache = tls.NewLRUClientSessionCache(1)
+			for range 2 {
+				c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), cached)
+				if err != nil {
+					t.Fatalf("%s, %s: own client: %v", kind, tls.VersionName(version), err)
+				}
+				c.Close()
+			}
+			if c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), &tls.Config{Certificates: strangeClient.Certificates, RootCAs: client.RootCAs}); err == nil {
+				c.Close()
+				t.Errorf("%s, %s: another authority's client was let in", kind, tls.VersionName(version))
+			}
+		}
+	}
+}
+
+// TestExpiredCertificateIsLogged: the operator is told at the start, not by the first client.
+func TestExpiredCertificateIsLogged(t *testing.T) {
+	for expiry, want := range map[time.Duration]int{-time.Minute: 1, time.Hour: 0} {
+		_, server, client := certificatesOf(t, testcerts.ECDSA, time.Now().Add(expiry))
+		var log []string
+		nbd.NewServer(nbd.Options{TLS: server, Log: func(line string) { log = append(log, line) }})
+		if len(log) != want || want == 1 && !strings.Contains(log[0], "expired") {
+			t.Errorf("expiry in %v: log %q", expiry, log)
+		}
+		// A client's certificate that expired is refused.
+		s := start(t, nbd.Options{TLS: server, RequireTLS: true}, "tcp", nbd.Export{Name: "x", Device: striped()})
+		unverified := &tls.Config{Certificates: client.Certificates, InsecureSkipVerify: true}
+		if c, err := nbd.DialTLS(t.Context(), secure(s.uri("x")), unverified); (err == nil) != (expiry > 0) {
+			t.Errorf("expiry in %v: client %v", expiry, err)
+		} else if err == nil {
+			c.Close()
+		}
+	}
 }
