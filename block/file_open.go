@@ -97,11 +97,11 @@ func (f *File) fill(size int64) error {
 	if err := retry(func() error { return unix.Fsync(f.fd) }); err != nil {
 		return f.error("create", err)
 	}
-	return syncDirectory(filepath.Dir(f.path))
+	return SyncDirectory(filepath.Dir(f.path))
 }
 
-// syncDirectory makes the names in a directory durable.
-func syncDirectory(path string) error {
+// SyncDirectory makes the names in a directory durable, where its file system can.
+func SyncDirectory(path string) error {
 	fd, err := openDescriptor(path, unix.O_RDONLY|unix.O_DIRECTORY, 0)
 	if err != nil {
 		return &fs.PathError{Op: "open", Path: path, Err: err}

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -131,8 +130,8 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 		return helpCompact(path, err)
 	}
 	var made compact.Result
-	err = newFile(out, o.force, inputs, func(f *os.File) (err error) {
-		made, err = writeCompact(ctx, p, f)
+	err = writeOutputDevice(out, o.force, inputs, p.Size(), func(dst *block.File) (err error) {
+		made, err = p.Write(ctx, dst)
 		return err
 	})
 	bar.end()
@@ -169,16 +168,6 @@ func helpCompact(path string, err error) error {
 		err = fmt.Errorf("%w; give --origin ORIGIN", err)
 	}
 	return about(path, err)
-}
-
-// writeCompact fills a new file, durably.
-func writeCompact(ctx context.Context, p *compact.Plan, f *os.File) (compact.Result, error) {
-	dst, err := openNew(f, p.Size())
-	if err != nil {
-		return compact.Result{}, err
-	}
-	made, err := p.Write(ctx, dst)
-	return made, errors.Join(err, dst.Close())
 }
 
 // tell prints what became of the store.

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
@@ -122,8 +123,8 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 		return made, about(cowPath, err)
 	}
 	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
-		err = newFile(cowPath, false, nil, func(f *os.File) error {
-			cow, err := openNew(f, size)
+		err = newfile.Write(cowPath, newfile.Options{}, func(f *os.File) error {
+			cow, err := newfile.Device(f, size)
 			if err != nil {
 				return err
 			}
@@ -173,7 +174,7 @@ func (o *creation) makeStore(cow *block.File, as block.Device, l ondisk.Layout, 
 	return err
 }
 
-// unnamed is a file that has its name only when newFile has made it durable as a whole. Nobody finds a store in
+// unnamed is a file that has its name only when newfile.Write has made it durable as a whole. Nobody finds a store in
 // it before, so the order in which its parts get there is all the same, and one flush does: on a disk each
 // costs as much as all the rest of create.
 type unnamed struct{ *block.File }

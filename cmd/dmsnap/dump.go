@@ -9,7 +9,6 @@ import (
 	"os"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/term"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/dump"
@@ -82,8 +81,10 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	if f, ok := c.OutOrStdout().(*os.File); ok && o.pack && o.out == "-" && term.IsTerminal(int(f.Fd())) {
-		return errors.New("--pack writes no text: give --output FILE, or redirect it")
+	if o.pack && o.out == standardOutput {
+		if err := checkNoTerminal(c, "give --output FILE, or redirect it"); err != nil {
+			return err
+		}
 	}
 	cow, err := openToRead(path, o.liveRead)
 	if err != nil {
@@ -97,11 +98,11 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 	write := func(w io.Writer) error {
 		return form(ctx, w, cow, dump.Options{ChunkSectors: sectors, Data: o.data, Progress: bar.show})
 	}
-	if o.out == "-" {
+	if o.out == standardOutput {
 		return about(path, write(c.OutOrStdout()))
 	}
 	var gaps error // a dump with gaps is kept
-	err = newFile(o.out, o.force, []string{path}, func(f *os.File) error {
+	err = writeOutput(o.out, o.force, []string{path}, func(f *os.File) error {
 		w := bufio.NewWriter(f)
 		if err := write(w); errors.Is(err, dump.ErrUnreadable) {
 			gaps = err

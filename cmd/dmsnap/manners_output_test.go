@@ -2,11 +2,16 @@ package main
 
 import (
 	"bytes"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
+	"syscall"
 	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
 )
 
 func withOutputs(c calling) bool { return len(c.outputs()) > 0 }
@@ -129,6 +134,185 @@ func TestMannersOfClosedPipe(t *testing.T) {
 			}
 		}
 	})
+}
+
+// With --force no file is replaced that somebody has open and locked, a server above all.
+func TestForceSparesFilesInUse(t *testing.T) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") }, func(t *testing.T, c calling) {
+		for _, out := range c.outputs() {
+			for _, o := range []block.Options{{}, {ReadOnly: true}} {
+				k := newKit(t)
+				writeFile(t, k.path[out], bytes.Repeat([]byte("served"), 20_000))
+				held, err := block.Open(k.path[out], o)
+				if err != nil {
+					t.Fatal(err)
+				}
+				k.wantRefused(t, k.expand(c.args, "--force"), k.path[out], "in use by this process")
+				held.Close()
+			}
+		}
+	})
+}
+
+// The same through the program: what clients of a server flush afterwards is in the files that it serves.
+func TestForceSparesServedFiles(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	other := newPair(t)
+	other.withStore(t)
+	s := launch(t, "serve", p.origin, p.cow, "--export-origin", "--socket", filepath.Join(p.dir, "s"))
+	if line, err := s.stdout.ReadString('\n'); err != nil {
+		t.Fatalf("%q, %v; %s", line, err, &s.stderr)
+	}
+	before := digests(t, p.dir)
+	dmsnap("export", other.origin, other.cow, p.origin, "--force").wantRefused(t, p.origin, "in use by")
+	dmsnap("compact", other.cow, p.cow, "--force").wantRefused(t, p.cow, "in use by")
+	wantSame(t, p.dir, before)
+	s.Process.Signal(syscall.SIGTERM)
+	if status := s.end(t); status != exitDone {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
+	mustRun(t, "export", other.origin, other.cow, p.origin, "--force")
+}
+
+// --force replaces the file behind a symbolic link and keeps its mode, owner and attributes.
+func TestForceKeepsModeAndLink(t *testing.T) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") }, func(t *testing.T, c calling) {
+		for _, out := range c.outputs() {
+			k := newKit(t)
+			file := filepath.Join(k.out, "file")
+			old := bytes.Repeat([]byte("old"), 50_000)
+			writeFile(t, file, old)
+			owner := os.Geteuid()
+			if owner == 0 {
+				owner = 1234
+			}
+			err := errors.Join(os.Chown(file, owner, -1), os.Chmod(file, 0o641), os.Symlink("file", k.path[out]))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if o := k.call(c.args, "--force"); o.status != c.status || o.stderr != "" {
+				t.Fatalf("status %d, %s", o.status, o.stderr)
+			}
+			if to, err := os.Readlink(k.path[out]); to != "file" {
+				t.Errorf("the link leads to %q, %v", to, err)
+			}
+			info, err := os.Stat(file)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if st := info.Sys().(*syscall.Stat_t); info.Mode() != 0o641 || int(st.Uid) != owner || bytes.Equal(readFile(t, file), old) {
+				t.Errorf("mode %v, owner %d, %d bytes", info.Mode(), st.Uid, info.Size())
+			}
+		}
+	})
+}
+
+// "-" for an output is standard output, and then has what the file would have and nothing else, or is refused.
+func TestDashForEveryOutput(t *testing.T) {
+	eachCalling(t, withOutputs, func(t *testing.T, c calling) {
+		for _, out := range c.outputs() {
+			k := newKit(t)
+			k.serve(t, c)
+			before := k.state(t)
+			path := k.path[out]
+			k.path[out] = "-"
+			o := k.call(c.args)
+			if _, err := os.Lstat("-"); err == nil {
+				os.Remove("-")
+				t.Errorf("it made a file named -")
+			}
+			if o.status == exitTrouble {
+				o.wantRefused(t, `"-" means standard output`)
+				k.wantState(t, before)
+				k.end()
+				continue
+			}
+			for _, name := range c.outputs() {
+				os.Remove(k.path[name])
+			}
+			k.path[out] = path
+			if o := k.call(c.args); o.status != c.status {
+				t.Fatalf("status %d, %s", o.status, o.stderr)
+			}
+			want := readFile(t, path)
+			if o.status != c.status || o.out != string(want) {
+				t.Errorf("%s: status %d, %d bytes on standard output, %d in a file; %s", out, o.status, len(o.out), len(want), o.stderr)
+			}
+		}
+	})
+}
+
+// What an error advises for an output that is no regular file is done, and does what was wanted.
+func TestAdviceForSpecialOutputs(t *testing.T) {
+	advice := regexp.MustCompile(`"dmsnap ([^"]*) - >DEVICE"`)
+	followed := 0
+	for _, c := range callings {
+		if !withOutputs(c) || c.served {
+			continue
+		}
+		for _, out := range c.outputs() {
+			k := newKit(t)
+			if err := syscall.Mkfifo(k.path[out], 0o600); err != nil {
+				t.Fatal(err)
+			}
+			more := []string{}
+			if c.option("force") {
+				more = append(more, "--force")
+			}
+			before := k.state(t)
+			o := k.call(c.args, more...)
+			o.wantRefused(t, k.path[out])
+			k.wantState(t, before)
+			m := advice.FindStringSubmatch(o.stderr)
+			if m == nil {
+				continue
+			}
+			followed++
+			disk := filepath.Join(k.out, "disk")
+			writeFile(t, disk, bytes.Repeat([]byte("x"), 100<<10))
+			f, err := os.OpenFile(disk, os.O_WRONLY, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			cmd := exec.Command(program(t), k.expand(m[1], "-")...)
+			cmd.Stdout = f
+			if err := cmd.Run(); err != nil {
+				t.Errorf("%s: %v", m[0], err)
+			}
+			f.Close()
+			if got := readFile(t, disk); len(got) != 100<<10 || !bytes.HasPrefix(got, []byte("COW")) || got[64<<10] != 'x' {
+				t.Errorf("%s: %d bytes, they begin with %q", m[0], len(got), got[:20])
+			}
+		}
+	}
+	if followed < 2 {
+		t.Errorf("%d pieces of advice, export and rescue have one", followed)
+	}
+}
+
+// Standard output is no input, and not in use.
+func TestStandardOutputThatIsAFile(t *testing.T) {
+	k := newKit(t)
+	held, err := block.Open(k.path["COW2"], block.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	before := k.state(t)
+	for file, want := range map[string]string{"ORIGIN": "same file as " + k.path["ORIGIN"], "COW2": "in use by"} {
+		for _, args := range []string{"export ORIGIN COW -", "rescue ORIGIN COW -"} {
+			f, err := os.OpenFile(k.path[file], os.O_RDWR, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var stderr bytes.Buffer
+			status := run(k.expand(args), strings.NewReader(""), f, &stderr)
+			outcome{status, "", stderr.String()}.wantRefused(t, want)
+			f.Close()
+		}
+	}
+	k.wantState(t, before)
 }
 
 // "-" is standard output, and standard input, where the help says so.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"image/color"
 	"io"
@@ -50,8 +51,8 @@ that are both in COW, those that are not neighbours there. dmsnap compact makes 
 	}
 	f := c.Flags()
 	f.StringVar(&o.origin, "origin", "", "the disk is as large as this origin")
-	f.StringVar(&o.svg, "svg", "", "also write the pictures to this file, as SVG")
-	f.StringVar(&o.png, "png", "", "also write the pictures to this file, as PNG")
+	f.StringVar(&o.svg, "svg", "", "also write the pictures to this file (\"-\" is standard output), as SVG")
+	f.StringVar(&o.png, "png", "", "also write the pictures to this file (\"-\" is standard output), as PNG")
 	f.BoolVar(&o.force, "force", false, "replace these files when they exist")
 	f.StringVar(&o.colour, "color", "auto", "auto (on a terminal, unless NO_COLOR is set), always or never")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
@@ -148,14 +149,18 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 // checkOutputs refuses a picture that can't be written before the first one is.
 func (o *mapOptions) checkOutputs(inputs []string) error {
 	for _, out := range []string{o.svg, o.png} {
-		if out != "" {
-			if _, err := checkOut(out, o.force, inputs); err != nil {
-				return err
-			}
+		if out == "" || out == standardOutput {
+			continue
+		}
+		if err := checkOutput(out, o.force, inputs); err != nil {
+			return err
 		}
 	}
 	if o.svg != "" && o.svg == o.png {
 		return fmt.Errorf("%s: can't be both an SVG and a PNG", o.svg)
+	}
+	if o.asJSON && (o.svg == standardOutput || o.png == standardOutput) {
+		return errors.New("a picture and --json can't both go to standard output")
 	}
 	return nil
 }
@@ -207,7 +212,8 @@ func (o *mapOptions) show(c *cobra.Command, st *store.Store, m mapResult, inputs
 			if out.path == "" {
 				continue
 			}
-			if err := newFile(out.path, o.force, inputs, func(f *os.File) error { return out.write(f, panels...) }); err != nil {
+			write := func(w io.Writer) error { return out.write(w, panels...) }
+			if err := writePicture(c, out.path, o.force, inputs, write); err != nil {
 				return err
 			}
 		}

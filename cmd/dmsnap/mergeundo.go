@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
@@ -46,7 +45,7 @@ func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs 
 	}
 	if err = merge.CheckUndo(origin, cow, kept); err == nil {
 		// Whoever gave it its name may have been killed before the name was durable.
-		err = syncFolder(filepath.Dir(o.undo))
+		err = block.SyncDirectory(filepath.Dir(o.undo))
 	}
 	if err != nil {
 		kept.Close()
@@ -61,15 +60,10 @@ func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs 
 // writeUndo makes the undo store of so many bytes; it gets its name when it is whole and durable.
 func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, replace bool, inputs []string) error {
 	bar := newProgress(c.ErrOrStderr(), "keep")
-	err := newFile(o.undo, replace, inputs, func(f *os.File) error {
-		dst, err := openNew(f, size)
-		if err != nil {
-			return err
-		}
-		err = merge.WriteUndo(ctx, origin, cow, dst, merge.Options{Progress: func(p merge.Progress) {
+	err := writeOutputDevice(o.undo, replace, inputs, size, func(dst *block.File) error {
+		return merge.WriteUndo(ctx, origin, cow, dst, merge.Options{Progress: func(p merge.Progress) {
 			bar.show(p.MergedBytes(), p.TotalBytes())
 		}})
-		return errors.Join(err, dst.Close())
 	})
 	bar.end()
 	if err != nil {

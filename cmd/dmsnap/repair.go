@@ -129,12 +129,8 @@ func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
 		return err
 	}
 	defer cow.Close()
-	err = newFile(out, o.force, []string{path}, func(f *os.File) error {
-		dst, err := openNew(f, p.Size())
-		if err != nil {
-			return err
-		}
-		return errors.Join(p.Fresh(ctx, dst), dst.Close())
+	err = writeOutputDevice(out, o.force, []string{path}, p.Size(), func(dst *block.File) error {
+		return p.Fresh(ctx, dst)
 	})
 	bar.end()
 	if err != nil {
@@ -153,7 +149,7 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 	}
 	saved := false
 	changed, err := p.InPlace(ctx, func(ranges []undo.Range, size int64) error {
-		err := newFile(o.undo, o.force, []string{path}, func(f *os.File) error {
+		err := writeOutput(o.undo, o.force, []string{path}, func(f *os.File) error {
 			return undo.Save(ctx, f, cow, ranges, size)
 		})
 		saved = err == nil
@@ -260,5 +256,5 @@ func applyUndo(ctx context.Context, path, undoPath string) (undo.Saved, error) {
 			return s, about(path, err)
 		}
 	}
-	return s, syncFolder(filepath.Dir(path))
+	return s, block.SyncDirectory(filepath.Dir(path))
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"image/color"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -36,7 +37,7 @@ func newRescue() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW | --revalidate COW --in-place --undo FILE}",
 		Short: "Get out of an invalid or damaged snapshot what can be had",
-		Long: `An invalid snapshot is not lost. Write the best that can be had of it to OUT, a sparse raw image, and say
+		Long: `An invalid snapshot is not lost. Write the best that can be had of it to OUT, a sparse raw image ("-" is standard output), and say
 what each part is worth:
 
   certain    as the snapshot showed it: the chunk has an exception, written before the store became invalid
@@ -44,7 +45,7 @@ what each part is worth:
   lost       not to be read; the image has zeros there
 
 --map FILE keeps that as a table ("OFFSET LENGTH CLASS" in bytes), as JSON when FILE ends in .json, or as a
-coloured picture of the disk when it ends in .svg or .png.
+coloured picture of the disk when it ends in .svg or .png; "-" is standard output.
 --dry-run looks at the store alone. A header that is damaged is done without when --chunk-size says what it said.
 
 --revalidate makes a store that is marked invalid load again, in a kernel, LVM or dmsnap serve: a copy of it,
@@ -100,6 +101,11 @@ all the same, and then nothing is certain but what has an exception.`,
 }
 
 func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
+	if !o.dryRun && args[2] == standardOutput {
+		if err := checkNoTerminal(c, "redirect it"); err != nil {
+			return err
+		}
+	}
 	if err := checkDifferent(args[0], args[1]); err != nil {
 		return err
 	}
@@ -123,11 +129,8 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		}
 	}
 	if o.mapFile != "" {
-		if o.mapFile, err = checkOut(o.mapFile, o.force, args); err != nil {
+		if err := o.checkMap(args); err != nil {
 			return err
-		}
-		if len(args) > 2 && filepath.Clean(args[2]) == filepath.Clean(o.mapFile) {
-			return fmt.Errorf("%s: the image and its map can't be the same file", o.mapFile)
 		}
 	}
 	ctx, stop := untilSignal()
@@ -141,12 +144,8 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		ranges = r.Plan()
 	} else {
 		bar := newProgress(c.ErrOrStderr(), "rescue")
-		err = newFile(args[2], o.force, args[:2], func(f *os.File) error {
-			if err := f.Truncate(r.Size()); err != nil {
-				return err
-			}
-			ranges, err = r.Write(ctx, f, func(done int64) { bar.show(done, r.Size()) })
-			return err
+		ranges, err = o.writeImage(c, r, args, func(out io.WriterAt) ([]rescue.Range, error) {
+			return r.Write(ctx, out, func(done int64) { bar.show(done, r.Size()) })
 		})
 		bar.end()
 		if err != nil {
@@ -154,6 +153,42 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		}
 	}
 	return o.tell(c, r, ranges, args)
+}
+
+// checkMap refuses a map that can't be written, before there is any work.
+func (o *rescueOptions) checkMap(args []string) error {
+	if len(args) > 2 && filepath.Clean(args[2]) == filepath.Clean(o.mapFile) {
+		return fmt.Errorf("%s: the image and its map can't be the same file", o.mapFile)
+	}
+	switch {
+	case o.mapFile != standardOutput:
+		return checkOutput(o.mapFile, o.force, args)
+	case o.asJSON:
+		return errors.New("--map - and --json can't both go to standard output")
+	}
+	return nil
+}
+
+// writeImage has fill write the image to OUT.
+func (o *rescueOptions) writeImage(c *cobra.Command, r *rescue.Rescue, args []string,
+	fill func(io.WriterAt) ([]rescue.Range, error)) (ranges []rescue.Range, err error) {
+	if args[2] == standardOutput {
+		return ranges, writeStandardOutput(c, args[:2], func(w io.Writer) error {
+			a := &ascendingWriter{w: w}
+			if ranges, err = fill(a); err != nil {
+				return err
+			}
+			return a.fill(r.Size())
+		})
+	}
+	err = writeOutput(args[2], o.force, args[:2], func(f *os.File) error {
+		if err := f.Truncate(r.Size()); err != nil {
+			return err
+		}
+		ranges, err = fill(f)
+		return err
+	})
+	return ranges, imageAdvice(err, "dmsnap rescue ORIGIN COW -")
 }
 
 // tell prints what was found, and writes the map.
@@ -164,7 +199,8 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 		result.Problems = append(result.Problems, f.String())
 	}
 	if o.mapFile != "" {
-		if err := newFile(o.mapFile, o.force, args, func(f *os.File) error { return writeMap(f, ranges, filepath.Ext(o.mapFile)) }); err != nil {
+		write := func(w io.Writer) error { return writeMap(w, ranges, filepath.Ext(o.mapFile)) }
+		if err := writePicture(c, o.mapFile, o.force, args, write); err != nil {
 			return err
 		}
 	}
@@ -181,22 +217,22 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 }
 
 // writeMap writes the ranges: as JSON, as a picture, or a line each.
-func writeMap(f *os.File, ranges []rescue.Range, kind string) error {
+func writeMap(w io.Writer, ranges []rescue.Range, kind string) error {
 	switch kind {
 	case ".json":
-		e := json.NewEncoder(f)
+		e := json.NewEncoder(w)
 		e.SetIndent("", "  ")
 		return e.Encode(ranges)
 	case ".svg":
-		return picture.SVG(f, certaintyPanel(ranges))
+		return picture.SVG(w, certaintyPanel(ranges))
 	case ".png":
-		return picture.PNG(f, certaintyPanel(ranges))
+		return picture.PNG(w, certaintyPanel(ranges))
 	}
 	var text strings.Builder
 	for _, x := range ranges {
 		fmt.Fprintf(&text, "%d %d %v\n", x.Off, x.Length, x.Class)
 	}
-	_, err := f.WriteString(text.String())
+	_, err := io.WriteString(w, text.String())
 	return err
 }
 

@@ -10,6 +10,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/dump"
+	"github.com/dmsnap/dmsnap/internal/newfile"
 )
 
 // restoreResult is what restore prints as JSON.
@@ -64,7 +65,7 @@ func restoreFile(stdin io.Reader, text, cow string, force bool) (restoreResult, 
 	ctx, stop := untilSignal()
 	defer stop()
 	var made dump.Restored
-	err := newFile(cow, force, []string{text}, func(f *os.File) (err error) {
+	err := writeOutput(cow, force, []string{text}, func(f *os.File) (err error) {
 		made, err = restoreTo(ctx, in, f)
 		if err != nil && text != "-" {
 			err = about(text, err)
@@ -78,19 +79,11 @@ func restoreFile(stdin io.Reader, text, cow string, force bool) (restoreResult, 
 func restoreTo(ctx context.Context, in io.Reader, f *os.File) (made dump.Restored, err error) {
 	var dev *block.File
 	made, err = dump.Restore(ctx, in, func(size int64) (block.Device, error) {
-		dev, err = openNew(f, size)
+		dev, err = newfile.Device(f, size)
 		return dev, err
 	})
 	if dev != nil {
 		err = errors.Join(err, dev.Close())
 	}
 	return made, err
-}
-
-// openNew makes a new file size bytes long and opens it as a device.
-func openNew(f *os.File, size int64) (*block.File, error) {
-	if err := f.Truncate(size); err != nil {
-		return nil, err
-	}
-	return block.Open(f.Name(), block.Options{})
 }

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"errors"
 	"os"
 
 	"github.com/spf13/cobra"
@@ -41,12 +40,8 @@ func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) err
 	if err != nil {
 		return about(cowPath, err)
 	}
-	err = newFile(newPath, o.force, []string{cowPath}, func(f *os.File) error {
-		out, err := openNew(f, cow.Size())
-		if err != nil {
-			return err
-		}
-		return errors.Join(v.Copy(ctx, out), out.Close())
+	err = writeOutputDevice(newPath, o.force, []string{cowPath}, cow.Size(), func(out *block.File) error {
+		return v.Copy(ctx, out)
 	})
 	if err != nil {
 		return about(cowPath, err)
@@ -74,7 +69,7 @@ func (o *rescueOptions) markValid(c *cobra.Command, cowPath string) error {
 		return about(cowPath, err)
 	}
 	changed, err := v.InPlace(func(ranges []undo.Range, size int64) error {
-		err := newFile(o.undo, o.force, []string{cowPath}, func(f *os.File) error {
+		err := writeOutput(o.undo, o.force, []string{cowPath}, func(f *os.File) error {
 			return undo.Save(ctx, f, cow, ranges, size)
 		})
 		if err != nil {

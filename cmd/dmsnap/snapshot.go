@@ -4,6 +4,8 @@ import (
 	"path/filepath"
 
 	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/internal/newfile"
 )
 
 func newSnapshot() *cobra.Command {
@@ -22,6 +24,9 @@ COW first.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, err := chunkSize.chunkSectors(); err != nil {
 				return err
+			}
+			if create && args[1] == standardOutput {
+				return newfile.ErrStandardOutput
 			}
 			cow, err := filepath.Abs(args[1]) // the server may work in another folder
 			if err != nil {

@@ -211,7 +211,7 @@ func TestExport(t *testing.T) {
 	wantSame(t, p.dir, before)
 }
 
-// writePieces tells zeros from data whatever the alignment.
+// copyOut tells zeros from data whatever the alignment.
 func TestSparseWriterKeepsTheContent(t *testing.T) {
 	content := make([]byte, 50_000)
 	copy(content[5000:], "data")
@@ -224,7 +224,7 @@ func TestSparseWriterKeepsTheContent(t *testing.T) {
 	defer f.Close()
 	f.Truncate(int64(len(content)))
 	bar := newProgress(&bytes.Buffer{}, "test")
-	if err := copyOut(t.Context(), &sparseWriter{f: f}, onlyData{block.MemoryFrom(content)}, bar); err != nil {
+	if err := copyOut(t.Context(), f, onlyData{block.MemoryFrom(content)}, bar); err != nil {
 		t.Fatal(err)
 	}
 	wantContent(t, path, content)

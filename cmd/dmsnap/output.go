@@ -1,0 +1,163 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/newfile"
+)
+
+// standardOutput is the name of standard output, for the verbs that can write to it.
+const standardOutput = "-"
+
+// withOutputAdvice adds which option allows what was refused.
+func withOutputAdvice(err error) error {
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w; --force replaces it", err)
+	}
+	return err
+}
+
+// checkOutput refuses, before there is any work, what writeOutput would refuse.
+func checkOutput(path string, force bool, inputs []string) error {
+	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: inputs}))
+}
+
+// writeOutput makes an output file of a verb with --force.
+func writeOutput(path string, force bool, inputs []string, fill func(*os.File) error) error {
+	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: inputs}, fill))
+}
+
+// writeOutputDevice is writeOutput for a file that is filled as a device.
+func writeOutputDevice(path string, force bool, inputs []string, size int64, fill func(*block.File) error) error {
+	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: inputs}, size, fill))
+}
+
+// writePicture has fill write a map or a picture to a file, or to standard output.
+func writePicture(c *cobra.Command, path string, force bool, inputs []string, fill func(io.Writer) error) error {
+	if path == standardOutput {
+		return writeStandardOutput(c, inputs, fill)
+	}
+	return writeOutput(path, force, inputs, func(f *os.File) error { return fill(f) })
+}
+
+// imageAdvice adds how an image gets to where no file can be made. usage is the verb's call with OUT "-".
+func imageAdvice(err error, usage string) error {
+	if errors.Is(err, newfile.ErrNotRegular) {
+		return fmt.Errorf(`%w; to write to a device or a pipe, write to standard output: "%s >DEVICE"`, err, usage)
+	}
+	return err
+}
+
+// writeStandardOutput has fill write an output to standard output. A file or a block device there is checked as
+// any other output: it is no input and not in use, and what is written to it is durable in the end. What c prints
+// from then on, its summary, goes to standard error.
+func writeStandardOutput(c *cobra.Command, inputs []string, fill func(io.Writer) error) (err error) {
+	out := c.OutOrStdout()
+	c.SetOut(c.ErrOrStderr())
+	f, ok := out.(*os.File)
+	if !ok {
+		return fill(out)
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	block, stored := info.Mode()&(os.ModeDevice|os.ModeCharDevice) == os.ModeDevice, false
+	if stored = block || info.Mode().IsRegular(); stored {
+		unlock, err := lockStandardOutput(f, block, inputs)
+		if err != nil {
+			return err
+		}
+		defer func() { err = errors.Join(err, unlock()) }()
+	}
+	w := bufio.NewWriterSize(f, 64<<10)
+	if err := fill(w); err != nil {
+		return err
+	}
+	if err := w.Flush(); err != nil || !stored {
+		return err
+	}
+	if err := f.Sync(); err != nil && !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	return nil
+}
+
+// checkNoTerminal refuses to write binary data to a terminal.
+func checkNoTerminal(c *cobra.Command, advice string) error {
+	if f, ok := c.OutOrStdout().(*os.File); ok && term.IsTerminal(int(f.Fd())) {
+		return fmt.Errorf("standard output is a terminal, and the output is binary: %s", advice)
+	}
+	return nil
+}
+
+// lockStandardOutput locks the file or block device that standard output is, as a writer.
+func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func() error, err error) {
+	path := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	// A block device is opened for writing, so that one that the kernel uses is refused.
+	dev, err := block.Open(path, block.Options{ReadOnly: !special, Lock: block.LockNone})
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) { // it may be only written to, or no /proc
+		return func() error { return nil }, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("standard output: %w", err)
+	}
+	defer dev.Close()
+	for _, in := range inputs {
+		i, err := block.Open(in, block.Options{ReadOnly: true, Lock: block.LockNone})
+		if err != nil {
+			continue // no disk, so not the same one
+		}
+		same := block.Same(i, dev)
+		i.Close()
+		if same {
+			return nil, fmt.Errorf("standard output is the same file as %s", in)
+		}
+	}
+	locked, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockWrite})
+	if err != nil {
+		return nil, fmt.Errorf("standard output: %w", err)
+	}
+	return locked.Close, nil
+}
+
+// An ascendingWriter writes an image to where nothing can be skipped: gaps between ascending writes are filled with
+// zeros.
+type ascendingWriter struct {
+	w   io.Writer
+	off int64 // of the next byte
+}
+
+func (a *ascendingWriter) WriteAt(p []byte, off int64) (int, error) {
+	if off < a.off {
+		panic("image written backwards")
+	}
+	if err := a.fill(off); err != nil {
+		return 0, err
+	}
+	n, err := a.w.Write(p)
+	a.off += int64(n)
+	return n, err
+}
+
+// fill writes zeros up to an offset.
+func (a *ascendingWriter) fill(to int64) error {
+	for a.off < to {
+		n, err := a.w.Write(manyZeros[:min(to-a.off, int64(len(manyZeros)))])
+		a.off += int64(n)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
