@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"maps"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"syscall"
@@ -26,6 +27,7 @@ import (
 type Client struct {
 	nc       net.Conn
 	info     Info
+	identity string
 	noZeroes bool
 	// structured and ids (the contexts by their names) are what the handshake settled.
 	structured bool
@@ -104,6 +106,7 @@ func DialTLS(ctx context.Context, uri string, config *tls.Config, contexts ...st
 	if err != nil {
 		return nil, err
 	}
+	identity := u.identity(nc)
 	if !u.TLS {
 		config = nil
 	} else if config == nil || config.ServerName == "" {
@@ -118,7 +121,22 @@ func DialTLS(ctx context.Context, uri string, config *tls.Config, contexts ...st
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", uri, err)
 	}
+	c.identity = identity
 	return c, nil
+}
+
+// identity names the export for comparison: by the address that nc is connected to, and by the device and inode of a
+// socket that has a path.
+func (u URI) identity(nc net.Conn) string {
+	where := u.Address
+	if u.Network == "tcp" {
+		where = nc.RemoteAddr().String()
+	} else if info, err := os.Stat(where); err == nil {
+		if st, ok := info.Sys().(*syscall.Stat_t); ok {
+			where = fmt.Sprintf("%d:%d", st.Dev, st.Ino)
+		}
+	}
+	return fmt.Sprintf("NBD export %q at %s %q", u.Export, u.Network, where)
 }
 
 // NewClient speaks to a server on nc, which it takes over, also when it returns an error; see [Dial].
@@ -152,6 +170,19 @@ func (c *Client) Info() Info {
 
 // Size returns the size of the export in bytes.
 func (c *Client) Size() int64 { return c.info.Size }
+
+// BlockSize returns the smallest request that the server takes, in bytes, as the logical block size: 512 where it takes
+// less or does not say.
+func (c *Client) BlockSize() int { return max(block.SectorSize, int(c.info.MinBlock)) }
+
+// Identity names the server's address and the export, so that two clients of one export are the same disk for
+// block.Same. A client made by NewClient is the same as itself alone.
+func (c *Client) Identity() string {
+	if c.identity == "" {
+		return fmt.Sprintf("NBD client %p", c)
+	}
+	return c.identity
+}
 
 // Close says goodbye and ends the connection. Requests under way fail with fs.ErrClosed, as later ones do.
 // It does not flush.

@@ -17,6 +17,7 @@ import (
 const (
 	maxOptionReply   = 64 << 10 // bytes of one answer of a server
 	maxOptionReplies = 4096     // answers to one option
+	maxMinBlock      = 64 << 10 // bytes; the protocol's limit of the minimum block size
 )
 
 func newReader(nc net.Conn) *bufio.Reader { return bufio.NewReaderSize(nc, 64<<10) }
@@ -57,6 +58,8 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 	}
 	if s := h.c.info; s.Size < 0 || s.MaxBlock == 0 {
 		return fmt.Errorf("handshake: the server tells of %d bytes, and %d at most a request", s.Size, s.MaxBlock)
+	} else if s.MinBlock == 0 || s.MinBlock&(s.MinBlock-1) != 0 || s.MinBlock > maxMinBlock {
+		return fmt.Errorf("handshake: the server announces a minimum block size of %d bytes: want a power of two up to %d", s.MinBlock, maxMinBlock)
 	}
 	return nil
 }

@@ -92,6 +92,10 @@ func TestClientHandshake(t *testing.T) {
 		{"no size", then(4, "0003e889045565a9 00000007 00000001 00000000"), "size"},
 		{"size of 2^63", then(4, strings.Replace(good[4], "0000000000100000", "8000000000000000", 1)), "-1 bytes"},
 		{"no bytes at most", then(4, "0003e889045565a9 00000007 00000003 0000000e 0003 00000001 00001000 00000000 "+good[4]), "0 at most"},
+		{"blocks of 4096 bytes at least", then(4, "0003e889045565a9 00000007 00000003 0000000e 0003 00001000 00001000 02000000 "+good[4]), ""},
+		{"blocks of no bytes", then(4, "0003e889045565a9 00000007 00000003 0000000e 0003 00000000 00001000 02000000 "+good[4]), "minimum block size of 0 bytes"},
+		{"blocks of 1536 bytes", then(4, "0003e889045565a9 00000007 00000003 0000000e 0003 00000600 00001000 02000000 "+good[4]), "minimum block size of 1536 bytes"},
+		{"blocks of 128 KiB", then(4, "0003e889045565a9 00000007 00000003 0000000e 0003 00020000 00020000 02000000 "+good[4]), "minimum block size of 131072 bytes"},
 		{"short information", then(4, "0003e889045565a9 00000007 00000003 00000001 00"), "1 bytes"},
 		{"long export information", then(4, "0003e889045565a9 00000007 00000003 0000000d 0000 0000000000100000 0ded 00"), "malformed"},
 		{"bad magic", then(2, "0003e889045565aa 00000008 00000001 00000000"), "magic"},
@@ -112,6 +116,9 @@ func TestClientHandshake(t *testing.T) {
 				}
 				if client.Size() != 1<<20 {
 					t.Errorf("size %d", client.Size())
+				}
+				if blocks := client.BlockSize(); (blocks == 4096) != strings.Contains(c.name, "4096") || blocks < 512 {
+					t.Errorf("blocks of %d bytes", blocks)
 				}
 			} else if err == nil || !strings.Contains(err.Error(), c.want) {
 				t.Errorf("error %v, want %q", err, c.want)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"net"
+	"os"
 	"path/filepath"
 	"sync"
 	"testing"
@@ -69,6 +70,47 @@ func TestConformanceThroughTheProtocol(t *testing.T) {
 			return dial(t, uri("x"))
 		})
 	})
+}
+
+// What a device can do arrives there through server and client, as far as the protocol has a request for it.
+func TestProtocolPassesOn(t *testing.T) {
+	blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
+		_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: dev, CanTrim: true})
+		return dial(t, uri("x"))
+	}, "BeginFlush", "Allocate", "Refresh", "Grow", "CanGrow", "BlockSize", "Identity")
+}
+
+// Two clients of one export are the same disk, whatever way leads to its socket.
+func TestClientIdentity(t *testing.T) {
+	export := func(name string) nbd.Export { return nbd.Export{Name: name, Device: block.NewMemory(1 << 20)} }
+	_, uri := serve(t, nbd.Options{}, export("x"), export("y"))
+	_, elsewhere := serve(t, nbd.Options{}, export("x"))
+	u, err := nbd.ParseURI(uri("x"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(u.Address, link); err != nil {
+		t.Fatal(err)
+	}
+	first := dial(t, uri("x"))
+	for _, c := range []struct {
+		name string
+		dev  block.Device
+		want bool
+	}{
+		{"itself", first, true},
+		{"itself, forwarded", block.NewForward(first), true},
+		{"another client", dial(t, uri("x")), true},
+		{"by a link", dial(t, nbd.URI{Network: "unix", Address: link, Export: "x"}.String()), true},
+		{"another export", dial(t, uri("y")), false},
+		{"another server", dial(t, elsewhere("x")), false},
+		{"a local device", block.NewMemory(1 << 20), false},
+	} {
+		if got := block.Same(first, c.dev); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
 }
 
 func TestClientLargeTransfers(t *testing.T) {
