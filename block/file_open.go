@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -57,12 +58,36 @@ func Open(path string, o Options) (*File, error) {
 	return f, nil
 }
 
+// CheckNewFile returns an error when a new regular file at path would be in the folder of device nodes: a mistyped
+// /dev/NAME would become a file in memory. Other file systems mounted below /dev, such as /dev/shm, are accepted.
+func CheckNewFile(path string) error {
+	const devices = "/dev"
+	folder, err := filepath.Abs(filepath.Dir(path))
+	if err == nil {
+		folder, err = filepath.EvalSymlinks(folder)
+	}
+	if err != nil {
+		return nil // whoever makes the file meets this error
+	}
+	if folder != devices && !strings.HasPrefix(folder, devices+"/") {
+		return nil
+	}
+	var here, there unix.Stat_t
+	if unix.Stat(folder, &here) != nil || unix.Stat(devices, &there) != nil || here.Dev != there.Dev {
+		return nil
+	}
+	return &fs.PathError{Op: "create", Path: path, Err: errors.New("no such device, and no regular file is made in " + devices)}
+}
+
 // Create makes a new sparse regular file of size bytes, readable and writable for its owner only, and
 // opens it for writing. A path that exists already, as whatever, is an error wrapping fs.ErrExist. When
 // Create returns, the file and its name are durable.
 func Create(path string, size int64) (*File, error) {
 	if size < 0 {
 		return nil, fmt.Errorf("create %s: size of %d bytes", path, size)
+	}
+	if err := CheckNewFile(path); err != nil {
+		return nil, err
 	}
 	fd, err := openDescriptor(path, unix.O_RDWR|unix.O_CREAT|unix.O_EXCL, 0o600)
 	if err != nil {

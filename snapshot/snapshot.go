@@ -125,6 +125,16 @@ func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	return s, nil
 }
 
+// CheckOrigin returns an error that wraps store.ErrOriginTooSmall when the origin ends before an exception of the
+// store begins. Load and Attach accept such an origin, as the kernel does: a caller that wants to refuse it asks
+// between Load and Resume, before anything is written to the COW device.
+func (s *Snapshot) CheckOrigin() error {
+	if s.store == nil { // waits for a handover
+		return nil
+	}
+	return s.store.CheckOrigin(s.origin.dev.Size())
+}
+
 func (s *Snapshot) orNil(err error) (*Snapshot, error) {
 	if err != nil {
 		return nil, err

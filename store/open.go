@@ -89,14 +89,22 @@ func CheckBlockSize(l ondisk.Layout, devs ...block.Device) error {
 	return nil
 }
 
-// CheckOrigin refuses an origin of size bytes that ends before an exception begins: it is another disk's,
-// or it was cut, and whatever is read through the store would be wrong without a word.
+// CheckOrigin returns an error that wraps ErrOriginTooSmall, and says how much is missing, when an origin of size bytes
+// ends before an exception begins: it is another disk, or it was cut, and what the store shows over it is wrong.
 func (s *Store) CheckOrigin(size int64) error {
 	last, ok := s.exceptions.Max()
-	if ok && uint64(last) >= s.layout.Chunks(size, true) {
-		return fmt.Errorf("origin of %d bytes is too small: the store has an exception for origin chunk %d of %d bytes", size, last, s.layout.ChunkBytes())
+	chunks := s.layout.Chunks(size, true)
+	if !ok || uint64(last) < chunks {
+		return nil
 	}
-	return nil
+	behind := uint64(0)
+	for r := range s.exceptions.All() {
+		if end := uint64(r.Old) + r.Count; end > chunks {
+			behind += min(r.Count, end-chunks)
+		}
+	}
+	return fmt.Errorf("%w: it has %d bytes, and of the exceptions %d (%d bytes) are behind its end, the last one for origin chunk %d of %d bytes",
+		ErrOriginTooSmall, size, behind, behind*uint64(s.layout.ChunkBytes()), last, s.layout.ChunkBytes())
 }
 
 // Open loads the store on dev (specification 2.6). It writes nothing.

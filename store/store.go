@@ -63,6 +63,9 @@ var (
 	// ErrExists reports a Create over an existing store.
 	ErrExists = errors.New("COW device already holds an exception store")
 
+	// ErrOriginTooSmall reports an origin that ends before what the store has exceptions for.
+	ErrOriginTooSmall = errors.New("origin is too small")
+
 	// ErrNoMerge reports a store that can't be merged: a transient one.
 	ErrNoMerge = errors.New("Snapshot exception store does not support snapshot-merge.")
 )

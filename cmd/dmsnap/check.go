@@ -19,6 +19,7 @@ type checkOptions struct {
 	level     levelFlag
 	chunkSize sizeFlag
 	liveRead  bool
+	raw       bool
 	asJSON    bool
 }
 
@@ -76,6 +77,7 @@ Exit status: 0 nothing was found, 1 something was, 2 trouble.`,
 	f.StringVar(&o.origin, "origin", "", "also hold the store against the size of this origin")
 	f.Var(&o.level, "level", "report this and worse: note, warning or error")
 	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	addRaw(f, &o.raw)
 	f.BoolVar(&o.liveRead, "live-read", false, "look at a store that is in use")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
@@ -128,7 +130,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 			return err
 		}
 		// Its size is all that is asked of it.
-		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared})
+		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
 		if err != nil {
 			return err
 		}

@@ -14,9 +14,9 @@ import (
 )
 
 type compactOptions struct {
-	dropUnchanged, punch, force, asJSON bool
-	origin                              string
-	chunkSize                           sizeFlag
+	dropUnchanged, punch, force, asJSON, raw bool
+	origin                                   string
+	chunkSize                                sizeFlag
 }
 
 // compactResult is what compact prints as JSON.
@@ -75,6 +75,7 @@ A store in use is refused, a damaged one too (dmsnap repair), and one that is ma
 	}
 	f := c.Flags()
 	f.BoolVar(&o.dropUnchanged, "drop-unchanged", false, "leave out chunks that hold what the origin holds")
+	addRaw(f, &o.raw)
 	f.StringVar(&o.origin, "origin", "", "the disk that the store belongs to; it is only read")
 	f.Var(&o.chunkSize, "chunk-size", "size of the new chunks, a power of two from 512 to 1GiB (default: as they are)")
 	f.BoolVar(&o.punch, "punch", false, "free unused chunks of COW itself")
@@ -108,7 +109,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 		if err := checkDifferent(o.origin, path); err != nil {
 			return err
 		}
-		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true})
+		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true}, o.raw)
 		if err != nil {
 			return err
 		}

@@ -119,6 +119,7 @@ type snapshotRequest struct {
 	Name      string `json:"name"`
 	COW       string `json:"cow"` // relative to the server's working folder
 	Create    bool   `json:"create,omitempty"`
+	Force     bool   `json:"force,omitempty"`      // overwrite what the COW device holds
 	ChunkSize int64  `json:"chunk_size,omitempty"` // bytes, of a store that is made; 0: the default
 	Store     string `json:"store,omitempty"`      // P, PO or N; "": P
 }
@@ -128,7 +129,7 @@ func (s *server) postSnapshot(r *http.Request) (any, error) {
 	if err := readBody(r, &q); err != nil {
 		return nil, err
 	}
-	a := attachment{name: q.Name, cow: q.COW, create: q.Create, chunkSize: sizeFlag{q.ChunkSize, q.ChunkSize != 0}}
+	a := attachment{name: q.Name, cow: q.COW, create: q.Create, force: q.Force, chunkSize: sizeFlag{q.ChunkSize, q.ChunkSize != 0}}
 	if q.COW == "" {
 		return nil, refuse(http.StatusBadRequest, "bad_request", "cow is needed")
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -22,6 +23,7 @@ type creation struct {
 	cowSize   sizeFlag
 	store     storeFlag
 	force     bool
+	raw       bool
 	json      bool
 }
 
@@ -34,8 +36,11 @@ func newCreate() *cobra.Command {
 
 A COW that does not exist is made as a sparse file, just large enough never to overflow whatever is
 written, unless --cow-size says otherwise. An existing file or block device is used at the size it has
-(an empty file is made as large as a new one) when nothing but zeros is where a store begins. --force
-makes a new store over an old one: the snapshot that was there is lost.
+(an empty file is made as large as a new one) when it holds nothing: zeros wherever "dmsnap inspect" and blkid(8)
+look, at both ends. --force makes a store over whatever is there, which is lost.
+
+An ORIGIN that is a qcow2 or VMDK image, compressed, or otherwise known to be no raw disk is refused, unless --raw
+says that its own bytes are the disk.
 
 When create fails no half-made file is left.`,
 		Example: `  dmsnap create disk.img disk.cow
@@ -60,6 +65,7 @@ When create fails no half-made file is left.`,
 	f.Var(&o.cowSize, "cow-size", "size of the COW file (default: never overflows)")
 	f.Var(&o.store, "store", "what the store is going to be used as: P or PO; the disk is the same for both")
 	f.BoolVar(&o.force, "force", false, "make the store over whatever is there")
+	addRaw(f, &o.raw)
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	return c
 }
@@ -110,7 +116,7 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 		return made, err
 	}
 	// Others may write to the origin now as ever; its size is all that is asked of it.
-	origin, err := openOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared})
+	origin, err := openOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
 	if err != nil {
 		return made, err
 	}
@@ -186,19 +192,15 @@ func (u unnamed) WriteDurableAt(p []byte, off int64) error {
 	return err
 }
 
-// checkVacant refuses to make a store where one is, or where something else is.
+// checkVacant refuses to make a store, or scratch space, where something is.
 func checkVacant(cow block.Device) error {
-	if cow.Size() == 0 {
-		return nil
-	}
-	h, err := store.ReadHeader(cow)
+	err := image.CheckEmpty(cow)
+	var found *image.NotEmptyError
 	switch {
-	case err != nil:
-		return err
-	case h.Magic == ondisk.Magic:
-		return fmt.Errorf("%w: --force makes a new one over it", store.ErrExists)
-	case h.Magic != 0:
-		return fmt.Errorf("holds something that is no exception store (it begins with 0x%08x): --force makes one over it", h.Magic)
+	case errors.Is(err, store.ErrExists):
+		return fmt.Errorf("%w: --force makes a new one over it", err)
+	case errors.As(err, &found):
+		return fmt.Errorf("%w; --force overwrites it", err)
 	}
-	return nil
+	return err
 }

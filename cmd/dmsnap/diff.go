@@ -22,6 +22,7 @@ type diffOptions struct {
 	asJSON   bool
 	verify   bool
 	liveRead bool
+	raw      bool
 }
 
 func newDiff() *cobra.Command {
@@ -62,6 +63,7 @@ Exit status: 0 no difference, 1 there is one, 2 trouble; after 2 what was printe
 	f.StringVar(&o.format, "format", "text", "text, ranges or json")
 	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
 	f.BoolVar(&o.verify, "verify", false, "compare the bytes of what may differ")
+	addRaw(f, &o.raw)
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and stores that are in use")
 	c.MarkFlagsMutuallyExclusive("json", "format")
 	return c
@@ -100,7 +102,7 @@ func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string
 		return err
 	}
 	defer origin.Close()
-	if err := checkWholeSectors(originPath, origin); err != nil {
+	if err := checkOrigin(originPath, origin, o.raw); err != nil {
 		return err
 	}
 	var stores []*store.Store

@@ -16,7 +16,7 @@ import (
 )
 
 func newExport() *cobra.Command {
-	var force bool
+	var force, raw bool
 	c := &cobra.Command{
 		Use:   "export ORIGIN COW OUT",
 		Short: "Write a snapshot's content to a raw image",
@@ -33,7 +33,7 @@ OUT appears under its name when it is whole and on disk, never before. An existi
 					return err
 				}
 			}
-			snap, closeAll, err := openSnapshot(args[0], args[1])
+			snap, closeAll, err := openSnapshot(args[0], args[1], raw)
 			if err != nil {
 				return err
 			}
@@ -56,12 +56,13 @@ OUT appears under its name when it is whole and on disk, never before. An existi
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT when it exists")
+	addRaw(c.Flags(), &raw)
 	return c
 }
 
 // openSnapshot opens a snapshot for reading alone, and refuses one that can't be read whole.
-func openSnapshot(originPath, cowPath string) (*snapshot.Snapshot, func() error, error) {
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true})
+func openSnapshot(originPath, cowPath string, raw bool) (*snapshot.Snapshot, func() error, error) {
+	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true}, raw)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -25,7 +25,7 @@ func FuzzControl(f *testing.F) {
 	if _, err := c.create(origin, cow); err != nil {
 		f.Fatal(err)
 	}
-	s, err := newServer(origin, true, snapshot.Options{}, nbd.Options{Log: func(string) {}})
+	s, err := newServer(origin, true, true, snapshot.Options{}, nbd.Options{Log: func(string) {}})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"os"
 	"strings"
 	"text/tabwriter"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -28,7 +30,29 @@ type inspection struct {
 	Beside  []storeBeside `json:"beside"` // stores whose names say that they belong to this
 	Next    []nextStep    `json:"next"`
 
-	role role
+	kind image.Kind
+}
+
+// detail is a figure of what was found.
+type detail struct {
+	Name  string `json:"name"`
+	Value string `json:"value"`
+}
+
+// printableDetails writes what was found as text for a terminal.
+func printableDetails(found []image.Detail) []detail {
+	list := []detail{}
+	for _, d := range found {
+		value := printable(d.Text)
+		switch {
+		case d.IsSize && d.Bytes > math.MaxInt64: // no size: the field is damaged
+			value = fmt.Sprintf("%d bytes", d.Bytes)
+		case d.IsSize:
+			value = bytesText(int64(d.Bytes))
+		}
+		list = append(list, detail{d.Name, value})
+	}
+	return list
 }
 
 // storeFacts is what a store says of itself.
@@ -90,7 +114,7 @@ Exit status: 0 it is known, 1 it is not, 2 trouble.`,
 			} else {
 				err = i.print(c.OutOrStdout())
 			}
-			if err == nil && i.Kind == unknownKind.name {
+			if err == nil && i.kind == image.Unknown {
 				err = errNo
 			}
 			return err
@@ -107,19 +131,14 @@ func inspect(ctx context.Context, path string) (*inspection, error) {
 		return nil, err
 	}
 	defer dev.Close()
-	head, err := readHead(dev)
+	c, err := image.Probe(dev)
 	if err != nil {
 		return nil, err
 	}
-	k, details := kindOf(head, dev.Size())
-	i := &inspection{Path: path, Kind: k.name, About: k.about, Bytes: dev.Size(), InUse: hasWriter(path),
-		Details: details, Beside: []storeBeside{}, role: k.role}
-	if details == nil {
-		i.Details = []detail{}
-	}
-	if k.name == storeKind.name {
-		i.Store, err = factsOf(ctx, i, dev, ondisk.DecodeHeader(head))
-		if err != nil {
+	i := &inspection{Path: path, Kind: c.Name, About: c.About, Bytes: dev.Size(), InUse: hasWriter(path),
+		Details: printableDetails(c.Details), Beside: []storeBeside{}, kind: c.Kind}
+	if c.Kind == image.Store {
+		if i.Store, err = factsOf(ctx, i, dev); err != nil {
 			return nil, err
 		}
 	} else {
@@ -130,11 +149,12 @@ func inspect(ctx context.Context, path string) (*inspection, error) {
 }
 
 // factsOf reads the store on dev, sound or not.
-func factsOf(ctx context.Context, i *inspection, dev block.Device, h ondisk.Header) (*storeFacts, error) {
+func factsOf(ctx context.Context, i *inspection, dev block.Device) (*storeFacts, error) {
 	r, err := checkDevice(ctx, dev, check.Options{}, i.InUse)
 	if err != nil {
 		return nil, err
 	}
+	h := r.Header
 	f := &storeFacts{Header: storeHeader{h.Valid, h.Version, h.ChunkSectors}, Problems: r.Found, Origin: originBeside(i.Path), report: r}
 	if st, err := openWhileWritten(dev, i.InUse); err == nil {
 		figures := figuresOf(statusOfStore(st))
@@ -221,7 +241,7 @@ func (i *inspection) title() string {
 		return i.About + ", marked invalid"
 	case i.Store != nil && i.Store.report.Worst() == check.Error:
 		return i.About + ", damaged"
-	case i.Kind != i.About && i.Store == nil && i.Kind != zerosKind.name && i.Kind != emptyKind.name && i.Kind != unknownKind.name:
+	case i.Kind != i.About && i.Store == nil && i.kind != image.Zeros && i.kind != image.Nothing && i.kind != image.Unknown:
 		return i.Kind + ", " + i.About
 	}
 	return i.About

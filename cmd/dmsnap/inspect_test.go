@@ -1,15 +1,14 @@
 package main
 
 import (
-	"bytes"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/image"
 )
 
 // steps are the commands that an inspection proposes.
@@ -120,56 +119,6 @@ func TestInspectAnOrigin(t *testing.T) {
 	}
 }
 
-// head is the beginning of a file with bytes at places.
-func head(at ...any) []byte {
-	b := make([]byte, headBytes)
-	for i := 0; i < len(at); i += 2 {
-		copy(b[at[i].(int):], at[i+1].(string))
-	}
-	return b
-}
-
-const pvLabel = "LABELONE\x01\x00\x00\x00\x00\x00\x00\x00crc.\x20\x00\x00\x00LVM2 001abcdef0123456789ABCDEF0123456789ab\x00\x00\x00\x40"
-
-func TestKinds(t *testing.T) {
-	for name, c := range map[string]struct {
-		head []byte
-		want string
-	}{
-		"a PV, as LVM makes them": {head(512, pvLabel), "lvm2-pv uuid=abcdef-0123-4567-89AB-CDEF-0123-456789 size="},
-		"LABELONE in another":     {head(0, strings.Repeat("x", 9000), 1024, pvLabel), "unknown"},
-		"LUKS":                    {head(0, "LUKS\xba\xbe\x00\x02", 168, "1234-abcd"), "luks version=2 uuid=1234-abcd"},
-		"qcow2":                   {head(0, "QFI\xfb\x00\x00\x00\x03\x00\x00\x00\x00\x00\x00\x02\x00\x00\x00\x00\x08", 24, "\x00\x00\x00\x01\x00\x00\x00\x00", 512, "base.img"), "qcow2 version=3 size=4 GiB backing file=base.img"},
-		"qcow2, hostile":          {head(0, "QFI\xfb"+strings.Repeat("\xff", 100)), "qcow2 version=4294967295 size=18446744073709551615 bytes"},
-		"MBR":                     {head(446, "\x80\x01\x01\x00\x83", 510, "\x55\xaa"), "mbr partitions=1"},
-		"a boot sector":           {head(0, strings.Repeat("\x90", 510)+"\x55\xaa"), "mbr"},
-		"GPT before MBR":          {head(510, "\x55\xaaEFI PART"), "gpt"},
-		"ext by chance":           {head(0, strings.Repeat("\xfe", 1080)+"\x53\xef"), "unknown"},
-		"the end of a character":  {head(0, strings.Repeat("ä", 3000)+strings.Repeat("b", 90000)), "text"},
-		"zeros":                   {head(), "zeros"},
-		"a store":                 {head(0, "SnAp"), "store"},
-		"a dump":                  {head(0, "dmsnap store 1\nsize 4096\n"), "dump"},
-	} {
-		k, details := kindOf(c.head, headBytes)
-		got := k.name
-		for _, d := range details {
-			got += " " + d.Name + "=" + d.Value
-		}
-		if got != c.want && !(strings.HasSuffix(c.want, "=") && strings.HasPrefix(got, c.want)) {
-			t.Errorf("%s: %q, want %q", name, got, c.want)
-		}
-	}
-	for _, k := range kinds {
-		if k.off+len(k.magic) > headBytes || k.name == "" || k.about == "" || len(k.magic) < 2 {
-			t.Errorf("kind %+v", k)
-		}
-		made := head(k.off, k.magic)
-		if got, _ := kindOf(made, headBytes); got.name != k.name && k.details == nil {
-			t.Errorf("bytes of %s are taken for %s", k.name, got.name)
-		}
-	}
-}
-
 // What real programs make is known for what it is.
 func TestKindsInterop(t *testing.T) {
 	dir := t.TempDir()
@@ -261,9 +210,12 @@ func TestNextStepsExist(t *testing.T) {
 		f.report.Found = map[check.Code]uint64{code: 1}
 		all = append(all, f.next("a.cow", false)...)
 	}
-	for _, k := range append([]kind{emptyKind, zerosKind, textKind, unknownKind}, kinds...) {
+	for _, k := range image.Kinds() {
+		if k == image.Store {
+			continue // it has facts, and steps of its own: above
+		}
 		for _, b := range [][]storeBeside{nil, {{State: "ok", Fits: true}, {State: "ok"}, {State: "invalid"}, {State: "damaged"}, {InUse: true}}} {
-			all = append(all, (&inspection{Path: "a.b", Kind: k.name, role: k.role, Beside: b}).next()...)
+			all = append(all, (&inspection{Path: "a.b", Kind: k.Name, kind: k, Beside: b}).next()...)
 		}
 	}
 	for _, s := range all {
@@ -295,26 +247,4 @@ func TestShellWord(t *testing.T) {
 			t.Errorf("%q without its end is %q, want %q", in, got, want)
 		}
 	}
-}
-
-// Whatever a file begins with: an answer, and no panic.
-func FuzzKindOf(f *testing.F) {
-	for _, k := range kinds {
-		f.Add(head(k.off, k.magic)[:min(headBytes, k.off+4096)])
-	}
-	f.Add([]byte(pvLabel))
-	f.Add(blocktest.Pattern(4096, 1))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		full := make([]byte, headBytes)
-		size := copy(full, b)
-		k, details := kindOf(full, int64(size))
-		if k.name == "" || k.about == "" {
-			t.Fatalf("no kind")
-		}
-		for _, d := range details {
-			if d.Name == "" || d.Value == "" || bytes.ContainsAny([]byte(d.Value), "\x00\x1b\n") {
-				t.Errorf("detail %q", d)
-			}
-		}
-	})
 }

@@ -24,6 +24,7 @@ type mapOptions struct {
 	svg, png string
 	colour   string
 	force    bool
+	raw      bool
 	asJSON   bool
 	liveRead bool
 }
@@ -56,6 +57,7 @@ that are both in COW, those that are not neighbours there. dmsnap compact makes 
 	f.BoolVar(&o.force, "force", false, "replace these files when they exist")
 	f.StringVar(&o.colour, "color", "auto", "auto (on a terminal, unless NO_COLOR is set), always or never")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
+	addRaw(f, &o.raw)
 	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
 	return c
 }
@@ -174,7 +176,7 @@ func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 		return nil
 	}
 	// Its size is all that is asked of it.
-	origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared})
+	origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
 	if err != nil {
 		return err
 	}

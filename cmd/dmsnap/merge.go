@@ -29,8 +29,8 @@ type mergeResult struct {
 
 // offlineMerge is how an offline merge is to be done.
 type offlineMerge struct {
-	dryRun, force, asJSON bool
-	undo                  string
+	dryRun, force, asJSON, raw bool
+	undo                       string
 }
 
 func newMerge() *cobra.Command {
@@ -72,8 +72,8 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 				return errors.New("--pause, --resume and --wait need --control PATH")
 			case live.control != "" && len(args) > 1:
 				return errors.New("with --control, one NAME at most")
-			case live.control != "" && (o.dryRun || o.undo != ""):
-				return errors.New("--dry-run and --undo are for an offline merge")
+			case live.control != "" && (o.dryRun || o.undo != "" || o.raw):
+				return errors.New("--dry-run, --undo and --raw are for an offline merge")
 			case o.force && o.undo == "":
 				return errors.New("--force needs --undo FILE")
 			}
@@ -90,6 +90,7 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "tell what would be merged, write nothing")
 	f.StringVar(&o.undo, "undo", "", "keep what is overwritten in this store")
 	f.BoolVar(&o.force, "force", false, "replace FILE when it does not belong to this merge")
+	addRaw(f, &o.raw)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge live, in the server with this control socket")
 	f.BoolVar(&live.pause, "pause", false, "pause the live merge")
@@ -103,7 +104,7 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun})
+	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun}, o.raw)
 	if err != nil {
 		return err
 	}

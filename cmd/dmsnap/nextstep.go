@@ -4,6 +4,7 @@ import (
 	"strings"
 
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/image"
 )
 
 // next says which commands help with what was found, the likeliest first.
@@ -11,23 +12,23 @@ func (i *inspection) next() []nextStep {
 	switch {
 	case i.Store != nil:
 		return i.Store.next(i.Path, i.InUse)
-	case i.role == ownRole && i.Kind == "undo":
+	case i.kind.Role == image.Own && i.Kind == "undo":
 		return []nextStep{{command("repair", "COW", "--undo-apply", i.Path), "to take back what was done to COW"}}
-	case i.role == ownRole:
+	case i.kind.Role == image.Own:
 		return []nextStep{{command("restore", i.Path, "NEWCOW"), "to make a store of it again"}}
-	case i.role == imageRole:
+	case i.kind.Role == image.Container:
 		raw := withoutEnd(i.Path) + ".img"
 		return []nextStep{{words("qemu-img", "convert", "-O", "raw", i.Path, raw), "dmsnap works on raw disks; this makes one"}}
-	case i.role == packedRole:
+	case i.kind.Role == image.Packed:
 		return []nextStep{{command("inspect", withoutEnd(i.Path)), "once it is unpacked"}}
-	case i.role != diskRole:
+	case i.kind.Role != image.RawDisk:
 		return []nextStep{}
 	}
 	steps := i.nextForDisk()
 	if i.Kind == "lvm2-pv" {
 		steps = append(steps, nextStep{command("inspect", "/dev/VG/LV-cow"), "stores of LVM are on the volumes with such names, and not on the disk itself"})
 	}
-	if i.Kind == unknownKind.name {
+	if i.kind == image.Unknown {
 		steps = append(steps, nextStep{command("repair", i.Path, "NEWCOW", "--chunk-size", "4KiB"), "if it was a COW device, and its header is lost"})
 	}
 	return steps
@@ -54,7 +55,7 @@ func (i *inspection) nextForDisk() []nextStep {
 	}
 	if len(steps) == 0 {
 		why := "to put a snapshot beside this disk"
-		if i.Kind == unknownKind.name || i.Kind == zerosKind.name {
+		if i.kind == image.Unknown || i.kind == image.Zeros {
 			why = "if it is a raw disk, to put a snapshot beside it"
 		}
 		steps = append(steps, nextStep{command("create", i.Path, i.Path+".cow"), why})

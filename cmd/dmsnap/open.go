@@ -7,7 +7,10 @@ import (
 	"io/fs"
 	"strings"
 
+	"github.com/spf13/pflag"
+
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
@@ -27,21 +30,37 @@ func openDevice(path string, o block.Options) (*block.File, error) {
 	return f, about(path, err)
 }
 
-// openOrigin opens an origin, which must be whole sectors.
-func openOrigin(path string, o block.Options) (*block.File, error) {
+// openOrigin opens an origin, which checkOrigin must accept.
+func openOrigin(path string, o block.Options, raw bool) (*block.File, error) {
 	f, err := openDevice(path, o)
 	if err != nil {
 		return nil, err
 	}
-	if err := checkWholeSectors(path, f); err != nil {
+	if err := checkOrigin(path, f, raw); err != nil {
 		f.Close()
 		return nil, err
 	}
 	return f, nil
 }
 
-// checkWholeSectors refuses an origin whose last bytes no chunk would have.
-func checkWholeSectors(path string, origin block.Device) error {
+// addRaw adds the flag of every verb that takes an origin.
+func addRaw(f *pflag.FlagSet, raw *bool) {
+	f.BoolVar(raw, "raw", false, "ORIGIN's own bytes are the disk, although it looks like an image of another format")
+}
+
+// checkOrigin refuses an origin whose last bytes no chunk would have, and, unless raw, one that is known to be no raw
+// disk.
+func checkOrigin(path string, origin block.Device, raw bool) error {
+	if !raw {
+		err := image.CheckRaw(origin)
+		var notRaw *image.NotRawError
+		if errors.As(err, &notRaw) {
+			err = fmt.Errorf("%w; --raw uses its bytes as they are", err)
+		}
+		if err != nil {
+			return about(path, err)
+		}
+	}
 	if origin.Size()%ondisk.SectorSize != 0 {
 		return fmt.Errorf("%s: size of %d bytes is not a whole number of %d-byte sectors", path, origin.Size(), ondisk.SectorSize)
 	}
@@ -71,11 +90,11 @@ func checkDifferent(originPath, cowPath string) error {
 }
 
 // openPair opens an origin and a COW device that holds a store. Both are closed by the closer.
-func openPair(originPath, cowPath string, o block.Options) (origin, cow *block.File, both io.Closer, err error) {
+func openPair(originPath, cowPath string, o block.Options, raw bool) (origin, cow *block.File, both io.Closer, err error) {
 	if err := checkDifferent(originPath, cowPath); err != nil {
 		return nil, nil, nil, err
 	}
-	if origin, err = openOrigin(originPath, o); err != nil {
+	if origin, err = openOrigin(originPath, o, raw); err != nil {
 		return nil, nil, nil, err
 	}
 	if cow, err = openDevice(cowPath, o); err != nil {

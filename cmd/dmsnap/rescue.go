@@ -26,10 +26,10 @@ type rescueResult struct {
 }
 
 type rescueOptions struct {
-	force, dryRun, asJSON, liveRead bool
-	revalidate, inPlace             bool
-	mapFile, undo                   string
-	chunkSize                       sizeFlag
+	force, dryRun, asJSON, liveRead, raw bool
+	revalidate, inPlace                  bool
+	mapFile, undo                        string
+	chunkSize                            sizeFlag
 }
 
 func newRescue() *cobra.Command {
@@ -94,6 +94,7 @@ all the same, and then nothing is certain but what has an exception.`,
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and a store that are in use")
 	f.StringVar(&o.mapFile, "map", "", "write what each range is worth to this file")
 	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	addRaw(f, &o.raw)
 	c.MarkFlagsMutuallyExclusive("revalidate", "map")
 	c.MarkFlagsMutuallyExclusive("revalidate", "dry-run")
 	c.MarkFlagsMutuallyExclusive("in-place", "live-read")
@@ -114,7 +115,7 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		return err
 	}
 	defer origin.Close()
-	if err := checkWholeSectors(args[0], origin); err != nil {
+	if err := checkOrigin(args[0], origin, o.raw); err != nil {
 		return err
 	}
 	cow, err := openToRead(args[1], o.liveRead)

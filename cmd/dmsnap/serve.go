@@ -27,6 +27,7 @@ type serveOptions struct {
 	exportOrigin   bool
 	readOnly       bool
 	create         bool
+	force, raw     bool
 	store          storeFlag
 	sync           syncFlag
 	onFull         fullFlag
@@ -97,6 +98,8 @@ merge.`,
 	f.UintVar(&o.maxConnections, "max-connections", 0, "turn clients away beyond so many (default: no limit)")
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "hang up on clients that ask nothing for so long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
+	f.BoolVar(&o.force, "force", false, "make missing stores and scratch space over whatever the COW devices hold, and serve an origin that is too short for its store")
+	addRaw(f, &o.raw)
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
 	return c
@@ -158,7 +161,7 @@ func (f *fullFlag) Type() string { return "invalidate|fail|pause" }
 
 // attachments reads the [NAME=]COW arguments.
 func (o *serveOptions) attachments(originPath string, args []string) []attachment {
-	one := attachment{create: o.create, chunkSize: o.chunkSize, store: o.store.StoreType}
+	one := attachment{create: o.create, force: o.force, chunkSize: o.chunkSize, store: o.store.StoreType}
 	if len(args) == 0 {
 		one.cow = originPath + ".cow"
 		one.name = exportName(one.cow)
@@ -224,7 +227,7 @@ func (o *serveOptions) open(originPath string, cows []string, log func(string)) 
 		}
 		limits.RequireTLS = !o.tls.allow
 	}
-	if s, err = newServer(originPath, o.readOnly, opts, limits); err != nil {
+	if s, err = newServer(originPath, o.readOnly, o.raw, opts, limits); err != nil {
 		return nil, err
 	}
 	s.onFullSet = o.onFull.set

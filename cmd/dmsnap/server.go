@@ -13,11 +13,11 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 // originName is the export of the origin.
@@ -65,6 +65,7 @@ type liveMerged struct {
 type attachment struct {
 	name, cow string
 	create    bool
+	force     bool // overwrite what the COW device holds; serve a disk that is shorter than the store's exceptions
 	chunkSize sizeFlag
 	store     snapshot.StoreType
 }
@@ -97,8 +98,8 @@ const (
 )
 
 // newServer opens the origin.
-func newServer(path string, readOnly bool, opts snapshot.Options, limits nbd.Options) (*server, error) {
-	f, err := openOrigin(path, block.Options{ReadOnly: readOnly})
+func newServer(path string, readOnly, raw bool, opts snapshot.Options, limits nbd.Options) (*server, error) {
+	f, err := openOrigin(path, block.Options{ReadOnly: readOnly}, raw)
 	if err != nil {
 		return nil, err
 	}
@@ -168,10 +169,12 @@ func (s *server) openCOW(a attachment) (cow *block.File, isNew bool, err error) 
 		return nil, false, err
 	}
 	if a.store == snapshot.Transient {
-		h, err := store.ReadHeader(cow)
-		if err == nil && h.Magic == ondisk.Magic {
+		if !a.force {
+			err = checkVacant(cow)
+		}
+		if err != nil {
 			cow.Close()
-			return nil, false, fmt.Errorf("%s: %w: a snapshot of store N would overwrite it", a.cow, store.ErrExists)
+			return nil, false, fmt.Errorf("%s: a snapshot of store N would overwrite it: %w", a.cow, err)
 		}
 		return cow, isNew, nil
 	}
@@ -186,7 +189,7 @@ func (s *server) openCOW(a attachment) (cow *block.File, isNew bool, err error) 
 func (s *server) createCOW(a attachment) (isNew bool, err error) {
 	_, err = os.Stat(a.cow)
 	isNew = errors.Is(err, os.ErrNotExist)
-	o := creation{chunkSize: a.chunkSize, store: storeFlag{a.store}}
+	o := creation{chunkSize: a.chunkSize, store: storeFlag{a.store}, force: a.force, raw: true} // the origin was accepted before
 	if a.store == snapshot.Transient {
 		if !isNew {
 			return false, err
@@ -199,7 +202,7 @@ func (s *server) createCOW(a attachment) (isNew bool, err error) {
 			return false, err
 		}
 		defer f.Close()
-		if exists, err := store.Exists(f); exists || err != nil {
+		if c, err := image.Probe(f); err != nil || c.Kind == image.Store {
 			return false, about(a.cow, err)
 		}
 	}
@@ -237,9 +240,15 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 		}
 		opts.ChunkSectors = sectors
 	}
-	snap, err := s.origin.Attach(cow, opts)
+	snap, err := s.origin.Load(cow, opts)
 	if err != nil {
 		return nil, err
+	}
+	if err := snap.CheckOrigin(); err != nil && !a.force {
+		return nil, errors.Join(fmt.Errorf("%w: another disk, or one that was cut; --force serves it all the same", err), snap.Close())
+	}
+	if err := snap.Resume(); err != nil {
+		return nil, errors.Join(err, snap.Close())
 	}
 	releaseLoaded(snap)
 	v := &served{name: a.name, path: a.cow, dev: newSwitchable(snap), cow: cow, snap: snap}

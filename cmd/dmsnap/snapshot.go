@@ -10,7 +10,7 @@ import (
 
 func newSnapshot() *cobra.Command {
 	var control string
-	var create, asJSON bool
+	var create, force, asJSON bool
 	var chunkSize sizeFlag
 	var kind storeFlag
 	c := &cobra.Command{
@@ -36,7 +36,7 @@ COW first.`,
 			defer stop()
 			var s snapshotStatus
 			err = newController(control).call(ctx, "POST", "/v1/snapshots", snapshotRequest{
-				Name: args[0], COW: cow, Create: create, ChunkSize: chunkSize.bytes, Store: kind.String()}, &s)
+				Name: args[0], COW: cow, Create: create, Force: force, ChunkSize: chunkSize.bytes, Store: kind.String()}, &s)
 			if err != nil {
 				return err
 			}
@@ -49,6 +49,7 @@ COW first.`,
 	f := c.Flags()
 	f.StringVar(&control, "control", "", "the server's control socket")
 	f.BoolVar(&create, "create", false, "make the COW file, or the store on it, when there is none")
+	f.BoolVar(&force, "force", false, "make the store over whatever the COW holds, and attach one that is of a longer disk")
 	f.Var(&chunkSize, "chunk-size", "size of a chunk of a store that is made (default 4KiB)")
 	f.Var(&kind, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
 	f.BoolVar(&asJSON, "json", false, "print JSON")

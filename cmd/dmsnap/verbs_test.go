@@ -105,7 +105,129 @@ func TestCreateOnWhatExists(t *testing.T) {
 	}
 	other := filepath.Join(p.dir, "letter.txt")
 	writeFile(t, other, bytes.Repeat([]byte("dear all\n"), 5000))
-	dmsnap("create", p.origin, other).wantRefused(t, other, "no exception store", "--force")
+	dmsnap("create", p.origin, other).wantRefused(t, other, "holds text", "--force")
+}
+
+// A disk that holds something is not overwritten by any of the ways to make a store or scratch space, unless --force
+// says so. The bytes are those of file systems and partition tables that begin with zeros; real programs' are tested in
+// package image.
+func TestCreateSparesDisks(t *testing.T) {
+	for what, c := range map[string]struct {
+		at    int64
+		bytes string
+	}{
+		"ext4": {1080, "\x53\xef"}, "btrfs": {65600, "_BHRfS_M"}, "swap": {4086, "SWAPSPACE2"}, "gpt": {512, "EFI PART"},
+		"second": {1<<20 - 512, "EFI PART"}, "iso9660": {32769, "CD001"}, "0x80000": {1 << 19, "data"}, "lvm2-pv": {512, "LABELONE"},
+	} {
+		p := newPair(t)
+		content := make([]byte, 1<<20)
+		copy(content[c.at:], c.bytes)
+		writeFile(t, p.cow, content)
+		before := digests(t, p.dir)
+		socket := filepath.Join(t.TempDir(), "s")
+		for _, args := range [][]string{
+			{"create", p.origin, p.cow},
+			{"serve", p.origin, "x=" + p.cow, "--create", "--socket", socket},
+			{"serve", p.origin, "x=" + p.cow, "--store", "N", "--socket", socket},
+			{"serve", p.origin, "x=" + p.cow, "--store", "N", "--create", "--socket", socket},
+		} {
+			o := dmsnap(args...)
+			o.wantRefused(t, p.cow, "--force")
+			if !strings.Contains(o.stderr, "holds") {
+				t.Errorf("%s, %v: %s", what, args, o.stderr)
+			}
+		}
+		wantSame(t, p.dir, before)
+
+		made := filepath.Join(p.dir, "made.cow") // the arguments the wrong way round
+		mustRun(t, "create", p.origin, made)
+		before = digests(t, p.dir)
+		dmsnap("create", made, p.cow).wantRefused(t, "not a raw disk")
+		dmsnap("create", made, p.cow, "--raw").wantRefused(t, p.cow, "--force")
+		wantSame(t, p.dir, before)
+		mustRun(t, "create", p.origin, p.cow, "--force")
+	}
+}
+
+// A mistyped device does not become a file in /dev.
+func TestNoFileInDev(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	const typo = "/dev/dmsnap-test-typo"
+	for _, args := range [][]string{
+		{"create", p.origin, typo},
+		{"serve", p.origin, "x=" + typo, "--create", "--socket", filepath.Join(p.dir, "s")},
+		{"serve", p.origin, "x=" + typo, "--create", "--store", "N", "--socket", filepath.Join(p.dir, "s")},
+		{"export", p.origin, p.cow, typo},
+		{"rescue", p.origin, p.cow, typo},
+		{"compact", p.cow, typo},
+		{"repair", p.cow, typo},
+		{"dump", p.cow, "-o", typo},
+	} {
+		dmsnap(args...).wantRefused(t, typo)
+		if _, err := os.Lstat(typo); err == nil {
+			os.Remove(typo)
+			t.Errorf("%v made %s", args, typo)
+		}
+	}
+}
+
+// An origin that is known to be no raw disk is refused by name by every verb that takes one, unless --raw is given.
+func TestOriginMustBeRaw(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	for name, magic := range map[string]string{"qcow2": "QFI\xfb\x00\x00\x00\x03", "vmdk": "KDMV", "gzip": "\x1f\x8b\x08"} {
+		content := readFile(t, p.origin)
+		copy(content, magic)
+		writeFile(t, p.origin, content)
+		before := digests(t, p.dir)
+		out := filepath.Join(t.TempDir(), "out")
+		for _, args := range [][]string{
+			{"create", p.origin, out},
+			{"serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")},
+			{"merge", p.origin, p.cow},
+			{"merge", "--dry-run", p.origin, p.cow},
+			{"export", p.origin, p.cow, out},
+			{"rescue", p.origin, p.cow, out},
+			{"diff", p.origin, p.cow},
+			{"compact", p.cow, out, "--origin", p.origin},
+			{"check", p.cow, "--origin", p.origin},
+			{"map", p.cow, "--origin", p.origin},
+		} {
+			dmsnap(args...).wantRefused(t, p.origin, name, "--raw")
+			if _, err := os.Lstat(out); err == nil {
+				t.Fatalf("%v left a file", args)
+			}
+			if args[0] != "serve" && args[0] != "merge" {
+				if o := dmsnap(append(args, "--raw")...); o.status == exitTrouble {
+					t.Errorf("%v --raw: %+v", args, o)
+				}
+				os.Remove(out)
+			}
+		}
+		wantSame(t, p.dir, before)
+	}
+}
+
+// An origin that ends before the store's exceptions do is refused, with how much is missing; --force serves it.
+func TestOriginTooShort(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	if err := os.Truncate(p.origin, 8192); err != nil {
+		t.Fatal(err)
+	}
+	before := digests(t, p.dir)
+	for _, args := range [][]string{
+		{"serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")},
+		{"export", p.origin, p.cow, filepath.Join(t.TempDir(), "out")},
+		{"diff", p.origin, p.cow},
+		{"merge", p.origin, p.cow},
+	} {
+		dmsnap(args...).wantRefused(t, "too small", "behind its end")
+	}
+	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")).wantRefused(t, "--force")
+	wantSame(t, p.dir, before)
+	start(t, p, serveOptions{force: true, onFull: fullFlag{FullPolicy: snapshot.FullFail}}, p.cow).stop()
 }
 
 func (p pair) withStoreAt(t *testing.T, cow string) []byte {

@@ -119,6 +119,9 @@ func (o Options) open(path string) (*target, error) {
 		if _, err := os.Lstat(path); err == nil {
 			return nil, fmt.Errorf("%s: a symbolic link to nothing", path)
 		}
+		if err := block.CheckNewFile(path); err != nil {
+			return nil, err
+		}
 		_, err := os.Stat(filepath.Dir(path))
 		return &target{path: path}, err
 	}
