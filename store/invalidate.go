@@ -5,35 +5,57 @@ import (
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Invalidate gives the store up for good: from now on it refuses everything but lookups, and its
-// header on disk says valid = 0, durably, when Invalidate returns nil (specification 6.1, H5). A second
-// call does nothing. why is kept in Err.
+// Invalidate gives the store up permanently: from now on it refuses everything but lookups, and its
+// header on disk says valid = 0, durably, when Invalidate returns nil (specification 6.1, H5). why is
+// kept in Err; that of the first call counts.
+//
+// The mark is tried whatever failed on the device before: see block.WriteLast. An error says that it could
+// not be made durable: memory refuses all the same, and the disk may still hold a valid store. A later call
+// tries the mark again, until one succeeded.
 //
 // The header has a buffer of its own and a place that no Sync writes to, so it needs no order with
-// rounds under way (the lesson of 8.1 #6). An error says that the mark could not be written: memory
-// refuses all the same, the disk may not.
+// rounds under way (the lesson of 8.1 #6).
 func (s *Store) Invalidate(why error) error {
 	s.mu.Lock()
-	if errors.Is(s.err, ErrInvalid) {
-		s.mu.Unlock()
-		return nil
+	first := !errors.Is(s.err, ErrInvalid)
+	if first {
+		s.err = fmt.Errorf("%w: %w", ErrInvalid, why)
+		s.moved.Broadcast()
 	}
-	s.err = fmt.Errorf("%w: %w", ErrInvalid, why)
-	s.moved.Broadcast()
 	s.mu.Unlock()
-	if s.transient {
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	if s.transient || s.marked || s.header.Valid == 0 {
 		return nil
 	}
 	h := s.header
 	h.Valid = 0
-	// The kernel writes the whole chunk, zeros behind the header. The mark comes last: it is what
-	// must be durable.
-	b := metaBlock(s.layout)
-	zeroed := block.Zero(s.dev, b, s.layout.ChunkBytes()-b, 0)
-	if err := errors.Join(zeroed, writeHeader(s.dev, s.layout, h)); err != nil {
+	if first {
+		// The kernel writes the whole chunk, zeros behind the header. They say nothing, and the mark does
+		// not depend on them.
+		b := metaBlock(s.layout)
+		block.Zero(s.dev, b, s.layout.ChunkBytes()-b, 0)
+	}
+	if err := writeMark(s.dev, s.layout, h); err != nil {
 		return fmt.Errorf("mark store invalid: %w", err)
+	}
+	s.marked = true
+	return nil
+}
+
+// writeMark is writeHeader on a device that may have failed before.
+func writeMark(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
+	err := writeHeader(dev, l, h)
+	if err == nil {
+		return nil
+	}
+	buf := make([]byte, metaBlock(l))
+	h.Encode(buf)
+	if last := block.WriteLast(dev, buf, 0); last != nil {
+		return fmt.Errorf("%w; and once more: %w", err, last)
 	}
 	return nil
 }

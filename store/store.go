@@ -101,6 +101,9 @@ type Store struct {
 	space    int64          // device bytes from the last area on to here have their space reserved
 	noSpace  bool           // the device has no notion of reserving space
 
+	marking sync.Mutex // one attempt to mark the header at a time
+	marked  bool       // Invalidate has marked it; marking is held
+
 	// Sync rounds, see sync.go. tail and scrub belong to whoever holds syncing.
 	syncing sync.Mutex
 	rounds  atomic.Uint64   // begun

@@ -323,6 +323,43 @@ func TestInvalidate(t *testing.T) {
 	if !errors.Is(s.Err(), store.ErrInvalid) {
 		t.Errorf("err %v", s.Err())
 	}
+	// It can be tried again, and needs no more once it is made.
+	faults.Set(nil)
+	if err := s.Invalidate(cause); err != nil {
+		t.Errorf("the mark, tried again: %v", err)
+	}
+	if h, err := store.ReadHeader(mem); err != nil || h.Valid != 0 {
+		t.Errorf("header %+v, %v", h, err)
+	}
+	faults.Set(blocktest.FailKind(blocktest.WriteDurable, errDisk))
+	if err := s.Invalidate(cause); err != nil {
+		t.Errorf("the mark, made before: %v", err)
+	}
+}
+
+// TestTheMarkPassesAFailedFlush: a failed flush of the COW device does not keep the mark from being made, also
+// where the device fails everything durable from then on.
+func TestTheMarkPassesAFailedFlush(t *testing.T) {
+	s, mem, faults, _ := newStore(t, 8, 1024)
+	add(t, s, 7, 3)
+	var failed bool
+	faults.Set(func(op blocktest.Op) error {
+		if op.Kind == blocktest.Flush && !failed || op.Kind == blocktest.WriteDurable {
+			failed = true
+			return errDisk
+		}
+		return nil
+	})
+	cause := s.Sync()
+	if !errors.Is(cause, errDisk) {
+		t.Fatalf("sync: %v", cause)
+	}
+	if err := s.Invalidate(cause); err != nil {
+		t.Errorf("the mark: %v", err)
+	}
+	if again := reopen(t, mem); !errors.Is(again.Err(), store.ErrInvalid) {
+		t.Errorf("opened as %v", again.Err())
+	}
 }
 
 // TestAMergeBelievesMemory: what a device says of the slots once, and wrongly, neither merges nor drops.

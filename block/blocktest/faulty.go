@@ -252,3 +252,15 @@ func (f *Faulty) Grow(size int64) error {
 	}
 	return f.Forward.Grow(size)
 }
+
+// WriteLastAt is a write and a flush, decided one after the other, that a failed Flush before does not
+// fail; see [block.LastWriter].
+func (f *Faulty) WriteLastAt(p []byte, off int64) error {
+	if _, err := f.WriteAt(p, off); err != nil {
+		return err
+	}
+	if err := f.admit(Op{Kind: Flush}); err != nil {
+		return err
+	}
+	return block.WriteLast(f.dev, p, off)
+}

@@ -164,3 +164,10 @@ func (r *Recorder) Discard(off, n int64) error {
 func (r *Recorder) Grow(size int64) error {
 	return r.record(Op{Kind: Grow, Len: size}, nil, func() error { return r.Forward.Grow(size) })
 }
+
+// WriteLastAt is logged as a write and a flush.
+func (r *Recorder) WriteLastAt(p []byte, off int64) error {
+	write := r.log.begin(Op{Device: r.name, Kind: Write, Off: off, Len: int64(len(p)), Data: bytes.Clone(p)})
+	r.log.end(write, nil)
+	return r.record(Op{Kind: Flush}, nil, func() error { return block.WriteLast(r.dev, p, off) })
+}

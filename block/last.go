@@ -1,0 +1,46 @@
+package block
+
+// A LastWriter can make one more write durable after a Flush has failed, past the failure that it keeps
+// otherwise. WriteLastAt writes p at off and flushes, whatever failed before. Success says that p is
+// durable, and nothing about any other write: a device that failed a Flush goes on failing every Flush
+// and WriteDurableAt.
+//
+// It is for the one thing worth writing to a device that is given up: a mark that says so.
+type LastWriter interface {
+	WriteLastAt(p []byte, off int64) error
+}
+
+// WriteLast writes p at off and returns when it is durable; see [LastWriter]. A device without the
+// ability gets a write and a Flush, which fails where an earlier one did.
+func WriteLast(dev Device, p []byte, off int64) error {
+	if d, ok := dev.(LastWriter); ok {
+		return d.WriteLastAt(p, off)
+	}
+	if _, err := dev.WriteAt(p, off); err != nil {
+		return err
+	}
+	return dev.Flush()
+}
+
+// WriteLastAt writes p at off by pwrite and fdatasync, also after a failed Flush, which stays failed: the
+// kernel reports lost writes once to each open file, so this fdatasync answers for p.
+func (f *File) WriteLastAt(p []byte, off int64) error {
+	if err := f.enterChange("write", off, int64(len(p))); err != nil {
+		return err
+	}
+	defer f.life.RUnlock()
+	// A Flush under way may take the report of a failure of p: none runs beside this write.
+	f.syncs.Lock()
+	defer f.syncs.Unlock()
+	var err error
+	for range 2 { // the first failure may be the report of an older write, after which p is written anew
+		if _, err = f.write(p, off); err != nil {
+			return err
+		}
+		if err = f.datasync(); err == nil {
+			return nil
+		}
+		f.failed.CompareAndSwap(nil, &err)
+	}
+	return err
+}
