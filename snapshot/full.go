@@ -96,13 +96,21 @@ func (s *Snapshot) growStep() (bool, error) {
 	return true, nil
 }
 
-// noRoom returns the error of a write that found no room under a policy that protects the snapshot; nil
-// where err is something else, or the policy is the kernel's. The first one raises an event.
+// noRoom returns the error of a write that found no room in the COW device of s, under a policy that protects the
+// snapshot; nil where err is something else, or the policy is the kernel's. The first one raises an event.
+//
+// err comes from the store of s, from its COW device, or from a copy between that and the origin's device: a lack of
+// space that another device reported says nothing about s.
 //
 // A store that failed because its slots found no space, on a file system that can't reserve it, counts
-// too: it refuses writes for good, but what it made durable is sound and there when it is loaded anew.
+// too: it refuses writes permanently, but what it made durable is sound and there when it is loaded again. A store
+// that is invalid already is not protected any more.
 func (s *Snapshot) noRoom(err error) error {
 	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
+		return nil
+	}
+	var copying *copyError
+	if errors.Is(err, store.ErrInvalid) || errors.As(err, &copying) && copying.op == "read" {
 		return nil
 	}
 	if s.full.CompareAndSwap(false, true) {

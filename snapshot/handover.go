@@ -84,6 +84,8 @@ func (s *Snapshot) takeOver(src *Snapshot) error {
 	o := s.origin
 	o.remove(s)
 	s.invalid.Store(src.invalid.Load()) // before the source becomes invalid
+	s.unmarked.Store(src.unmarked.Load())
+	s.failed.Store(src.failed.Load())
 	s.store, s.source = src.giveStore(), nil
 	if s.store != nil {
 		if s.store.Transient() {
@@ -103,6 +105,7 @@ func (s *Snapshot) giveStore() *store.Store {
 	s.store, s.active = nil, false
 	s.destination, s.mergeWaits = nil, nil
 	s.invalid.Store(true)
+	s.unmarked.Store(nil)
 	return st
 }
 

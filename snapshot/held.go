@@ -114,11 +114,14 @@ func (h *held) put(p []byte, off int64, soon func()) {
 		if h.fresh == nil {
 			h.fresh = map[int64]*heldBlock{}
 		}
-		if h.timer == nil {
-			h.timer = time.AfterFunc(h.delay, soon)
-		} else {
-			h.timer.Reset(h.delay)
-		}
+		// When all is in place: a timer that fires before that finds nothing to do, and nobody sets it again.
+		defer func() {
+			if h.timer == nil {
+				h.timer = time.AfterFunc(h.delay, soon)
+			} else {
+				h.timer.Reset(h.delay)
+			}
+		}()
 	}
 	for len(p) > 0 {
 		at, in := off/heldUnit, off%heldUnit
@@ -128,7 +131,7 @@ func (h *held) put(p []byte, off int64, soon func()) {
 			b.sectors = 0
 			h.fresh[at] = b
 			h.blocks.Add(1)
-			if int64(len(h.fresh)) == h.limit/heldUnit/2 {
+			if int64(len(h.fresh)) == h.limit/heldUnit/2 && h.timer != nil {
 				h.timer.Reset(0)
 			}
 		}

@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"errors"
-	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/gate"
@@ -206,12 +205,12 @@ func (s *Snapshot) readAround(b []byte, start, head, tail int64) error {
 	last := (size - 1) / c * c // where the last chunk begins
 	if head > 0 || last == 0 {
 		if _, err := s.origin.dev.ReadAt(b[:first], start); err != nil {
-			return fmt.Errorf("read origin: %w", err)
+			return &copyError{"read", err}
 		}
 	}
 	if tail > 0 && last > 0 {
 		if _, err := s.origin.dev.ReadAt(b[last:], start+last); err != nil {
-			return fmt.Errorf("read origin: %w", err)
+			return &copyError{"read", err}
 		}
 	}
 	return nil

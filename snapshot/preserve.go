@@ -8,9 +8,9 @@ import (
 )
 
 // preserve makes s keep what it shows of n > 0 bytes at off, before the origin changes there, and
-// reports whether its store needs a Sync before the change may be made. It fails only with ErrNoRoom, to
-// protect s where that is its policy; other failures invalidate s, and the change goes on. origin.mu is
-// held for reading.
+// reports whether its store needs a Sync before the change may be made. It fails with ErrNoRoom, to
+// protect s where that is its policy; other failures invalidate s, and the change goes on, unless s can't be
+// marked invalid: then it fails with ErrUnmarked. origin.mu is held for reading.
 //
 // When it returns without an error, every chunk of the range has an exception that Lookup finds, or s is invalid, and
 // no request to s still reads the range from the origin.
@@ -49,7 +49,7 @@ func (s *Snapshot) keep(first ondisk.OriginChunk, count uint64) (needsSync bool,
 					return needsSync, none
 				}
 				s.giveUp(err)
-				return false, nil
+				return false, s.refusal()
 			}
 			needsSync = true
 		}
@@ -93,7 +93,7 @@ func (s *Snapshot) syncForOrigin() error {
 		return none
 	}
 	s.invalidate(reasonIO, err)
-	return nil
+	return s.refusal()
 }
 
 var _ block.Device = (*Snapshot)(nil)

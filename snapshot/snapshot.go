@@ -67,8 +67,10 @@ type Snapshot struct {
 	full       atomic.Bool // the last write that needed room found none
 	growing    sync.Mutex
 
-	patienceEnded atomic.Bool // no write waits for room any more
-	invalid       atomic.Bool // set once invalidation has been dealt with
+	patienceEnded atomic.Bool           // no write waits for room any more
+	invalid       atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
+	unmarked      atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
+	failed        atomic.Bool           // lost because a device failed
 	invalidating  sync.Mutex
 }
 
@@ -270,8 +272,8 @@ func (s *Snapshot) Close() error {
 	lost := s.letHeldGo()
 	s.origin.remove(s)
 	s.cancelHandover()
-	if s.store == nil || s.invalid.Load() {
-		return lost
+	if s.store == nil || s.lost() {
+		return errors.Join(lost, s.markAgain())
 	}
 	return errors.Join(lost, s.store.Sync())
 }
@@ -309,11 +311,14 @@ func (s *Snapshot) usable() error {
 		return fs.ErrClosed
 	case s.store == nil:
 		return fmt.Errorf("%w: its store was handed over", store.ErrInvalid)
-	case s.invalid.Load():
+	case s.lost():
 		return s.store.Err()
 	}
 	return nil
 }
+
+// lost reports whether the snapshot is invalid, marked on disk or not.
+func (s *Snapshot) lost() bool { return s.invalid.Load() || s.unmarked.Load() != nil }
 
 // writable returns why writes are refused. life is held.
 func (s *Snapshot) writable() error {
@@ -326,7 +331,7 @@ func (s *Snapshot) writable() error {
 	return s.usable()
 }
 
-// Status returns how the snapshot fares. Requests don't hold it up.
+// Status returns the status of the snapshot. It does not wait for requests.
 func (s *Snapshot) Status() Status {
 	s.origin.mu.RLock()
 	defer s.origin.mu.RUnlock()
@@ -339,10 +344,12 @@ func (s *Snapshot) Status() Status {
 		return st
 	}
 	st.ChunkSectors, st.Exceptions, st.Usage = s.chunkSectors(), s.store.Len(), s.store.Usage()
-	st.Full = s.full.Load()
+	st.Full, st.Unmarked, st.Err = s.full.Load(), s.unmarked.Load() != nil, s.store.Err()
 	switch {
-	case s.invalid.Load():
+	case s.lost():
 		st.State = StateInvalid
+	case st.Err != nil:
+		st.State = StateFailed
 	case st.Overflowed:
 		st.State = StateOverflow
 	}

@@ -6,12 +6,13 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// State is how a snapshot or a merge fares, in one word. The words are promises of the command line.
+// State is the state of a snapshot or a merge, in one word. The words are promises of the command line.
 type State string
 
 const (
 	StateOK          State = "ok"
 	StateInvalid     State = "invalid"
+	StateFailed      State = "failed" // the store refuses writes until it is loaded again; what was durable is sound
 	StateOverflow    State = "overflow"
 	StateMerging     State = "merging"
 	StateMergeFailed State = "merge-failed"
@@ -23,6 +24,8 @@ type Status struct {
 	State      State
 	Overflowed bool   // also set while a merge of an overflowed snapshot hides nothing (H11)
 	Full       bool   // no room for the last write that needed some, which OnFull had fail or wait
+	Unmarked   bool   // invalid, but the COW device could not be marked so: see ErrUnmarked
+	Err        error  // why the store refuses writes; nil: it does not
 	Length     uint64 // sectors
 	Store      StoreType
 	Features
