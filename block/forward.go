@@ -18,7 +18,7 @@ package block
 // What the device beneath lacks is answered so that the functions of this package fall back on the
 // device that embeds the Forward: [Zero] writes zeros by its WriteAt, [WriteDurable] uses its WriteAt and
 // Flush. What the device beneath has is called directly. So a device that changes what is written, or
-// where, overrides WriteAt, WriteDurableAt, ZeroAt, Discard and Allocate; one that changes what is read
+// where, overrides WriteAt, WriteDurableAt, WriteLastAt, ZeroAt, Discard and Allocate; one that changes what is read
 // overrides ReadAt and Extents; one that is another disk than the one beneath overrides Identity.
 //
 // A Forward adds nothing: errors, concurrency and guarantees are those of the device beneath. Closing is
@@ -85,6 +85,15 @@ func (f Forward) WriteDurableAt(p []byte, off int64) error {
 	defer f.release()
 	if d, ok := f.acquire().(DurableWriter); ok {
 		return d.WriteDurableAt(p, off)
+	}
+	return ErrUnsupported
+}
+
+// WriteLastAt writes durably to the device beneath, whatever failed there before, or is ErrUnsupported.
+func (f Forward) WriteLastAt(p []byte, off int64) error {
+	defer f.release()
+	if d, ok := f.acquire().(LastWriter); ok {
+		return d.WriteLastAt(p, off)
 	}
 	return ErrUnsupported
 }

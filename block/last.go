@@ -1,9 +1,11 @@
 package block
 
+import "errors"
+
 // A LastWriter can make one more write durable after a Flush has failed, past the failure that it keeps
 // otherwise. WriteLastAt writes p at off and flushes, whatever failed before. Success says that p is
 // durable, and nothing about any other write: a device that failed a Flush goes on failing every Flush
-// and WriteDurableAt.
+// and WriteDurableAt. ErrUnsupported, with nothing changed, says that the device has no such means.
 //
 // It is for the one thing worth writing to a device that is given up: a mark that says so.
 type LastWriter interface {
@@ -14,7 +16,9 @@ type LastWriter interface {
 // ability gets a write and a Flush, which fails where an earlier one did.
 func WriteLast(dev Device, p []byte, off int64) error {
 	if d, ok := dev.(LastWriter); ok {
-		return d.WriteLastAt(p, off)
+		if err := d.WriteLastAt(p, off); !errors.Is(err, ErrUnsupported) {
+			return err
+		}
 	}
 	if _, err := dev.WriteAt(p, off); err != nil {
 		return err

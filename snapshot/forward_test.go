@@ -10,7 +10,7 @@ import (
 
 // An origin passes on what it does not change, with and without a snapshot.
 func TestOriginPassesOn(t *testing.T) {
-	changes := []string{"Discard", "Refresh", "Grow", "CanGrow"}
+	changes := []string{"WriteLastAt", "Discard", "Refresh", "Grow", "CanGrow"}
 	t.Run("alone", func(t *testing.T) {
 		blocktest.RunForward(t, func(_ *testing.T, dev block.Device) block.Device {
 			return snapshot.NewOrigin(dev)
@@ -28,7 +28,7 @@ func TestOriginPassesOn(t *testing.T) {
 func TestSnapshotPassesOnReads(t *testing.T) {
 	blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
 		return withSnapshot(t, dev).snapshot
-	}, "WriteAt", "WriteDurableAt", "BeginFlush", "ZeroAt", "Allocate", "Discard", "Flush", "Refresh", "Grow", "CanGrow", "Identity")
+	}, "WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Allocate", "Discard", "Flush", "Refresh", "Grow", "CanGrow", "Identity")
 }
 
 type forwardPair struct {

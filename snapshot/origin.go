@@ -17,8 +17,8 @@
 //   - A write to the origin is durable once a Flush that began after it returned. See [Origin.HoldWrites].
 //   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways]
 //     when it returns, as the kernel has it.
-//   - An origin write is never failed because a snapshot failed: that snapshot becomes invalid, durably,
-//     before the write goes on (H5).
+//   - An origin write is not failed because a snapshot failed: that snapshot becomes invalid, durably,
+//     before the write goes on (H5). See [ErrNoRoom] and [ErrUnmarked] for the exceptions.
 //
 // # Locks
 //
@@ -121,6 +121,9 @@ func (o *Origin) WriteDurableAt(p []byte, off int64) error {
 	return o.change(payload{data: p, durable: true}, off, int64(len(p)))
 }
 
+// WriteLastAt is ErrUnsupported: no write passes by the snapshots.
+func (o *Origin) WriteLastAt(p []byte, off int64) error { return block.ErrUnsupported }
+
 // ZeroAt makes a range read as zeros, after it was preserved like before a write.
 func (o *Origin) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := block.CheckRange("zero", off, n, o.Size()); err != nil {
@@ -208,7 +211,7 @@ func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 
 // preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
 // reading. Snapshots that can't are invalid when it returns, but for those whose policy is to have the
-// write fail or wait: then it fails with ErrNoRoom.
+// write fail or wait: then it fails with ErrNoRoom, or ErrUnmarked.
 func (o *Origin) preserve(off, n int64) error {
 	var few [4]*Snapshot
 	dirty, err := o.keep(few[:0], off, n)

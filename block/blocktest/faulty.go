@@ -1,6 +1,7 @@
 package blocktest
 
 import (
+	"errors"
 	"fmt"
 	"sync"
 
@@ -256,11 +257,16 @@ func (f *Faulty) Grow(size int64) error {
 // WriteLastAt is a write and a flush, decided one after the other, that a failed Flush before does not
 // fail; see [block.LastWriter].
 func (f *Faulty) WriteLastAt(p []byte, off int64) error {
-	if _, err := f.WriteAt(p, off); err != nil {
+	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
+		return err
+	}
+	if err := f.admit(Op{Kind: Write, Off: off, Len: int64(len(p))}); err != nil {
+		_, err := f.writePart(p, off, err)
 		return err
 	}
 	if err := f.admit(Op{Kind: Flush}); err != nil {
-		return err
+		_, err2 := f.Forward.WriteAt(p, off)
+		return errors.Join(err, err2)
 	}
-	return block.WriteLast(f.dev, p, off)
+	return block.WriteLast(f.Forward, p, off)
 }

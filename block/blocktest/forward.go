@@ -108,6 +108,13 @@ func (a *able) WriteDurableAt(p []byte, off int64) error {
 	return a.Memory.WriteDurableAt(p, off)
 }
 
+func (a *able) WriteLastAt(p []byte, off int64) error {
+	if err := a.note("WriteLastAt %d+%d", off, len(p)); err != nil {
+		return err
+	}
+	return a.Memory.WriteDurableAt(p, off)
+}
+
 func (a *able) BeginFlush(off, n int64) { a.note("BeginFlush %d+%d", off, n) }
 
 func (a *able) ZeroAt(off, n int64, flags block.ZeroFlags) error {
@@ -177,6 +184,9 @@ var forwardCalls = []forwardCall{
 	{"Size", "Size", func(dev block.Device) error { return equal(dev.Size(), int64(forwardSize)) }, false},
 	{"WriteDurableAt", "WriteDurableAt 4096+8192", func(dev block.Device) error {
 		return block.WriteDurable(dev, make([]byte, 8192), 4096)
+	}, true},
+	{"WriteLastAt", "WriteLastAt 4096+8192", func(dev block.Device) error {
+		return block.WriteLast(dev, make([]byte, 8192), 4096)
 	}, true},
 	{"BeginFlush", "BeginFlush 4096+8192", func(dev block.Device) error {
 		block.BeginFlush(dev, 4096, 8192)
@@ -294,6 +304,16 @@ var plainCalls = []plainCall{
 		want(t, dev, 512, p)
 		if calls := fmt.Sprint(beneath.take()); calls != "[WriteAt Flush]" {
 			t.Errorf("a durable write became %s", calls)
+		}
+	}},
+	{[]string{"WriteLastAt", "WriteAt", "Flush"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
+		p := Pattern(4096, 22)
+		if err := block.WriteLast(dev, p, 512); err != nil {
+			t.Fatal(err)
+		}
+		want(t, dev, 512, p)
+		if calls := fmt.Sprint(beneath.take()); calls != "[WriteAt Flush]" {
+			t.Errorf("a last write became %s", calls)
 		}
 	}},
 	{[]string{"ZeroAt", "WriteAt"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {

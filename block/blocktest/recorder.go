@@ -169,5 +169,5 @@ func (r *Recorder) Grow(size int64) error {
 func (r *Recorder) WriteLastAt(p []byte, off int64) error {
 	write := r.log.begin(Op{Device: r.name, Kind: Write, Off: off, Len: int64(len(p)), Data: bytes.Clone(p)})
 	r.log.end(write, nil)
-	return r.record(Op{Kind: Flush}, nil, func() error { return block.WriteLast(r.dev, p, off) })
+	return r.record(Op{Kind: Flush}, nil, func() error { return block.WriteLast(r.Forward, p, off) })
 }

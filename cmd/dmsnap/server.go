@@ -9,6 +9,7 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"sync"
 	"time"
 
@@ -232,7 +233,7 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 		opts.OnFull = snapshot.FullInvalidate // whoever asks for PO wants the kernel's overflow
 	}
 	opts.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
-	opts.Notify = func(e snapshot.Event) { s.log(a.name + ": " + e.Text) }
+	opts.Notify = func(e snapshot.Event) { s.log(a.name + ": " + eventText(e)) }
 	if a.store == snapshot.Transient || a.chunkSize.set {
 		sectors, err := a.chunkSize.chunkSectors()
 		if err != nil {
@@ -260,6 +261,14 @@ func (s *server) attachDevice(a attachment, cow *block.File) (*served, error) {
 		return nil, errors.Join(err, snap.Close())
 	}
 	return v, nil
+}
+
+// eventText is a line of the log: the kernel's words, with the cause where they don't say it.
+func eventText(e snapshot.Event) string {
+	if e.Err != nil && (e.Kind == snapshot.EventInvalid || e.Kind == snapshot.EventFull) {
+		return e.Text + " Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
+	}
+	return e.Text
 }
 
 // muchLoaded is from how many exceptions on the loading of a store is cleaned up after: tens of MB.
@@ -388,7 +397,8 @@ func (s *server) close() error {
 		errs = append(errs, m.merging.Close())
 	}
 	for _, v := range s.snapshots {
-		errs = append(errs, v.close())
+		failed := v.snap.Failure() // before it is closed, and whether or not the mark can be made then
+		errs = append(errs, about(v.path, failed), v.close())
 	}
 	if !s.readOnly {
 		errs = append(errs, s.origin.Flush())

@@ -27,9 +27,11 @@ type figures struct {
 	SectorsAllocated uint64         `json:"sectors_allocated"`
 	TotalSectors     uint64         `json:"total_sectors"`
 	MetadataSectors  uint64         `json:"metadata_sectors"`
-	Percent          float64        `json:"percent"` // allocated of total
-	Full             bool           `json:"full"`    // no room for the last write that needed some: such writes fail or wait
-	Dmsetup          string         `json:"dmsetup"` // the kernel's status text
+	Percent          float64        `json:"percent"`            // allocated of total
+	Full             bool           `json:"full"`               // no room for the last write that needed some: such writes fail or wait
+	Unmarked         bool           `json:"unmarked,omitempty"` // invalid, but the COW device could not be marked so
+	Error            string         `json:"error,omitempty"`    // why the store refuses writes
+	Dmsetup          string         `json:"dmsetup"`            // the kernel's status text
 }
 
 // figuresOf takes the figures from a status.
@@ -37,6 +39,10 @@ func figuresOf(st snapshot.Status) figures {
 	f := figures{Store: st.Store.String(), State: st.State, Valid: st.State != snapshot.StateInvalid,
 		ChunkSectors: st.ChunkSectors, Exceptions: st.Exceptions, SectorsAllocated: st.Allocated,
 		TotalSectors: st.Total, MetadataSectors: st.Metadata, Full: st.Full, Dmsetup: st.Text()}
+	f.Unmarked = st.Unmarked
+	if st.Err != nil {
+		f.Error = st.Err.Error()
+	}
 	if st.Total > 0 {
 		f.Percent = 100 * float64(st.Allocated) / float64(st.Total)
 	}
@@ -63,7 +69,7 @@ With COW the store on that file or device is read, also while it is served; what
 made durable yet does not show. With --control the server is asked about its origin, all its snapshots
 and a merge.
 
-States: ok, invalid, overflow, merging, merge-failed.`,
+States: ok, invalid, failed, overflow, merging, merge-failed.`,
 		Example: `  dmsnap status disk.cow
   dmsnap status --json disk.cow
   dmsnap status --control /run/dmsnap.ctl`,
@@ -176,6 +182,12 @@ func (f figures) print(w io.Writer) {
 	fmt.Fprintf(w, "  dmsetup\t%s\n", f.Dmsetup)
 	if f.Full {
 		fmt.Fprintf(w, "  full\twrites that need room fail or wait; see dmsnap grow\n")
+	}
+	if f.Error != "" {
+		fmt.Fprintf(w, "  error\t%s\n", f.Error)
+	}
+	if f.Unmarked {
+		fmt.Fprintf(w, "  unmarked\tthe COW device could not be marked invalid: don't use it as a snapshot again\n")
 	}
 	fmt.Fprintf(w, "  chunk\t%s (%d sectors)\n", bytesText(int64(f.ChunkSectors)*ondisk.SectorSize), f.ChunkSectors)
 	fmt.Fprintf(w, "  exceptions\t%d\n", f.Exceptions)
