@@ -22,6 +22,7 @@ import (
 	"fmt"
 	"io"
 	"reflect"
+	"strings"
 	"syscall"
 )
 
@@ -332,4 +333,12 @@ func Identity(dev Device) string {
 		return fmt.Sprintf("%T %p", dev, dev)
 	}
 	return ""
+}
+
+// WithPath puts a path in front of an error that does not name it as its place.
+func WithPath(path string, err error) error {
+	if err == nil || strings.Contains(" "+err.Error(), " "+path+":") {
+		return err
+	}
+	return fmt.Errorf("%s: %w", path, err)
 }

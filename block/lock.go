@@ -185,3 +185,17 @@ func holdsLock(process, file string, self bool, fd int) bool {
 	}
 	return false
 }
+
+// HasWriter reports whether a program holds the lock of one that writes to the file at path
+// (docs/decisions/0001-locks.md); false also where that can't be found out. It takes no lock: one taken to find out,
+// however short, could turn a program away that is starting just now.
+func HasWriter(path string) bool {
+	fd, err := openDescriptor(path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	l := byteLock(unix.F_WRLCK, usesByte+useWrite)
+	err = retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) })
+	return err == nil && l.Type != unix.F_UNLCK
+}

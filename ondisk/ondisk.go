@@ -161,3 +161,16 @@ func CheckChunkSectors(sectors uint32) error {
 	}
 	return nil
 }
+
+// ChunkSectors returns a chunk size of bytes in sectors, or an error that says why no chunk can have it.
+func ChunkSectors(bytes int64) (uint32, error) {
+	if bytes < 0 || bytes%SectorSize != 0 {
+		return 0, fmt.Errorf("%d bytes are not a whole number of %d-byte sectors", bytes, SectorSize)
+	}
+	// No larger number fits the check's argument, and none is any less too high.
+	sectors := uint32(min(bytes/SectorSize, 1<<31))
+	if err := CheckChunkSectors(sectors); err != nil {
+		return 0, fmt.Errorf("%w: %d bytes (a power of two from 512 to 1 GiB)", err, bytes)
+	}
+	return sectors, nil
+}

@@ -6,8 +6,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-
-	"github.com/dmsnap/dmsnap/block"
 )
 
 // A trap is something wrong with the files that a verb is given.
@@ -219,5 +217,3 @@ func TestServeThatFailsLeavesNoSocket(t *testing.T) {
 	dmsnap("serve", p.origin, p.cow, "--socket", socket, "--control", socket).wantRefused(t, socket, "listens there already")
 	wantSame(t, p.dir, before)
 }
-
-var _ block.Device = (*switchable)(nil)

@@ -146,7 +146,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "check")
 	opts.Progress = bar.show
-	r, err := checkDevice(ctx, cow, opts, o.liveRead && hasWriter(path))
+	r, err := checkDevice(ctx, cow, opts, o.liveRead && block.HasWriter(path))
 	bar.end()
 	if err != nil {
 		return about(path, err)

@@ -1,86 +1,24 @@
 package main
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"net"
-	"net/http"
-	"net/url"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
-	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/server/api"
 )
-
-// A controller talks to a server by its control socket.
-type controller struct {
-	path string
-	http http.Client
-}
-
-func newController(path string) *controller {
-	var d net.Dialer
-	return &controller{path: path, http: http.Client{Transport: &http.Transport{
-		DisableKeepAlives: true,
-		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
-			return d.DialContext(ctx, "unix", path)
-		}}}}
-}
-
-// call makes one request, with body as JSON unless it is nil, and reads the answer into answer.
-func (c *controller) call(ctx context.Context, method, path string, body, answer any) error {
-	var send io.Reader
-	if body != nil {
-		b, err := json.Marshal(body)
-		if err != nil {
-			return err
-		}
-		send = bytes.NewReader(b)
-	}
-	r, err := http.NewRequestWithContext(ctx, method, "http://dmsnap"+path, send)
-	if err != nil {
-		return err
-	}
-	got, err := c.http.Do(r)
-	if err != nil {
-		var u *url.Error
-		if errors.As(err, &u) {
-			err = u.Err // its address is none
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		return fmt.Errorf("control socket %s: %w", c.path, err)
-	}
-	defer got.Body.Close()
-	d := json.NewDecoder(io.LimitReader(got.Body, 64<<20))
-	if got.StatusCode != http.StatusOK {
-		var e errorReply
-		if err := d.Decode(&e); err != nil || e.Error.Message == "" {
-			return fmt.Errorf("control socket %s: %s", c.path, got.Status)
-		}
-		return errors.New(e.Error.Message)
-	}
-	if err := d.Decode(answer); err != nil {
-		return fmt.Errorf("control socket %s: answer: %w", c.path, err)
-	}
-	return nil
-}
-
-// snapshotPath is the address of a snapshot.
-func snapshotPath(name string) string { return "/v1/snapshots/" + url.PathEscape(name) }
 
 // serverStatus is status with --control.
 func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	var r serverReply
-	if err := newController(control).call(ctx, "GET", "/v1/status", nil, &r); err != nil {
+	r, err := api.NewClient(control).Status(ctx)
+	if err != nil {
 		return err
 	}
 	if asJSON {
@@ -92,17 +30,17 @@ func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 		fmt.Fprintf(w, "  uri  %s\n", r.Origin.URI)
 	}
 	for _, s := range r.Snapshots {
-		if err := s.print(w); err != nil {
+		if err := printSnapshot(w, s); err != nil {
 			return err
 		}
 	}
 	if m := r.Merge; m != nil {
-		return m.print(w)
+		return printMerge(w, *m)
 	}
 	return nil
 }
 
-func (s snapshotStatus) print(w io.Writer) error {
+func printSnapshot(w io.Writer, s api.Snapshot) error {
 	merged := ""
 	if s.Merged {
 		merged = ", merged into the origin"
@@ -110,11 +48,11 @@ func (s snapshotStatus) print(w io.Writer) error {
 	fmt.Fprintf(w, "snapshot %s: %s%s\n", printable(s.Name), s.State, merged)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintf(t, "  cow\t%s\n  uri\t%s\n", s.COW, s.URI)
-	s.figures.print(t)
+	printFigures(t, s.Figures)
 	return t.Flush()
 }
 
-func (m mergeStatus) print(w io.Writer) error {
+func printMerge(w io.Writer, m api.Merge) error {
 	_, err := fmt.Fprintf(w, "merge of %s: %s, %s of %s (%.1f %%)\n", printable(m.Name), m.State,
 		bytesText(m.MergedBytes), bytesText(m.TotalBytes), m.Percent)
 	if m.Error != "" {
@@ -132,8 +70,8 @@ type liveMerge struct {
 func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	ctl := newController(l.control)
-	m, err := l.tell(ctx, ctl, args)
+	ctl := api.NewClient(l.control)
+	m, err := l.request(ctx, ctl, args)
 	if err != nil {
 		return err
 	}
@@ -145,67 +83,65 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	if asJSON {
 		err = printJSON(c, m)
 	} else {
-		err = m.print(c.OutOrStdout())
+		err = printMerge(c.OutOrStdout(), m)
 	}
-	if err == nil && m.State == merge.Failed {
+	if err == nil && m.State == api.MergeFailed {
 		err = fmt.Errorf("the merge of %s failed: %s", printable(m.Name), m.Error)
 	}
 	return err
 }
 
-// tell says to the server what is to be done, and returns how the merge fares. When none is named, the merge
-// under way is meant, or else that of the only snapshot there is.
-func (l *liveMerge) tell(ctx context.Context, ctl *controller, args []string) (m mergeStatus, err error) {
+// request sends what was asked for and returns the state of the merge. Without a NAME the merge under way is meant,
+// or else that of the only snapshot there is.
+func (l *liveMerge) request(ctx context.Context, ctl *api.Client, args []string) (m api.Merge, err error) {
 	name := ""
 	if len(args) > 0 {
 		name = args[0]
 	}
 	if l.pause || l.resume {
-		if err := ctl.call(ctx, "GET", "/v1/merge", nil, &m); err != nil {
+		if m, err = ctl.Merge(ctx, 0); err != nil {
 			return m, err
 		}
 		if name != "" && m.Name != name {
 			return m, fmt.Errorf("the merge is of %s, not of %s", printable(m.Name), printable(name))
 		}
-		what := "/v1/merge/pause"
 		if l.resume {
-			what = "/v1/merge/resume"
+			return ctl.ResumeMerge(ctx)
 		}
-		err = ctl.call(ctx, "POST", what, nil, &m)
-		return m, err
+		return ctl.PauseMerge(ctx)
 	}
 	if name == "" {
-		var r serverReply
-		if err := ctl.call(ctx, "GET", "/v1/status", nil, &r); err != nil {
-			return m, err
-		}
+		r, err := ctl.Status(ctx)
 		switch {
-		case r.Merge != nil && (r.Merge.State != merge.Done || l.wait && len(r.Snapshots) != 1):
+		case err != nil:
+			return m, err
+		case r.Merge != nil && (r.Merge.State != api.MergeDone || l.wait && len(r.Snapshots) != 1):
 			return *r.Merge, nil
 		case len(r.Snapshots) != 1:
-			return m, fmt.Errorf("NAME is needed: %d snapshots are served and none is being merged", len(r.Snapshots))
+			return m, fmt.Errorf("NAME is required: %d snapshots are served and none is being merged", len(r.Snapshots))
 		}
 		name = r.Snapshots[0].Name
 	}
-	err = ctl.call(ctx, "POST", "/v1/merge", map[string]string{"name": name}, &m)
-	return m, err
+	return ctl.StartMerge(ctx, name)
 }
 
 // waitForMerge waits until the merge is neither running nor paused. A signal ends the waiting and not the
 // merge.
-func waitForMerge(ctx context.Context, ctl *controller, m mergeStatus, stderr io.Writer) (mergeStatus, error) {
+func waitForMerge(ctx context.Context, ctl *api.Client, m api.Merge, stderr io.Writer) (api.Merge, error) {
 	bar := newProgress(stderr, "merge")
 	defer bar.end()
 	for {
 		bar.show(m.MergedBytes, m.TotalBytes)
-		if m.State != merge.Running && m.State != merge.Paused {
+		if m.State != api.MergeRunning && m.State != api.MergePaused {
 			return m, nil
 		}
-		if err := ctl.call(ctx, "GET", "/v1/merge?wait=1", nil, &m); err != nil {
+		next, err := ctl.Merge(ctx, time.Second)
+		if err != nil {
 			if i := (interrupted{}); errors.As(err, &i) {
 				err = fmt.Errorf("%w; the merge goes on in the server", err)
 			}
 			return m, err
 		}
+		m = next
 	}
 }

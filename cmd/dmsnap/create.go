@@ -3,18 +3,12 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
-	"math"
-	"os"
 
 	"github.com/spf13/cobra"
 
-	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/image"
-	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 // creation is what a new store is to be like.
@@ -108,99 +102,12 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 	if err != nil {
 		return made, err
 	}
-	layout, err := ondisk.NewLayout(sectors)
-	if err != nil {
-		return made, err
+	if o.cowSize.set && o.cowSize.bytes == 0 {
+		return made, errors.New("--cow-size: 0 bytes are too few for a store")
 	}
-	if err := checkDifferent(originPath, cowPath); err != nil {
-		return made, err
+	c, err := cowfile.Create(originPath, cowPath, cowfile.Options{ChunkSectors: sectors, Size: o.cowSize.bytes, Overwrite: o.force, Raw: o.raw})
+	if errors.Is(err, cowfile.ErrSize) {
+		err = fmt.Errorf("%w: see --cow-size", err)
 	}
-	// Others may write to the origin now as ever; its size is all that is asked of it.
-	origin, err := openOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
-	if err != nil {
-		return made, err
-	}
-	defer origin.Close()
-	if err := store.CheckBlockSize(layout, origin); err != nil {
-		return made, about(originPath, err)
-	}
-	size, err := o.size(layout, origin.Size())
-	if err != nil {
-		return made, about(cowPath, err)
-	}
-	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
-		err = newfile.Write(cowPath, newfile.Options{}, func(f *os.File) error {
-			cow, err := newfile.Device(f, size)
-			if err != nil {
-				return err
-			}
-			return o.makeStore(cow, unnamed{cow}, layout, &size)
-		})
-	} else {
-		var cow *block.File
-		if cow, err = openDevice(cowPath, block.Options{}); err != nil {
-			return made, err
-		}
-		err = o.makeStore(cow, cow, layout, &size)
-	}
-	return created{cowPath, o.store.String(), sectors, uint64(size) / ondisk.SectorSize}, about(cowPath, err)
-}
-
-// size is how large a COW file for an origin of so many bytes is made.
-func (o *creation) size(l ondisk.Layout, origin int64) (int64, error) {
-	if o.cowSize.set {
-		if least := 2 * l.ChunkBytes(); o.cowSize.bytes < least {
-			return 0, fmt.Errorf("--cow-size: %d bytes are too few for a store: header and first area need %d", o.cowSize.bytes, least)
-		}
-		return o.cowSize.bytes, nil
-	}
-	chunks := l.ChunksNeeded(l.Chunks(origin, true))
-	if chunks > uint64(math.MaxInt64/l.ChunkBytes()) {
-		return 0, errors.New("no file is large enough to keep every chunk of this origin: give --cow-size")
-	}
-	return int64(chunks) * l.ChunkBytes(), nil
-}
-
-// makeStore makes the store on an open device, and closes it. size is what a file that is empty gets, and then
-// what the device has.
-func (o *creation) makeStore(cow *block.File, as block.Device, l ondisk.Layout, size *int64) (err error) {
-	defer func() { err = errors.Join(err, cow.Close()) }()
-	if !o.force {
-		if err := checkVacant(cow); err != nil {
-			return err
-		}
-	}
-	if cow.Size() == 0 || o.cowSize.set {
-		if err := cow.Grow(*size); err != nil {
-			return err
-		}
-	}
-	*size = cow.Size()
-	_, err = store.Create(as, l, true)
-	return err
-}
-
-// unnamed is a file that has its name only when newfile.Write has made it durable as a whole. Nobody finds a store in
-// it before, so the order in which its parts get there is all the same, and one flush does: on a disk each
-// costs as much as all the rest of create.
-type unnamed struct{ *block.File }
-
-func (unnamed) Flush() error { return nil }
-
-func (u unnamed) WriteDurableAt(p []byte, off int64) error {
-	_, err := u.WriteAt(p, off)
-	return err
-}
-
-// checkVacant refuses to make a store, or scratch space, where something is.
-func checkVacant(cow block.Device) error {
-	err := image.CheckEmpty(cow)
-	var found *image.NotEmptyError
-	switch {
-	case errors.Is(err, store.ErrExists):
-		return fmt.Errorf("%w: --force makes a new one over it", err)
-	case errors.As(err, &found):
-		return fmt.Errorf("%w; --force overwrites it", err)
-	}
-	return err
+	return created{cowPath, o.store.String(), sectors, uint64(c.Size) / ondisk.SectorSize}, advise(err)
 }

@@ -1,9 +1,9 @@
 package main
 
 import (
-	"net/http"
-
 	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 func newDrop() *cobra.Command {
@@ -20,8 +20,7 @@ preserved any more: once the origin is written to, it no longer shows the origin
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
-			err := newController(control).call(ctx, http.MethodDelete, snapshotPath(args[0]), nil, &struct{}{})
-			if err != nil {
+			if err := api.NewClient(control).Drop(ctx, args[0]); err != nil {
 				return err
 			}
 			if asJSON {

@@ -8,7 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // servedFull serves a pair whose COW file has room for one chunk, and fills it.
@@ -22,9 +23,9 @@ func servedFull(t *testing.T, o serveOptions) (pair, *running) {
 	return p, r
 }
 
-func (r *running) figures(t *testing.T) snapshotStatus {
+func (r *running) figures(t *testing.T) api.Snapshot {
 	t.Helper()
-	return mustJSON[serverReply](t, "status", "--control", r.control).Snapshots[0]
+	return mustJSON[api.Status](t, "status", "--control", r.control).Snapshots[0]
 }
 
 // By default a COW without room refuses what needs room, and nothing is lost.
@@ -32,8 +33,8 @@ func TestServeDefaultProtectsBothSides(t *testing.T) {
 	if o := newServe().Flag("on-full"); o.DefValue != "fail" {
 		t.Errorf("the default is %s", o.DefValue)
 	}
-	p, r := servedFull(t, serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}})
-	c, o := dial(t, r.uri("disk")), dial(t, r.uri(originName))
+	p, r := servedFull(t, serveOptions{onFull: fullFlag{server.FullFail}})
+	c, o := dial(t, r.uri("disk")), dial(t, r.uri(server.OriginName))
 	view := readAll(t, c)
 	for _, dev := range []interface {
 		WriteAt([]byte, int64) (int, error)
@@ -75,13 +76,13 @@ func TestServeDefaultProtectsBothSides(t *testing.T) {
 func TestServePause(t *testing.T) {
 	for _, way := range []string{"grow", "drop", "merge", "stop"} {
 		t.Run(way, func(t *testing.T) {
-			_, r := servedFull(t, serveOptions{onFull: fullFlag{snapshot.FullPause, true}})
-			c, o := dial(t, r.uri("disk")), dial(t, r.uri(originName))
+			_, r := servedFull(t, serveOptions{onFull: fullFlag{server.FullPause}})
+			c, o := dial(t, r.uri("disk")), dial(t, r.uri(server.OriginName))
 			var both sync.WaitGroup
 			var errC, errO error
 			both.Go(func() { _, errC = c.WriteAt([]byte("waits"), 40_000) })
 			both.Go(func() { _, errO = o.WriteAt([]byte("waits too"), 80_000) })
-			for r.origin.Paused() < 2 {
+			for r.paused() < 2 {
 				time.Sleep(time.Millisecond)
 			}
 			began := time.Now()
@@ -123,7 +124,7 @@ func TestServePause(t *testing.T) {
 
 // A COW file that may grow does so by itself.
 func TestServeGrows(t *testing.T) {
-	p, r := servedFull(t, serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}, grow: sizeFlag{16 << 10, true}, growMax: sizeFlag{48 << 10, true}})
+	p, r := servedFull(t, serveOptions{onFull: fullFlag{server.FullFail}, grow: sizeFlag{16 << 10, true}, growMax: sizeFlag{48 << 10, true}})
 	c := dial(t, r.uri("disk"))
 	for i := range int64(10) {
 		writeAt(t, c, []byte{1}, i*4096)

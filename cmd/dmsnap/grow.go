@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -32,8 +33,8 @@ A COW on a block device is made longer by whoever made it (lvextend); dmsnap not
 			if control != "" {
 				ctx, stop := untilSignal()
 				defer stop()
-				var s snapshotStatus
-				if err := newController(control).call(ctx, "POST", snapshotPath(args[0])+"/grow", growRequest{size}, &s); err != nil {
+				s, err := api.NewClient(control).Grow(ctx, args[0], size)
+				if err != nil {
 					return err
 				}
 				if asJSON {

@@ -15,6 +15,8 @@ import (
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -59,7 +61,7 @@ func printableDetails(found []image.Detail) []detail {
 type storeFacts struct {
 	Header   storeHeader           `json:"header"`
 	Opens    bool                  `json:"opens"`
-	Figures  *figures              `json:"figures,omitempty"` // of one that opens
+	Figures  *api.Figures          `json:"figures,omitempty"` // of one that opens
 	Problems map[check.Code]uint64 `json:"problems"`          // how often each was found
 	Origin   string                `json:"origin,omitempty"`  // a file whose name says that it is this one's origin
 	report   *check.Report
@@ -135,7 +137,7 @@ func inspect(ctx context.Context, path string) (*inspection, error) {
 	if err != nil {
 		return nil, err
 	}
-	i := &inspection{Path: path, Kind: c.Name, About: c.About, Bytes: dev.Size(), InUse: hasWriter(path),
+	i := &inspection{Path: path, Kind: c.Name, About: c.About, Bytes: dev.Size(), InUse: block.HasWriter(path),
 		Details: printableDetails(c.Details), Beside: []storeBeside{}, kind: c.Kind}
 	if c.Kind == image.Store {
 		if i.Store, err = factsOf(ctx, i, dev); err != nil {
@@ -157,7 +159,7 @@ func factsOf(ctx context.Context, i *inspection, dev block.Device) (*storeFacts,
 	h := r.Header
 	f := &storeFacts{Header: storeHeader{h.Valid, h.Version, h.ChunkSectors}, Problems: r.Found, Origin: originBeside(i.Path), report: r}
 	if st, err := openWhileWritten(dev, i.InUse); err == nil {
-		figures := figuresOf(statusOfStore(st))
+		figures := server.FiguresOf(statusOfStore(st))
 		f.Figures, f.Opens = &figures, true
 	}
 	return f, nil
@@ -200,7 +202,7 @@ func storesBeside(path string, size int64) []storeBeside {
 }
 
 func lookBeside(name string, cow block.Device, size int64) storeBeside {
-	b := storeBeside{Path: name, State: "damaged", InUse: hasWriter(name)}
+	b := storeBeside{Path: name, State: "damaged", InUse: block.HasWriter(name)}
 	if st, err := openWhileWritten(cow, b.InUse); err == nil {
 		b.State, b.Exceptions = string(statusOfStore(st).State), st.Len()
 		b.Fits = st.CheckOrigin(size) == nil
@@ -250,7 +252,7 @@ func (i *inspection) title() string {
 func (f *storeFacts) print(t io.Writer) {
 	fmt.Fprintf(t, "  header\tvalid %d, version %d, chunks of %d sectors\n", f.Header.Valid, f.Header.Version, f.Header.ChunkSectors)
 	if f.Figures != nil {
-		f.Figures.print(t)
+		printFigures(t, *f.Figures)
 	}
 	for _, p := range check.Problems() {
 		if n := f.Problems[p.Code]; n > 0 {

@@ -63,7 +63,7 @@ func openStoreToRead(path string, live bool) (*block.File, *store.Store, error) 
 	}
 	var st *store.Store
 	if err = checkStore(path, cow); err == nil {
-		st, err = openWhileWritten(cow, live && hasWriter(path))
+		st, err = openWhileWritten(cow, live && block.HasWriter(path))
 	}
 	if err == nil {
 		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))

@@ -16,6 +16,8 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/picture"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -66,7 +68,7 @@ that are both in COW, those that are not neighbours there. dmsnap compact makes 
 // part of each is taken, 0 to 1.
 type mapResult struct {
 	Path string `json:"path"`
-	figures
+	api.Figures
 	DiskBytes     int64         `json:"disk_bytes"`
 	DiskKnown     bool          `json:"disk_known"` // else disk_bytes is where the last exception ends
 	StoredBytes   int64         `json:"stored_bytes"`
@@ -135,7 +137,7 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 		return err
 	}
 	defer cow.Close()
-	m := mapResult{Path: path, figures: figuresOf(statusOfStore(st)), StoredBytes: int64(st.Len()) << st.Layout().Shift()}
+	m := mapResult{Path: path, Figures: server.FiguresOf(statusOfStore(st)), StoredBytes: int64(st.Len()) << st.Layout().Shift()}
 	if err := o.sizeDisk(&m, st); err != nil {
 		return about(path, err)
 	}
@@ -249,7 +251,7 @@ func (o *mapOptions) print(w io.Writer, st *store.Store, m mapResult) error {
 		fmt.Fprintln(w)
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	m.figures.print(t)
+	printFigures(t, m.Figures)
 	if m.UnusedChunks > 0 {
 		fmt.Fprintf(t, "  unused\t%s handed out and named by no exception\n", plural(m.UnusedChunks, "chunk"))
 	}

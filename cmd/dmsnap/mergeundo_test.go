@@ -231,7 +231,7 @@ func TestLiveMergeTakenBack(t *testing.T) {
 		want  []byte
 	}{{"disk", shown}, {"before", before}} {
 		mustRun(t, "merge", "--control", r.control, step.merge, "--wait")
-		if !bytes.Equal(readAll(t, r.origin), step.want) {
+		if !bytes.Equal(readAll(t, r.Origin()), step.want) {
 			t.Errorf("after the merge of %s the origin shows something else", step.merge)
 		}
 	}

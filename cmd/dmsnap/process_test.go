@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -63,7 +64,7 @@ func TestServeProcess(t *testing.T) {
 				t.Fatalf("it printed %q (%v), want %q; %s", line, err, want, &s.stderr)
 			}
 		}
-		if st := mustJSON[serverReply](t, "status", "--control", control); st.Snapshots[0].Exceptions != 5 {
+		if st := mustJSON[api.Status](t, "status", "--control", control); st.Snapshots[0].Exceptions != 5 {
 			t.Errorf("status %+v", st)
 		}
 		dmsnap("merge", p.origin, p.cow).wantRefused(t, p.origin, "in use")

@@ -12,6 +12,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/picture"
 	"github.com/dmsnap/dmsnap/rescue"
 )
@@ -123,7 +124,7 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		return err
 	}
 	defer cow.Close()
-	look := rescue.Options{Live: o.liveRead && (hasWriter(args[0]) || hasWriter(args[1]))}
+	look := rescue.Options{Live: o.liveRead && (block.HasWriter(args[0]) || block.HasWriter(args[1]))}
 	if o.chunkSize.set {
 		if look.ChunkSectors, err = o.chunkSize.chunkSectors(); err != nil {
 			return err

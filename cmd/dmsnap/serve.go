@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -10,14 +11,17 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // serveOptions are what serve was asked.
@@ -37,10 +41,11 @@ type serveOptions struct {
 	maxConnections uint
 	idleTimeout    time.Duration
 	chunkSize      sizeFlag
+	merge          merge.Options
 }
 
 func newServe() *cobra.Command {
-	o := serveOptions{onFull: fullFlag{FullPolicy: snapshot.FullFail}}
+	var o serveOptions
 	c := &cobra.Command{
 		Use:   "serve ORIGIN [[NAME=]COW...]",
 		Short: "Serve snapshots, and their origin, over NBD",
@@ -130,51 +135,57 @@ func (f *syncFlag) String() string {
 func (f *syncFlag) Type() string { return "flush|always" }
 
 // fullFlag is the value of --on-full.
-type fullFlag struct {
-	snapshot.FullPolicy
-	set bool
-}
-
-var fullPolicies = map[string]snapshot.FullPolicy{
-	"invalidate": snapshot.FullInvalidate, "fail": snapshot.FullFail, "pause": snapshot.FullPause,
-}
+type fullFlag struct{ server.FullPolicy }
 
 func (f *fullFlag) Set(s string) error {
-	p, known := fullPolicies[s]
-	if !known {
-		return errors.New("must be invalidate, fail or pause")
+	switch p := server.FullPolicy(s); p {
+	case server.FullInvalidate, server.FullFail, server.FullPause:
+		f.FullPolicy = p
+		return nil
 	}
-	f.FullPolicy, f.set = p, true
-	return nil
+	return errors.New("must be invalidate, fail or pause")
 }
 
-func (f *fullFlag) String() string {
-	for name, p := range fullPolicies {
-		if p == f.FullPolicy {
-			return name
-		}
-	}
-	panic("a policy without a name")
-}
+func (f *fullFlag) String() string { return string(cmp.Or(f.FullPolicy, server.FullFail)) }
 
 func (f *fullFlag) Type() string { return "invalidate|fail|pause" }
 
-// attachments reads the [NAME=]COW arguments.
-func (o *serveOptions) attachments(originPath string, args []string) []attachment {
-	one := attachment{create: o.create, force: o.force, chunkSize: o.chunkSize, store: o.store.StoreType}
-	if len(args) == 0 {
-		one.cow = originPath + ".cow"
-		one.name = exportName(one.cow)
-		one.create = !o.readOnly
-		return []attachment{one}
+// tlsFlag is the value of --tls.
+type tlsFlag struct{ allow bool }
+
+func (f *tlsFlag) Set(s string) error {
+	if s != "require" && s != "allow" {
+		return errors.New("must be require or allow")
 	}
-	var list []attachment
+	f.allow = s == "allow"
+	return nil
+}
+
+func (f *tlsFlag) String() string {
+	if f.allow {
+		return "allow"
+	}
+	return "require"
+}
+
+func (f *tlsFlag) Type() string { return "require|allow" }
+
+// attachments reads the [NAME=]COW arguments.
+func (o *serveOptions) attachments(originPath string, args []string) []api.AttachRequest {
+	one := api.AttachRequest{Create: o.create, Force: o.force, ChunkSize: o.chunkSize.bytes, Store: o.store.String()}
+	if len(args) == 0 {
+		one.COW = originPath + ".cow"
+		one.Name = exportName(one.COW)
+		one.Create = !o.readOnly
+		return []api.AttachRequest{one}
+	}
+	var list []api.AttachRequest
 	for _, arg := range args {
 		name, path, named := strings.Cut(arg, "=")
 		if !named || strings.Contains(name, "/") {
 			name, path = exportName(arg), arg
 		}
-		one.name, one.cow = name, path
+		one.Name, one.COW = name, path
 		list = append(list, one)
 	}
 	return list
@@ -189,9 +200,6 @@ func exportName(path string) string {
 	return base
 }
 
-// flushEvery is how long what a client wrote and did not flush may stay in memory.
-const flushEvery = 5 * time.Second
-
 // run serves until ctx ends, or a listener fails.
 func (o *serveOptions) run(ctx context.Context, originPath string, cows []string, stdout, stderr io.Writer) (err error) {
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
@@ -200,54 +208,58 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	log, endLog := newLog(stderr)
 	defer endLog()
 	s, err := o.open(originPath, cows, log)
+	if errors.Is(err, store.ErrOriginTooSmall) {
+		err = fmt.Errorf("%w; --force serves it all the same", err)
+	}
+	if err != nil {
+		return advise(err)
+	}
+	defer func() { err = errors.Join(err, s.Close()) }()
+	l, control, err := o.listeners(originPath)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, s.close()) }()
-	l, ctl, err := o.listeners(originPath)
-	if err != nil {
-		return err
+	wait := s.Start(ctx, l, control)
+	st := s.Status()
+	for _, v := range st.Snapshots {
+		fmt.Fprintf(stdout, "%s  %s\n", printable(v.Name), v.URI)
 	}
-	defer l.Close()
-	if ctl != nil {
-		defer ctl.Close()
+	if st.Origin.URI != "" {
+		fmt.Fprintf(stdout, "%s  %s\n", server.OriginName, st.Origin.URI)
 	}
-	s.uri = func(name string) string { return exportURI(l.Addr(), name, o.certificates != "" && !o.tls.allow) }
-	return s.serve(ctx, l, ctl, stdout)
+	return wait()
 }
 
 // open opens the origin and attaches the snapshots. The caller closes the server.
-func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server, err error) {
-	opts := snapshot.Options{Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy,
-		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes}}
-	limits := nbd.Options{Log: log, MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}
+func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server.Server, err error) {
+	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log,
+		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
+		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
 	if o.certificates != "" {
-		if limits.TLS, err = loadTLS(o.certificates); err != nil {
+		if opts.NBD.TLS, err = server.LoadTLS(o.certificates); err != nil {
 			return nil, err
 		}
-		limits.RequireTLS = !o.tls.allow
+		opts.NBD.RequireTLS = !o.tls.allow
 	}
-	if s, err = newServer(originPath, o.readOnly, o.raw, opts, limits); err != nil {
+	if s, err = server.Open(originPath, opts); err != nil {
 		return nil, err
 	}
-	s.onFullSet = o.onFull.set
 	for _, a := range o.attachments(originPath, cows) {
-		if err := s.attach(a); err != nil {
-			return nil, errors.Join(err, s.close())
+		if _, err := s.Attach(a); err != nil {
+			return nil, errors.Join(err, s.Close())
 		}
 	}
-	s.setDefault()
 	if o.exportOrigin {
-		if err := s.exportOrigin(); err != nil {
-			return nil, errors.Join(err, s.close())
+		if err := s.ExportOrigin(); err != nil {
+			return nil, errors.Join(err, s.Close())
 		}
 	}
 	return s, nil
 }
 
-// listeners returns the sockets that were passed to the process, or listens where o says. ctl is nil when
-// nobody asked for it.
-func (o *serveOptions) listeners(originPath string) (l, ctl net.Listener, err error) {
+// listeners returns the sockets that were passed to the process, or listens where o says. control is nil when
+// it was not asked for.
+func (o *serveOptions) listeners(originPath string) (l, control net.Listener, err error) {
 	passed, err := passedListeners()
 	if err != nil {
 		return nil, nil, err
@@ -257,50 +269,28 @@ func (o *serveOptions) listeners(originPath string) (l, ctl net.Listener, err er
 			return nil, nil, err
 		}
 	}
-	if ctl = passed["control"]; ctl == nil && o.control != "" {
-		if ctl, err = listenUnix(o.control); err != nil {
+	if control = passed["control"]; control == nil && o.control != "" {
+		if control, err = server.ListenUnix(o.control); err != nil {
 			l.Close()
 			return nil, nil, err
 		}
 	}
-	return l, ctl, nil
+	return l, control, nil
 }
 
 // listener listens where o says.
 func (o *serveOptions) listener(originPath string) (net.Listener, error) {
 	switch {
 	case o.listen != "":
-		return listenTCP(o.listen)
+		l, err := server.ListenTCP(o.listen)
+		if err != nil {
+			return nil, fmt.Errorf("--listen: %w", err)
+		}
+		return l, nil
 	case o.socket != "":
-		return listenUnix(o.socket)
+		return server.ListenUnix(o.socket)
 	}
-	return listenUnix(originPath + ".sock")
-}
-
-// serve runs the NBD server on l, the control API on ctl unless it is nil, and the flush timer, until ctx
-// ends (nil) or one of them fails. When it returns none of them runs.
-func (s *server) serve(until context.Context, l, ctl net.Listener, stdout io.Writer) error {
-	ctx, cancel := context.WithCancelCause(until)
-	defer cancel(nil)
-	// Who waits for room would hold up the end.
-	defer context.AfterFunc(ctx, s.origin.EndPauses)()
-	var all sync.WaitGroup
-	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
-	if ctl != nil {
-		all.Go(func() { cancel(s.serveControl(ctx, ctl)) })
-	}
-	all.Go(func() { s.flushLoop(ctx, flushEvery) })
-	for _, st := range s.status().Snapshots {
-		fmt.Fprintf(stdout, "%s  %s\n", printable(st.Name), st.URI)
-	}
-	if s.exported {
-		fmt.Fprintf(stdout, "%s  %s\n", originName, s.uri(originName))
-	}
-	all.Wait()
-	if cause := context.Cause(ctx); cause != context.Cause(until) {
-		return cause
-	}
-	return nil
+	return server.ListenUnix(originPath + ".sock")
 }
 
 // printable is a name as it is shown to people: quoted where it would tear the line or the terminal.

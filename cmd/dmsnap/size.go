@@ -65,15 +65,11 @@ func (f *sizeFlag) chunkSectors() (uint32, error) {
 	if !f.set {
 		return ondisk.DefaultChunkSectors, nil
 	}
-	sectors := f.bytes / ondisk.SectorSize
-	if f.bytes < 0 || f.bytes%ondisk.SectorSize != 0 {
-		return 0, fmt.Errorf("--chunk-size: %d bytes are not a whole number of %d-byte sectors", f.bytes, ondisk.SectorSize)
+	sectors, err := ondisk.ChunkSectors(f.bytes)
+	if err != nil {
+		return 0, fmt.Errorf("--chunk-size: %w", err)
 	}
-	// No larger number fits the check's argument, and none is any less too high.
-	if err := ondisk.CheckChunkSectors(uint32(min(sectors, 1<<31))); err != nil {
-		return 0, fmt.Errorf("--chunk-size: %w: %d bytes (a power of two from 512 to 1 GiB)", err, f.bytes)
-	}
-	return uint32(sectors), nil
+	return sectors, nil
 }
 
 // bytesText says a number of bytes as a person reads it: "1.5 GiB".

@@ -1,11 +1,14 @@
 package main
 
 import (
+	"errors"
+	"fmt"
 	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 func newSnapshot() *cobra.Command {
@@ -34,9 +37,11 @@ COW first.`,
 			}
 			ctx, stop := untilSignal()
 			defer stop()
-			var s snapshotStatus
-			err = newController(control).call(ctx, "POST", "/v1/snapshots", snapshotRequest{
-				Name: args[0], COW: cow, Create: create, Force: force, ChunkSize: chunkSize.bytes, Store: kind.String()}, &s)
+			s, err := api.NewClient(control).Attach(ctx, api.AttachRequest{
+				Name: args[0], COW: cow, Create: create, Force: force, ChunkSize: chunkSize.bytes, Store: kind.String()})
+			if e := (*api.Error)(nil); errors.As(err, &e) && (e.Code == api.CodeNotEmpty || e.Code == api.CodeOriginTooSmall) {
+				err = fmt.Errorf("%w; --force attaches it all the same", err)
+			}
 			if err != nil {
 				return err
 			}

@@ -4,55 +4,23 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// figures are what is said of every snapshot, offline or served. The JSON names are promises.
-type figures struct {
-	Store            string         `json:"store"` // P, PO or N; the disk does not tell P from PO
-	State            snapshot.State `json:"state"`
-	Valid            bool           `json:"valid"`
-	ChunkSectors     uint32         `json:"chunk_sectors"`
-	Exceptions       uint64         `json:"exceptions"`
-	SectorsAllocated uint64         `json:"sectors_allocated"`
-	TotalSectors     uint64         `json:"total_sectors"`
-	MetadataSectors  uint64         `json:"metadata_sectors"`
-	Percent          float64        `json:"percent"`            // allocated of total
-	Full             bool           `json:"full"`               // no room for the last write that needed some: such writes fail or wait
-	Unmarked         bool           `json:"unmarked,omitempty"` // invalid, but the COW device could not be marked so
-	Error            string         `json:"error,omitempty"`    // why the store refuses writes
-	Dmsetup          string         `json:"dmsetup"`            // the kernel's status text
-}
-
-// figuresOf takes the figures from a status.
-func figuresOf(st snapshot.Status) figures {
-	f := figures{Store: st.Store.String(), State: st.State, Valid: st.State != snapshot.StateInvalid,
-		ChunkSectors: st.ChunkSectors, Exceptions: st.Exceptions, SectorsAllocated: st.Allocated,
-		TotalSectors: st.Total, MetadataSectors: st.Metadata, Full: st.Full, Dmsetup: st.Text()}
-	f.Unmarked = st.Unmarked
-	if st.Err != nil {
-		f.Error = st.Err.Error()
-	}
-	if st.Total > 0 {
-		f.Percent = 100 * float64(st.Allocated) / float64(st.Total)
-	}
-	return f
-}
-
 // fileStatus is what status says of a COW device that is looked at from outside.
 type fileStatus struct {
 	Path string `json:"path"`
-	figures
+	api.Figures
 	Version uint32 `json:"version"`
 	InUse   bool   `json:"in_use"` // some program has it open for writing
 }
@@ -111,12 +79,12 @@ func statusOf(path string) (fileStatus, error) {
 	if err := checkStore(path, cow); err != nil {
 		return fileStatus{}, err
 	}
-	s := fileStatus{Path: path, InUse: hasWriter(path)}
+	s := fileStatus{Path: path, InUse: block.HasWriter(path)}
 	st, err := openWhileWritten(cow, s.InUse)
 	if err != nil {
 		return s, about(path, err)
 	}
-	s.figures, s.Version = figuresOf(statusOfStore(st)), st.Header().Version
+	s.Figures, s.Version = server.FiguresOf(statusOfStore(st)), st.Header().Version
 	return s, nil
 }
 
@@ -151,21 +119,6 @@ func openWhileWritten(cow block.Device, written bool) (st *store.Store, err erro
 	return nil, err
 }
 
-// hasWriter reports whether a program holds the lock of one that writes (docs/decisions/0001-locks.md).
-// It asks and takes nothing: a lock taken to find out, however short, could turn a server away that is
-// starting just now.
-func hasWriter(path string) bool {
-	const writerByte = 101
-	f, err := os.Open(path)
-	if err != nil {
-		return false
-	}
-	defer f.Close()
-	l := unix.Flock_t{Type: unix.F_WRLCK, Whence: io.SeekStart, Start: writerByte, Len: 1}
-	err = unix.FcntlFlock(f.Fd(), unix.F_OFD_GETLK, &l)
-	return err == nil && l.Type != unix.F_UNLCK
-}
-
 func (s fileStatus) print(w io.Writer) error {
 	use := ""
 	if s.InUse {
@@ -173,12 +126,12 @@ func (s fileStatus) print(w io.Writer) error {
 	}
 	fmt.Fprintf(w, "%s: %s%s\n", s.Path, s.State, use)
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	s.figures.print(t)
+	printFigures(t, s.Figures)
 	return t.Flush()
 }
 
-// print writes the figures as rows of a table.
-func (f figures) print(w io.Writer) {
+// printFigures writes figures as rows of a table.
+func printFigures(w io.Writer, f api.Figures) {
 	fmt.Fprintf(w, "  dmsetup\t%s\n", f.Dmsetup)
 	if f.Full {
 		fmt.Fprintf(w, "  full\twrites that need room fail or wait; see dmsnap grow\n")

@@ -14,6 +14,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/internal/testcerts"
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // certificates makes a folder of certificates, and what its client needs.
@@ -78,7 +80,7 @@ func TestServeTLS(t *testing.T) {
 	if err := os.Rename(filepath.Join(dir, "ca-cert.pem"), filepath.Join(dir, "elsewhere.pem")); err != nil {
 		t.Fatal(err)
 	}
-	config, err := loadTLS(dir)
+	config, err := server.LoadTLS(dir)
 	if err != nil || config.ClientAuth != tls.NoClientCert {
 		t.Errorf("%v, %+v", err, config)
 	}
@@ -145,7 +147,7 @@ func TestSocketActivation(t *testing.T) {
 	if !bytes.Equal(readAll(t, c), shown) {
 		t.Error("another content")
 	}
-	if st := mustJSON[serverReply](t, "status", "--control", filepath.Join(p.dir, "control")); len(st.Snapshots) != 1 {
+	if st := mustJSON[api.Status](t, "status", "--control", filepath.Join(p.dir, "control")); len(st.Snapshots) != 1 {
 		t.Errorf("%+v", st)
 	}
 	c.Close()

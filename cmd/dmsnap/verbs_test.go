@@ -12,6 +12,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -29,7 +31,7 @@ func TestCreate(t *testing.T) {
 		t.Errorf("the empty store takes %d bytes of disk", blocks*512)
 	}
 	st := mustJSON[fileStatus](t, "status", p.cow)
-	want := fileStatus{Path: p.cow, Version: 1, figures: figures{Store: "P", State: "ok", Valid: true, ChunkSectors: 8,
+	want := fileStatus{Path: p.cow, Version: 1, Figures: api.Figures{Store: "P", State: "ok", Valid: true, ChunkSectors: 8,
 		SectorsAllocated: 16, TotalSectors: 260 * 8, MetadataSectors: 16, Percent: 100 * 16.0 / (260 * 8), Dmsetup: "16/2080 16"}}
 	if st != want {
 		t.Errorf("status of a new store: %+v, want %+v", st, want)
@@ -227,7 +229,7 @@ func TestOriginTooShort(t *testing.T) {
 	}
 	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")).wantRefused(t, "--force")
 	wantSame(t, p.dir, before)
-	start(t, p, serveOptions{force: true, onFull: fullFlag{FullPolicy: snapshot.FullFail}}, p.cow).stop()
+	start(t, p, serveOptions{force: true, onFull: fullFlag{FullPolicy: server.FullFail}}, p.cow).stop()
 }
 
 func (p pair) withStoreAt(t *testing.T, cow string) []byte {

@@ -10,8 +10,9 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -32,13 +33,9 @@ func TestOddNamesOverTheWire(t *testing.T) {
 	names := []string{"a b", "a&b=c", "50%", "what?", "#1", "a+b", "ünï/çødé", "/a//b/", "new\nline", "tab\t", `"q"`, "x;y"}
 	r := start(t, p, serveOptions{create: true}, "first="+p.cow)
 	for i, name := range names {
-		a := attachment{name: name, cow: filepath.Join(p.dir, string(rune('a'+i))+".cow"), create: true}
-		if err := r.attach(a); err != nil {
-			t.Fatalf("%q: %v", name, err)
-		}
-		s, err := r.snapshotStatus(name)
+		s, err := r.Attach(api.AttachRequest{Name: name, COW: filepath.Join(p.dir, string(rune('a'+i))+".cow"), Create: true})
 		if err != nil {
-			t.Fatal(err)
+			t.Fatalf("%q: %v", name, err)
 		}
 		c := dial(t, s.URI)
 		writeAt(t, c, []byte(name), 4096)
@@ -59,7 +56,7 @@ func TestSnapshotOverTheWire(t *testing.T) {
 	if i := c.Info(); !i.CanTrim || !i.CanFUA || !i.MultiConn || i.ReadOnly || i.Size != int64(len(shown)) || i.PreferredBlock != 4096 {
 		t.Errorf("the default export: %+v", i)
 	}
-	if i := dial(t, r.uri(originName)).Info(); i.CanTrim || i.ReadOnly {
+	if i := dial(t, r.uri(server.OriginName)).Info(); i.CanTrim || i.ReadOnly {
 		t.Errorf("the origin: %+v", i)
 	}
 	if !bytes.Equal(readAll(t, c), shown) {
@@ -122,13 +119,13 @@ func TestLiveMergeOverTheWire(t *testing.T) {
 		clients.Go(func() { useDisk(t, c, int64(i*part), shown[i*part:(i+1)*part], uint64(i), warm.Done) })
 	}
 	warm.Wait()
-	if err := r.startMerge("disk"); err != nil {
+	if _, err := r.StartMerge("disk"); err != nil {
 		t.Fatal(err)
 	}
-	o := dial(t, r.uri(originName))
+	o := dial(t, r.uri(server.OriginName))
 	clients.Go(func() { useDisk(t, o, int64(2*part), shown[2*part:3*part], 2, func() {}) })
-	m := mustJSON[mergeStatus](t, "merge", "--control", r.control, "--wait")
-	if m.State != merge.Done {
+	m := mustJSON[api.Merge](t, "merge", "--control", r.control, "--wait")
+	if m.State != api.MergeDone {
 		t.Errorf("merge %+v", m)
 	}
 	clients.Wait()
@@ -196,15 +193,15 @@ func TestDropOverTheWire(t *testing.T) {
 
 // A full COW file is an error to the client of that snapshot, and to nobody else.
 func TestOverflowOverTheWire(t *testing.T) {
-	for kind, want := range map[snapshot.StoreType]snapshot.State{snapshot.Persistent: "invalid", snapshot.PersistentOverflow: "overflow"} {
+	for kind, want := range map[snapshot.StoreType]api.State{snapshot.Persistent: "invalid", snapshot.PersistentOverflow: "overflow"} {
 		p := newPair(t)
 		mustRun(t, "create", p.origin, p.cow, "--cow-size", "64k")
-		r := start(t, p, serveOptions{exportOrigin: true, store: storeFlag{kind}}, p.cow)
-		c, o := dial(t, r.uri("disk")), dial(t, r.uri(originName))
+		r := start(t, p, serveOptions{exportOrigin: true, store: storeFlag{kind}, onFull: fullFlag{server.FullInvalidate}}, p.cow)
+		c, o := dial(t, r.uri("disk")), dial(t, r.uri(server.OriginName))
 		if _, err := c.WriteAt(make([]byte, 100<<10), 0); !errors.Is(err, syscall.EIO) && !errors.Is(err, syscall.ENOSPC) {
 			t.Errorf("%v: a write that does not fit: %v", kind, err)
 		}
-		if st := mustJSON[serverReply](t, "status", "--control", r.control).Snapshots[0]; st.State != want {
+		if st := mustJSON[api.Status](t, "status", "--control", r.control).Snapshots[0]; st.State != want {
 			t.Errorf("%v: %+v, want %s", kind, st, want)
 		}
 		if kind == snapshot.PersistentOverflow {

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"errors"
@@ -10,16 +10,17 @@ import (
 	"sync"
 	"syscall"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 )
 
-// umask guards the process's one file mode mask.
+// umask guards the process's file mode mask.
 var umask sync.Mutex
 
-// listenUnix listens on a unix socket that its owner alone may connect to. A socket that nobody listens on
-// any more, left by a server that was killed, is replaced; anything else at the path is an error. The
-// listener removes the socket when it is closed.
-func listenUnix(path string) (net.Listener, error) {
+// ListenUnix listens on a unix socket that its owner alone may connect to (mode 0600). A socket that nobody listens
+// on any more, left by a server that was killed, is replaced; anything else at the path is an error. The listener
+// removes the socket when it is closed.
+func ListenUnix(path string) (net.Listener, error) {
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
@@ -32,7 +33,7 @@ func listenUnix(path string) (net.Listener, error) {
 	if errors.Is(err, syscall.EINVAL) && len(path) > 107 {
 		return nil, fmt.Errorf("%s: the path of a socket can't be longer than 107 bytes", path)
 	}
-	return l, about(path, err)
+	return l, block.WithPath(path, err)
 }
 
 // removeStale removes a socket that nobody listens on.
@@ -55,18 +56,17 @@ func removeStale(path string) error {
 	if errors.Is(err, syscall.ECONNREFUSED) {
 		return os.Remove(path)
 	}
-	return about(path, err)
+	return block.WithPath(path, err)
 }
 
-// listenTCP listens on HOST:PORT; without a HOST on the loopback interface, since the protocol asks
-// nobody for a password.
-func listenTCP(address string) (net.Listener, error) {
+// ListenTCP listens on HOST:PORT; without a HOST on the loopback interface, since NBD has no authentication.
+func ListenTCP(address string) (net.Listener, error) {
 	if !strings.Contains(address, ":") {
 		address = ":" + address
 	}
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
-		return nil, fmt.Errorf("--listen: %w", err)
+		return nil, err
 	}
 	if host == "" {
 		host = "localhost"

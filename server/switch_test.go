@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"testing"
@@ -7,12 +7,12 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
-func TestSwitchablePassesOn(t *testing.T) {
-	blocktest.RunForward(t, func(_ *testing.T, dev block.Device) block.Device { return newSwitchable(dev) })
+func TestSwitchDevicePassesOn(t *testing.T) {
+	blocktest.RunForward(t, func(_ *testing.T, dev block.Device) block.Device { return newSwitchDevice(dev) })
 	t.Run("after a switch", func(t *testing.T) {
 		blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
-			s := newSwitchable(block.NewMemory(1 << 20))
-			if err := s.become(func() (block.Device, error) { return dev, nil }); err != nil {
+			s := newSwitchDevice(block.NewMemory(1 << 20))
+			if err := s.replace(func() (block.Device, error) { return dev, nil }); err != nil {
 				t.Fatal(err)
 			}
 			return s
@@ -21,13 +21,13 @@ func TestSwitchablePassesOn(t *testing.T) {
 }
 
 // What is written by a fallback has to be flushed as well.
-func TestSwitchableIsDirtyAfterFallbacks(t *testing.T) {
+func TestSwitchDeviceIsDirtyAfterFallbacks(t *testing.T) {
 	for name, change := range map[string]func(dev block.Device) error{
 		"write":   func(dev block.Device) error { _, err := dev.WriteAt([]byte("x"), 0); return err },
 		"zero":    func(dev block.Device) error { return block.Zero(dev, 0, 512, 0) },
 		"discard": func(dev block.Device) error { return block.Discard(dev, 0, 512) },
 	} {
-		s := newSwitchable(struct{ block.Device }{block.NewMemory(1 << 20)})
+		s := newSwitchDevice(struct{ block.Device }{block.NewMemory(1 << 20)})
 		if err := change(s); err != nil || !s.dirty.Load() {
 			t.Errorf("%s: %v, dirty %v", name, err, s.dirty.Load())
 		}

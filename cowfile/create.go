@@ -1,0 +1,135 @@
+package cowfile
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"math"
+	"os"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// Options say what a new store is to be like.
+type Options struct {
+	ChunkSectors uint32 // 0: 8, chunks of 4 KiB
+	Size         int64  // of the COW file in bytes; 0: large enough never to overflow
+	Overwrite    bool   // make the store over whatever is there
+	Raw          bool   // the origin's bytes are the disk, whatever they look like
+}
+
+// ErrSize reports an Options.Size that is too small, or 0 where no file is large enough never to overflow.
+var ErrSize = errors.New("size of the COW file")
+
+// Created describes a new store.
+type Created struct {
+	Layout ondisk.Layout
+	Size   int64 // of the COW device, in bytes
+}
+
+// Create makes an empty store on a COW device for an origin, of which only the size is used. A COW file that does not
+// exist is made, sparse; it has its name only when the store is complete and durable. An existing file or block device
+// is used at its size, or made Options.Size long, when it is empty (image.CheckEmpty) or Options.Overwrite is set. When Create fails no file is left that was not there before.
+func Create(originPath, cowPath string, o Options) (c Created, err error) {
+	if o.ChunkSectors == 0 {
+		o.ChunkSectors = ondisk.DefaultChunkSectors
+	}
+	if c.Layout, err = ondisk.NewLayout(o.ChunkSectors); err != nil {
+		return c, err
+	}
+	if err := CheckDifferent(originPath, cowPath); err != nil {
+		return c, err
+	}
+	// Others may write to the origin meanwhile: only its size is needed.
+	origin, err := OpenOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared}, o.Raw)
+	if err != nil {
+		return c, err
+	}
+	defer origin.Close()
+	if err := store.CheckBlockSize(c.Layout, origin); err != nil {
+		return c, block.WithPath(originPath, err)
+	}
+	if c.Size, err = o.size(c.Layout, origin.Size()); err != nil {
+		return c, block.WithPath(cowPath, err)
+	}
+	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
+		err = newfile.Write(cowPath, newfile.Options{}, func(f *os.File) error {
+			cow, err := newfile.Device(f, c.Size)
+			if err != nil {
+				return err
+			}
+			return o.makeStore(cow, unnamed{cow}, &c)
+		})
+	} else {
+		var cow *block.File
+		if cow, err = OpenDevice(cowPath, block.Options{}); err != nil {
+			return c, err
+		}
+		err = o.makeStore(cow, cow, &c)
+	}
+	return c, block.WithPath(cowPath, err)
+}
+
+// size is the size of a new COW file for an origin of so many bytes.
+func (o *Options) size(l ondisk.Layout, origin int64) (int64, error) {
+	if o.Size != 0 {
+		if least := 2 * l.ChunkBytes(); o.Size < least {
+			return 0, fmt.Errorf("%w: %d bytes are too few for a store: header and first area need %d", ErrSize, o.Size, least)
+		}
+		return o.Size, nil
+	}
+	chunks := l.ChunksNeeded(l.Chunks(origin, true))
+	if chunks > uint64(math.MaxInt64/l.ChunkBytes()) {
+		return 0, fmt.Errorf("%w: no file is large enough to keep every chunk of this origin", ErrSize)
+	}
+	return int64(chunks) * l.ChunkBytes(), nil
+}
+
+// makeStore makes the store on an open COW device, through dev, and closes it. A file that is empty gets c.Size, which
+// becomes the size that the device has.
+func (o *Options) makeStore(cow *block.File, dev block.Device, c *Created) (err error) {
+	defer func() { err = errors.Join(err, cow.Close()) }()
+	if !o.Overwrite {
+		if err := image.CheckEmpty(cow); err != nil {
+			return err
+		}
+	}
+	if cow.Size() == 0 || o.Size != 0 {
+		if err := cow.Grow(c.Size); err != nil {
+			return err
+		}
+	}
+	c.Size = cow.Size()
+	_, err = store.Create(dev, c.Layout, true)
+	return err
+}
+
+// unnamed is a file that has its name only when newfile.Write has made it durable as a whole. Nobody finds a store in
+// it before, so the order in which its parts become durable does not matter, and one flush is enough: on a disk each
+// costs as much as the rest of Create.
+type unnamed struct{ *block.File }
+
+func (unnamed) Flush() error { return nil }
+
+func (u unnamed) WriteDurableAt(p []byte, off int64) error {
+	_, err := u.WriteAt(p, off)
+	return err
+}
+
+// CreateScratch makes a COW file that holds every chunk of an origin of so many bytes and no store, for a transient
+// snapshot.
+func CreateScratch(path string, originSize int64, chunkSectors uint32) error {
+	l, err := ondisk.NewLayout(chunkSectors)
+	if err != nil {
+		return err
+	}
+	f, err := block.Create(path, int64(l.Chunks(originSize, true))*l.ChunkBytes())
+	if err != nil {
+		return block.WithPath(path, err)
+	}
+	return f.Close()
+}

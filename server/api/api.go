@@ -1,0 +1,107 @@
+// Package api has the request and reply types of a dmsnap server's control API, and a client of it. The API is HTTP
+// with JSON on a unix socket; docs/api.md describes it.
+//
+//	c := api.NewClient("/run/dmsnap.ctl")
+//	status, err := c.Status(ctx)
+//	vm2, err := c.Attach(ctx, api.AttachRequest{Name: "vm2", COW: "/srv/vm2.cow", Create: true})
+//
+// The JSON names are stable: fields are added, never renamed or removed. An error that the server reports is an
+// [*Error] with a code. A Client may be used concurrently.
+package api
+
+// State is the state of a snapshot.
+type State string
+
+// The states of a snapshot.
+const (
+	StateOK          State = "ok"
+	StateInvalid     State = "invalid"  // its content is lost
+	StateOverflow    State = "overflow" // store PO, and the COW device was full: writes are refused
+	StateMerging     State = "merging"
+	StateMergeFailed State = "merge-failed" // the last step failed; resuming tries it again
+)
+
+// MergeState is the state of a live merge.
+type MergeState string
+
+// The states of a live merge.
+const (
+	MergeRunning MergeState = "running"
+	MergePaused  MergeState = "paused"
+	MergeFailed  MergeState = "failed" // a step failed; resuming tries it again
+	MergeDone    MergeState = "done"
+	MergeStopped MergeState = "stopped" // the server is shutting down
+)
+
+// Status is the reply to GET /v1/status: everything that is served.
+type Status struct {
+	Origin    Origin     `json:"origin"`
+	Snapshots []Snapshot `json:"snapshots"` // in the order they were attached
+	Merge     *Merge     `json:"merge"`     // nil: none was started
+}
+
+// Origin is the disk whose snapshots are served.
+type Origin struct {
+	Path      string `json:"path"`
+	SizeBytes int64  `json:"size_bytes"`
+	ReadOnly  bool   `json:"read_only"`
+	URI       string `json:"uri,omitempty"` // of its export, if it has one
+}
+
+// Snapshot is a served snapshot.
+type Snapshot struct {
+	Name   string `json:"name"`
+	COW    string `json:"cow"`
+	URI    string `json:"uri"`
+	Merged bool   `json:"merged"` // its live merge is complete; the export is the origin
+	Figures
+}
+
+// Figures are the state of a snapshot's store in numbers.
+type Figures struct {
+	Store            string  `json:"store"` // P, PO or N; the disk does not tell P from PO
+	State            State   `json:"state"`
+	Valid            bool    `json:"valid"`
+	ChunkSectors     uint32  `json:"chunk_sectors"`
+	Exceptions       uint64  `json:"exceptions"`
+	SectorsAllocated uint64  `json:"sectors_allocated"`
+	TotalSectors     uint64  `json:"total_sectors"`
+	MetadataSectors  uint64  `json:"metadata_sectors"`
+	Percent          float64 `json:"percent"`            // allocated of total
+	Full             bool    `json:"full"`               // the last write that needed room found none: such writes fail or wait
+	Unmarked         bool    `json:"unmarked,omitempty"` // invalid, but the COW device could not be marked so
+	Error            string  `json:"error,omitempty"`    // why the store refuses writes
+	Dmsetup          string  `json:"dmsetup"`            // the kernel's status text
+}
+
+// Merge is a live merge, under way or complete.
+type Merge struct {
+	Name         string     `json:"name"`
+	State        MergeState `json:"state"`
+	Error        string     `json:"error,omitempty"`
+	MergedChunks uint64     `json:"merged_chunks"`
+	TotalChunks  uint64     `json:"total_chunks"`
+	MergedBytes  int64      `json:"merged_bytes"`
+	TotalBytes   int64      `json:"total_bytes"`
+	Percent      float64    `json:"percent"`
+}
+
+// AttachRequest is the body of POST /v1/snapshots.
+type AttachRequest struct {
+	Name      string `json:"name"`
+	COW       string `json:"cow"`                  // path; a relative one counts from the server's working folder
+	Create    bool   `json:"create,omitempty"`     // make the file, or the store on it, where there is none
+	Force     bool   `json:"force,omitempty"`      // overwrite what the COW device holds; attach a store of a longer disk
+	ChunkSize int64  `json:"chunk_size,omitempty"` // bytes, of a store that is made; 0: 4 KiB
+	Store     string `json:"store,omitempty"`      // P, PO or N; "": P
+}
+
+// GrowRequest is the body of POST /v1/snapshots/{name}/grow.
+type GrowRequest struct {
+	Size int64 `json:"size"` // bytes
+}
+
+// MergeRequest is the body of POST /v1/merge.
+type MergeRequest struct {
+	Name string `json:"name"`
+}

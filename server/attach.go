@@ -1,0 +1,114 @@
+package server
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// An attachment is an api.AttachRequest that was checked.
+type attachment struct {
+	name, path   string
+	create       bool
+	force        bool // overwrite what the COW device holds; serve a disk that is shorter than the store's exceptions
+	chunkSectors uint32
+	chunkSet     bool // chunkSectors was asked for
+	store        snapshot.StoreType
+}
+
+// readAttach checks a request.
+func readAttach(q api.AttachRequest) (a attachment, err error) {
+	a = attachment{name: q.Name, path: q.COW, create: q.Create, force: q.Force, chunkSectors: ondisk.DefaultChunkSectors, chunkSet: q.ChunkSize != 0}
+	if q.COW == "" {
+		return a, refuse(api.CodeBadRequest, "cow is required")
+	}
+	if slices.Contains([]string{"", ".", "..", "/"}, q.Name) { // they have no address in the control API
+		return a, refuse(api.CodeBadName, "%q can't be the name of a snapshot", q.Name)
+	}
+	if a.store, err = readStoreType(q.Store); err != nil {
+		return a, err
+	}
+	if a.chunkSet {
+		if a.chunkSectors, err = ondisk.ChunkSectors(q.ChunkSize); err != nil {
+			return a, refuse(api.CodeBadRequest, "chunk_size: %v", err)
+		}
+	}
+	return a, nil
+}
+
+func readStoreType(s string) (snapshot.StoreType, error) {
+	if s == "" {
+		return snapshot.Persistent, nil
+	}
+	for _, t := range []snapshot.StoreType{snapshot.Persistent, snapshot.PersistentOverflow, snapshot.Transient} {
+		if s == t.String() {
+			return t, nil
+		}
+	}
+	return 0, refuse(api.CodeBadRequest, "store: must be P, PO or N")
+}
+
+// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one.
+func (s *Server) openCOW(a attachment) (cow *block.File, isNew bool, err error) {
+	if s.opts.ReadOnly && (a.create || a.store == snapshot.Transient) {
+		return nil, false, errReadOnly
+	}
+	if err := cowfile.CheckDifferent(s.path, a.path); err != nil {
+		return nil, false, err
+	}
+	if a.create {
+		if isNew, err = s.createCOW(a); err != nil {
+			return nil, false, err
+		}
+	}
+	if cow, err = cowfile.OpenDevice(a.path, block.Options{ReadOnly: s.opts.ReadOnly}); err != nil {
+		return nil, false, err
+	}
+	if a.store == snapshot.Transient {
+		if !a.force {
+			err = image.CheckEmpty(cow)
+		}
+		if err != nil {
+			cow.Close()
+			return nil, false, fmt.Errorf("%s: a snapshot of store N would overwrite it: %w", a.path, err)
+		}
+		return cow, isNew, nil
+	}
+	if err := cowfile.CheckStore(a.path, cow); err != nil {
+		cow.Close()
+		return nil, false, err
+	}
+	return cow, isNew, nil
+}
+
+// createCOW makes the COW device, or the store on it, where there is none yet.
+func (s *Server) createCOW(a attachment) (isNew bool, err error) {
+	_, err = os.Stat(a.path)
+	isNew = errors.Is(err, os.ErrNotExist)
+	if a.store == snapshot.Transient {
+		if !isNew {
+			return false, err
+		}
+		return true, cowfile.CreateScratch(a.path, s.file.Size(), a.chunkSectors)
+	}
+	if !isNew {
+		f, err := cowfile.OpenDevice(a.path, block.Options{ReadOnly: true, Lock: block.LockShared})
+		if err != nil {
+			return false, err
+		}
+		defer f.Close()
+		if c, err := image.Probe(f); err != nil || c.Kind == image.Store {
+			return false, block.WithPath(a.path, err)
+		}
+	}
+	_, err = cowfile.Create(s.path, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force, Raw: true}) // the origin was checked before
+	return isNew && err == nil, err
+}

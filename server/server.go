@@ -1,0 +1,405 @@
+// Package server serves a disk with its snapshots over NBD, and is controlled while it runs: by the methods of a
+// [Server], or over HTTP by those of package server/api.
+//
+//	s, err := server.Open("disk.img", server.Options{})
+//	if err != nil {
+//		return err
+//	}
+//	defer s.Close()
+//	_, err = s.Attach(api.AttachRequest{Name: "vm1", COW: "vm1.cow", Create: true})
+//	...
+//	l, err := server.ListenUnix("nbd.sock")
+//	...
+//	return s.Serve(ctx, l, nil)
+//
+// # Guarantees
+//
+//   - A write to the origin through the server never changes what a valid snapshot shows (package snapshot).
+//   - A snapshot is attached, dropped, grown and merged while clients use the exports; other clients see at most a
+//     delay.
+//   - When Serve returns after its context ended, requests under way have been answered. When Close returns nil,
+//     every acknowledged write is durable.
+//
+// Errors that a client of the API is meant to distinguish are *api.Error, with a code; their words are the API's.
+package server
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// OriginName is the name of the origin's export.
+const OriginName = "origin"
+
+// FullPolicy says what becomes of writes that need room in a COW device that has none.
+type FullPolicy string
+
+// The policies. The zero value is FullFail, and FullInvalidate for a snapshot of store PO.
+const (
+	FullFail       FullPolicy = "fail"       // they fail
+	FullPause      FullPolicy = "pause"      // they wait until there is room
+	FullInvalidate FullPolicy = "invalidate" // as the kernel has it: the snapshot becomes invalid, with PO overflows
+)
+
+// fullPolicies are the policies as the engine has them.
+var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
+	"": snapshot.FullFail, FullFail: snapshot.FullFail, FullPause: snapshot.FullPause, FullInvalidate: snapshot.FullInvalidate,
+}
+
+// Options are how a disk is served. The zero value is usable.
+type Options struct {
+	ReadOnly bool              // open everything read-only; every export is
+	Raw      bool              // the origin's bytes are the disk, whatever they look like
+	Sync     snapshot.SyncMode // when a write to a snapshot is durable
+	OnFull   FullPolicy
+	Grow     snapshot.Growth // how COW files become longer when they are full
+	Merge    merge.Options   // of live merges
+	NBD      nbd.Options     // limits of the NBD server, and TLS; Log is that below where it is nil
+
+	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
+	// block.
+	Log func(line string)
+}
+
+// Origin writes may be held in memory until exceptions are durable: so many bytes, for so long.
+const (
+	heldBytes = 64 << 20
+	heldFor   = 100 * time.Millisecond
+)
+
+// flushEvery is how long a write that its client did not flush may stay in memory.
+const flushEvery = 5 * time.Second
+
+// A Server is an origin with its snapshots, each an export. Its methods may be called concurrently; those that change
+// what is served exclude each other.
+type Server struct {
+	path   string // of the origin
+	file   *block.File
+	origin *snapshot.Origin
+	opts   Options
+	nbd    *nbd.Server
+
+	mu         sync.Mutex
+	addr       net.Addr    // of the NBD listener; nil before Start
+	snapshots  []*attached // in the order they were attached
+	fallback   *attached   // the export ""
+	hadDefault bool        // there was an export ""
+	merging    *liveMerge  // the merge under way, or the last one
+	exported   bool        // the origin is exported
+}
+
+// attached is a snapshot with its export.
+type attached struct {
+	name, path string
+	dev        *switchDevice
+	cow        *block.File
+	snap       *snapshot.Snapshot // not used any more once merge is set
+	merge      *liveMerge
+}
+
+// refuse returns an error with a code.
+func refuse(code api.Code, format string, args ...any) error {
+	return &api.Error{Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+func noSnapshot(name string) error {
+	return refuse(api.CodeNoSuchSnapshot, "no snapshot %q is served", name)
+}
+
+var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
+
+// Open opens the disk at path as an origin without snapshots, locked as it is used. The caller closes the server.
+func Open(path string, o Options) (*Server, error) {
+	if _, known := fullPolicies[o.OnFull]; !known {
+		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
+	}
+	if o.Log == nil {
+		o.Log = func(string) {}
+	}
+	if o.NBD.Log == nil {
+		o.NBD.Log = o.Log
+	}
+	f, err := cowfile.OpenOrigin(path, block.Options{ReadOnly: o.ReadOnly}, o.Raw)
+	if err != nil {
+		return nil, err
+	}
+	origin := snapshot.NewOrigin(f)
+	if o.Sync == snapshot.SyncFlush {
+		origin.HoldWrites(heldBytes, heldFor)
+	}
+	return &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}, nil
+}
+
+// Origin returns the origin as a device: writes to it are preserved in every snapshot first.
+func (s *Server) Origin() block.Device { return s.origin }
+
+// Device returns the device behind a snapshot's export, which continues as the origin when the snapshot is merged.
+func (s *Server) Device(name string) (block.Device, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	if v == nil {
+		return nil, noSnapshot(name)
+	}
+	return v.dev, nil
+}
+
+// ExportOrigin exports the origin itself, as [OriginName].
+func (s *Server) ExportOrigin() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.find(OriginName) != nil {
+		return nameTaken(OriginName)
+	}
+	err := s.nbd.Add(nbd.Export{Name: OriginName, Description: "origin " + s.path, Device: s.origin,
+		ReadOnly: s.opts.ReadOnly, MultiConn: true})
+	s.exported = s.exported || err == nil
+	return err
+}
+
+func nameTaken(name string) error {
+	return refuse(api.CodeNameTaken, "the name %q is taken", name)
+}
+
+// Attach opens or makes a COW device, attaches it to the origin and exports it. Clients continue meanwhile; every
+// origin write that begins after Attach returned is preserved in it. The first snapshot attached is also the export "".
+// After an error nothing is left, neither an export nor a file that Attach made.
+func (s *Server) Attach(q api.AttachRequest) (api.Snapshot, error) {
+	a, err := readAttach(q)
+	if err != nil {
+		return api.Snapshot{}, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.find(a.name) != nil || a.name == OriginName && s.exported {
+		return api.Snapshot{}, nameTaken(a.name)
+	}
+	if s.merging != nil && !s.merging.done() {
+		// What is not merged yet is not on the origin's disk: a snapshot of it would be a mixture.
+		return api.Snapshot{}, refuse(api.CodeMerging, "snapshot %q is being merged: attach %q when that is complete", s.merging.name, a.name)
+	}
+	cow, isNew, err := s.openCOW(a)
+	if err != nil {
+		return api.Snapshot{}, err
+	}
+	v, err := s.attachDevice(a, cow)
+	if err != nil {
+		err = errors.Join(block.WithPath(a.path, err), cow.Close())
+		if isNew {
+			err = errors.Join(err, os.Remove(a.path))
+		}
+		return api.Snapshot{}, err
+	}
+	s.snapshots = append(s.snapshots, v)
+	if !s.hadDefault {
+		// It stays so until it is dropped: the name never goes over to another disk.
+		s.hadDefault, s.fallback = true, v
+		s.nbd.SetDefault(v.name)
+	}
+	return s.statusOf(v), nil
+}
+
+// attachDevice makes the snapshot on an open COW device and exports it.
+func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) {
+	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow}
+	if a.store == snapshot.PersistentOverflow && s.opts.OnFull == "" {
+		opts.OnFull = snapshot.FullInvalidate // PO asks for the kernel's overflow
+	}
+	opts.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
+	opts.Notify = func(e snapshot.Event) { s.opts.Log(a.name + ": " + eventText(e)) }
+	if a.store == snapshot.Transient || a.chunkSet {
+		opts.ChunkSectors = a.chunkSectors
+	}
+	snap, err := s.origin.Load(cow, opts)
+	if err != nil {
+		return nil, err
+	}
+	if err := snap.CheckOrigin(); err != nil && !a.force {
+		return nil, errors.Join(fmt.Errorf("%w: another disk, or one that was cut", err), snap.Close())
+	}
+	if err := snap.Resume(); err != nil {
+		return nil, errors.Join(err, snap.Close())
+	}
+	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap}
+	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: "snapshot " + a.path, Device: v.dev,
+		ReadOnly: s.opts.ReadOnly, CanTrim: true, MultiConn: true,
+		PreferredBlock: preferredBlock(snap),
+		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
+	}); err != nil {
+		return nil, errors.Join(err, snap.Close())
+	}
+	return v, nil
+}
+
+// eventText is a line of the log: the kernel's words, with the cause where they don't say it.
+func eventText(e snapshot.Event) string {
+	if e.Err != nil && (e.Kind == snapshot.EventInvalid || e.Kind == snapshot.EventFull) {
+		return e.Text + " Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
+	}
+	return e.Text
+}
+
+// preferredBlock is the chunk size, as far as it is sensible as the size of a request: writes of
+// whole chunks spare a read of the origin.
+func preferredBlock(snap *snapshot.Snapshot) uint32 {
+	return max(4096, min(snap.Status().ChunkSectors*ondisk.SectorSize, 64<<10))
+}
+
+// find returns the snapshot of a name, or nil. mu is held.
+func (s *Server) find(name string) *attached {
+	i := slices.IndexFunc(s.snapshots, func(v *attached) bool { return v.name == name })
+	if i < 0 {
+		return nil
+	}
+	return s.snapshots[i]
+}
+
+// Drop detaches a snapshot while clients use the server: its export ends, what was written to it is made durable, its
+// file is closed. A snapshot that is being merged is refused. When ctx ends, requests to the export that are under way
+// are waited for no longer than their device needs.
+func (s *Server) Drop(ctx context.Context, name string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	if v == nil {
+		return noSnapshot(name)
+	}
+	if v.merge != nil && !v.merge.done() {
+		return refuse(api.CodeMerging, "snapshot %q is being merged", name)
+	}
+	if v == s.fallback {
+		s.nbd.SetDefault("")
+		s.fallback = nil
+	}
+	var closing error
+	if s.origin.Paused() > 0 {
+		// Writes that wait for room in it would hold up Remove; those to the origin continue without it.
+		closing = v.snap.Close()
+		s.origin.RetryPaused()
+	}
+	if err := s.nbd.Remove(ctx, name); err != nil {
+		s.opts.Log(err.Error()) // closing waits for the requests that are left
+	}
+	s.snapshots = slices.DeleteFunc(s.snapshots, func(o *attached) bool { return o == v })
+	return errors.Join(block.WithPath(v.path, closing), v.close())
+}
+
+// Grow makes the COW device of a snapshot size bytes long, and lets writes that wait for room continue.
+func (s *Server) Grow(name string, size int64) (api.Snapshot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	switch {
+	case v == nil:
+		return api.Snapshot{}, noSnapshot(name)
+	case s.opts.ReadOnly:
+		return api.Snapshot{}, errReadOnly
+	case size < v.cow.Size():
+		return api.Snapshot{}, refuse(api.CodeBadRequest, "size: %s has %d bytes already, and can't be made shorter", v.path, v.cow.Size())
+	}
+	if err := v.cow.Grow(size); err != nil {
+		return api.Snapshot{}, block.WithPath(v.path, err)
+	}
+	s.origin.RetryPaused()
+	return s.statusOf(v), nil
+}
+
+// close ends a snapshot that is not exported any more.
+func (v *attached) close() error {
+	return block.WithPath(v.path, errors.Join(v.snap.Close(), v.cow.Close()))
+}
+
+// Start begins to serve the exports on l and, unless it is nil, the control API on control; both are closed in the end.
+// wait waits until ctx has ended and requests under way are answered (nil), or one of the listeners failed; then
+// nothing is served any more. Start is called once, before Close.
+func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func() error) {
+	s.mu.Lock()
+	s.addr = l.Addr()
+	s.mu.Unlock()
+	until := ctx
+	ctx, cancel := context.WithCancelCause(ctx)
+	// Requests that wait for room would delay the end.
+	stopPauses := context.AfterFunc(ctx, s.origin.EndPauses)
+	var all sync.WaitGroup
+	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
+	if control != nil {
+		all.Go(func() { cancel(s.serveControl(ctx, control)) })
+	}
+	all.Go(func() { s.flushLoop(ctx, flushEvery) })
+	return func() error {
+		all.Wait()
+		stopPauses()
+		cause := context.Cause(ctx)
+		cancel(nil)
+		if cause != context.Cause(until) {
+			return cause
+		}
+		return nil
+	}
+}
+
+// Serve is Start, and waits.
+func (s *Server) Serve(ctx context.Context, l, control net.Listener) error {
+	return s.Start(ctx, l, control)()
+}
+
+// flushLoop makes durable, now and then, what clients wrote to snapshots and did not flush.
+func (s *Server) flushLoop(ctx context.Context, every time.Duration) {
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+			s.flushDirty()
+		}
+	}
+}
+
+func (s *Server) flushDirty() {
+	s.mu.Lock()
+	list := slices.Clone(s.snapshots)
+	s.mu.Unlock()
+	for _, v := range list {
+		// The race considered: v may be dropped just now; its Close has made everything durable.
+		if err := v.dev.flushDirty(); err != nil && !errors.Is(err, os.ErrClosed) {
+			s.opts.Log(fmt.Sprintf("%s: flush: %v", v.name, err))
+		}
+	}
+}
+
+// Close ends the merge under way, detaches the snapshots, makes everything durable and closes the files. Nothing may
+// be served any more. An error says what could not be made durable.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var errs []error
+	if m := s.merging; m != nil {
+		m.driver.Stop()
+		errs = append(errs, m.merging.Close())
+	}
+	for _, v := range s.snapshots {
+		failed := v.snap.Failure() // before it is closed, and whether or not the mark can be made then
+		errs = append(errs, block.WithPath(v.path, failed), v.close())
+	}
+	if !s.opts.ReadOnly {
+		errs = append(errs, s.origin.Flush())
+	}
+	return errors.Join(append(errs, s.file.Close())...)
+}

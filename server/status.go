@@ -1,0 +1,73 @@
+package server
+
+import (
+	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// FiguresOf returns what a status says, in the types of the API.
+func FiguresOf(st snapshot.Status) api.Figures {
+	f := api.Figures{Store: st.Store.String(), State: api.State(st.State), Valid: st.State != snapshot.StateInvalid,
+		ChunkSectors: st.ChunkSectors, Exceptions: st.Exceptions, SectorsAllocated: st.Allocated,
+		TotalSectors: st.Total, MetadataSectors: st.Metadata, Full: st.Full, Unmarked: st.Unmarked, Dmsetup: st.Text()}
+	if st.Err != nil {
+		f.Error = st.Err.Error()
+	}
+	if st.Total > 0 {
+		f.Percent = 100 * float64(st.Allocated) / float64(st.Total)
+	}
+	return f
+}
+
+// uri is the NBD URI of an export, "" before Start. mu is held.
+func (s *Server) uri(name string) string {
+	if s.addr == nil {
+		return ""
+	}
+	return exportURI(s.addr, name, s.opts.NBD.TLS != nil && s.opts.NBD.RequireTLS)
+}
+
+// Status returns everything that is served. URIs are those of the listener that Start got; "" before.
+func (s *Server) Status() api.Status {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	r := api.Status{Origin: api.Origin{Path: s.path, SizeBytes: s.origin.Size(), ReadOnly: s.opts.ReadOnly},
+		Snapshots: []api.Snapshot{}}
+	if s.exported {
+		r.Origin.URI = s.uri(OriginName)
+	}
+	for _, v := range s.snapshots {
+		r.Snapshots = append(r.Snapshots, s.statusOf(v))
+	}
+	if s.merging != nil {
+		m := s.merging.status()
+		r.Merge = &m
+	}
+	return r
+}
+
+// Snapshot returns one snapshot.
+func (s *Server) Snapshot(name string) (api.Snapshot, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	v := s.find(name)
+	if v == nil {
+		return api.Snapshot{}, noSnapshot(name)
+	}
+	return s.statusOf(v), nil
+}
+
+// statusOf returns one snapshot. mu is held.
+func (s *Server) statusOf(v *attached) api.Snapshot {
+	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name)}
+	if v.merge == nil {
+		r.Figures = FiguresOf(v.snap.Status())
+		return r
+	}
+	st := v.merge.merging.Status()
+	if r.Merged = v.merge.done(); r.Merged {
+		st.State = snapshot.StateOK // what is left is an empty store
+	}
+	r.Figures = FiguresOf(st)
+	return r
+}
