@@ -33,6 +33,8 @@ const (
 type Driver struct {
 	loop     *loop
 	progress func(Progress)
+	ctx      context.Context // canceled by Stop: no step waits for room any more
+	cancel   context.CancelFunc
 	ended    chan struct{} // closed when the goroutine has ended
 
 	mu      sync.Mutex
@@ -46,6 +48,7 @@ type Driver struct {
 func Start(m *snapshot.Merging, o Options) *Driver {
 	d := &Driver{loop: newLoop(m, o), progress: o.Progress, state: Running,
 		ended: make(chan struct{}), changed: make(chan struct{})}
+	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go d.run()
 	return d
 }
@@ -53,12 +56,13 @@ func Start(m *snapshot.Merging, o Options) *Driver {
 // run makes steps while there is something to do.
 func (d *Driver) run() {
 	defer close(d.ended)
+	defer d.cancel()
 	for d.proceed() {
 		if d.progress != nil {
 			d.progress(d.loop.progress())
 		}
 		began, before := time.Now(), d.loop.m.Requests()
-		done, err := d.loop.step()
+		done, err := d.loop.step(d.ctx)
 		rest := restAfter(time.Since(began), d.loop.m.Requests()-before)
 		switch {
 		case err != nil:
@@ -138,10 +142,12 @@ func (d *Driver) Pause() { d.move(Paused, nil, Running) }
 // Resume goes on merging, also after a step failed.
 func (d *Driver) Resume() { d.move(Running, nil, Paused, Failed) }
 
-// Stop ends the driver after the step under way and waits for that. The Merging stays loaded unless it
+// Stop ends the driver after the step under way, or while it waits for room in the COW device of another snapshot, and
+// waits for that. The Merging stays loaded unless it
 // was complete: close it, or start another driver.
 func (d *Driver) Stop() {
 	d.move(Stopped, ErrStopped, Running, Paused, Failed)
+	d.cancel()
 	<-d.ended
 }
 

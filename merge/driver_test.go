@@ -188,3 +188,50 @@ func TestDriverGoesOnAfterAFailedStep(t *testing.T) {
 	}
 	w.wantMerged(t)
 }
+
+// waiting makes a merge whose steps wait for room in the COW device of another snapshot, for ever.
+func waiting(t *testing.T) (*snapshot.Origin, *snapshot.Merging) {
+	t.Helper()
+	w := newWorld(t, 64, 32)
+	o := snapshot.NewOrigin(w.origin)
+	snap := attach(t, o, w.cow)
+	other, err := o.Attach(block.NewMemory(2*chunk), snapshot.Options{ChunkSectors: chunk / block.SectorSize, OnFull: snapshot.FullPause})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { other.Close() })
+	m, err := snap.BeginMerge()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Close() })
+	return o, m
+}
+
+// TestRunEndsWhileItWaits: the end of its context ends Run, and Stop a Driver, while a step waits for room elsewhere.
+func TestRunEndsWhileItWaits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		o, m := waiting(t)
+		cause := errors.New("enough")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		var err error
+		go func() { err = merge.Run(ctx, m, merge.Options{}) }()
+		synctest.Wait()
+		if o.Paused() != 1 {
+			t.Fatal("Run does not wait")
+		}
+		cancel(cause)
+		synctest.Wait()
+		if err != cause {
+			t.Errorf("Run returned %v", err)
+		}
+		d := merge.Start(m, merge.Options{})
+		synctest.Wait()
+		if o.Paused() != 1 {
+			t.Fatal("the driver does not wait")
+		}
+		wantState(t, d, merge.Running)
+		d.Stop()
+		wantState(t, d, merge.Stopped)
+	})
+}

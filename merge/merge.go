@@ -96,14 +96,18 @@ func (l *loop) progress() Progress {
 	return Progress{MergedChunks: l.total - left, TotalChunks: l.total, ChunkBytes: l.chunk}
 }
 
-// step makes one step. done: nothing was left.
-func (l *loop) step() (done bool, err error) {
+// step makes one step. done: nothing was left. While another snapshot has no room for what it has to keep, it waits,
+// until there may be room or ctx ends, and leaves the repetition to the caller.
+func (l *loop) step(ctx context.Context) (done bool, err error) {
 	began := time.Now()
 	n, err := l.m.Step(l.window)
+	if err != nil {
+		return false, l.m.AwaitRoom(ctx, err)
+	}
 	if l.adapt && n == l.window {
 		l.window = nextWindow(l.window, time.Since(began), uint64(l.chunk))
 	}
-	return n == 0 && err == nil, err
+	return n == 0, nil
 }
 
 // nextWindow is the window, in exceptions, after a step of one took so long.
@@ -118,7 +122,7 @@ func nextWindow(window uint64, took time.Duration, chunk uint64) uint64 {
 }
 
 // Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of
-// that). m must have been resumed; it stays loaded, to be closed or run again by the caller.
+// that), also while a step waits for room in the COW device of another snapshot. m must have been resumed; it stays loaded, to be closed or run again by the caller.
 func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 	l := newLoop(m, o)
 	l.adapt = o.Window <= 0
@@ -130,7 +134,7 @@ func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 		if ctx.Err() != nil && p.MergedChunks < p.TotalChunks {
 			return context.Cause(ctx)
 		}
-		if done, err := l.step(); done || err != nil {
+		if done, err := l.step(ctx); done || err != nil {
 			return err
 		}
 	}

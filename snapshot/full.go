@@ -33,6 +33,10 @@ type Growth struct {
 	Max  int64 // bytes that the file may have in the end, 0: no bound
 }
 
+// ErrInterrupted reports a write that waited for room and was interrupted by [Snapshot.InterruptPaused]. Parts of it may
+// have been written. Writing it again does no harm.
+var ErrInterrupted = errors.New("interrupted while it waited for room in the COW device")
+
 // noRoomError is ErrNoRoom of one snapshot.
 type noRoomError struct {
 	snapshot *Snapshot
@@ -135,8 +139,8 @@ type pauses struct {
 	waiting int
 }
 
-// wait waits until it is time to try again. It returns false when nobody may wait any more.
-func (p *pauses) wait() bool {
+// wait waits until it is time to try again. It returns false when nobody may wait any more, or done is closed.
+func (p *pauses) wait(done <-chan struct{}) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if p.ended {
@@ -152,11 +156,17 @@ func (p *pauses) wait() bool {
 	select {
 	case <-retry:
 	case <-again.C:
+	case <-done:
 	}
 	again.Stop()
 	p.mu.Lock()
 	p.waiting--
-	return !p.ended
+	select {
+	case <-done:
+		return false
+	default:
+		return !p.ended
+	}
 }
 
 // wake makes all waiting writes try again.
@@ -173,14 +183,14 @@ func (p *pauses) wake(end bool) {
 // waitsForRoom reports whether err is a lack of room that is to be waited for.
 func waitsForRoom(err error) bool {
 	var none *noRoomError
-	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause && !none.snapshot.patienceEnded.Load()
+	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause
 }
 
 // untilRoom calls do until it ends with anything but a lack of room that may be waited for.
 func (o *Origin) untilRoom(do func() error) error {
 	for {
 		err := do()
-		if !waitsForRoom(err) || !o.pauses.wait() {
+		if !waitsForRoom(err) || !o.pauses.wait(nil) {
 			return err
 		}
 	}
@@ -190,10 +200,13 @@ func (o *Origin) untilRoom(do func() error) error {
 // a second.
 func (o *Origin) RetryPaused() { o.pauses.wake(false) }
 
-// EndPauses fails the writes that wait for room in s, with ErrNoRoom, and lets none wait from now on.
-func (s *Snapshot) EndPauses() {
-	s.patienceEnded.Store(true)
+// InterruptPaused fails the writes to s that wait for room, and those that find none from now on, with ErrInterrupted,
+// until end is called. Whoever is about to put another device in the place of s does so, and writes them there.
+// Writes to the origin go on waiting.
+func (s *Snapshot) InterruptPaused() (end func()) {
+	s.interrupts.Add(1)
 	s.origin.pauses.wake(false)
+	return func() { s.interrupts.Add(-1) }
 }
 
 // EndPauses fails every write that waits for room, with ErrNoRoom, and lets none wait from now on: the

@@ -304,7 +304,10 @@ func TestMergeWaitsForRoomElsewhere(t *testing.T) {
 		m := r.merging(main)
 		step(t, m, 1)
 		done := make(chan error, 1)
-		go func() { _, err := m.Step(1); done <- err }()
+		go func() {
+			_, err := m.Step(1)
+			done <- m.AwaitRoom(t.Context(), err)
+		}()
 		if policy == snapshot.FullFail {
 			if err := <-done; !errors.Is(err, snapshot.ErrMergeFailed) || !errors.Is(err, snapshot.ErrNoRoom) {
 				t.Errorf("step: %v", err)

@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -39,6 +40,16 @@ func (o *Origin) handoverSource(cow block.Device) (*Snapshot, error) {
 	return source, nil
 }
 
+// canActivate refuses a new snapshot while a merge is under way: what is not merged yet is not on the origin's disk, so
+// the snapshot would show a mixture, and what an existing store shows was not preserved by the steps so far. o.mu is
+// held.
+func (o *Origin) canActivate() error {
+	if o.merging.Load() == nil {
+		return nil
+	}
+	return fmt.Errorf("%w A snapshot made before the merge is complete would show a mixture of old and new content", ErrAlreadyMerging)
+}
+
 // drained: the store was given away. handsOver: somebody waits for it. Both with life or origin.mu held.
 func (s *Snapshot) drained() bool   { return s.store == nil && s.source == nil }
 func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWaits != nil }
@@ -48,7 +59,11 @@ func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWait
 // only (specification 5.12). Of the destination's options only Store's O, the features and Sync count:
 // chunk size, and persistent or transient, are the store's.
 //
-// Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed. Resuming what isn't suspended does nothing.
+// A snapshot that was active before resumes whatever fails elsewhere, so that an operation that suspended it, and was
+// refused, can be undone.
+//
+// Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed; for a snapshot that was not active before, ErrAlreadyMerging,
+// and the error of writing held origin writes out. Resuming what isn't suspended does nothing.
 func (s *Snapshot) Resume() error {
 	o := s.origin
 	o.mu.Lock() // no origin write is under way: no exception is pending (8.1 #13)
@@ -61,7 +76,24 @@ func (s *Snapshot) Resume() error {
 	case s.handsOver():
 		return ErrResumeSource
 	}
-	if err := o.writeOut(); err != nil {
+	if !s.active && !s.drained() {
+		if err := s.activate(); err != nil {
+			return err
+		}
+	}
+	s.suspended = false
+	s.life.Unlock()
+	return nil
+}
+
+// activate makes origin writes keep what s shows from now on. o.mu is held for writing.
+func (s *Snapshot) activate() error {
+	if s.source == nil {
+		if err := s.origin.canActivate(); err != nil {
+			return err
+		}
+	}
+	if err := s.origin.writeOut(); err != nil {
 		return err // s would see the origin as it was before
 	}
 	if s.source != nil {
@@ -70,8 +102,6 @@ func (s *Snapshot) Resume() error {
 		}
 	}
 	s.active = true
-	s.suspended = false
-	s.life.Unlock()
 	return nil
 }
 
@@ -246,8 +276,13 @@ func (m *Merging) Resume() error {
 // Resume. The origin shows the snapshot's content at once; Step does the copying. The snapshot itself
 // reports Invalid and refuses requests from then on (specification 7.7); close it when convenient.
 //
-// When it fails the snapshot goes on as before.
+// When it fails the snapshot goes on as before, suspended if it was. A write that waits for room in s fails once the
+// merge has begun, as s is invalid then; InterruptPaused is for whoever can write it to the origin instead.
 func (s *Snapshot) BeginMerge() (*Merging, error) {
+	suspended, err := s.isSuspended()
+	if err != nil {
+		return nil, err
+	}
 	m, err := s.origin.LoadMerge(s.cow, s.opts)
 	if err != nil {
 		return nil, err
@@ -257,7 +292,9 @@ func (s *Snapshot) BeginMerge() (*Merging, error) {
 	}
 	if err != nil {
 		m.Close()
-		s.Resume()
+		if !suspended {
+			err = errors.Join(err, s.Resume())
+		}
 		return nil, err
 	}
 	return m, s.Resume()

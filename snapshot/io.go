@@ -107,7 +107,13 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	if err := block.CheckRange(op, off, n, s.size); err != nil {
 		return err
 	}
-	return s.origin.untilRoom(func() error { return s.changeNow(pl, off, n) })
+	return s.origin.untilRoom(func() error {
+		err := s.changeNow(pl, off, n)
+		if waitsForRoom(err) && s.interrupts.Load() > 0 {
+			return ErrInterrupted
+		}
+		return err
+	})
 }
 
 // changeNow applies pl, as far as there is room. Doing it again does no harm.

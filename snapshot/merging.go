@@ -2,6 +2,7 @@ package snapshot
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -167,20 +168,14 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 // failed". The next Step tries again; after a failure of the store it loads the store anew first, so
 // that nothing is decided by numbers the disk may not share (H1, H2).
 //
-// Errors: ErrMergeFailed with its cause, the cause alone for an invalid store. Steps exclude each other;
-// everything else may be called meanwhile.
+// When another snapshot, whose policy is to wait for room (FullPause), has none for what it has to keep, Step changes
+// nothing and returns that error at once; AwaitRoom waits until it can be repeated.
+//
+// Errors: ErrMergeFailed with its cause; the cause alone for an invalid store, and for a lack of room that is to be
+// waited for. Steps exclude each other; everything else may be called meanwhile.
 func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
-	err = m.origin.untilRoom(func() error {
-		merged, err = m.stepNow(max)
-		return err
-	})
-	return merged, err
-}
-
-// stepNow does a step. stepping is held.
-func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	m.origin.mu.RLock()
 	defer m.origin.mu.RUnlock()
 	if err := m.reload(); err != nil {
@@ -219,6 +214,22 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	m.failed.Store(false)
 	return merged, nil
+}
+
+// AwaitRoom waits, after a Step that returned err because another snapshot has no room, until Step is to be repeated:
+// there may be room (RetryPaused), or a second has passed. Then it returns nil. It returns err at once when err is
+// anything else, err after EndPauses, and the cause of ctx when that ends. No lock is held meanwhile.
+func (m *Merging) AwaitRoom(ctx context.Context, err error) error {
+	if !waitsForRoom(err) || errors.Is(err, ErrMergeFailed) {
+		return err
+	}
+	if m.origin.pauses.wait(ctx.Done()) {
+		return nil
+	}
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	return err
 }
 
 // mergeWindow copies the runs and drops their exceptions, the window, which is owned.

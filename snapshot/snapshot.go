@@ -67,11 +67,11 @@ type Snapshot struct {
 	full       atomic.Bool // the last write that needed room found none
 	growing    sync.Mutex
 
-	patienceEnded atomic.Bool           // no write waits for room any more
-	invalid       atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
-	unmarked      atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
-	failed        atomic.Bool           // lost because a device failed
-	invalidating  sync.Mutex
+	interrupts   atomic.Int32          // InterruptPaused calls that have not ended: no write to s waits for room
+	invalid      atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
+	unmarked     atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
+	failed       atomic.Bool           // lost because a device failed
+	invalidating sync.Mutex
 }
 
 // Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a
@@ -95,7 +95,7 @@ func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
 // nothing is read, and Resume takes the other's store over (5.12).
 //
 // The caller keeps cow open until Close. Errors: those of store.Open and store.Create, ErrSameDevice,
-// ErrPassdown, ErrChunkNotSet, ErrPairing.
+// ErrPassdown, ErrChunkNotSet, ErrPairing; ErrAlreadyMerging while a merge is under way, before cow is read or written.
 func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	s, err := o.newSnapshot(cow, opts)
 	if err != nil {
@@ -103,6 +103,9 @@ func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	}
 	o.mu.Lock()
 	source, err := o.handoverSource(cow)
+	if err == nil && source == nil {
+		err = o.canActivate()
+	}
 	if source != nil {
 		s.source, source.destination = source, s
 		o.insert(s)

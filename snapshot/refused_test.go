@@ -1,0 +1,177 @@
+package snapshot_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/snapshot"
+)
+
+// TestRefusedMergeChangesNothing: held origin writes can't be written out, so a merge is refused. The snapshot is not
+// left suspended for the same reason, and the merge is possible as soon as there is room again.
+func TestRefusedMergeChangesNothing(t *testing.T) {
+	for _, suspended := range []bool{false, true} {
+		r := newRig(t, 1024)
+		r.origin.HoldWrites(1<<20, time.Hour)
+		s := r.attach(r.cow("COW", 2048), snapshot.Options{ChunkSectors: 8})
+		write(t, s, 0, 8, 7)
+		write(t, r.origin, 64, 8, 9) // held
+		r.disk.Set(blocktest.FailKind(blocktest.Write, syscall.ENOSPC))
+		if suspended {
+			if err := s.Suspend(); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if _, err := s.BeginMerge(); !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("merge of a snapshot whose origin has no room: %v", err)
+		}
+		if suspended {
+			done := make(chan struct{})
+			go func() { defer close(done); s.Flush() }()
+			select {
+			case <-done:
+				t.Error("the snapshot was resumed, although it was suspended before the refused merge")
+			case <-time.After(10 * time.Millisecond):
+			}
+			if err := s.Resume(); err != nil {
+				t.Fatal(err)
+			}
+			<-done
+		}
+		wantRead(t, s, 0, fill(8, 7))
+		wantRead(t, s, 64, r.old(64, 8))
+		write(t, s, 128, 8, 8)
+		if err := s.Flush(); err != nil {
+			t.Error(err)
+		}
+		wantStatus(t, s, "40/2048 16")
+		r.disk.Set(nil)
+		m := r.merging(s)
+		finish(t, m)
+		wantRead(t, r.origin, 0, fill(8, 7))
+	}
+}
+
+// TestInterruptedWritesGoToTheOrigin: writes that wait for room in a snapshot are interrupted when it is to be merged,
+// and not failed with ErrNoRoom; where the merge is refused they wait again.
+func TestInterruptedWritesGoToTheOrigin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1024)
+		c := r.cow("COW", 24) // room for one chunk
+		s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
+		write(t, s, 0, 8, 1)
+		var err error
+		begin := func() { go func() { _, err = s.WriteAt(fill(8, 2), 64*sector) }() }
+		begin()
+		synctest.Wait()
+		if r.origin.Paused() != 1 {
+			t.Fatal("the write does not wait")
+		}
+		end := s.InterruptPaused()
+		synctest.Wait()
+		if !errors.Is(err, snapshot.ErrInterrupted) || errors.Is(err, snapshot.ErrNoRoom) {
+			t.Errorf("the write ended with %v", err)
+		}
+		begin()
+		synctest.Wait()
+		if !errors.Is(err, snapshot.ErrInterrupted) || r.origin.Paused() != 0 {
+			t.Errorf("a write waits between InterruptPaused and its end: %v", err)
+		}
+		end() // as after a merge that was refused
+		begin()
+		synctest.Wait()
+		if r.origin.Paused() != 1 {
+			t.Error("the policy to wait did not come back")
+		}
+		if err := c.memory.Grow(1024 * sector); err != nil {
+			t.Fatal(err)
+		}
+		r.origin.RetryPaused()
+		synctest.Wait()
+		if err != nil {
+			t.Error(err)
+		}
+		wantRead(t, s, 64, fill(8, 2))
+	})
+}
+
+// TestStepsReturnWithoutRoom: a step that would wait for room elsewhere returns; AwaitRoom waits, and ends with its
+// context and with EndPauses.
+func TestStepsReturnWithoutRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		r := newRig(t, 1024)
+		main := r.attach(r.cow("COW", 1024), snapshot.Options{ChunkSectors: 8})
+		r.attach(r.cow("OTHER", 16), snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
+		write(t, main, 64, 8, 1)
+		m := r.merging(main)
+		n, err := m.Step(1)
+		if n != 0 || !errors.Is(err, snapshot.ErrNoRoom) || errors.Is(err, snapshot.ErrMergeFailed) {
+			t.Fatalf("step: %d, %v", n, err)
+		}
+		wantStatus(t, m, "24/1024 16")
+		if err := m.AwaitRoom(t.Context(), err); err != nil { // a second passes
+			t.Error(err)
+		}
+		if err := m.AwaitRoom(t.Context(), errDisk); err != errDisk {
+			t.Errorf("waited for room after %v", err)
+		}
+		cause := errors.New("enough")
+		ctx, cancel := context.WithCancelCause(t.Context())
+		var waited error
+		go func() { waited = m.AwaitRoom(ctx, err) }()
+		synctest.Wait()
+		if r.origin.Paused() != 1 {
+			t.Error("AwaitRoom does not wait")
+		}
+		cancel(cause)
+		synctest.Wait()
+		if waited != cause {
+			t.Errorf("AwaitRoom ended with %v", waited)
+		}
+		r.origin.EndPauses()
+		if err := m.AwaitRoom(t.Context(), err); !errors.Is(err, snapshot.ErrNoRoom) {
+			t.Errorf("AwaitRoom after EndPauses: %v", err)
+		}
+	})
+}
+
+// TestNoSnapshotDuringAMerge: the origin's disk is a mixture until the merge is complete, so nothing is attached to it,
+// and the COW device stays untouched.
+func TestNoSnapshotDuringAMerge(t *testing.T) {
+	r, _, s := standard(t, 1024, 1024)
+	write(t, s, 0, 8, 1)
+	other := r.attach(r.cow("OTHER", 1024), snapshot.Options{ChunkSectors: 8})
+	early, err := r.origin.Load(r.cow("EARLY", 1024).dev, snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := r.merging(s)
+	late := block.NewMemory(1 << 20)
+	if _, err := r.origin.Attach(late, snapshot.Options{ChunkSectors: 8}); !errors.Is(err, snapshot.ErrAlreadyMerging) {
+		t.Errorf("attach: %v", err)
+	}
+	if !bytes.Equal(late.Bytes(), make([]byte, 1<<20)) {
+		t.Error("the refused COW device was written to")
+	}
+	if err := early.Resume(); !errors.Is(err, snapshot.ErrAlreadyMerging) {
+		t.Errorf("resume of a snapshot that was loaded before: %v", err)
+	}
+	// What was active before can be suspended, resumed, and handed over.
+	if err := errors.Join(other.Suspend(), other.Resume()); err != nil {
+		t.Error(err)
+	}
+	finish(t, m)
+	if err := m.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(early.Resume(), early.Close()); err != nil {
+		t.Errorf("after the merge: %v", err)
+	}
+}
