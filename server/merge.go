@@ -51,7 +51,6 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	case s.merging != nil && !s.merging.done():
 		return api.Merge{}, refuse(api.CodeAlreadyMerging, "snapshot %q is being merged: one merge at a time", s.merging.name)
 	}
-	v.snap.EndPauses() // a merge makes room: writes that wait for room must not hold it up
 	var m *snapshot.Merging
 	err := v.dev.replace(func() (_ block.Device, err error) {
 		if st := v.snap.Status(); st.State == snapshot.StateInvalid {
@@ -63,7 +62,8 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	if err != nil {
 		return api.Merge{}, block.WithPath(v.path, err)
 	}
-	v.snap.Close() // its store is the merge's; nothing is left that could fail
+	s.origin.RetryPaused() // writes to the origin that waited for room in v need none now
+	v.snap.Close()         // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, s.opts.Merge)}
 	s.merging = v.merge
 	return v.merge.status(), nil

@@ -1,6 +1,8 @@
 package server
 
 import (
+	"errors"
+	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -39,8 +41,14 @@ func newSwitchDevice(dev block.Device) *switchDevice {
 }
 
 // replace puts the device that with returns behind the export, while no request is under way. New requests wait
-// meanwhile. When with fails, everything stays as it was.
+// meanwhile, and writes that wait for room in a snapshot go to the new device. When with fails, everything stays as it
+// was, and those writes wait again.
 func (s *switchDevice) replace(with func() (block.Device, error)) error {
+	dev := s.behind.Acquire()
+	s.behind.Release()
+	if snap, ok := dev.(*snapshot.Snapshot); ok {
+		defer snap.InterruptPaused()() // they hold the lock for as long as they wait
+	}
 	s.behind.mu.Lock()
 	defer s.behind.mu.Unlock()
 	dev, err := with()
@@ -48,6 +56,17 @@ func (s *switchDevice) replace(with func() (block.Device, error)) error {
 		s.behind.dev = dev
 	}
 	return err
+}
+
+// untilDone repeats a write that replace interrupted.
+func untilDone(write func() error) error {
+	for {
+		if err := write(); !errors.Is(err, snapshot.ErrInterrupted) {
+			return err
+		}
+		// replace is about to lock the device, if it has not yet: until then the next round may be interrupted too.
+		runtime.Gosched()
+	}
 }
 
 // flushDirty makes durable what was written since the last Flush, if anything was.
@@ -60,14 +79,19 @@ func (s *switchDevice) flushDirty() error {
 
 // WriteAt marks the device dirty when the write has been done: a mark set before it could be cleared by a Flush that
 // does not cover the write.
-func (s *switchDevice) WriteAt(p []byte, off int64) (int, error) {
+func (s *switchDevice) WriteAt(p []byte, off int64) (n int, err error) {
 	defer s.dirty.Store(true)
-	return s.Forward.WriteAt(p, off)
+	err = untilDone(func() error { n, err = s.Forward.WriteAt(p, off); return err })
+	return n, err
+}
+
+func (s *switchDevice) WriteDurableAt(p []byte, off int64) error {
+	return untilDone(func() error { return s.Forward.WriteDurableAt(p, off) })
 }
 
 func (s *switchDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	defer s.dirty.Store(true)
-	return s.Forward.ZeroAt(off, n, flags)
+	return untilDone(func() error { return s.Forward.ZeroAt(off, n, flags) })
 }
 
 func (s *switchDevice) Discard(off, n int64) error {

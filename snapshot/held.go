@@ -228,7 +228,13 @@ func (o *Origin) hold(p []byte, off int64) error {
 }
 
 // writeOutSoon is called by the timer. An error is there for the next write or Flush.
-func (o *Origin) writeOutSoon() { o.writeOutUnlocked() }
+func (o *Origin) writeOutSoon() {
+	// put arms the timer before its blocks are counted, with h.mu held: wait for it, or nothing is found to be written,
+	// and nothing arms the timer again.
+	o.held.mu.Lock()
+	o.held.mu.Unlock()
+	o.writeOutUnlocked()
+}
 
 // writeOutUnlocked is writeOut for callers without o.mu.
 func (o *Origin) writeOutUnlocked() error {
