@@ -125,7 +125,7 @@ func TestServePause(t *testing.T) {
 
 // TestServePauseAfterARefusedMerge: a merge that is refused leaves waiting writes waiting, and the policy as it was.
 func TestServePauseAfterARefusedMerge(t *testing.T) {
-	_, r := servedFull(t, serveOptions{onFull: fullFlag{snapshot.FullPause, true}})
+	_, r := servedFull(t, serveOptions{onFull: fullFlag{server.FullPause}})
 	scratch := t.TempDir() + "/scratch"
 	if err := os.WriteFile(scratch, make([]byte, 16<<10), 0o600); err != nil {
 		t.Fatal(err)
@@ -139,7 +139,7 @@ func TestServePauseAfterARefusedMerge(t *testing.T) {
 	errs := make([]error, 2)
 	for i := range errs {
 		both.Go(func() { _, errs[i] = dial(t, r.uri("n")).WriteAt([]byte("waits"), 40_000+8192*int64(i)) })
-		for r.origin.Paused() < i+1 {
+		for r.paused() < i+1 {
 			time.Sleep(time.Millisecond)
 		}
 		if i == 0 { // the second write begins after the refusal
