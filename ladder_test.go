@@ -134,6 +134,18 @@ func TestCoreNeedsNoModules(t *testing.T) {
 	}
 }
 
+// TestTestsAloneMountFileSystems keeps the FUSE library out of everything but the tests in test/e2e: see
+// docs/decisions/0004-fuse-in-tests.md.
+func TestTestsAloneMountFileSystems(t *testing.T) {
+	for dir, names := range imports(t) {
+		for _, name := range names {
+			if strings.HasPrefix(name, "github.com/hanwen/go-fuse/") || strings.HasPrefix(name, module+"/test/") {
+				t.Errorf("%s imports %s: it is for tests alone", dir, name)
+			}
+		}
+	}
+}
+
 func TestNoGrabBags(t *testing.T) {
 	for dir := range imports(t) {
 		for _, bad := range grabBags {
