@@ -54,6 +54,7 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits
 	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/... ./cmd/dmsnap ./test/interop
+	DMSNAP_DEEP=1 DMSNAP_E2E_TIME=$${DMSNAP_E2E_TIME:-2h} $(GO) test -count=1 -timeout 5h -v ./test/e2e/...
 
 .PHONY: release
 release: ## build bin/dmsnap as it is released: static, without paths and symbols
