@@ -76,7 +76,7 @@ func copyIn(st *store.Store, es []ondisk.Exception, b []byte) error {
 			return err
 		}
 		size := int64(r.Count) * c
-		if _, err := st.Device().WriteAt(b[:size], st.Layout().COWOffset(r.New)); err != nil {
+		if err := block.WriteSparse(st.Device(), b[:size], st.Layout().COWOffset(r.New), block.AllHoles); err != nil {
 			return fmt.Errorf("copy: %w", err)
 		}
 		if err := r.Commit(); err != nil {

@@ -62,40 +62,12 @@ func (v *Revalidation) mark(dev block.Device) error {
 
 // Copy makes a valid copy on out, which is as long as the store and reads as zeros.
 func (v *Revalidation) Copy(ctx context.Context, out block.Device) error {
-	for off := int64(0); off < v.cow.Size(); {
-		extents, err := block.Extents(v.cow, off, v.cow.Size()-off)
-		if err != nil {
-			return err
-		}
-		for _, e := range extents {
-			if e.Flags&block.ReadsZero == 0 {
-				if err := v.copyRange(ctx, out, off, e.Length); err != nil {
-					return err
-				}
-			}
-			off += e.Length
-		}
+	err := block.Copy(out, 0, v.cow, 0, v.cow.Size(), block.IntoZeros, func(int64) error { return context.Cause(ctx) })
+	if err != nil {
+		return err
 	}
 	if err := out.Flush(); err != nil {
 		return err
 	}
 	return v.mark(out)
-}
-
-func (v *Revalidation) copyRange(ctx context.Context, out block.Device, off, n int64) error {
-	buf := make([]byte, min(n, copyBytes))
-	for end := off + n; off < end; {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		p := buf[:min(end-off, copyBytes)]
-		if _, err := v.cow.ReadAt(p, off); err != nil {
-			return err
-		}
-		if err := writeSparse(out, p, off); err != nil {
-			return err
-		}
-		off += int64(len(p))
-	}
-	return nil
 }

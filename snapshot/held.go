@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
 // An origin write mustn't reach the disk before the exceptions are durable that keep what it replaces, and what
@@ -295,7 +296,7 @@ func (o *Origin) writeOutTaken() error {
 
 // writeHeld writes blocks to dev in the order of their offsets, neighbours together.
 func writeHeld(dev block.Device, set map[int64]*heldBlock) error {
-	return withBuffer(copyUnit, func(buf []byte) error {
+	return scratch.With(scratch.Most, func(buf []byte) error {
 		var at int64 // of buf[:n] on dev
 		n := 0
 		flush := func() error {

@@ -5,13 +5,14 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/gate"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
 
 // batchBytes bounds how much of a request is copied, reserved and owned at once; a chunk that is larger
 // is one batch.
-const batchBytes = copyUnit
+const batchBytes = scratch.Most
 
 // ReadAt reads what the snapshot shows. A chunk that is just being copied reads as before, without
 // waiting (specification 5.4).
@@ -183,22 +184,21 @@ func (s *Snapshot) fill(r store.Reservation, pl payload, off, n int64) error {
 	if head == 0 && tail == 0 {
 		return pl.put(s.cow, off+to, n)
 	}
-	if end-start > copyUnit { // one large chunk
-		if err := copyRange(s.cow, start+to, s.origin.dev, start, head); err != nil {
+	if end-start > scratch.Most { // one large chunk
+		if err := block.Copy(s.cow, start+to, s.origin.dev, start, head, block.LongHoles, nil); err != nil {
 			return err
 		}
-		if err := copyRange(s.cow, off+n+to, s.origin.dev, off+n, tail); err != nil {
+		if err := block.Copy(s.cow, off+n+to, s.origin.dev, off+n, tail, block.LongHoles, nil); err != nil {
 			return err
 		}
 		return pl.put(s.cow, off+to, n)
 	}
-	return withBuffer(end-start, func(b []byte) error {
+	return scratch.With(end-start, func(b []byte) error {
 		if err := s.readAround(b, start, head, tail); err != nil {
 			return err
 		}
 		pl.lay(b[head : head+n])
-		_, err := s.cow.WriteAt(b, start+to)
-		return err
+		return block.WriteSparse(s.cow, b, start+to, block.LongHoles)
 	})
 }
 

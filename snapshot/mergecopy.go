@@ -5,6 +5,7 @@ import (
 	"slices"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -25,9 +26,9 @@ const earlyBytes = 8 << 20
 func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 	for len(runs) > 0 {
 		k, bytes := 1, int64(runs[0].N)<<l.Shift()
-		for bytes < copyUnit && k < len(runs) {
+		for bytes < scratch.Most && k < len(runs) {
 			next := int64(runs[k].N) << l.Shift()
-			if next >= copyUnit || bytes+next > gatherBytes {
+			if next >= scratch.Most || bytes+next > gatherBytes {
 				break
 			}
 			bytes += next
@@ -53,7 +54,7 @@ func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
 	from := l.COWOffset(r.New)
 	for n > 0 {
 		k := min(n, earlyBytes)
-		if err := copyRange(m.origin.dev, off, m.cow, from, k); err != nil {
+		if err := block.Copy(m.origin.dev, off, m.cow, from, k, block.LongHoles, nil); err != nil {
 			return err
 		}
 		block.BeginFlush(m.origin.dev, off, k)
@@ -81,7 +82,7 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 			next += ondisk.COWChunk(byCOW[i].N)
 		}
 		if _, err := m.cow.ReadAt(buf[start:end], l.COWOffset(first)); err != nil {
-			return &copyError{"read", err}
+			return &block.CopyError{Op: "read", Err: err}
 		}
 	}
 	if err := m.writeGathered(l, runs, func(r store.Run) []byte {
@@ -97,12 +98,12 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 
 // writeGathered writes the runs' content to the origin, neighbours there in one write.
 func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(store.Run) []byte) error {
-	return withBuffer(copyUnit, func(joined []byte) error {
+	return scratch.With(scratch.Most, func(joined []byte) error {
 		for len(runs) > 0 {
 			p, k, n := content(runs[0]), 1, runs[0].N
 			for k < len(runs) && runs[k].Old == runs[0].Old+ondisk.OriginChunk(n) {
 				q := content(runs[k])
-				if len(p)+len(q) > copyUnit {
+				if len(p)+len(q) > scratch.Most {
 					break
 				}
 				if k == 1 {
@@ -113,8 +114,8 @@ func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(
 				k++
 			}
 			off, size := m.originRange(l, store.Run{Old: runs[0].Old, N: n})
-			if _, err := m.origin.dev.WriteAt(p[:size], off); err != nil {
-				return &copyError{"write", err}
+			if err := block.WriteSparse(m.origin.dev, p[:size], off, block.LongHoles); err != nil {
+				return &block.CopyError{Op: "write", Err: err}
 			}
 			runs = runs[k:]
 		}

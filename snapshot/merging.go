@@ -235,8 +235,8 @@ func (m *Merging) AwaitRoom(ctx context.Context, err error) error {
 // mergeWindow copies the runs and drops their exceptions, the window, which is owned.
 func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) error {
 	if err := m.copyWindow(st.Layout(), runs); err != nil {
-		var ce *copyError
-		if errors.As(err, &ce) && ce.op == "read" {
+		var ce *block.CopyError
+		if errors.As(err, &ce) && ce.Op == "read" {
 			return fmt.Errorf("Read error: shutting down merge: %w", err)
 		}
 		return fmt.Errorf("Write error: shutting down merge: %w", err)

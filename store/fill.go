@@ -1,7 +1,6 @@
 package store
 
 import (
-	"bytes"
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -66,7 +65,7 @@ func (f *Filler) gather(r Reservation, read func(p []byte, off int64) error) err
 
 // Flush writes what was gathered and commits it. Sync makes it durable.
 func (f *Filler) Flush() error {
-	if err := writeSparse(f.st.dev, f.buf, f.at); err != nil {
+	if err := block.WriteSparse(f.st.dev, f.buf, f.at, block.AllHoles); err != nil {
 		return fmt.Errorf("write the new store: %w", err)
 	}
 	for _, r := range f.waiting {
@@ -76,41 +75,4 @@ func (f *Filler) Flush() error {
 	}
 	f.buf, f.waiting = f.buf[:0], f.waiting[:0]
 	return nil
-}
-
-// blockBytes is the unit in which file systems keep space, as a rule: less of it is not worth a hole.
-const blockBytes = 4096
-
-var zeroBlock [blockBytes]byte
-
-// writeSparse writes b at off, but blocks of zeros as holes where dev can.
-func writeSparse(dev block.Device, b []byte, off int64) error {
-	for len(b) > 0 {
-		zero, n := startsZero(b, off)
-		for int(n) < len(b) {
-			next, k := startsZero(b[n:], off+n)
-			if next != zero {
-				break
-			}
-			n += k
-		}
-		var err error
-		if zero {
-			err = block.Zero(dev, off, n, 0)
-		} else {
-			_, err = dev.WriteAt(b[:n], off)
-		}
-		if err != nil {
-			return err
-		}
-		b, off = b[n:], off+n
-	}
-	return nil
-}
-
-// startsZero reports whether the first n bytes of b, which end with a block of the device, are a whole block
-// of zeros.
-func startsZero(b []byte, off int64) (zero bool, n int64) {
-	n = min(blockBytes-off%blockBytes, int64(len(b)))
-	return n == blockBytes && bytes.Equal(b[:n], zeroBlock[:]), n
 }

@@ -1,12 +1,9 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 
@@ -43,15 +40,13 @@ OUT appears under its name when it is whole and on disk, never before. An existi
 			bar := newProgress(c.ErrOrStderr(), "export")
 			defer bar.end()
 			if args[2] == standardOutput {
-				return writeStandardOutput(c, args[:2], func(w io.Writer) error {
-					a := &ascendingWriter{w: w}
-					if err := copyOut(ctx, a, snap, bar); err != nil {
-						return err
-					}
-					return a.fill(snap.Size())
+				return writeImageToStandardOutput(ctx, c, args[:2], snap.Size(), func(out block.Device) error {
+					return copyImage(ctx, out, snap, bar)
 				})
 			}
-			err = writeOutput(args[2], force, args[:2], func(f *os.File) error { return writeImage(ctx, f, snap, bar) })
+			err = writeOutputDevice(args[2], force, args[:2], snap.Size(), func(out *block.File) error {
+				return copyImage(ctx, out, snap, bar)
+			})
 			return imageAdvice(err, "dmsnap export ORIGIN COW -")
 		},
 	}
@@ -88,79 +83,12 @@ func attachReadable(origin, cow block.Device) (*snapshot.Snapshot, error) {
 	return snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
 }
 
-// writeImage fills a new file with the image.
-func writeImage(ctx context.Context, f *os.File, snap *snapshot.Snapshot, bar *progressBar) error {
-	if err := f.Truncate(snap.Size()); err != nil {
-		return err
-	}
-	return copyOut(ctx, f, snap, bar)
-}
-
-const (
-	copyBytes = 1 << 20 // read at once
-	zeroBytes = 4096    // zeros of this size and alignment are not written
-)
-
-// copyOut writes dev's content to w, ascending, and leaves zeros out.
-func copyOut(ctx context.Context, w io.WriterAt, dev block.Device, bar *progressBar) error {
-	size := dev.Size()
-	buf := make([]byte, copyBytes)
-	for off := int64(0); off < size; {
-		extents, err := block.Extents(dev, off, size-off)
-		if err != nil {
-			return err
-		}
-		for _, e := range extents {
-			if e.Flags&block.ReadsZero != 0 {
-				off += e.Length
-				continue
-			}
-			for end := off + e.Length; off < end; {
-				if ctx.Err() != nil {
-					return context.Cause(ctx)
-				}
-				p := buf[:min(copyBytes-off%copyBytes, end-off)]
-				if _, err := dev.ReadAt(p, off); err != nil {
-					return err
-				}
-				if err := writeNonZero(w, p, off); err != nil {
-					return err
-				}
-				off += int64(len(p))
-				bar.show(off, size)
-			}
-		}
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-	}
-	bar.show(size, size)
-	return nil
-}
-
-var manyZeros [copyBytes]byte
-
-// writeNonZero writes p, which begins at byte off of the image, but for its aligned pieces of zeros.
-func writeNonZero(w io.WriterAt, p []byte, off int64) error {
-	for len(p) > 0 {
-		zero, n := isZero(p, off), int64(0)
-		for n < int64(len(p)) && isZero(p[n:], off+n) == zero {
-			n += pieceLength(p[n:], off+n)
-		}
-		if !zero {
-			if _, err := w.WriteAt(p[:n], off); err != nil {
-				return err
-			}
-		}
-		p, off = p[n:], off+n
-	}
-	return nil
-}
-
-// pieceLength is how much of p, at byte off, lies in the aligned piece it begins in.
-func pieceLength(p []byte, off int64) int64 { return min(zeroBytes-off%zeroBytes, int64(len(p))) }
-
-func isZero(p []byte, off int64) bool {
-	n := pieceLength(p, off)
-	return bytes.Equal(p[:n], manyZeros[:n])
+// copyImage copies what the snapshot shows to out, which reads as zeros or takes what is written in order.
+func copyImage(ctx context.Context, out block.Device, snap block.Device, bar *progressBar) error {
+	size, done := snap.Size(), int64(0)
+	return block.Copy(out, 0, snap, 0, size, block.IntoZeros, func(n int64) error {
+		done += n
+		bar.show(done, size)
+		return context.Cause(ctx)
+	})
 }

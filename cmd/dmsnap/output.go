@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -131,30 +132,54 @@ func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func(
 	return locked.Close, nil
 }
 
-// An ascendingWriter writes an image to where nothing can be skipped: gaps between ascending writes are filled with
-// zeros.
-type ascendingWriter struct {
-	w   io.Writer
-	off int64 // of the next byte
+// writeImageToStandardOutput has fill write an image of size bytes, ascending, to standard output.
+func writeImageToStandardOutput(ctx context.Context, c *cobra.Command, inputs []string, size int64, fill func(block.Device) error) error {
+	return writeStandardOutput(c, inputs, func(w io.Writer) error {
+		s := &stream{ctx: ctx, w: w, size: size}
+		if err := fill(s); err != nil {
+			return err
+		}
+		return s.skipTo(size)
+	})
 }
 
-func (a *ascendingWriter) WriteAt(p []byte, off int64) (int, error) {
-	if off < a.off {
+// A stream is an image that is written to where nothing can be skipped: gaps between writes, which ascend, are filled
+// with zeros.
+type stream struct {
+	ctx  context.Context
+	w    io.Writer
+	off  int64 // of the next byte
+	size int64
+}
+
+var errStream = errors.New("standard output can only be written to")
+
+func (s *stream) ReadAt([]byte, int64) (int, error) { return 0, errStream }
+func (s *stream) Flush() error                      { return nil } // writeStandardOutput does that
+func (s *stream) Size() int64                       { return s.size }
+
+func (s *stream) WriteAt(p []byte, off int64) (int, error) {
+	if off < s.off {
 		panic("image written backwards")
 	}
-	if err := a.fill(off); err != nil {
+	if err := s.skipTo(off); err != nil {
 		return 0, err
 	}
-	n, err := a.w.Write(p)
-	a.off += int64(n)
+	n, err := s.w.Write(p)
+	s.off += int64(n)
 	return n, err
 }
 
-// fill writes zeros up to an offset.
-func (a *ascendingWriter) fill(to int64) error {
-	for a.off < to {
-		n, err := a.w.Write(manyZeros[:min(to-a.off, int64(len(manyZeros)))])
-		a.off += int64(n)
+var someZeros [1 << 20]byte
+
+// skipTo writes zeros up to an offset.
+func (s *stream) skipTo(off int64) error {
+	for s.off < off {
+		if s.ctx.Err() != nil {
+			return context.Cause(s.ctx)
+		}
+		n, err := s.w.Write(someZeros[:min(off-s.off, int64(len(someZeros)))])
+		s.off += int64(n)
 		if err != nil {
 			return err
 		}

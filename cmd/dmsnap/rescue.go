@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -146,7 +147,7 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		ranges = r.Plan()
 	} else {
 		bar := newProgress(c.ErrOrStderr(), "rescue")
-		ranges, err = o.writeImage(c, r, args, func(out io.WriterAt) ([]rescue.Range, error) {
+		ranges, err = o.writeImage(ctx, c, r, args, func(out io.WriterAt) ([]rescue.Range, error) {
 			return r.Write(ctx, out, func(done int64) { bar.show(done, r.Size()) })
 		})
 		bar.end()
@@ -172,16 +173,14 @@ func (o *rescueOptions) checkMap(args []string) error {
 }
 
 // writeImage has fill write the image to OUT.
-func (o *rescueOptions) writeImage(c *cobra.Command, r *rescue.Rescue, args []string,
+func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *rescue.Rescue, args []string,
 	fill func(io.WriterAt) ([]rescue.Range, error)) (ranges []rescue.Range, err error) {
 	if args[2] == standardOutput {
-		return ranges, writeStandardOutput(c, args[:2], func(w io.Writer) error {
-			a := &ascendingWriter{w: w}
-			if ranges, err = fill(a); err != nil {
-				return err
-			}
-			return a.fill(r.Size())
+		err = writeImageToStandardOutput(ctx, c, args[:2], r.Size(), func(out block.Device) error {
+			ranges, err = fill(out)
+			return err
 		})
+		return ranges, err
 	}
 	err = writeOutput(args[2], o.force, args[:2], func(f *os.File) error {
 		if err := f.Truncate(r.Size()); err != nil {

@@ -10,7 +10,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -334,28 +333,6 @@ func TestExport(t *testing.T) {
 	dmsnap("export", p.origin, p.cow, filepath.Join(p.dir, "missing", "out")).wantRefused(t, "missing")
 	wantSame(t, p.dir, before)
 }
-
-// copyOut tells zeros from data whatever the alignment.
-func TestSparseWriterKeepsTheContent(t *testing.T) {
-	content := make([]byte, 50_000)
-	copy(content[5000:], "data")
-	copy(content[49_998:], "!!")
-	path := filepath.Join(t.TempDir(), "image")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	f.Truncate(int64(len(content)))
-	bar := newProgress(&bytes.Buffer{}, "test")
-	if err := copyOut(t.Context(), f, onlyData{block.MemoryFrom(content)}, bar); err != nil {
-		t.Fatal(err)
-	}
-	wantContent(t, path, content)
-}
-
-// onlyData hides what a device knows of its holes.
-type onlyData struct{ block.Device }
 
 func TestMerge(t *testing.T) {
 	p := newPair(t)
