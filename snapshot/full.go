@@ -113,8 +113,8 @@ func (s *Snapshot) noRoom(err error) error {
 	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
 		return nil
 	}
-	var copying *copyError
-	if errors.Is(err, store.ErrInvalid) || errors.As(err, &copying) && copying.op == "read" {
+	var copying *block.CopyError
+	if errors.Is(err, store.ErrInvalid) || errors.As(err, &copying) && copying.Op == "read" {
 		return nil
 	}
 	if s.full.CompareAndSwap(false, true) {

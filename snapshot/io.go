@@ -211,12 +211,12 @@ func (s *Snapshot) readAround(b []byte, start, head, tail int64) error {
 	last := (size - 1) / c * c // where the last chunk begins
 	if head > 0 || last == 0 {
 		if _, err := s.origin.dev.ReadAt(b[:first], start); err != nil {
-			return &copyError{"read", err}
+			return &block.CopyError{Op: "read", Err: err}
 		}
 	}
 	if tail > 0 && last > 0 {
 		if _, err := s.origin.dev.ReadAt(b[last:], start+last); err != nil {
-			return &copyError{"read", err}
+			return &block.CopyError{Op: "read", Err: err}
 		}
 	}
 	return nil
