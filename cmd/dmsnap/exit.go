@@ -25,8 +25,11 @@ var errNo = errors.New("no")
 type interrupted struct{ signal syscall.Signal }
 
 func (i interrupted) Error() string {
-	if i.signal == syscall.SIGTERM {
+	switch i.signal {
+	case syscall.SIGTERM:
 		return "terminated"
+	case syscall.SIGHUP:
+		return "hung up"
 	}
 	return "interrupted"
 }
@@ -47,26 +50,31 @@ func exitStatus(err error, stderr io.Writer) int {
 	return exitTrouble
 }
 
-// untilSignal returns a context that ends at the first SIGINT or SIGTERM, with an interrupted as its
-// cause. A second one ends the process at once. stop gives the signals back.
+// untilSignal returns a context that ends at the first SIGINT, SIGTERM or SIGHUP, with an interrupted as its
+// cause. A second SIGINT or SIGTERM ends the process at once; a second SIGHUP does not, since a shell repeats the one
+// that the kernel sends when a terminal goes away. A SIGHUP that the process was started to ignore, by nohup(1),
+// stays ignored. stop gives the signals back.
 func untilSignal() (ctx context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
-	signals := make(chan os.Signal, 2)
+	signals := make(chan os.Signal, 4)
 	done := make(chan struct{})
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) {
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	go func() {
-		for ctx.Err() == nil {
+		for {
 			select {
 			case s := <-signals:
-				cancel(interrupted{s.(syscall.Signal)})
+				switch {
+				case ctx.Err() == nil:
+					cancel(interrupted{s.(syscall.Signal)})
+				case s != syscall.SIGHUP:
+					os.Exit(exitSignal + int(s.(syscall.Signal)))
+				}
 			case <-done:
 				return
 			}
-		}
-		select {
-		case s := <-signals:
-			os.Exit(exitSignal + int(s.(syscall.Signal)))
-		case <-done:
 		}
 	}()
 	return ctx, func() {

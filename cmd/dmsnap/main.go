@@ -39,7 +39,7 @@ NBD, tells how they fare, exports their content, and merges a snapshot back, off
 Where both are needed the order is always ORIGIN COW. Sizes take suffixes: 4096, 16s (sectors), 4KiB,
 64M, 10GiB.
 
-Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 130 or 143 cut short by a signal.`,
+Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 143 cut short by a signal.`,
 		Example: `  dmsnap create disk.img disk.cow
   dmsnap serve disk.img disk.cow --socket /tmp/dmsnap.sock --export-origin
   dmsnap status disk.cow

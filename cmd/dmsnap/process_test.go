@@ -29,6 +29,13 @@ type process struct {
 func launch(t *testing.T, args ...string) *process {
 	t.Helper()
 	p := &process{Cmd: exec.Command(program(t), args...)}
+	p.run(t)
+	return p
+}
+
+// run starts a process that has not been started.
+func (p *process) run(t *testing.T) {
+	t.Helper()
 	pipe, err := p.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -38,7 +45,6 @@ func launch(t *testing.T, args ...string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { p.Process.Kill() }) // an error: it has ended, as it should
-	return p
 }
 
 // end waits for the process, at most ten seconds, and returns its exit status; -1 when a signal ended it.
@@ -54,7 +60,7 @@ func (p *process) end(t *testing.T) int {
 }
 
 func TestServeProcess(t *testing.T) {
-	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT} {
+	for _, sig := range []syscall.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP} {
 		p := newPair(t)
 		p.withStore(t)
 		socket, control := filepath.Join(p.dir, "s"), filepath.Join(p.dir, "c")
@@ -91,6 +97,40 @@ func TestServeProcess(t *testing.T) {
 			s.Process.Kill()
 			s.end(t)
 		}
+	}
+}
+
+// A server that was started with SIGHUP ignored goes on when its terminal goes away, and a second SIGHUP does not cut
+// short the end that the first one began.
+func TestHangUp(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	s := &process{Cmd: exec.Command("nohup", program(t), "serve", p.origin, p.cow, "--socket", filepath.Join(p.dir, "s"))}
+	s.run(t)
+	uri, err := s.stdout.ReadString('\n')
+	if err != nil {
+		t.Fatalf("%v: %s", err, &s.stderr)
+	}
+	s.Process.Signal(syscall.SIGHUP)
+	c := dial(t, strings.TrimSpace(strings.TrimPrefix(uri, "disk")))
+	writeAt(t, c, []byte("after"), 0) // it is served still
+	s.Process.Signal(syscall.SIGTERM)
+	if status := s.end(t); status != exitDone {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
+	s = launch(t, "serve", p.origin, p.cow, "--socket", filepath.Join(p.dir, "s"))
+	if uri, err = s.stdout.ReadString('\n'); err != nil {
+		t.Fatalf("%v: %s", err, &s.stderr)
+	}
+	writeAt(t, dial(t, strings.TrimSpace(strings.TrimPrefix(uri, "disk"))), []byte("acknowledged"), 300_000)
+	for range 3 {
+		s.Process.Signal(syscall.SIGHUP)
+	}
+	if status := s.end(t); status != exitDone {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
+	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 6 {
+		t.Errorf("%d exceptions, want 6: an acknowledged write is lost", st.Exceptions)
 	}
 }
 
@@ -164,7 +204,7 @@ func TestInterruptedWork(t *testing.T) {
 		sig    syscall.Signal
 		status int
 		word   string
-	}{{syscall.SIGINT, 130, "interrupted"}, {syscall.SIGTERM, 143, "terminated"}} {
+	}{{syscall.SIGINT, 130, "interrupted"}, {syscall.SIGTERM, 143, "terminated"}, {syscall.SIGHUP, 129, "hung up"}} {
 		// The pipe is full and nobody reads: the export is certainly under way.
 		e := launch(t, "export", p.origin, p.cow, "-")
 		if _, err := e.stdout.ReadByte(); err != nil {
@@ -173,6 +213,9 @@ func TestInterruptedWork(t *testing.T) {
 		e.Process.Signal(c.sig)
 		if status := e.end(t); status != c.status || !strings.Contains(e.stderr.String(), c.word) {
 			t.Errorf("export, %v: status %d, %s", c.sig, status, &e.stderr)
+		}
+		if c.sig == syscall.SIGHUP {
+			continue // a shell repeats it
 		}
 		// A second one ends it where it stands.
 		e = launch(t, "export", p.origin, p.cow, "-")

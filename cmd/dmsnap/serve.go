@@ -65,8 +65,8 @@ A COW without room, be it its own size or a full file system beneath, loses noth
 room, to the snapshot and to the origin, fail with "no space" until there is some, and everything else
 goes on. See --on-full, --grow, and dmsnap grow.
 
-The URI of each export is printed, one a line, when clients may connect. SIGINT and SIGTERM answer what is
-under way, make everything durable, and end with status 0.
+The URI of each export is printed, one a line, when clients may connect. SIGINT, SIGTERM and SIGHUP (unless it is
+ignored, as with nohup) answer what is under way, make everything durable, and end with status 0.
 
 With --tls-certificates the server speaks TLS, and its URIs begin with nbds. A service manager may pass the
 socket, and one named "control" (systemd socket activation); then --socket, --listen and --control are
