@@ -81,7 +81,7 @@ func TestLocksWithinAProcess(t *testing.T) {
 		t.Errorf("the holder is not named: %v", err)
 	}
 	f.Close()
-	f = create(t, path+"2", 4096)
+	create(t, path+"2", 4096)
 	check(t, path+"2", "the file's creator", writer, true)
 }
 

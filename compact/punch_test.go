@@ -249,7 +249,7 @@ func TestPunchAfterAKill(t *testing.T) {
 		for image := range disk.Power().Cut().Images(blocktest.Choices{}) {
 			b := image.Disk(disk)
 			seen++
-			if bytes.Index(b, merged) < 0 {
+			if !bytes.Contains(b, merged) {
 				holes++
 			}
 			if !bytes.Equal(shown(t, origin, block.MemoryFrom(b)), view) {

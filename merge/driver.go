@@ -89,7 +89,7 @@ func restAfter(took time.Duration, requests uint64) time.Duration {
 
 // rest waits, or until the driver is paused or stopped.
 func (d *Driver) rest(long time.Duration) {
-	state, _, changed := d.look()
+	state, changed, _ := d.look()
 	if state != Running {
 		return
 	}
@@ -104,7 +104,7 @@ func (d *Driver) rest(long time.Duration) {
 // proceed waits while the driver is paused or failed. It returns false when it was stopped.
 func (d *Driver) proceed() bool {
 	for {
-		state, _, changed := d.look()
+		state, changed, _ := d.look()
 		switch state {
 		case Running:
 			return true
@@ -115,11 +115,11 @@ func (d *Driver) proceed() bool {
 	}
 }
 
-// look returns the state and a channel that is closed when it changes.
-func (d *Driver) look() (State, error, <-chan struct{}) {
+// look returns the state, a channel that is closed when it changes, and the error of a merge that ended with one.
+func (d *Driver) look() (State, <-chan struct{}, error) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.state, d.err, d.changed
+	return d.state, d.changed, d.err
 }
 
 // move goes to a state from one of those named, and does nothing in any other.
@@ -154,7 +154,7 @@ func (d *Driver) Stop() {
 // State returns what the driver is doing. The error says why the merge failed, or that the devices
 // could not be flushed when it was complete.
 func (d *Driver) State() (State, error) {
-	state, err, _ := d.look()
+	state, _, err := d.look()
 	return state, err
 }
 
@@ -165,7 +165,7 @@ func (d *Driver) Progress() Progress { return d.loop.progress() }
 // ends (the cause of that). It goes on waiting while the merge is paused.
 func (d *Driver) Wait(ctx context.Context) error {
 	for {
-		state, err, changed := d.look()
+		state, changed, err := d.look()
 		if state != Running && state != Paused {
 			return err
 		}

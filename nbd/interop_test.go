@@ -258,7 +258,6 @@ h.shutdown()
 `
 
 func TestInteropLibnbd(t *testing.T) {
-	python := tool(t, "python3", "python3")
 	path := ""
 	for _, p := range []string{"python3", "/usr/bin/python3"} { // Debian's has Debian's modules
 		if exec.Command(p, "-c", "import nbd; nbd.NBD").Run() == nil {
@@ -268,7 +267,7 @@ func TestInteropLibnbd(t *testing.T) {
 	if path == "" {
 		t.Skip("SKIPPED: no libnbd for Python here (Debian's package python3-libnbd)")
 	}
-	python = tool(t, path, "python3")
+	python := tool(t, path, "python3")
 	mem := striped()
 	s, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: mem, CanTrim: true})
 	python("-c", everyCommand, uri("x"))

@@ -274,8 +274,9 @@ func TestC083ReadErrorOnAMappedChunk(t *testing.T) {
 
 func TestC084InvalidHeaderIsDurableBeforeTheOriginWrite(t *testing.T) {
 	for _, cause := range []string{"full", "copy fails"} {
-		r, c, s := full(t, snapshot.Persistent)
+		r, _, s := full(t, snapshot.Persistent)
 		if cause == "copy fails" {
+			var c *cow
 			r, c, s = standard(t, 1024, 1024)
 			c.faults.Set(failingWrites(16, 8))
 		}

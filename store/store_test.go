@@ -287,7 +287,7 @@ func TestAFailedSyncIsFinal(t *testing.T) {
 }
 
 func TestInvalidate(t *testing.T) {
-	s, mem, faults, _ := newStore(t, 8, 1024)
+	s, mem, _, _ := newStore(t, 8, 1024)
 	add(t, s, 7, 3)
 	mustSync(t, s)
 	cause := errors.New("cause")
@@ -310,7 +310,7 @@ func TestInvalidate(t *testing.T) {
 	}
 
 	// A store whose mark can't be written refuses all the same.
-	s, mem, faults, _ = newStore(t, 8, 1024)
+	s, _, faults, _ := newStore(t, 8, 1024)
 	faults.Set(func(op blocktest.Op) error {
 		if op.Kind.Changes() {
 			return errDisk

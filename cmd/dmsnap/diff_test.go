@@ -175,6 +175,7 @@ func TestDiffOfTwoSnapshots(t *testing.T) {
 	spoil(t, second.cow)
 	before := digests(t, p.dir)
 	dmsnap("diff", p.origin, p.cow, second.cow).wantRefused(t, second.cow, "invalid")
+	wantSame(t, p.dir, before)
 	os.Truncate(p.origin, 1<<19)
 	before = digests(t, p.dir)
 	dmsnap("diff", p.origin, p.cow).wantRefused(t, p.cow, "too small", "origin chunk 256")
