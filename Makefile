@@ -25,6 +25,41 @@ test: check-format ## formatting, vet, and all tests that need nothing but Go (D
 	$(GO) vet $(TESTED)
 	$(GO) test $(TESTED)
 
+.PHONY: check
+check: check-format lint check-modules check-generated check-builds check-vulnerabilities ## what CI checks beside the tests: linters, modules, generated pages, other processors
+
+.PHONY: lint
+lint: ## go vet and staticcheck (its version is pinned in tools/go.mod)
+	$(GO) vet $(TESTED)
+	$(GO) tool -modfile=tools/go.mod staticcheck $(TESTED)
+
+.PHONY: check-modules
+check-modules:
+	$(GO) mod tidy -diff
+	cd tools && $(GO) mod tidy -diff
+
+# Generated pages are made beside those in the tree, and compared.
+.PHONY: check-generated
+check-generated:
+	@cp docs/problems.md docs/problems.md.before; $(GO) generate ./... ; \
+	 cmp docs/problems.md docs/problems.md.before; same=$$?; mv docs/problems.md.before docs/problems.md; exit $$same
+
+# Processors that differ: 64 bits little-endian (arm64, riscv64) and big-endian (s390x).
+.PHONY: check-builds
+check-builds:
+	@set -e; for arch in arm64 riscv64 s390x; do echo "build for $$arch"; CGO_ENABLED=0 GOARCH=$$arch $(GO) build ./... ; done
+
+# The database is on the network. Where it can't be had that is said, and is no failure.
+.PHONY: check-vulnerabilities
+check-vulnerabilities:
+	@out=$$(timeout 60 $(GO) tool -modfile=tools/go.mod govulncheck ./... 2>&1); rc=$$?; \
+	 case $$rc in 0|3) echo "$$out"; exit $$rc;; *) echo "SKIPPED: govulncheck: no database of vulnerabilities here";; esac
+
+.PHONY: test-big-endian
+test-big-endian: ## the format's tests on a big-endian machine (Debian's qemu-user-static)
+	@if ! command -v qemu-s390x-static >/dev/null; then echo "SKIPPED: no qemu-s390x-static (Debian: apt-get install qemu-user-static)"; exit 0; fi; \
+	 CGO_ENABLED=0 GOARCH=s390x $(GO) test -short -exec qemu-s390x-static ./ondisk ./nbd/wire ./dump ./check
+
 .PHONY: check-format
 check-format:
 	@out=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
