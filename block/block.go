@@ -67,7 +67,7 @@ var ErrFixedSize = errors.New("the size of the device is fixed")
 
 // A RangeError reports an access that is not wholly inside a device.
 type RangeError struct {
-	Op     string // "read", "write", "zero", "discard", "extents"
+	Op     string // "read", "write", "zero", "discard", "extents", "allocate", "drop cache"
 	Off    int64  // first byte asked for
 	Length int64  // bytes asked for
 	Size   int64  // the device's size in bytes
@@ -291,6 +291,25 @@ func CanGrow(dev Device) bool {
 	}
 	_, ok := dev.(Resizer)
 	return ok
+}
+
+// A CacheDropper can drop what the system keeps in memory of a range and holds to be on the disk, so that a later read
+// returns what is there. Content that still waits to be written stays. After a failed flush Linux goes on
+// showing what was written and will never be on the disk: whoever decides by what was found after a restart
+// drops it first.
+type CacheDropper interface {
+	DropCache(off, n int64) error
+}
+
+// DropCache drops what is cached of n bytes at off; see [CacheDropper]. A device without the ability has no cache.
+func DropCache(dev Device, off, n int64) error {
+	if err := CheckRange("drop cache", off, n, dev.Size()); err != nil {
+		return err
+	}
+	if d, ok := dev.(CacheDropper); ok {
+		return d.DropCache(off, n)
+	}
+	return nil
 }
 
 // A BlockSizer knows its logical block size in bytes, a power of two, at least 512. Chunks must be a

@@ -93,6 +93,28 @@ func (f *File) Allocate(off, n int64) error {
 	return err
 }
 
+// cacheUnit is what DropCache rounds a range to, in bytes: the kernel drops whole pages, which are at most so long.
+const cacheUnit = 64 << 10
+
+// DropCache makes the kernel drop clean cached pages of a range (posix_fadvise). Where that is impossible, on tmpfs for
+// one, it does nothing.
+func (f *File) DropCache(off, n int64) error {
+	if err := f.enter("drop cache", off, n); err != nil || n == 0 {
+		if err == nil {
+			f.life.RUnlock()
+		}
+		return err
+	}
+	defer f.life.RUnlock()
+	start := off / cacheUnit * cacheUnit
+	end := (off + n + cacheUnit - 1) / cacheUnit * cacheUnit
+	err := retry(func() error { return unix.Fadvise(f.fd, start, end-start, unix.FADV_DONTNEED) })
+	if err != nil && !unsupported(err) && err != unix.ESPIPE && err != unix.EINVAL {
+		return f.errorAt("drop cache", off, err)
+	}
+	return nil
+}
+
 // Discard gives back the space of a range: by a hole in a regular file, which reads as zeros, by
 // BLKDISCARD on the whole blocks of a block special file. Where that is impossible it does nothing.
 func (f *File) Discard(off, n int64) error {

@@ -134,6 +134,12 @@ func (f Forward) Extents(off, n int64) ([]Extent, error) {
 	return Extents(f.acquire(), off, n)
 }
 
+// DropCache drops what is cached of a range of the device beneath.
+func (f Forward) DropCache(off, n int64) error {
+	defer f.release()
+	return DropCache(f.acquire(), off, n)
+}
+
 // Refresh looks up the size of the device beneath.
 func (f Forward) Refresh() (int64, error) {
 	defer f.release()

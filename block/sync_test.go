@@ -2,9 +2,15 @@ package block_test
 
 import (
 	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"syscall"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
@@ -44,29 +50,53 @@ func want(t *testing.T, dev block.Device, off int64, s string) {
 	}
 }
 
-func TestFailedFlushIsForGood(t *testing.T) {
-	f := create(t, filepath.Join(t.TempDir(), "x"), 8192)
-	write(t, f, 0, "before")
-	if err := f.Flush(); err != nil {
+func TestFileAfterAFailedFlush(t *testing.T) {
+	n := 0
+	blocktest.RunFailedFlush(t, func(t *testing.T) (block.Device, func(blocktest.Kind, error) error) {
+		n++
+		f := create(t, filepath.Join(t.TempDir(), fmt.Sprint(n)), 64<<10)
+		// Flush and WriteDurableAt note their failures by one function.
+		return f, func(_ blocktest.Kind, err error) error { return f.Synced(func() error { return err }) }
+	})
+}
+
+// A real failure of a durable write, nothing injected: the file is longer than the process may write. The limit is the
+// whole process's, so it is a process of its own.
+func TestFailedDurableWriteFailsTheFlush(t *testing.T) {
+	path := os.Getenv("BLOCK_LIMITED")
+	if path == "" {
+		path = filepath.Join(t.TempDir(), "x")
+		if err := create(t, path, 64<<10).Close(); err != nil {
+			t.Fatal(err)
+		}
+		cmd := exec.Command(os.Args[0], "-test.run=^TestFailedDurableWriteFailsTheFlush$")
+		cmd.Env = append(os.Environ(), "BLOCK_LIMITED="+path)
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+		return
+	}
+	f, err := block.Open(path, block.Options{})
+	if err != nil {
 		t.Fatal(err)
 	}
-	lost := f.Synced(func() error { return syscall.EIO })
-	if !errors.Is(lost, syscall.EIO) {
-		t.Fatal(lost)
+	defer f.Close()
+	signal.Ignore(unix.SIGXFSZ)
+	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 4096, Max: 4096}); err != nil {
+		t.Fatal(err)
 	}
-	for range 2 {
-		if err := f.Flush(); err != lost {
-			t.Errorf("flush: %v", err)
-		}
-		if err := f.WriteDurableAt([]byte("after"), 0); err != lost {
-			t.Errorf("durable write: %v", err)
-		}
+	if err := f.WriteDurableAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
 	}
-	want(t, f, 0, "before") // the durable write did not begin
-	write(t, f, 0, "ordinary writes go on")
-	f.Synced(func() error { return syscall.ENOSPC })
-	if err := f.Flush(); err != lost {
-		t.Errorf("the first error was replaced by %v", err)
+	failed := f.WriteDurableAt(make([]byte, 512), 8192)
+	if !block.IsNoSpace(failed) {
+		t.Fatalf("past the limit: %v", failed)
+	}
+	if err := f.Flush(); err != failed {
+		t.Errorf("flush: %v", err)
+	}
+	if err := f.WriteDurableAt(make([]byte, 512), 0); err != failed {
+		t.Errorf("durable write: %v", err)
 	}
 }
 

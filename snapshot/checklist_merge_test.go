@@ -547,6 +547,22 @@ func TestC107AreaWriteErrorWhileMerging(t *testing.T) {
 			t.Fatalf("second step: %v", err)
 		}
 		c.faults.Set(nil)
+		// What failed to be made durable stays failed until the device is opened again.
+		if _, err := m.Step(max); !errors.Is(err, snapshot.ErrMergeFailed) {
+			t.Fatalf("third step: %v", err)
+		}
+		if err := m.Close(); err == nil {
+			t.Error("the merge ended well")
+		}
+		m, err := r.origin.LoadMerge(blocktest.NewFaulty(c.memory, nil), snapshot.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer m.Close()
+		if err := m.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		wantRead(t, r.origin, 0, want)
 		n := step(t, m, max)
 		if left := m.Status().Exceptions; left != 9-n {
 			t.Errorf("%d exceptions after a step of %d", left, n)

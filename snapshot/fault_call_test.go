@@ -230,7 +230,7 @@ func (l *lab) withFault(c call, err error, hits []hit, before map[*labCOW]snapsh
 		o := l.rule(c, h)
 		want.fails, want.one = want.fails || o.fails, want.one || o.one
 		want.lost = append(want.lost, o.lost...)
-		l.sick[h.cow] = l.sick[h.cow] || l.inject.keep || h.op.Kind == blocktest.Flush || c.kind == callBeginMerge || c.kind == callStep
+		l.sick[h.cow] = l.sick[h.cow] || l.inject.keep || h.op.Kind == blocktest.Flush || h.op.Kind == blocktest.WriteDurable || c.kind == callBeginMerge || c.kind == callStep
 	}
 	var lost []*labCOW
 	for s, st := range before {

@@ -8,6 +8,8 @@
 //     be durable before what is then a matter of comparing lines.
 //   - A [Faulty] fails operations of the test's choice, or holds one until the test lets it go, which
 //     makes a race happen on purpose.
+//   - A [PageCache] does what Linux does when a flush fails: what was written can be read, is clean, and not on the disk.
+//   - A [Pool] is a file system that becomes full for all of its files at once.
 //   - A [Crash] keeps what was written and not flushed apart, and shows all the disks that a power cut
 //     could leave behind: see [Power].
 //

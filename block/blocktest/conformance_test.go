@@ -22,6 +22,13 @@ func TestConformance(t *testing.T) {
 		"recorder":         func(*testing.T) block.Device { return new(blocktest.Log).Record("A", block.NewMemory(size)) },
 		"recorder, plain":  func(*testing.T) block.Device { return new(blocktest.Log).Record("", plain{block.NewMemory(size)}) },
 		"faulty, no fault": func(*testing.T) block.Device { return blocktest.NewFaulty(block.NewMemory(size), nil) },
+		"quota":            func(*testing.T) block.Device { return blocktest.NewQuota(block.NewMemory(size), 1<<30, true) },
+		"page cache": func(*testing.T) block.Device {
+			return blocktest.NewPageCache(block.NewMemory(size), nil).Open()
+		},
+		"page cache over a pool": func(*testing.T) block.Device {
+			return blocktest.NewPageCache(blocktest.NewPool(1<<30).Sparse(plain{block.NewMemory(size)}, false), nil).Open()
+		},
 		"all together": func(*testing.T) block.Device {
 			return new(blocktest.Log).Record("A", blocktest.NewFaulty(blocktest.NewCrash(make([]byte, size)), nil))
 		},

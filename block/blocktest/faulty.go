@@ -11,7 +11,8 @@ import (
 // A Faulty passes operations on to a device, except those that its Decide function fails and those
 // that are held. Its methods may be called concurrently.
 //
-// It keeps the contract of a device: once a Flush failed, all later ones fail the same way. Abilities that
+// It is as strict as block.File (see [RunFailedFlush]): once a Flush or a durable write failed, every later one fails
+// the same way, and writes nothing. Abilities that
 // neither move data nor order it (Extents, Allocate, Refresh) are passed on without being counted.
 type Faulty struct {
 	block.Forward
@@ -20,7 +21,7 @@ type Faulty struct {
 	decide Decide
 	count  int
 	holds  []*Hold
-	failed error // of the first Flush that failed
+	failed error // of the first Flush or durable write that failed
 }
 
 // Decide says what becomes of an operation: nil passes it on, an error fails it without touching the
@@ -63,6 +64,16 @@ func FailFrom(n int, err error) Decide {
 	}
 }
 
+// FailEvery fails the n-th operation, the 2n-th and so on, over all kinds; with 2 every second one.
+func FailEvery(n int, err error) Decide {
+	return func(op Op) error {
+		if op.N%n == 0 {
+			return err
+		}
+		return nil
+	}
+}
+
 // FailKind fails all operations of a kind.
 func FailKind(k Kind, err error) Decide {
 	return func(op Op) error {
@@ -88,9 +99,10 @@ func (f *Faulty) Count() int {
 	return f.count
 }
 
-// A Hold stops one operation until it is released.
+// A Hold stops one operation, or with Hang many, until it is released.
 type Hold struct {
 	match   func(Op) bool
+	all     bool // stays in force until it is released
 	reached chan Op
 	release chan struct{}
 	once    sync.Once
@@ -105,8 +117,14 @@ type Hold struct {
 //	<-h.Reached()
 //	... // what must happen, or must wait, while the read is under way
 //	h.Release()
-func (f *Faulty) Hold(match func(Op) bool) *Hold {
-	h := &Hold{match: match, reached: make(chan Op, 1), release: make(chan struct{})}
+func (f *Faulty) Hold(match func(Op) bool) *Hold { return f.hold(match, false) }
+
+// Hang stops every operation that begins after it and that match accepts: a disk that does not answer. They go on
+// when the Hold is released, and Reached delivers the first one.
+func (f *Faulty) Hang(match func(Op) bool) *Hold { return f.hold(match, true) }
+
+func (f *Faulty) hold(match func(Op) bool, all bool) *Hold {
+	h := &Hold{match: match, all: all, reached: make(chan Op, 1), release: make(chan struct{})}
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.holds = append(f.holds, h)
@@ -128,7 +146,10 @@ func (f *Faulty) admit(op Op) error {
 	hold := f.takeHold(op)
 	f.mu.Unlock()
 	if hold != nil {
-		hold.reached <- op
+		select {
+		case hold.reached <- op:
+		default: // not the first one that hangs
+		}
 		<-hold.release
 	}
 	if decide == nil {
@@ -137,10 +158,13 @@ func (f *Faulty) admit(op Op) error {
 	return decide(op)
 }
 
-// takeHold removes and returns the first hold that matches, under f.mu. The operation then uses it up.
+// takeHold returns the first hold that matches, under f.mu. The operation uses it up, unless it holds all.
 func (f *Faulty) takeHold(op Op) *Hold {
 	for i, h := range f.holds {
 		if h.match(op) {
+			if h.all {
+				return h
+			}
 			f.holds = append(f.holds[:i:i], f.holds[i+1:]...)
 			return h
 		}
@@ -197,26 +221,46 @@ func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
 		return err
 	}
-	if err := f.admit(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}); err != nil {
-		_, err := f.writePart(p, off, err)
-		return err
+	return f.synced(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}, func(err error) error {
+		if err != nil {
+			_, err = f.writePart(p, off, err)
+			return err
+		}
+		return block.WriteDurable(f.Forward, p, off)
+	})
+}
+
+// synced admits an operation that makes something durable. It returns the first failure of such an operation, if
+// there was one, else what call returns, which is told what was decided. An operation that is refused because the
+// device is read-only fails no other.
+func (f *Faulty) synced(op Op, call func(decided error) error) error {
+	decided := f.admit(op)
+	if errors.Is(decided, block.ErrReadOnly) {
+		return decided
 	}
-	return block.WriteDurable(f.Forward, p, off)
+	f.mu.Lock()
+	failed := f.failed
+	f.mu.Unlock()
+	if failed != nil {
+		return failed
+	}
+	err := call(decided)
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.failed == nil {
+		f.failed = err
+	}
+	return f.failed // also of one that failed beside this one
 }
 
 // Flush flushes the device beneath.
 func (f *Faulty) Flush() error {
-	err := f.admit(Op{Kind: Flush})
-	f.mu.Lock()
-	if f.failed == nil {
-		f.failed = err
-	}
-	err = f.failed
-	f.mu.Unlock()
-	if err != nil {
-		return err
-	}
-	return f.Forward.Flush()
+	return f.synced(Op{Kind: Flush}, func(err error) error {
+		if err != nil {
+			return err
+		}
+		return f.Forward.Flush()
+	})
 }
 
 // ZeroAt zeroes a range of the device beneath, by writing where it has no other way.

@@ -17,11 +17,18 @@ import (
 //
 // wrap returns the device under test over beneath; it arranges for its end with t.Cleanup. changes names the
 // methods that it changes on purpose ("Discard", "Grow"), which are left out; a name that is no method of
-// block.Forward panics.
+// block.Forward panics, and whoever changes WriteAt changes what else writes.
 func RunForward(t *testing.T, wrap func(t *testing.T, beneath block.Device) block.Device, changes ...string) {
 	for _, name := range changes {
 		if !slices.ContainsFunc(forwardCalls, func(c forwardCall) bool { return c.method == name }) {
 			panic("blocktest.RunForward: no method " + name)
+		}
+	}
+	if slices.Contains(changes, "WriteAt") {
+		for _, name := range []string{"WriteDurableAt", "WriteLastAt", "ZeroAt"} {
+			if !slices.Contains(changes, name) {
+				t.Errorf("WriteAt is changed, and %s goes past it", name)
+			}
 		}
 	}
 	for _, c := range forwardCalls {
@@ -135,6 +142,8 @@ func (a *able) Extents(off, n int64) ([]block.Extent, error) {
 	return []block.Extent{{Length: 4096, Flags: block.Hole}, {Length: n - 4096}}, nil
 }
 
+func (a *able) DropCache(off, n int64) error { return a.note("DropCache %d+%d", off, n) }
+
 func (a *able) Refresh() (int64, error) { return a.Memory.Size(), a.note("Refresh") }
 
 func (a *able) Grow(size int64) error {
@@ -210,6 +219,7 @@ var forwardCalls = []forwardCall{
 		}
 		return equal(list, []block.Extent{{Length: 4096, Flags: block.Hole}, {Length: 4096}})
 	}, true},
+	{"DropCache", "DropCache 4096+8192", func(dev block.Device) error { return block.DropCache(dev, 4096, 8192) }, true},
 	{"Refresh", "Refresh", func(dev block.Device) error {
 		n, err := block.Refresh(dev)
 		if err == nil {
@@ -354,6 +364,11 @@ var plainCalls = []plainCall{
 		}
 		if err := block.Grow(dev, dev.Size()+1); !errors.Is(err, block.ErrFixedSize) || block.CanGrow(dev) {
 			t.Errorf("grow: %v", err)
+		}
+	}},
+	{[]string{"DropCache"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
+		if err := block.DropCache(dev, 0, 4096); err != nil || len(beneath.take()) > 0 {
+			t.Errorf("drop cache: %v", err)
 		}
 	}},
 	{[]string{"BlockSize"}, func(t *testing.T, dev block.Device, _ *plainDevice) {

@@ -39,6 +39,10 @@ func TestForwardPassesOn(t *testing.T) {
 		"twice":    {wrap: func(dev block.Device) block.Device { return newSwapped(block.NewForward(dev)) }},
 		"recorder": {wrap: func(dev block.Device) block.Device { return new(blocktest.Log).Record("A", dev) }},
 		"faulty":   {wrap: func(dev block.Device) block.Device { return blocktest.NewFaulty(dev, nil) }},
+		"page cache": {
+			wrap:    func(dev block.Device) block.Device { return blocktest.NewPageCache(dev, nil).Open() },
+			changes: []string{"WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Discard", "Extents", "DropCache"},
+		},
 		"quota": {
 			wrap:    func(dev block.Device) block.Device { return blocktest.NewQuota(dev, 1<<30, true) },
 			changes: []string{"Allocate", "Discard"},

@@ -8,56 +8,106 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// quotaBlock is the unit in which a Quota counts space, in bytes: a file system's block.
+// quotaBlock is the unit in which a Pool counts space, in bytes: a file system's block.
 const quotaBlock = 4096
 
-// A Quota is a sparse file on a file system with little space: what was never written takes none, and a
-// write that needs more than there is fails with ENOSPC, having written nothing. Its methods may be
-// called concurrently.
+// A Pool is the space of one file system, which its files share: one that takes the last of it makes the others fail
+// with ENOSPC. Its methods may be called concurrently.
+type Pool struct {
+	mu    sync.Mutex
+	size  int64 // blocks
+	taken int64 // blocks, by all files; may be more than size
+}
+
+// NewPool returns a file system with so many bytes of space.
+func NewPool(size int64) *Pool { return &Pool{size: size / quotaBlock} }
+
+// SetSize changes how much space there is: somebody deleted a file, or wrote one.
+func (p *Pool) SetSize(size int64) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.size = size / quotaBlock
+}
+
+// Free returns how many bytes are left.
+func (p *Pool) Free() int64 {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return max(0, p.size-p.taken) * quotaBlock
+}
+
+// take takes so many blocks, all or none; fewer than none gives back.
+func (p *Pool) take(blocks int64) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if blocks > 0 && p.taken+blocks > p.size {
+		return false
+	}
+	p.taken += blocks
+	return true
+}
+
+// Sparse returns dev as a sparse file of the file system, which takes no space yet. Without canAllocate the file system
+// can't reserve space.
+func (p *Pool) Sparse(dev block.Device, canAllocate bool) *Quota {
+	return &Quota{Forward: block.NewForward(dev), pool: p, taken: make(map[int64]bool), can: canAllocate}
+}
+
+// A Quota is a sparse file on a file system with little space: what was never written takes none, a write that needs
+// more than there is fails with ENOSPC, having written nothing, and one that replaces what was written needs none.
+// Its methods may be called concurrently.
 type Quota struct {
 	block.Forward
-	can bool // reserve space
+	can  bool // reserve space
+	pool *Pool
 
 	mu    sync.Mutex
-	limit int64 // blocks
 	taken map[int64]bool
 }
 
-// NewQuota returns dev, which takes no space yet, with so many bytes to take. Without canAllocate it is a
-// file system that can't reserve space.
+// NewQuota returns dev as the only file of a Pool of so many bytes.
 func NewQuota(dev block.Device, limit int64, canAllocate bool) *Quota {
-	return &Quota{Forward: block.NewForward(dev), limit: limit / quotaBlock, taken: make(map[int64]bool), can: canAllocate}
+	return NewPool(limit).Sparse(dev, canAllocate)
 }
 
-// SetLimit changes how much there is: somebody deleted a file, or wrote one.
-func (q *Quota) SetLimit(limit int64) {
-	q.mu.Lock()
-	defer q.mu.Unlock()
-	q.limit = limit / quotaBlock
-}
+// SetLimit is the SetSize of the Pool.
+func (q *Quota) SetLimit(limit int64) { q.pool.SetSize(limit) }
 
-// Taken returns the bytes in use.
+// Taken returns the bytes that this file has.
 func (q *Quota) Taken() int64 {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return int64(len(q.taken)) * quotaBlock
 }
 
-// take makes the blocks of a range taken, all or none.
+// take makes the blocks of a range taken, all or none. mu is held.
 func (q *Quota) take(off, n int64) error {
+	if err := block.CheckRange("write", off, n, q.Size()); err != nil {
+		return err
+	}
 	var missing []int64
 	for b := off / quotaBlock; n > 0 && b <= (off+n-1)/quotaBlock; b++ {
 		if !q.taken[b] {
 			missing = append(missing, b)
 		}
 	}
-	if int64(len(q.taken)+len(missing)) > max(q.limit, int64(len(q.taken))) {
+	if !q.pool.take(int64(len(missing))) {
 		return fmt.Errorf("write at byte %d: %w", off, syscall.ENOSPC)
 	}
 	for _, b := range missing {
 		q.taken[b] = true
 	}
 	return nil
+}
+
+// giveBack makes the whole blocks of a range holes. mu is held.
+func (q *Quota) giveBack(off, n int64) {
+	for b := (off + quotaBlock - 1) / quotaBlock; (b+1)*quotaBlock <= off+n; b++ {
+		if q.taken[b] {
+			delete(q.taken, b)
+			q.pool.take(-1)
+		}
+	}
 }
 
 // WriteAt writes where there is space.
@@ -80,24 +130,43 @@ func (q *Quota) WriteDurableAt(p []byte, off int64) error {
 	return block.WriteDurable(q.Forward, p, off)
 }
 
+// WriteLastAt is a last write where there is space; see block.LastWriter.
+func (q *Quota) WriteLastAt(p []byte, off int64) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if err := q.take(off, int64(len(p))); err != nil {
+		return err
+	}
+	return block.WriteLast(q.Forward, p, off)
+}
+
 // ZeroAt makes holes of whole blocks, or with KeepAllocated takes space.
 func (q *Quota) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if err := block.CheckRange("zero", off, n, q.Size()); err != nil {
+		return err
+	}
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if flags&block.KeepAllocated != 0 {
 		if err := q.take(off, n); err != nil {
 			return err
 		}
-	} else {
-		for b := (off + quotaBlock - 1) / quotaBlock; (b+1)*quotaBlock <= off+n; b++ {
-			delete(q.taken, b)
-		}
+		return block.Zero(q.Forward, off, n, flags)
 	}
-	return block.Zero(q.Forward, off, n, flags)
+	if err := block.Zero(q.Forward, off, n, flags); err != nil {
+		return err
+	}
+	q.giveBack(off, n)
+	return nil
 }
 
 // Discard makes holes.
-func (q *Quota) Discard(off, n int64) error { return q.ZeroAt(off, n, 0) }
+func (q *Quota) Discard(off, n int64) error {
+	if err := block.CheckRange("discard", off, n, q.Size()); err != nil {
+		return err
+	}
+	return q.ZeroAt(off, n, 0)
+}
 
 // Allocate takes space.
 func (q *Quota) Allocate(off, n int64) error {

@@ -3,6 +3,7 @@ package blocktest_test
 import (
 	"bytes"
 	"errors"
+	"runtime"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -115,7 +116,7 @@ func TestFaultyFailsTheNth(t *testing.T) {
 	}
 	for n := 1; n <= count.Count(); n++ {
 		for i, err := range run(blocktest.NewFaulty(block.NewMemory(4096), blocktest.FailNth(n, errDisk))) {
-			if (i+1 == n) != errors.Is(err, errDisk) {
+			if (i+1 == n || n == 3 && i+1 == 6) != errors.Is(err, errDisk) { // a failed durable write fails the flush
 				t.Errorf("failing number %d: number %d returned %v", n, i+1, err)
 			}
 		}
@@ -149,7 +150,7 @@ func TestFaultyLeavesTheDeviceAlone(t *testing.T) {
 		t.Error("a failed operation changed the device")
 	}
 
-	f.Set(func(op blocktest.Op) error { return &blocktest.ShortError{Done: 2, Err: errDisk} })
+	f = blocktest.NewFaulty(m, func(op blocktest.Op) error { return &blocktest.ShortError{Done: 2, Err: errDisk} })
 	if n, err := f.WriteAt([]byte("abc"), 0); n != 2 || !errors.Is(err, errDisk) {
 		t.Errorf("short write: %d, %v", n, err)
 	}
@@ -168,14 +169,70 @@ func TestFaultyLeavesTheDeviceAlone(t *testing.T) {
 	}
 }
 
-func TestFaultyFlushFailsForGood(t *testing.T) {
-	f := blocktest.NewFaulty(block.NewMemory(4096), blocktest.FailKind(blocktest.Flush, errDisk))
-	if err := f.Flush(); err != errDisk {
+func TestFaultyAfterAFailedFlush(t *testing.T) {
+	blocktest.RunFailedFlush(t, func(*testing.T) (block.Device, func(blocktest.Kind, error) error) {
+		f := blocktest.NewFaulty(block.NewMemory(64<<10), nil)
+		return f, func(k blocktest.Kind, err error) error {
+			f.Set(blocktest.FailKind(k, err))
+			defer f.Set(nil)
+			if k == blocktest.Flush {
+				return f.Flush()
+			}
+			return f.WriteDurableAt(make([]byte, 512), 8192)
+		}
+	})
+}
+
+// A failure beneath counts like one that was decided.
+func TestFaultyKeepsAFailureBeneath(t *testing.T) {
+	beneath := blocktest.NewPageCache(block.NewMemory(64<<10), blocktest.FailNth(1, errDisk)).Open()
+	f := blocktest.NewFaulty(beneath, nil)
+	write(t, f, 0, "lost")
+	for range 3 { // the page cache reports it once
+		if err := f.Flush(); !errors.Is(err, errDisk) {
+			t.Errorf("flush: %v", err)
+		}
+	}
+}
+
+func TestFailEvery(t *testing.T) {
+	f := blocktest.NewFaulty(block.NewMemory(4096), blocktest.FailEvery(2, errDisk))
+	for i := 1; i < 9; i++ {
+		if _, err := f.ReadAt(make([]byte, 1), 0); (i%2 == 0) != errors.Is(err, errDisk) {
+			t.Errorf("read %d: %v", i, err)
+		}
+	}
+}
+
+func TestHang(t *testing.T) {
+	f := blocktest.NewFaulty(block.NewMemory(4096), nil)
+	hang := f.Hang(func(op blocktest.Op) bool { return op.Kind != blocktest.Flush })
+	defer hang.Release()
+	done := make(chan error, 3)
+	for range 3 {
+		go func() {
+			_, err := f.WriteAt([]byte("x"), 0)
+			done <- err
+		}()
+	}
+	<-hang.Reached()
+	for f.Count() < 3 {
+		runtime.Gosched()
+	}
+	if err := f.Flush(); err != nil { // passes
 		t.Error(err)
 	}
-	f.Set(nil)
-	if err := f.Flush(); err != errDisk {
-		t.Errorf("the second flush: %v", err)
+	if len(done) > 0 {
+		t.Error("a write did not hang")
+	}
+	hang.Release()
+	for range 3 {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := f.WriteAt([]byte("x"), 0); err != nil { // passes, too
+		t.Error(err)
 	}
 }
 

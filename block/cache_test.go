@@ -1,0 +1,63 @@
+package block_test
+
+import (
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// cached reports whether the kernel has a page of a file in memory.
+func cached(t *testing.T, path string, off int64) bool {
+	t.Helper()
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(fd)
+	p := make([]byte, 512)
+	n, err := unix.Preadv2(fd, [][]byte{p}, off, unix.RWF_NOWAIT)
+	if err == unix.EOPNOTSUPP {
+		t.Skip("the file system can't say what is cached")
+	}
+	return err == nil && n == len(p)
+}
+
+func TestFileDropCache(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x")
+	f := create(t, path, 1<<20)
+	for off := int64(0); off < f.Size(); off += 4096 {
+		write(t, f, off, "content")
+	}
+	if err := f.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if !cached(t, path, 300<<10) || !cached(t, path, 0) {
+		t.Fatal("what was just written is not cached")
+	}
+	if err := block.DropCache(f, 300<<10+5, 1); err != nil {
+		t.Fatal(err)
+	}
+	if cached(t, path, 300<<10) {
+		var st unix.Statfs_t
+		if err := unix.Statfs(path, &st); err == nil && st.Type == unix.TMPFS_MAGIC {
+			t.Skip("tmpfs has nothing but its cache")
+		}
+		t.Error("a dropped page is still there")
+	}
+	write(t, f, 512<<10, "dirty")
+	if err := block.DropCache(f, 0, f.Size()); err != nil {
+		t.Fatal(err)
+	}
+	want(t, f, 512<<10, "dirty")
+	want(t, f, 300<<10, "content")
+	if err := block.DropCache(f, f.Size(), 1); err == nil {
+		t.Error("past the end")
+	}
+	f.Close()
+	if err := block.DropCache(f, 0, 1); err == nil {
+		t.Error("after close")
+	}
+}
