@@ -113,7 +113,7 @@ func (d *device) attempt(off int64, p []byte, late bool) {
 	sectors(off, int64(len(p)), func(s, from, to int64) {
 		part := p[s*sectorSize+from-off : s*sectorSize+to-off]
 		list := [][]byte{with(d.sector(s), from, part)}
-		for _, b := range d.also[s] {
+		for _, b := range slices.Concat(d.also[s], d.late[s]) {
 			list = append(list, with(b, from, part))
 		}
 		for _, b := range list {
