@@ -29,6 +29,34 @@ var ErrSize = errors.New("size of the COW file")
 type Created struct {
 	Layout ondisk.Layout
 	Size   int64 // of the COW device, in bytes
+
+	path    string
+	isNew   bool  // the file was made
+	wasSize int64 // of a file that was there
+	vacant  bool  // and was empty
+}
+
+// Undo takes back what Create made, which nobody may use yet: a file that was made is removed, an empty one is as it
+// was. A store that was made over something else stays.
+func (c Created) Undo() error {
+	switch {
+	case c.isNew:
+		return os.Remove(c.path)
+	case !c.vacant:
+		return nil
+	}
+	cow, err := OpenDevice(c.path, block.Options{})
+	if err != nil {
+		return err
+	}
+	err = block.Zero(cow, 0, c.Layout.ChunkBytes(), 0)
+	if err == nil {
+		err = cow.Flush()
+	}
+	if err == nil && c.Size != c.wasSize {
+		err = os.Truncate(c.path, c.wasSize)
+	}
+	return block.WithPath(c.path, errors.Join(err, cow.Close()))
 }
 
 // Create makes an empty store on a COW device for an origin, of which only the size is used. A COW file that does not
@@ -56,7 +84,9 @@ func Create(originPath, cowPath string, o Options) (c Created, err error) {
 	if c.Size, err = o.size(c.Layout, origin.Size()); err != nil {
 		return c, block.WithPath(cowPath, err)
 	}
+	c.path = cowPath
 	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
+		c.isNew = true
 		err = newfile.Write(cowPath, newfile.Options{}, func(f *os.File) error {
 			cow, err := newfile.Device(f, c.Size)
 			if err != nil {
@@ -90,9 +120,15 @@ func (o *Options) size(l ondisk.Layout, origin int64) (int64, error) {
 }
 
 // makeStore makes the store on an open COW device, through dev, and closes it. A file that is empty gets c.Size, which
-// becomes the size that the device has.
+// becomes the size that the device has; when that fails it gets its own size back.
 func (o *Options) makeStore(cow *block.File, dev block.Device, c *Created) (err error) {
-	defer func() { err = errors.Join(err, cow.Close()) }()
+	c.wasSize, c.vacant = cow.Size(), !o.Overwrite
+	defer func() {
+		if err != nil && cow.Size() != c.wasSize {
+			err = errors.Join(err, os.Truncate(cow.Path(), c.wasSize))
+		}
+		err = errors.Join(err, cow.Close())
+	}()
 	if !o.Overwrite {
 		if err := image.CheckEmpty(cow); err != nil {
 			return err

@@ -56,21 +56,52 @@ func readStoreType(s string) (snapshot.StoreType, error) {
 	return 0, refuse(api.CodeBadRequest, "store: must be P, PO or N")
 }
 
-// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one.
-func (s *Server) openCOW(a attachment) (cow *block.File, isNew bool, err error) {
+// needs is what has to be made for an attachment: later ones can be undone less well.
+type needs int
+
+const (
+	nothingNew needs = iota
+	newFile
+	newStore // on a file or device that exists
+)
+
+func (a attachment) needs() needs {
+	if !a.create {
+		return nothingNew
+	}
+	f, err := block.Open(a.path, block.Options{ReadOnly: true, Lock: block.LockNone})
+	if err != nil {
+		return newFile
+	}
+	defer f.Close()
+	if c, err := image.Probe(f); a.store == snapshot.Transient || err == nil && c.Kind == image.Store {
+		return nothingNew
+	}
+	return newStore
+}
+
+// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one. undo takes back
+// what was made, after the device was closed.
+func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err error) {
+	undo = func() error { return nil }
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, undo())
+		}
+	}()
 	if s.opts.ReadOnly && (a.create || a.store == snapshot.Transient) {
-		return nil, false, errReadOnly
+		return nil, undo, errReadOnly
 	}
 	if err := cowfile.CheckDifferent(s.path, a.path); err != nil {
-		return nil, false, err
+		return nil, undo, err
 	}
 	if a.create {
-		if isNew, err = s.createCOW(a); err != nil {
-			return nil, false, err
+		if undo, err = s.createCOW(a); err != nil {
+			return nil, undo, err
 		}
 	}
 	if cow, err = cowfile.OpenDevice(a.path, block.Options{ReadOnly: s.opts.ReadOnly}); err != nil {
-		return nil, false, err
+		return nil, undo, err
 	}
 	if a.store == snapshot.Transient {
 		if !a.force {
@@ -78,37 +109,34 @@ func (s *Server) openCOW(a attachment) (cow *block.File, isNew bool, err error) 
 		}
 		if err != nil {
 			cow.Close()
-			return nil, false, fmt.Errorf("%s: a snapshot of store N would overwrite it: %w", a.path, err)
+			return nil, undo, fmt.Errorf("%s: a snapshot of store N would overwrite it: %w", a.path, err)
 		}
-		return cow, isNew, nil
+		return cow, undo, nil
 	}
 	if err := cowfile.CheckStore(a.path, cow); err != nil {
 		cow.Close()
-		return nil, false, err
+		return nil, undo, err
 	}
-	return cow, isNew, nil
+	return cow, undo, nil
 }
 
 // createCOW makes the COW device, or the store on it, where there is none yet.
-func (s *Server) createCOW(a attachment) (isNew bool, err error) {
-	_, err = os.Stat(a.path)
-	isNew = errors.Is(err, os.ErrNotExist)
-	if a.store == snapshot.Transient {
-		if !isNew {
-			return false, err
+func (s *Server) createCOW(a attachment) (undo func() error, err error) {
+	undo = func() error { return nil }
+	need := a.needs()
+	switch {
+	case need == nothingNew:
+		return undo, nil
+	case a.store == snapshot.Transient:
+		if err = cowfile.CreateScratch(a.path, s.file.Size(), a.chunkSectors); err == nil {
+			undo = func() error { return os.Remove(a.path) }
 		}
-		return true, cowfile.CreateScratch(a.path, s.file.Size(), a.chunkSectors)
+		return undo, err
 	}
-	if !isNew {
-		f, err := cowfile.OpenDevice(a.path, block.Options{ReadOnly: true, Lock: block.LockShared})
-		if err != nil {
-			return false, err
-		}
-		defer f.Close()
-		if c, err := image.Probe(f); err != nil || c.Kind == image.Store {
-			return false, block.WithPath(a.path, err)
-		}
+	// The origin was checked before.
+	c, err := cowfile.Create(s.path, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force, Raw: true})
+	if err == nil {
+		undo = c.Undo
 	}
-	_, err = cowfile.Create(s.path, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force, Raw: true}) // the origin was checked before
-	return isNew && err == nil, err
+	return undo, err
 }

@@ -3,24 +3,49 @@ package server
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"net"
+	"net/netip"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 )
 
+// maxSocketPath is how long the path of a unix socket may be, in bytes: sun_path has 108 with the zero at its end.
+const maxSocketPath = 107
+
+// CheckSocketPath refuses a path that is too long for clients, which are given the absolute one.
+func CheckSocketPath(path string) error {
+	full, err := filepath.Abs(path)
+	if err == nil && len(full) > maxSocketPath {
+		err = fmt.Errorf("%s: the absolute path of a socket can't be longer than %d bytes, and this one has %d", path, maxSocketPath, len(full))
+	}
+	return err
+}
+
 // umask guards the process's file mode mask.
 var umask sync.Mutex
 
 // ListenUnix listens on a unix socket that its owner alone may connect to (mode 0600). A socket that nobody listens
-// on any more, left by a server that was killed, is replaced; anything else at the path is an error. The listener
-// removes the socket when it is closed.
+// on any more, left by a server that was killed, is replaced; anything else at the path is an error. Of several
+// servers that start at the same time one gets the socket. The listener removes the socket when it is closed, unless
+// another one has taken its place.
 func ListenUnix(path string) (net.Listener, error) {
+	if err := CheckSocketPath(path); err != nil {
+		return nil, err
+	}
+	unlock, err := lockFolder(filepath.Dir(path))
+	if err != nil {
+		return nil, block.WithPath(path, err)
+	}
+	defer unlock()
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
@@ -30,16 +55,76 @@ func ListenUnix(path string) (net.Listener, error) {
 	l, err := net.Listen("unix", path)
 	syscall.Umask(old)
 	umask.Unlock()
-	if errors.Is(err, syscall.EINVAL) && len(path) > 107 {
-		return nil, fmt.Errorf("%s: the path of a socket can't be longer than 107 bytes", path)
+	if err != nil {
+		return nil, block.WithPath(path, err)
 	}
-	return l, block.WithPath(path, err)
+	u := &ownSocket{UnixListener: l.(*net.UnixListener)}
+	u.SetUnlinkOnClose(false)
+	if u.info, err = os.Lstat(path); err == nil {
+		u.path, err = filepath.Abs(path)
+	}
+	if err != nil {
+		u.UnixListener.Close()
+		return nil, err
+	}
+	return u, nil
+}
+
+// ownSocket is a listener that removes its socket when it is closed.
+type ownSocket struct {
+	*net.UnixListener
+	path string // absolute
+	info os.FileInfo
+	once sync.Once
+}
+
+// Close removes the socket, if the path still leads to it, and stops listening.
+func (u *ownSocket) Close() error {
+	u.once.Do(func() {
+		unlock, err := lockFolder(filepath.Dir(u.path))
+		if err != nil {
+			return // a socket that is left can be replaced; one of another server can't be restored
+		}
+		defer unlock()
+		if now, err := os.Lstat(u.path); err == nil && os.SameFile(now, u.info) {
+			os.Remove(u.path)
+		}
+	})
+	return u.UnixListener.Close()
+}
+
+// folderPatience is how long another program may hold the lock of a folder.
+const folderPatience = 5 * time.Second
+
+// lockFolder excludes other servers from changing sockets in a folder. Where the folder can't be read, or its file
+// system has no locks, it excludes nobody.
+func lockFolder(path string) (unlock func(), err error) {
+	d, err := os.Open(path)
+	if errors.Is(err, fs.ErrPermission) {
+		return func() {}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	for began := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		err := syscall.Flock(int(d.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+		switch {
+		case err == nil:
+			return func() { d.Close() }, nil
+		case err != syscall.EWOULDBLOCK && err != syscall.EINTR:
+			d.Close()
+			return func() {}, nil
+		case time.Since(began) > folderPatience:
+			d.Close()
+			return nil, fmt.Errorf("%s: another program holds the folder's lock", path)
+		}
+	}
 }
 
 // removeStale removes a socket that nobody listens on.
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
-	if errors.Is(err, os.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	if err != nil {
@@ -59,19 +144,47 @@ func removeStale(path string) error {
 	return block.WithPath(path, err)
 }
 
-// ListenTCP listens on HOST:PORT; without a HOST on the loopback interface, since NBD has no authentication.
+// ListenTCP listens on HOST:PORT, [HOST]:PORT or PORT; without a HOST on the loopback interface, since NBD has no
+// authentication. A HOST that is an IPv4 address means IPv4 only; [::] is every interface, IPv6 and IPv4. Port 0 is a
+// free one.
 func ListenTCP(address string) (net.Listener, error) {
-	if !strings.Contains(address, ":") {
-		address = ":" + address
-	}
-	host, port, err := net.SplitHostPort(address)
+	network, address, err := tcpAddress(address)
 	if err != nil {
 		return nil, err
 	}
-	if host == "" {
-		host = "localhost"
+	return net.Listen(network, address)
+}
+
+// CheckTCPAddress returns the error of an address on which ListenTCP can't listen whatever the machine.
+func CheckTCPAddress(address string) error {
+	_, _, err := tcpAddress(address)
+	return err
+}
+
+// tcpAddress returns what net.Listen takes for an address.
+func tcpAddress(address string) (network, full string, err error) {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		if _, err := strconv.ParseUint(address, 10, 64); err != nil {
+			bare := strings.Trim(address, "[]")
+			return "", "", fmt.Errorf("%q has no port, as %q has", address, net.JoinHostPort(bare, "10809"))
+		}
+		host, port = "", address
 	}
-	return net.Listen("tcp", net.JoinHostPort(host, port))
+	if port == "" {
+		return "", "", fmt.Errorf("%q has no port, as %q has", address, net.JoinHostPort(host, "10809"))
+	}
+	if n, err := strconv.ParseUint(port, 10, 64); err == nil && n > 65535 {
+		return "", "", fmt.Errorf("%q: ports end at 65535", address)
+	}
+	network = "tcp"
+	switch ip, err := netip.ParseAddr(host); {
+	case host == "":
+		host = "localhost"
+	case err == nil && ip.Is4():
+		network = "tcp4" // with "tcp", Go takes 0.0.0.0 for every address, IPv6 included
+	}
+	return network, net.JoinHostPort(host, port), nil
 }
 
 // exportURI is the NBD URI of an export on a listener.

@@ -24,6 +24,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -110,6 +111,7 @@ type attached struct {
 	cow        *block.File
 	snap       *snapshot.Snapshot // not used any more once merge is set
 	merge      *liveMerge
+	undo       func() error // takes back what was made for it; before it is served
 }
 
 // refuse returns an error with a code.
@@ -186,32 +188,79 @@ func (s *Server) Attach(q api.AttachRequest) (api.Snapshot, error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	v, err := s.attach(a)
+	if err != nil {
+		return api.Snapshot{}, err
+	}
+	s.setDefault()
+	return s.statusOf(v), nil
+}
+
+// AttachAll is Attach for several snapshots: all of them, in this order, or none. What has to be made is made when
+// everything else was found in order.
+func (s *Server) AttachAll(list []api.AttachRequest) (err error) {
+	var all []attachment
+	for _, q := range list {
+		a, err := readAttach(q)
+		if err != nil {
+			return err
+		}
+		if slices.ContainsFunc(all, func(b attachment) bool { return b.name == a.name }) {
+			return nameTaken(a.name)
+		}
+		all = append(all, a)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	before := len(s.snapshots)
+	byNeeds := slices.Clone(all)
+	slices.SortStableFunc(byNeeds, func(a, b attachment) int { return cmp.Compare(a.needs(), b.needs()) })
+	for _, a := range byNeeds {
+		if _, err := s.attach(a); err != nil {
+			for _, v := range slices.Backward(s.snapshots[before:]) {
+				err = errors.Join(err, s.nbd.Remove(context.Background(), v.name), v.close(), v.undo())
+			}
+			s.snapshots = s.snapshots[:before]
+			return err
+		}
+	}
+	place := func(v *attached) int {
+		return slices.IndexFunc(all, func(a attachment) bool { return a.name == v.name })
+	}
+	slices.SortFunc(s.snapshots[before:], func(v, w *attached) int { return cmp.Compare(place(v), place(w)) })
+	s.setDefault()
+	return nil
+}
+
+// attach attaches one snapshot. mu is held.
+func (s *Server) attach(a attachment) (*attached, error) {
 	if s.find(a.name) != nil || a.name == OriginName && s.exported {
-		return api.Snapshot{}, nameTaken(a.name)
+		return nil, nameTaken(a.name)
 	}
 	if s.merging != nil && !s.merging.done() {
 		// What is not merged yet is not on the origin's disk: a snapshot of it would be a mixture.
-		return api.Snapshot{}, refuse(api.CodeMerging, "snapshot %q is being merged: attach %q when that is complete", s.merging.name, a.name)
+		return nil, refuse(api.CodeMerging, "snapshot %q is being merged: attach %q when that is complete", s.merging.name, a.name)
 	}
-	cow, isNew, err := s.openCOW(a)
+	cow, undo, err := s.openCOW(a)
 	if err != nil {
-		return api.Snapshot{}, err
+		return nil, err
 	}
 	v, err := s.attachDevice(a, cow)
 	if err != nil {
-		err = errors.Join(block.WithPath(a.path, err), cow.Close())
-		if isNew {
-			err = errors.Join(err, os.Remove(a.path))
-		}
-		return api.Snapshot{}, err
+		return nil, errors.Join(block.WithPath(a.path, err), cow.Close(), undo())
 	}
+	v.undo = undo
 	s.snapshots = append(s.snapshots, v)
-	if !s.hadDefault {
-		// It stays so until it is dropped: the name never goes over to another disk.
-		s.hadDefault, s.fallback = true, v
-		s.nbd.SetDefault(v.name)
+	return v, nil
+}
+
+// setDefault makes the first snapshot the export "", unless there was one. It stays so until it is dropped: the name
+// never goes over to another disk. mu is held.
+func (s *Server) setDefault() {
+	if !s.hadDefault && len(s.snapshots) > 0 {
+		s.hadDefault, s.fallback = true, s.snapshots[0]
+		s.nbd.SetDefault(s.fallback.name)
 	}
-	return s.statusOf(v), nil
 }
 
 // attachDevice makes the snapshot on an open COW device and exports it.

@@ -2,10 +2,13 @@ package main
 
 import (
 	"bytes"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/dmsnap/dmsnap/server"
 )
 
 // A trap is something wrong with the files that a verb is given.
@@ -205,6 +208,55 @@ func TestBadUsage(t *testing.T) {
 	if o := dmsnap(); o.status != exitTrouble || !strings.Contains(o.stderr, "Usage:") || o.out != "" {
 		t.Errorf("no verb: status %d, %q on stdout", o.status, o.out)
 	}
+}
+
+// A serve that is refused, whatever for, leaves nothing: no socket, no COW file, no store on a file that was empty.
+func TestRefusedServeLeavesNothing(t *testing.T) {
+	p := newPair(t)
+	p.withStore(t)
+	busy, control := filepath.Join(p.dir, "busy"), filepath.Join(p.dir, "ctl")
+	l, err := server.ListenUnix(busy)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	file, empty, zeros := filepath.Join(p.dir, "file"), filepath.Join(p.dir, "empty"), filepath.Join(p.dir, "zeros")
+	writeFile(t, file, []byte("precious"))
+	writeFile(t, empty, nil)
+	writeFile(t, zeros, make([]byte, 64<<10))
+	long := filepath.Join(p.dir, strings.Repeat("d", 120))
+	in := func(name string) string { return filepath.Join(p.dir, name) }
+	before := digests(t, p.dir)
+	for _, args := range [][]string{
+		{p.origin, in("new"), "--socket", in("missing/s")},
+		{p.origin, in("new"), "--socket", busy},
+		{p.origin, in("new"), "--socket", file},
+		{p.origin, in("new"), "--socket", long},
+		{p.origin, in("new"), "--socket", in("s"), "--control", in("missing/c")},
+		{p.origin, in("new"), "--socket", in("s"), "--control", busy},
+		{p.origin, in("new"), "--socket", in("s"), "--control", in("s")},
+		{p.origin, in("new"), "--socket", in("s"), "--control", long},
+		{p.origin, in("new"), "--listen", "127.0.0.1:99999"},
+		{p.origin, in("new"), "--listen", "127.0.0.1"},
+		{p.origin, in("new"), "--listen", "no.such.host.invalid:1"},
+		{p.origin, in("new"), "--socket", in("s"), "--control", control, "--tls-certificates", p.dir},
+		{p.origin, in("new"), p.origin, "--socket", in("s")},             // the second COW is the origin
+		{p.origin, in("new"), "b=" + file, "--socket", in("s")},          // or holds something else
+		{p.origin, empty, "b=" + file, "--socket", in("s")},              // after a store was made on an empty file
+		{p.origin, zeros, "b=" + file, "--socket", in("s")},              // or on zeros
+		{p.origin, in("new"), "new=" + in("other"), "--socket", in("s")}, // two of one name
+		{p.origin, in("new"), "b=" + in("new"), "--socket", in("s")},     // one file twice
+		{p.origin, in("new"), "origin=" + in("other"), "--export-origin", "--socket", in("s")},
+		{p.origin, in("new"), in("missing/b"), "--socket", in("s")},
+		{p.origin, in("new"), "--store", "N", "b=" + p.cow, "--socket", in("s")},
+	} {
+		dmsnap(append([]string{"serve", "--create"}, args...)...).wantRefused(t)
+		if after := digests(t, p.dir); !maps.Equal(before, after) {
+			t.Fatalf("serve --create %q left %v, before there was %v", args, after, before)
+		}
+	}
+	dmsnap("serve", file, "--socket", in("s"), "--raw").wantRefused(t)
+	wantSame(t, p.dir, before)
 }
 
 // A server that can't start leaves no socket.

@@ -59,7 +59,8 @@ Without COW, ORIGIN.cow is used, and made when it is not there. Any other COW mu
 the exceptions are kept in memory and the COW is scratch space, of no use afterwards.
 
 Without --socket or --listen, the socket is ORIGIN.sock. Sockets are for their owner alone (mode
-0600). --listen without a HOST means the loopback interface; NBD asks nobody for a password.
+0600). --listen without a HOST means the loopback interface, since NBD has no authentication; 0.0.0.0:PORT is
+every interface, IPv4 only, [::]:PORT every interface, IPv6 too. Port 0 is a free one; the URI has it.
 
 A COW without room, be it its own size or a full file system beneath, loses nothing: writes that need
 room, to the snapshot and to the origin, fail with "no space" until there is some, and everything else
@@ -200,23 +201,35 @@ func exportName(path string) string {
 	return base
 }
 
-// run serves until ctx ends, or a listener fails.
+// run serves until ctx ends, or a listener fails. What is refused leaves nothing behind: what can be checked is
+// checked first, then the origin is opened, then the sockets are made, and COW files last.
 func (o *serveOptions) run(ctx context.Context, originPath string, cows []string, stdout, stderr io.Writer) (err error) {
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
 		return err
 	}
 	log, endLog := newLog(stderr)
 	defer endLog()
-	s, err := o.open(originPath, cows, log)
-	if errors.Is(err, store.ErrOriginTooSmall) {
-		err = fmt.Errorf("%w; --force serves it all the same", err)
+	passed, err := passedListeners()
+	if err != nil {
+		return err
 	}
+	if err := o.checkListeners(originPath, passed); err != nil {
+		return err
+	}
+	s, err := o.open(originPath, log)
 	if err != nil {
 		return advise(err)
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
-	l, control, err := o.listeners(originPath)
+	l, control, err := o.listeners(originPath, passed)
 	if err != nil {
+		return err
+	}
+	if err := o.attach(s, originPath, cows); err != nil {
+		l.Close()
+		if control != nil {
+			control.Close()
+		}
 		return err
 	}
 	wait := s.Start(ctx, l, control)
@@ -230,8 +243,8 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	return wait()
 }
 
-// open opens the origin and attaches the snapshots. The caller closes the server.
-func (o *serveOptions) open(originPath string, cows []string, log func(string)) (s *server.Server, err error) {
+// open opens the origin. The caller closes the server.
+func (o *serveOptions) open(originPath string, log func(string)) (s *server.Server, err error) {
 	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
@@ -241,29 +254,57 @@ func (o *serveOptions) open(originPath string, cows []string, log func(string)) 
 		}
 		opts.NBD.RequireTLS = !o.tls.allow
 	}
-	if s, err = server.Open(originPath, opts); err != nil {
-		return nil, err
-	}
-	for _, a := range o.attachments(originPath, cows) {
-		if _, err := s.Attach(a); err != nil {
-			return nil, errors.Join(err, s.Close())
-		}
-	}
+	return server.Open(originPath, opts)
+}
+
+// attach exports the origin, if it is to be, and attaches the snapshots, all or none.
+func (o *serveOptions) attach(s *server.Server, originPath string, cows []string) error {
 	if o.exportOrigin {
 		if err := s.ExportOrigin(); err != nil {
-			return nil, errors.Join(err, s.Close())
+			return err
 		}
 	}
-	return s, nil
+	err := s.AttachAll(o.attachments(originPath, cows))
+	if errors.Is(err, store.ErrOriginTooSmall) {
+		err = fmt.Errorf("%w; --force serves it all the same", err)
+	}
+	return advise(err)
+}
+
+// checkListeners refuses addresses on which nobody can listen, or that clients can't use.
+func (o *serveOptions) checkListeners(originPath string, passed map[string]net.Listener) error {
+	if passed["nbd"] == nil {
+		if err := o.checkListener(originPath); err != nil {
+			return err
+		}
+	}
+	if passed["control"] == nil && o.control != "" {
+		return server.CheckSocketPath(o.control)
+	}
+	return nil
+}
+
+func (o *serveOptions) checkListener(originPath string) error {
+	if o.listen == "" {
+		return server.CheckSocketPath(o.socketPath(originPath))
+	}
+	if err := server.CheckTCPAddress(o.listen); err != nil {
+		return fmt.Errorf("--listen: %w", err)
+	}
+	return nil
+}
+
+// socketPath is where the NBD server listens without --listen.
+func (o *serveOptions) socketPath(originPath string) string {
+	if o.socket != "" {
+		return o.socket
+	}
+	return originPath + ".sock"
 }
 
 // listeners returns the sockets that were passed to the process, or listens where o says. control is nil when
 // it was not asked for.
-func (o *serveOptions) listeners(originPath string) (l, control net.Listener, err error) {
-	passed, err := passedListeners()
-	if err != nil {
-		return nil, nil, err
-	}
+func (o *serveOptions) listeners(originPath string, passed map[string]net.Listener) (l, control net.Listener, err error) {
 	if l = passed["nbd"]; l == nil {
 		if l, err = o.listener(originPath); err != nil {
 			return nil, nil, err
@@ -280,17 +321,14 @@ func (o *serveOptions) listeners(originPath string) (l, control net.Listener, er
 
 // listener listens where o says.
 func (o *serveOptions) listener(originPath string) (net.Listener, error) {
-	switch {
-	case o.listen != "":
-		l, err := server.ListenTCP(o.listen)
-		if err != nil {
-			return nil, fmt.Errorf("--listen: %w", err)
-		}
-		return l, nil
-	case o.socket != "":
-		return server.ListenUnix(o.socket)
+	if o.listen == "" {
+		return server.ListenUnix(o.socketPath(originPath))
 	}
-	return server.ListenUnix(originPath + ".sock")
+	l, err := server.ListenTCP(o.listen)
+	if err != nil {
+		return nil, fmt.Errorf("--listen: %w", err)
+	}
+	return l, nil
 }
 
 // printable is a name as it is shown to people: quoted where it would tear the line or the terminal.

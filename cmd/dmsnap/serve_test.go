@@ -32,11 +32,14 @@ type running struct {
 func start(t *testing.T, p pair, o serveOptions, cows ...string) *running {
 	t.Helper()
 	o.socket, o.control = filepath.Join(p.dir, "nbd.sock"), filepath.Join(p.dir, "control.sock")
-	s, err := o.open(p.origin, cows, func(line string) { t.Log(line) })
+	s, err := o.open(p.origin, func(line string) { t.Log(line) })
 	if err != nil {
 		t.Fatal(err)
 	}
-	l, control, err := o.listeners(p.origin)
+	l, control, err := o.listeners(p.origin, nil)
+	if err == nil {
+		err = o.attach(s, p.origin, cows)
+	}
 	if err != nil {
 		t.Fatal(err)
 	}
