@@ -35,6 +35,7 @@ func TestInteropKillLoop(t *testing.T) {
 	}
 	verified := []string{"--verify=crc32c", "--randseed=7", "--allrandrepeat=1"}
 	for round := range rounds {
+		began := time.Now()
 		var loads []*exec.Cmd
 		for export, part := range map[string][2]int{"snap": {32 << 20, 16 << 20}, "origin": {0, 64 << 20}} {
 			load := exec.Command(fio, fioArgs("load", export, part[0], part[1], "--time_based", "--runtime=60", fmt.Sprint("--randseed=", round))...)
@@ -45,12 +46,13 @@ func TestInteropKillLoop(t *testing.T) {
 			loads = append(loads, load)
 		}
 		w.run(fio, fioArgs("proven", "snap", round*piece, piece, append(verified, "--do_verify=0", "--end_fsync=1")...)...)
+		w.awaitWrite("disk.img", began)
 		time.Sleep(time.Duration(r.IntN(100)) * time.Millisecond) // when it is killed is up to chance
 		w.cmd.Process.Kill()
 		w.cmd.Wait()
 		for _, load := range loads {
 			if err := load.Wait(); err == nil {
-				t.Error("a writer did not notice that its server was killed")
+				t.Errorf("round %d: a writer ended without an error although its server was killed: %v", round, load.Args)
 			}
 		}
 		w.dmsnap("check", "snap.cow")
@@ -73,6 +75,25 @@ func TestInteropKillLoop(t *testing.T) {
 		t.Error("nothing was written to that part of the origin")
 	}
 	t.Logf("%d kills under fio, what it had flushed verified after each", rounds)
+}
+
+// awaitWrite waits until a file has been written since began. Acknowledged origin writes wait in the server's memory
+// for a while, and a writer takes its time to start on a busy machine: a server that is killed earlier leaves the
+// origin as it was.
+func (w *world) awaitWrite(name string, began time.Time) {
+	w.t.Helper()
+	for start := time.Now(); ; time.Sleep(5 * time.Millisecond) {
+		info, err := os.Stat(w.path(name))
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		if info.ModTime().After(began) {
+			return
+		}
+		if d := time.Since(start); d > time.Minute {
+			w.t.Fatalf("nothing was written to %s for %v; the server's log:\n%s", name, d, w.log)
+		}
+	}
 }
 
 // fioWithNBD finds a fio that speaks NBD, or skips the test aloud.
