@@ -582,6 +582,6 @@ func (w *world) opInject() {
 	r.File = files[w.r.IntN(len(files))]
 	w.logf("inject %+v", r)
 	w.count("inject")
-	w.faulty = true
+	w.faulty, w.again = true, r.Count != 1
 	w.must(w.fs.Add(r), "faultfs")
 }

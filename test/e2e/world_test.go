@@ -30,6 +30,7 @@ type world struct {
 	sync    string
 	limited bool // COW devices may become full
 	faulty  bool // errors are being injected, or were since the server started
+	again   bool // and more than one of them
 	stamp   uint64
 
 	origin    *device
@@ -48,9 +49,11 @@ type view struct {
 	name, cow string
 	d         *device
 	invalid   bool // it was seen to be
-	doubt     bool // it may be invalid: an error was injected
-	limited   bool
-	size      int64 // of its COW file, when limited
+	// doubted: errors of its COW device went on, and with --on-full invalidate a mark that could not be made
+	// durable does not hold up the origin. It may be valid and wrong.
+	doubted bool
+	limited bool
+	size    int64 // of its COW file, when limited
 }
 
 // fault is a fault of the product.
@@ -416,6 +419,11 @@ func (w *world) stop(how string) {
 		w.must(err, "faultfs")
 		for _, h := range hits {
 			w.logf("injected: %v", h)
+			for _, v := range w.views {
+				if w.policy == "invalidate" && w.again && h.File == v.name+".cow" {
+					v.doubted = true
+				}
+			}
 			if h.Op == faultfs.Fsync && how != "cut" {
 				for _, d := range w.devices() {
 					d.flushFailed()
@@ -431,6 +439,7 @@ func (w *world) lookAtDisks(how string, clean bool) {
 	durable := clean || how == "cut"
 	content, err := os.ReadFile(w.originPath)
 	w.must(err, "origin")
+	var lost []*view
 	var merged *device // what the merge may have written to the origin
 	if w.merging != nil {
 		merged = w.merging.d.copyOf()
@@ -449,6 +458,11 @@ func (w *world) lookAtDisks(how string, clean bool) {
 			w.fail("%s was invalid and is valid again", v.name)
 		case !v.invalid && !st.Valid && !(w.policy == "invalidate" && w.limited) && !w.faulty:
 			w.fail("%s is invalid on disk; nothing that was done explains it", v.name)
+		}
+		if v.doubted {
+			w.logf("%s could not be marked; it is given up", v.name)
+			lost = append(lost, v)
+			continue
 		}
 		if v.invalid && st.Valid {
 			w.logf("%s is not invalid on disk: its view must be right", v.name)
@@ -497,6 +511,9 @@ func (w *world) lookAtDisks(how string, clean bool) {
 		w.merging.d.flushFailed() // it takes flushes of both disks from now on
 	}
 	w.merging, w.before, w.mergeDone = nil, nil, false
+	for _, v := range lost {
+		w.remove(v)
+	}
 	w.noLeftovers()
 }
 
