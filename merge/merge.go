@@ -20,6 +20,7 @@ import (
 	"context"
 	"time"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -101,8 +102,11 @@ func (l *loop) progress() Progress {
 func (l *loop) step(ctx context.Context) (done bool, err error) {
 	began := time.Now()
 	n, err := l.m.Step(l.window)
+	if changed := block.CanRetry(err); changed != nil {
+		return false, block.AwaitRetry(ctx, changed)
+	}
 	if err != nil {
-		return false, l.m.AwaitRoom(ctx, err)
+		return false, err
 	}
 	if l.adapt && n == l.window {
 		l.window = nextWindow(l.window, time.Since(began), uint64(l.chunk))

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"math/bits"
+	"slices"
 	"sync"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
@@ -45,30 +46,37 @@ const (
 
 // held is what a connection has under way, in bytes of payloads.
 type held struct {
-	server *budget
-	stop   <-chan struct{}
+	conn          *conn
+	reads, writes account
 
 	mu   sync.Mutex
 	n    int64
 	room chan struct{} // of one: n went down
 }
 
-func (h *held) init(server *budget, stop <-chan struct{}) {
-	h.server, h.stop, h.room = server, stop, make(chan struct{}, 1)
+func (h *held) init(c *conn) {
+	h.conn, h.room = c, make(chan struct{}, 1)
+	h.reads.class, h.writes.class = &c.export.readPayloads, &c.export.writePayloads
+}
+
+// account returns where payloads of a command count.
+func (h *held) account(cmd wire.Command) *account {
+	if cmd == wire.CmdRead {
+		return &h.reads
+	}
+	return &h.writes
 }
 
 // add waits until n more bytes may be under way, of this connection and of all; one payload of the
-// connection always may. It reports false when the connection stops meanwhile. One goroutine at a time
+// connection always may. It reports false when the connection ends meanwhile. One goroutine at a time
 // calls it.
-func (h *held) add(n int64) bool {
+func (h *held) add(n int64, cmd wire.Command) bool {
 	for !h.fits(n) {
-		select {
-		case <-h.room:
-		case <-h.stop:
+		if !h.conn.wait(h.room) {
 			return false
 		}
 	}
-	if n > smallPayload && !h.server.take(n, h.stop) {
+	if n > smallPayload && !h.conn.server.payloads.take(n, h.account(cmd), h.conn.wait) {
 		h.remove(n)
 		return false
 	}
@@ -86,9 +94,9 @@ func (h *held) fits(n int64) bool {
 }
 
 // sub is the opposite of add.
-func (h *held) sub(n int64) {
+func (h *held) sub(n int64, cmd wire.Command) {
 	if n > smallPayload {
-		h.server.give(n)
+		h.conn.server.payloads.give(n, h.account(cmd))
 	}
 	h.remove(n)
 }
@@ -103,63 +111,93 @@ func (h *held) remove(n int64) {
 	}
 }
 
-// A budget is a number of bytes that is shared out in the order in which it was asked for, so that long
-// payloads are not overtaken for ever by shorter ones.
+// A budget is a number of bytes that connections share. Payloads of writes that wait for room in a device keep their
+// share for hours, so nobody may take all of it: a class leaves as much free as it has itself, and an account within it
+// leaves as much of that. The less is free the less a newcomer gets, and there is always something for him: see fits.
+//
+// Those that wait are served in the order in which they came, but for those that don't fit yet.
 type budget struct {
+	total int64
+
 	mu      sync.Mutex
-	free    int64
+	used    int64
 	waiting []*share
+}
+
+// A class is the reads, or the writes, of one export: reads never wait for room.
+type class struct{ used int64 } // budget.mu guards it
+
+// An account is what one connection has of a class.
+type account struct {
+	class *class
+	used  int64 // budget.mu guards it
 }
 
 // A share is asked for by take.
 type share struct {
 	n     int64
+	who   *account
 	given chan struct{}
 }
 
-// take waits for n bytes. It reports false, and has none, when stop closes first.
-func (b *budget) take(n int64, stop <-chan struct{}) bool {
+// fits reports whether a may have n more bytes. mu is held.
+func (b *budget) fits(n int64, a *account) bool {
+	free, class := b.total-b.used-n, a.class.used+n
+	return free >= class && (free-class)/2 >= a.used+n
+}
+
+// move adds n bytes to what a has. mu is held.
+func (b *budget) move(n int64, a *account) {
+	b.used += n
+	a.class.used += n
+	a.used += n
+}
+
+// take waits for n bytes. It reports false, and has none, when wait does.
+func (b *budget) take(n int64, a *account, wait func(<-chan struct{}) bool) bool {
 	b.mu.Lock()
-	if len(b.waiting) == 0 && n <= b.free {
-		b.free -= n
+	if b.fits(n, a) {
+		b.move(n, a)
 		b.mu.Unlock()
 		return true
 	}
-	s := &share{n, make(chan struct{})}
+	s := &share{n, a, make(chan struct{})}
 	b.waiting = append(b.waiting, s)
 	b.mu.Unlock()
-	select {
-	case <-s.given:
-		return true
-	case <-stop:
+	for wait(s.given) {
+		select {
+		case <-s.given:
+			return true
+		default:
+		}
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	for i, w := range b.waiting {
-		if w == s {
-			b.waiting = append(b.waiting[:i], b.waiting[i+1:]...)
-			b.share() // those behind may fit
-			return false
-		}
+	if i := slices.Index(b.waiting, s); i >= 0 {
+		b.waiting = slices.Delete(b.waiting, i, i+1)
+		return false
 	}
-	b.free += n // given at the last moment
+	b.move(-n, a) // given at the last moment
 	b.share()
 	return false
 }
 
 // give returns n bytes.
-func (b *budget) give(n int64) {
+func (b *budget) give(n int64, a *account) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.free += n
+	b.move(-n, a)
 	b.share()
 }
 
-// share serves those who wait, as long as the first one fits. mu is held.
+// share serves those who wait. mu is held.
 func (b *budget) share() {
-	for len(b.waiting) > 0 && b.waiting[0].n <= b.free {
-		b.free -= b.waiting[0].n
-		close(b.waiting[0].given)
-		b.waiting = b.waiting[1:]
-	}
+	b.waiting = slices.DeleteFunc(b.waiting, func(s *share) bool {
+		if !b.fits(s.n, s.who) {
+			return false
+		}
+		b.move(s.n, s.who)
+		close(s.given)
+		return true
+	})
 }

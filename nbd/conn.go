@@ -47,13 +47,16 @@ type conn struct {
 	held held
 	out  replies
 
-	stopping atomic.Bool   // requests are refused
-	stopped  chan struct{} // closed when stopping is set
+	stopping  atomic.Bool   // requests are refused
+	stopped   chan struct{} // closed when stopping is set
+	over      chan struct{} // closed when ended is set: who waits gives up
+	waiting   atomic.Int32  // requests that wait for room
+	abandoned atomic.Bool   // see isAbandoned
 }
 
 func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
-	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{})}
-	c.held.init(&s.payloads, c.stopped)
+	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
+	c.held.init(c)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
 	c.hand.timer = time.AfterFunc(time.Hour, c.watch)
 	c.hand.timer.Stop() // until something is in hand
@@ -125,6 +128,7 @@ func (c *conn) work() bool {
 	c.hand.waiting = 0
 	if t == nil {
 		c.ended = true
+		close(c.over)
 		if !c.stopping.Load() {
 			c.err = err
 		}
@@ -173,12 +177,18 @@ func (c *conn) read() (*task, error) {
 		t.end()
 		return nil, fmt.Errorf("read %d bytes to write: %w", r.Length, err)
 	}
+	if t.errno == 0 && c.waiting.Load() > 0 && c.isAbandoned() {
+		t.errno, t.why = wire.ESHUTDOWN, goingAway // it lay in the socket while all workers waited
+	}
 	return t, nil
 }
 
 // readHead reads the header of a request. A client that has gone without a goodbye, but between two
 // requests, has as good as said it.
 func (c *conn) readHead() (wire.Request, error) {
+	if c.abandoned.Load() {
+		return wire.Request{Command: wire.CmdDisconnect}, nil
+	}
 	c.await(c.server.opts.IdleTimeout)
 	head, err := c.r.Peek(wire.RequestSize)
 	for len(head) == 0 && errors.Is(err, os.ErrDeadlineExceeded) && c.underWay.Load() > 0 {

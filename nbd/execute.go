@@ -14,7 +14,12 @@ func (t *task) carryOut() {
 	e := t.conn.export
 	if t.errno == 0 {
 		start := time.Now()
-		if err := t.execute(); err != nil {
+		t.count()
+		err := t.executeWaiting()
+		switch {
+		case err == errAbandoned:
+			t.errno, t.why = wire.ESHUTDOWN, goingAway
+		case err != nil:
 			t.errno = errnoOf(err)
 			e.failed(t.conn.server, t.Request, err)
 		}
@@ -28,28 +33,60 @@ func (t *task) carryOut() {
 	}
 }
 
-// execute carries out a valid request: a case for every command.
+// count adds the request to what the export has done.
+func (t *task) count() {
+	e, n := t.conn.export, int64(t.Length)
+	switch t.Command {
+	case wire.CmdRead:
+		e.reads.Add(1)
+		e.readBytes.Add(n)
+	case wire.CmdWrite, wire.CmdWriteZeroes:
+		e.writes.Add(1)
+		e.writtenBytes.Add(n)
+	case wire.CmdTrim:
+		e.writes.Add(1)
+	case wire.CmdFlush:
+		e.flushes.Add(1)
+	}
+}
+
+// executeWaiting executes the request, and again as long as its device says that it may be possible later. It holds
+// nothing meanwhile but the payload.
+func (t *task) executeWaiting() error {
+	for {
+		err := t.execute()
+		changed := block.CanRetry(err)
+		if changed == nil {
+			return err
+		}
+		t.conn.waiting.Add(1)
+		t.conn.export.waiting.Add(1)
+		wanted := t.conn.wait(changed)
+		t.conn.export.waiting.Add(-1)
+		t.conn.waiting.Add(-1)
+		if !wanted {
+			return errAbandoned
+		}
+	}
+}
+
+// execute carries out a valid request: a case for every command. A change whose error is a block.RetryLater may be
+// executed again.
 func (t *task) execute() error {
-	e, dev := t.conn.export, t.conn.export.Device
+	dev := t.conn.export.Device
 	off, n := int64(t.Offset), int64(t.Length)
 	fua := t.Flags&wire.FlagFUA != 0
 	t.succeed()
 	switch t.Command {
 	case wire.CmdRead:
-		e.reads.Add(1)
-		e.readBytes.Add(n)
 		return t.read()
 	case wire.CmdWrite:
-		e.writes.Add(1)
-		e.writtenBytes.Add(n)
 		if fua {
 			return block.WriteDurable(dev, t.payload.b, off)
 		}
 		_, err := dev.WriteAt(t.payload.b, off)
 		return err
 	case wire.CmdWriteZeroes:
-		e.writes.Add(1)
-		e.writtenBytes.Add(n)
 		var flags block.ZeroFlags
 		if t.Flags&wire.FlagNoHole != 0 {
 			flags |= block.KeepAllocated
@@ -59,10 +96,8 @@ func (t *task) execute() error {
 		}
 		return thenFlush(dev, fua, block.Zero(dev, off, n, flags))
 	case wire.CmdTrim:
-		e.writes.Add(1)
 		return thenFlush(dev, fua, block.Discard(dev, off, n))
 	case wire.CmdFlush:
-		e.flushes.Add(1)
 		return dev.Flush()
 	case wire.CmdCache:
 		return nil

@@ -44,7 +44,8 @@ type Counters struct {
 	Writes       int64 `json:"writes"` // and zeroes and trims
 	WrittenBytes int64 `json:"written_bytes"`
 	Flushes      int64 `json:"flushes"`
-	Errors       int64 `json:"errors"` // requests answered with one
+	Errors       int64 `json:"errors"`  // requests answered with one
+	Waiting      int64 `json:"waiting"` // changes that wait for room in the device, now
 }
 
 // export is an Export while it is served.
@@ -55,7 +56,9 @@ type export struct {
 	goneOnce sync.Once
 	requests requestGroup // those that use the device
 
-	connections, reads, readBytes, writes, writtenBytes, flushes, errors atomic.Int64
+	connections, reads, readBytes, writes, writtenBytes, flushes, errors, waiting atomic.Int64
+
+	readPayloads, writePayloads class
 
 	told [wire.CmdBlockStatus + 1]atomic.Bool // by command: a failure was logged
 }
@@ -237,6 +240,6 @@ func (s *Server) Counters(name string) (Counters, bool) {
 		Connections: e.connections.Load(), InFlight: e.requests.count(),
 		Reads: e.reads.Load(), ReadBytes: e.readBytes.Load(),
 		Writes: e.writes.Load(), WrittenBytes: e.writtenBytes.Load(),
-		Flushes: e.flushes.Load(), Errors: e.errors.Load(),
+		Flushes: e.flushes.Load(), Errors: e.errors.Load(), Waiting: e.waiting.Load(),
 	}, true
 }

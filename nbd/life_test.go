@@ -409,15 +409,15 @@ func TestCounters(t *testing.T) {
 func TestPayloadsAreBounded(t *testing.T) {
 	const size = 16 << 20
 	dev := blocktest.NewFaulty(block.NewMemory(size), nil)
-	s := start(t, nbd.Options{MaxPayloads: 1, ShutdownTimeout: time.Second}, "unix", nbd.Export{Name: "x", Device: dev}) // 32 MiB, the least
+	s := start(t, nbd.Options{MaxPayloads: 1, ShutdownTimeout: time.Second}, "unix", nbd.Export{Name: "x", Device: dev}) // 128 MiB, the least
 	var holds []*blocktest.Hold
 	var peers []*peer
-	for i := range 4 {
+	for i := range 5 {
 		p := begin(t, s.uri("x"), true)
 		h := dev.Hold(ofKind(blocktest.Read))
 		defer h.Release()
 		p.request(wire.CmdRead, wire.FlagDF, 1, 0, size)
-		if i < 2 {
+		if i < 3 {
 			<-h.Reached()
 		}
 		peers, holds = append(peers, p), append(holds, h)
@@ -427,8 +427,8 @@ func TestPayloadsAreBounded(t *testing.T) {
 	small.write(make([]byte, 64<<10))
 	small.simple(1, 0)
 	select {
-	case <-holds[2].Reached():
-		t.Error("a third payload was let in")
+	case <-holds[3].Reached():
+		t.Error("a fourth payload was let in: it would leave less than the connection has itself")
 	default:
 	}
 	for _, h := range holds {
@@ -440,22 +440,22 @@ func TestPayloadsAreBounded(t *testing.T) {
 		}
 	}
 	// One that waits can be told to go.
-	h := dev.Hold(ofKind(blocktest.Read))
-	defer h.Release()
-	peers[0].request(wire.CmdRead, wire.FlagDF, 1, 0, size)
-	<-h.Reached()
-	h2 := dev.Hold(ofKind(blocktest.Read))
-	defer h2.Release()
-	peers[1].request(wire.CmdRead, wire.FlagDF, 1, 0, size)
-	<-h2.Reached()
-	peers[2].request(wire.CmdRead, 0, 2, 0, size)
+	holds = nil
+	for _, p := range peers[:3] {
+		h := dev.Hold(ofKind(blocktest.Read))
+		defer h.Release()
+		p.request(wire.CmdRead, wire.FlagDF, 1, 0, size)
+		<-h.Reached()
+		holds = append(holds, h)
+	}
+	peers[3].request(wire.CmdRead, 0, 2, 0, size)
 	s.stop()
-	peers[2].errorChunk(2, wire.ESHUTDOWN)
-	peers[2].hungUp()
-	peers[0].nc.Close()
-	peers[1].nc.Close()
-	h.Release()
-	h2.Release()
+	peers[3].errorChunk(2, wire.ESHUTDOWN)
+	peers[3].hungUp()
+	for i, h := range holds {
+		peers[i].nc.Close()
+		h.Release()
+	}
 	<-s.ended
 }
 

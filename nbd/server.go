@@ -10,7 +10,8 @@
 // Requests of one connection run concurrently and are answered in any order. A connection has a few
 // workers, as many as its load asks for. One of them at a time reads; when it has a request it lets the
 // next one read and carries the request out itself, so that nothing is handed over, and a request that
-// takes long (a read from disk, a flush, a write held back by a merge) holds up nobody behind it.
+// takes long (a read from disk, a flush, a write held back by a merge) holds up nobody behind it. A change whose error is
+// a [block.RetryLater] waits in the server, and is given up when its connection ends.
 // Replies that meet leave in one system call.
 //
 // # Three kinds of fault
@@ -49,7 +50,9 @@ type Options struct {
 	MaxConnections   int           // more are closed at once; 0: no limit
 
 	// MaxPayloads is how many bytes of payloads longer than 64 KiB may be under way, of all connections
-	// together. Those that don't fit wait. 0: 1 GiB; at least the longest payload, 32 MiB.
+	// together. Those that don't fit wait. Nobody gets all: the reads of an export, and its writes, take at most half,
+	// one connection at most a quarter, and less when others have much. 0: 1 GiB; at least 128 MiB, four times the
+	// longest payload.
 	MaxPayloads int64
 
 	// TLS, when there is one, is what OptStartTLS begins: at least a certificate, and with ClientAuth and
@@ -91,8 +94,11 @@ func NewServer(o Options) *Server {
 	}
 	warnOfCertificates(o.TLS, time.Now(), o.Log)
 	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, tls: withoutAuthorityNames(o.TLS),
-		exports: make(map[string]*export), payloads: budget{free: max(o.MaxPayloads, wire.MaxPayload)}}
+		exports: make(map[string]*export), payloads: budget{total: max(o.MaxPayloads, leastPayloads)}}
 }
+
+// leastPayloads is the least MaxPayloads: the longest payload always fits into what an idle server gives a connection.
+const leastPayloads = 4 * wire.MaxPayload
 
 func setDefault(d *time.Duration, to time.Duration) {
 	if *d == 0 {

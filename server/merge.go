@@ -62,8 +62,7 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	if err != nil {
 		return api.Merge{}, block.WithPath(v.path, err)
 	}
-	s.origin.RetryPaused() // writes to the origin that waited for room in v need none now
-	v.snap.Close()         // its store is the merge's; nothing is left that could fail
+	v.snap.Close() // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, s.opts.Merge)}
 	s.merging = v.merge
 	return v.merge.status(), nil

@@ -335,17 +335,11 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 		s.nbd.SetDefault("")
 		s.fallback = nil
 	}
-	var closing error
-	if s.origin.Paused() > 0 {
-		// Writes that wait for room in it would hold up Remove; those to the origin continue without it.
-		closing = v.snap.Close()
-		s.origin.RetryPaused()
-	}
 	if err := s.nbd.Remove(ctx, name); err != nil {
 		s.opts.Log(err.Error()) // closing waits for the requests that are left
 	}
 	s.snapshots = slices.DeleteFunc(s.snapshots, func(o *attached) bool { return o == v })
-	return errors.Join(block.WithPath(v.path, closing), v.close())
+	return v.close()
 }
 
 // Grow makes the COW device of a snapshot size bytes long, and lets writes that wait for room continue.
@@ -382,8 +376,6 @@ func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func(
 	s.mu.Unlock()
 	until := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
-	// Requests that wait for room would delay the end.
-	stopPauses := context.AfterFunc(ctx, s.origin.EndPauses)
 	var all sync.WaitGroup
 	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
 	if control != nil {
@@ -392,7 +384,6 @@ func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func(
 	all.Go(func() { s.flushLoop(ctx, flushEvery) })
 	return func() error {
 		all.Wait()
-		stopPauses()
 		cause := context.Cause(ctx)
 		cancel(nil)
 		if cause != context.Cause(until) {

@@ -35,6 +35,7 @@ func (s *Server) Status() api.Status {
 		Snapshots: []api.Snapshot{}}
 	if s.exported {
 		r.Origin.URI = s.uri(OriginName)
+		r.Origin.Waiting = s.waiting(OriginName)
 	}
 	for _, v := range s.snapshots {
 		r.Snapshots = append(r.Snapshots, s.statusOf(v))
@@ -57,9 +58,15 @@ func (s *Server) Snapshot(name string) (api.Snapshot, error) {
 	return s.statusOf(v), nil
 }
 
+// waiting is the number of writes to an export that wait for room.
+func (s *Server) waiting(name string) int64 {
+	c, _ := s.nbd.Counters(name)
+	return c.Waiting
+}
+
 // statusOf returns one snapshot. mu is held.
 func (s *Server) statusOf(v *attached) api.Snapshot {
-	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name)}
+	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), Waiting: s.waiting(v.name)}
 	if v.merge == nil {
 		r.Figures = FiguresOf(v.snap.Status())
 		return r

@@ -1,8 +1,6 @@
 package server
 
 import (
-	"errors"
-	"runtime"
 	"sync"
 	"sync/atomic"
 
@@ -41,14 +39,8 @@ func newSwitchDevice(dev block.Device) *switchDevice {
 }
 
 // replace puts the device that with returns behind the export, while no request is under way. New requests wait
-// meanwhile, and writes that wait for room in a snapshot go to the new device. When with fails, everything stays as it
-// was, and those writes wait again.
+// meanwhile. When with fails, everything stays as it was.
 func (s *switchDevice) replace(with func() (block.Device, error)) error {
-	dev := s.behind.Acquire()
-	s.behind.Release()
-	if snap, ok := dev.(*snapshot.Snapshot); ok {
-		defer snap.InterruptPaused()() // they hold the lock for as long as they wait
-	}
 	s.behind.mu.Lock()
 	defer s.behind.mu.Unlock()
 	dev, err := with()
@@ -56,17 +48,6 @@ func (s *switchDevice) replace(with func() (block.Device, error)) error {
 		s.behind.dev = dev
 	}
 	return err
-}
-
-// untilDone repeats a write that replace interrupted.
-func untilDone(write func() error) error {
-	for {
-		if err := write(); !errors.Is(err, snapshot.ErrInterrupted) {
-			return err
-		}
-		// replace is about to lock the device, if it has not yet: until then the next round may be interrupted too.
-		runtime.Gosched()
-	}
 }
 
 // flushDirty makes durable what was written since the last Flush, if anything was.
@@ -81,17 +62,12 @@ func (s *switchDevice) flushDirty() error {
 // does not cover the write.
 func (s *switchDevice) WriteAt(p []byte, off int64) (n int, err error) {
 	defer s.dirty.Store(true)
-	err = untilDone(func() error { n, err = s.Forward.WriteAt(p, off); return err })
-	return n, err
-}
-
-func (s *switchDevice) WriteDurableAt(p []byte, off int64) error {
-	return untilDone(func() error { return s.Forward.WriteDurableAt(p, off) })
+	return s.Forward.WriteAt(p, off)
 }
 
 func (s *switchDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	defer s.dirty.Store(true)
-	return untilDone(func() error { return s.Forward.ZeroAt(off, n, flags) })
+	return s.Forward.ZeroAt(off, n, flags)
 }
 
 func (s *switchDevice) Discard(off, n int64) error {

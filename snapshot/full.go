@@ -3,9 +3,8 @@ package snapshot
 import (
 	"errors"
 	"fmt"
-	"sync"
+	"sync/atomic"
 	"syscall"
-	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -20,7 +19,7 @@ type FullPolicy uint8
 const (
 	FullInvalidate FullPolicy = iota // the kernel's way: the snapshot is lost, or with PO overflows (6.1, 6.2)
 	FullFail                         // the write fails with ErrNoRoom; nothing else changes
-	FullPause                        // the write waits until there is room, or the snapshot is closed
+	FullPause                        // as FullFail, and the error is a block.RetryLater: the caller waits and tries again
 )
 
 // ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no room. It is
@@ -33,18 +32,45 @@ type Growth struct {
 	Max  int64 // bytes that the file may have in the end, 0: no bound
 }
 
-// ErrInterrupted reports a write that waited for room and was interrupted by [Snapshot.InterruptPaused]. Parts of it may
-// have been written. Writing it again does no harm.
-var ErrInterrupted = errors.New("interrupted while it waited for room in the COW device")
-
 // noRoomError is ErrNoRoom of one snapshot.
 type noRoomError struct {
-	snapshot *Snapshot
-	err      error
+	wait bool // there may be room later, and the policy is to wait for it
+	err  error
 }
 
 func (e *noRoomError) Error() string   { return fmt.Sprintf("%v: %v", ErrNoRoom, e.err) }
 func (e *noRoomError) Unwrap() []error { return []error{ErrNoRoom, syscall.ENOSPC, e.err} }
+
+// retryLater is a noRoomError that is to be waited for, on its way out of the engine.
+type retryLater struct {
+	error
+	changed <-chan struct{}
+}
+
+func (e *retryLater) Unwrap() error          { return e.error }
+func (e *retryLater) Retry() <-chan struct{} { return e.changed }
+
+// room tells those who wait for room that there may be some.
+type room struct{ changed atomic.Pointer[chan struct{}] }
+
+// made makes everybody who waits try again.
+func (r *room) made() {
+	next := make(chan struct{})
+	if old := r.changed.Swap(&next); old != nil {
+		close(*old)
+	}
+}
+
+// changing calls do, a change of the origin or of a snapshot, or a step of a merge. Its error is a block.RetryLater where room is to be waited
+// for. No lock is held then. The channel is the one from before do: room that is made while do fails is not missed.
+func (o *Origin) changing(do func() error) error {
+	changed := *o.room.changed.Load()
+	err := do()
+	if waitsForRoom(err) {
+		return &retryLater{err, changed}
+	}
+	return err
+}
 
 // reserve sets chunks aside; see store.Reserve. It makes the COW device longer first where that is the
 // policy. What it returns when there is no room is for noRoom to judge.
@@ -107,8 +133,8 @@ func (s *Snapshot) growStep() (bool, error) {
 // space that another device reported says nothing about s.
 //
 // A store that failed because its slots found no space, on a file system that can't reserve it, counts
-// too: it refuses writes permanently, but what it made durable is sound and there when it is loaded again. A store
-// that is invalid already is not protected any more.
+// too: what it made durable is sound and there when it is loaded again. Until then it refuses writes, whatever room
+// there is, so nobody waits for it. A store that is invalid already is not protected any more.
 func (s *Snapshot) noRoom(err error) error {
 	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
 		return nil
@@ -117,105 +143,29 @@ func (s *Snapshot) noRoom(err error) error {
 	if errors.Is(err, store.ErrInvalid) || errors.As(err, &copying) && copying.Op == "read" {
 		return nil
 	}
+	failed := errors.Is(s.store.Err(), store.ErrFailed)
 	if s.full.CompareAndSwap(false, true) {
 		text := "No room in the COW device: writes that need some fail."
-		if s.opts.OnFull == FullPause {
+		switch {
+		case failed:
+			text = "No room for the exception store: it failed, and writes that need it fail until it is loaded again."
+		case s.opts.OnFull == FullPause:
 			text = "No room in the COW device: writes that need some wait."
 		}
 		notify(s.opts, Event{Kind: EventFull, Text: text, Err: err})
 	}
-	return &noRoomError{s, err}
-}
-
-// retryEvery is how often a waiting write looks whether there is room.
-const retryEvery = time.Second
-
-// pauses are the writes that wait for room. They hold no lock, so that snapshots can be closed, grown and
-// attached meanwhile.
-type pauses struct {
-	mu      sync.Mutex
-	retry   chan struct{} // closed to make all of them try again
-	ended   bool
-	waiting int
-}
-
-// wait waits until it is time to try again. It returns false when nobody may wait any more, or done is closed.
-func (p *pauses) wait(done <-chan struct{}) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if p.ended {
-		return false
-	}
-	if p.retry == nil {
-		p.retry = make(chan struct{})
-	}
-	retry := p.retry
-	p.waiting++
-	p.mu.Unlock()
-	again := time.NewTimer(retryEvery)
-	select {
-	case <-retry:
-	case <-again.C:
-	case <-done:
-	}
-	again.Stop()
-	p.mu.Lock()
-	p.waiting--
-	select {
-	case <-done:
-		return false
-	default:
-		return !p.ended
-	}
-}
-
-// wake makes all waiting writes try again.
-func (p *pauses) wake(end bool) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.ended = p.ended || end
-	if p.retry != nil {
-		close(p.retry)
-		p.retry = nil
-	}
+	return &noRoomError{s.opts.OnFull == FullPause && !failed, err}
 }
 
 // waitsForRoom reports whether err is a lack of room that is to be waited for.
 func waitsForRoom(err error) bool {
-	var none *noRoomError
-	return errors.As(err, &none) && none.snapshot.opts.OnFull == FullPause
-}
-
-// untilRoom calls do until it ends with anything but a lack of room that may be waited for.
-func (o *Origin) untilRoom(do func() error) error {
-	for {
-		err := do()
-		if !waitsForRoom(err) || !o.pauses.wait(nil) {
-			return err
-		}
+	if err == nil {
+		return false // without an allocation
 	}
+	var none *noRoomError
+	return errors.As(err, &none) && none.wait
 }
 
-// RetryPaused makes every write that waits for room (FullPause) look for it now. Without it they look once
-// a second.
-func (o *Origin) RetryPaused() { o.pauses.wake(false) }
-
-// InterruptPaused fails the writes to s that wait for room, and those that find none from now on, with ErrInterrupted,
-// until end is called. Whoever is about to put another device in the place of s does so, and writes them there.
-// Writes to the origin go on waiting.
-func (s *Snapshot) InterruptPaused() (end func()) {
-	s.interrupts.Add(1)
-	s.origin.pauses.wake(false)
-	return func() { s.interrupts.Add(-1) }
-}
-
-// EndPauses fails every write that waits for room, with ErrNoRoom, and lets none wait from now on: the
-// process is ending.
-func (o *Origin) EndPauses() { o.pauses.wake(true) }
-
-// Paused is the number of writes, to the origin and its snapshots, that wait for room.
-func (o *Origin) Paused() int {
-	o.pauses.mu.Lock()
-	defer o.pauses.mu.Unlock()
-	return o.pauses.waiting
-}
+// RetryPaused tells everybody who waits for room (FullPause) to look for it now. Without it they look once in a
+// block.RetryInterval.
+func (o *Origin) RetryPaused() { o.room.made() }

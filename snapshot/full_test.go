@@ -2,11 +2,14 @@ package snapshot_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"slices"
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
@@ -74,16 +77,60 @@ func TestFullFailProtectsBothSides(t *testing.T) {
 	wantStatus(t, s, "56/80 16")
 }
 
+// A retried is a change that waits for room, as a caller of the engine does.
+type retried struct {
+	waits chan struct{} // closed when it has been refused once
+	err   error         // of the change, when done is closed
+	done  chan struct{}
+}
+
+// pause makes a change until it succeeds, fails for good, or ctx ends. It returns when it has been refused once.
+func pause(t *testing.T, ctx context.Context, change func() error) *retried {
+	t.Helper()
+	p := &retried{waits: make(chan struct{}), done: make(chan struct{})}
+	var once sync.Once
+	go func() {
+		defer close(p.done)
+		p.err = block.Retry(ctx, func() error {
+			err := change()
+			if block.CanRetry(err) != nil {
+				wantNoRoom(t, err)
+				once.Do(func() { close(p.waits) })
+			}
+			return err
+		})
+	}()
+	select {
+	case <-p.waits:
+	case <-p.done:
+		t.Fatalf("the change did not wait: %v", p.err)
+	}
+	return p
+}
+
+// writing is a change of dev.
+func writing(dev block.Device, at, n int64, b byte) func() error {
+	return func() error {
+		_, err := dev.WriteAt(fill(n, b), at*sector)
+		return err
+	}
+}
+
+// wantDone wants the change to have succeeded, long before it would have looked by itself.
+func (p *retried) wantDone(t *testing.T) {
+	t.Helper()
+	if <-p.done; p.err != nil {
+		t.Errorf("a change that waited: %v", p.err)
+	}
+}
+
 func TestFullPauseWaitsForRoom(t *testing.T) {
 	r := newRig(t, 1024)
 	c := r.cow("COW", 24)
 	s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
 	write(t, s, 0, 8, 1)
-	var both sync.WaitGroup
-	both.Go(func() { write(t, s, 48, 8, 2) })
-	both.Go(func() { write(t, r.origin, 480, 1, 3) })
-	for r.origin.Paused() != 2 {
-	}
+	one := pause(t, t.Context(), writing(s, 48, 8, 2))
+	two := pause(t, t.Context(), writing(r.origin, 480, 1, 3))
 	wantRead(t, s, 480, r.old(480, 8)) // nothing is held up but the two
 	wantRead(t, r.origin, 480, r.old(480, 8))
 	other := r.attach(r.cow("OTHER", 1024), snapshot.Options{ChunkSectors: 8})
@@ -92,44 +139,73 @@ func TestFullPauseWaitsForRoom(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.origin.RetryPaused()
-	both.Wait()
+	one.wantDone(t)
+	two.wantDone(t)
 	wantRead(t, s, 48, fill(8, 2))
 	wantRead(t, s, 480, r.old(480, 8))
 	wantRead(t, r.origin, 480, fill(1, 3))
 	wantRead(t, other, 480, r.old(480, 8)) // attached before the origin write went on
 }
 
+// TestFullPauseEnds: what a change waits for is no more. None of them waits for the next second.
 func TestFullPauseEnds(t *testing.T) {
-	// With the snapshot that it waits for: the origin write goes on, the snapshot's own fails.
-	r := newRig(t, 1024)
-	s := r.attach(r.cow("COW", 16), snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
-	var both sync.WaitGroup
-	var err error
-	both.Go(func() { _, err = s.WriteAt(fill(1, 1), 0) })
-	both.Go(func() { write(t, r.origin, 480, 1, 3) })
-	for r.origin.Paused() != 2 {
+	for how, end := range map[string]func(r *rig, s *snapshot.Snapshot) error{
+		"close": func(r *rig, s *snapshot.Snapshot) error { return s.Close() },
+		"merge": func(r *rig, s *snapshot.Snapshot) error {
+			m, err := s.BeginMerge()
+			if err == nil {
+				t.Cleanup(func() { m.Close() })
+			}
+			return err
+		},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			r := newRig(t, 1024)
+			s := r.attach(r.cow("COW", 16), snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
+			own := pause(t, t.Context(), writing(s, 0, 1, 1))
+			origin := pause(t, t.Context(), writing(r.origin, 480, 1, 3))
+			began := time.Now() // the clock stands still while anything runs
+			if err := end(r, s); err != nil {
+				t.Fatal(err)
+			}
+			origin.wantDone(t)
+			if <-own.done; own.err == nil || errors.Is(own.err, snapshot.ErrNoRoom) {
+				t.Errorf("%s: the snapshot's write: %v", how, own.err)
+			}
+			if took := time.Since(began); took != 0 {
+				t.Errorf("%s: it took %v", how, took)
+			}
+			wantRead(t, r.origin, 480, fill(1, 3))
+			if m := r.origin.Merging(); m != nil {
+				m.Close()
+			}
+		})
 	}
-	if err := s.Close(); err != nil {
+}
+
+// TestFullPauseHoldsNothing: who gives up waiting leaves nothing behind, and a write that comes later is not followed
+// by the old one when there is room.
+func TestFullPauseHoldsNothing(t *testing.T) {
+	r := newRig(t, 1024)
+	c := r.cow("COW", 16)
+	s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
+	ctx, cancel := context.WithCancel(t.Context())
+	old := pause(t, ctx, writing(s, 0, 8, 1))
+	oldOrigin := pause(t, ctx, writing(r.origin, 480, 1, 3))
+	cancel()
+	for _, p := range []*retried{old, oldOrigin} {
+		if <-p.done; !errors.Is(p.err, context.Canceled) || !errors.Is(p.err, snapshot.ErrNoRoom) {
+			t.Errorf("who gave up: %v", p.err)
+		}
+	}
+	if err := c.memory.Grow(1024 * sector); err != nil {
 		t.Fatal(err)
 	}
+	write(t, s, 0, 8, 2)
+	write(t, r.origin, 480, 1, 4)
 	r.origin.RetryPaused()
-	both.Wait()
-	if err == nil {
-		t.Error("a write to a closed snapshot succeeded")
-	}
-	wantRead(t, r.origin, 480, fill(1, 3))
-
-	// With the process: both fail.
-	r = newRig(t, 1024)
-	s = r.attach(r.cow("COW", 16), snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
-	both.Go(func() { wantNoRoom(t, fails(t, s, 0, 1)) })
-	both.Go(func() { wantNoRoom(t, fails(t, r.origin, 480, 1)) })
-	for r.origin.Paused() != 2 {
-	}
-	r.origin.EndPauses()
-	both.Wait()
-	wantNoRoom(t, fails(t, s, 0, 1)) // and does not wait
-	wantStatus(t, s, "16/16 16")
+	wantRead(t, s, 0, fill(8, 2))
+	wantRead(t, r.origin, 480, fill(1, 4))
 }
 
 func TestGrowthMakesRoom(t *testing.T) {
@@ -303,29 +379,23 @@ func TestMergeWaitsForRoomElsewhere(t *testing.T) {
 		want, kept := readAll(t, main), readAll(t, other)
 		m := r.merging(main)
 		step(t, m, 1)
-		done := make(chan error, 1)
-		go func() {
-			_, err := m.Step(1)
-			done <- m.AwaitRoom(t.Context(), err)
-		}()
+		again := func() error { _, err := m.Step(1); return err }
+		var waits *retried
 		if policy == snapshot.FullFail {
-			if err := <-done; !errors.Is(err, snapshot.ErrMergeFailed) || !errors.Is(err, snapshot.ErrNoRoom) {
+			if err := again(); !errors.Is(err, snapshot.ErrMergeFailed) || !errors.Is(err, snapshot.ErrNoRoom) || block.CanRetry(err) != nil {
 				t.Errorf("step: %v", err)
 			}
 			wantStatus(t, m, "Merge failed")
 		} else {
-			for r.origin.Paused() != 1 {
-			}
+			waits = pause(t, t.Context(), again)
 			wantStatus(t, m, "40/1024 16")
 		}
 		if err := c.memory.Grow(1024 * sector); err != nil {
 			t.Fatal(err)
 		}
 		r.origin.RetryPaused()
-		if policy == snapshot.FullPause {
-			if err := <-done; err != nil {
-				t.Errorf("step: %v", err)
-			}
+		if waits != nil {
+			waits.wantDone(t)
 		}
 		finish(t, m)
 		if !bytes.Equal(r.memory.Bytes(), want) {
@@ -333,6 +403,100 @@ func TestMergeWaitsForRoomElsewhere(t *testing.T) {
 		}
 		if !bytes.Equal(readAll(t, other), kept) {
 			t.Error("the other snapshot's view changed")
+		}
+	}
+}
+
+// TestTrimmedChunkNeedsRoom: a chunk that was trimmed has no space on the file system. What is written to it obeys the
+// policy as what is written to a new chunk does, also while its snapshot is merged.
+func TestTrimmedChunkNeedsRoom(t *testing.T) {
+	for _, merging := range []bool{false, true} {
+		for _, policy := range []snapshot.FullPolicy{snapshot.FullInvalidate, snapshot.FullFail, snapshot.FullPause} {
+			o := snapshot.Options{ChunkSectors: 8, OnFull: policy}
+			o.DiscardZeroesCOW = true
+			origin, _, quota, s := quotaRig(t, true, o)
+			for i := range int64(8) {
+				write(t, s, 8*i, 8, 1)
+			}
+			if err := s.Discard(0, 8*8*sector); err != nil {
+				t.Fatal(err)
+			}
+			flush(t, s)
+			quota.SetLimit(0)
+			var dev block.Device = s
+			if merging {
+				m, err := s.BeginMerge()
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { m.Close() })
+				dev = origin
+			}
+			change := writing(dev, 8, 8, 2)
+			err := change()
+			switch policy {
+			case snapshot.FullInvalidate:
+				if !errors.Is(err, syscall.ENOSPC) || block.CanRetry(err) != nil {
+					t.Errorf("merging %v: %v, want the device's error", merging, err)
+				}
+			case snapshot.FullFail:
+				if wantNoRoom(t, err); block.CanRetry(err) != nil {
+					t.Errorf("merging %v: %v is to be waited for", merging, err)
+				}
+			case snapshot.FullPause:
+				p := pause(t, t.Context(), change)
+				quota.SetLimit(1 << 20)
+				origin.RetryPaused()
+				p.wantDone(t)
+				wantRead(t, dev, 8, fill(8, 2))
+			}
+			wantRead(t, dev, 16, fill(8, 0))
+		}
+	}
+}
+
+// TestFailedStoreIsNotWaitedFor: the slots found no space, which fails the store. However much room there is later, it
+// refuses writes until it is loaded again; so nobody waits, and the status says it.
+func TestFailedStoreIsNotWaitedFor(t *testing.T) {
+	for _, policy := range []snapshot.FullPolicy{snapshot.FullFail, snapshot.FullPause} {
+		origin, _, quota, s := quotaRig(t, false, snapshot.Options{ChunkSectors: 8, OnFull: policy})
+		write(t, s, 0, 8, 1)
+		flush(t, s)
+		// The second area holds what comes after 256 exceptions; its slots are written by the flush.
+		quota.SetLimit(4 << 20)
+		for i := int64(1); i < 300; i++ {
+			write(t, s, 8*i, 8, 2)
+		}
+		quota.SetLimit(0)
+		if err := s.Flush(); err == nil {
+			t.Fatal("the slots found space")
+		} else if wantNoRoom(t, err); block.CanRetry(err) != nil {
+			t.Errorf("flush: %v is to be waited for", err)
+		}
+		quota.SetLimit(8 << 20)
+		for _, dev := range []block.Device{s, origin} {
+			err := writing(dev, 8*400, 8, 3)()
+			if wantNoRoom(t, err); block.CanRetry(err) != nil {
+				t.Errorf("%v is to be waited for", err)
+			}
+		}
+		if st := s.Status(); st.State != snapshot.StateFailed {
+			t.Errorf("state %s", st.State)
+		}
+		if err := s.Close(); err == nil {
+			t.Error("closing a failed store succeeded")
+		}
+		again, err := origin.Attach(quota, snapshot.Options{OnFull: policy})
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(t, again, 8*400, 8, 3)
+		wantRead(t, again, 0, fill(8, 1))
+		if st := again.Status(); st.State != snapshot.StateOK {
+			t.Errorf("state %s after it was loaded again", st.State)
+		}
+		if err := again.Close(); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

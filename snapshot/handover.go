@@ -136,6 +136,7 @@ func (s *Snapshot) giveStore() *store.Store {
 	s.destination, s.mergeWaits = nil, nil
 	s.invalid.Store(true)
 	s.unmarked.Store(nil)
+	s.origin.room.made() // nobody waits for s any more
 	return st
 }
 
@@ -276,8 +277,7 @@ func (m *Merging) Resume() error {
 // Resume. The origin shows the snapshot's content at once; Step does the copying. The snapshot itself
 // reports Invalid and refuses requests from then on (specification 7.7); close it when convenient.
 //
-// When it fails the snapshot goes on as before, suspended if it was. A write that waits for room in s fails once the
-// merge has begun, as s is invalid then; InterruptPaused is for whoever can write it to the origin instead.
+// When it fails the snapshot goes on as before, suspended if it was.
 func (s *Snapshot) BeginMerge() (*Merging, error) {
 	suspended, err := s.isSuspended()
 	if err != nil {

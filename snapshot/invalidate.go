@@ -51,6 +51,7 @@ func (s *Snapshot) mark(reason string, cause error) {
 		s.unmarked.Store(&failed)
 	}
 	s.invalid.Store(failed == nil || s.opts.OnFull == FullInvalidate)
+	s.origin.room.made() // nobody waits for s any more
 	switch {
 	case !again:
 		if reason == reasonIO {

@@ -108,13 +108,7 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	if err := block.CheckRange(op, off, n, s.size); err != nil {
 		return err
 	}
-	return s.origin.untilRoom(func() error {
-		err := s.changeNow(pl, off, n)
-		if waitsForRoom(err) && s.interrupts.Load() > 0 {
-			return ErrInterrupted
-		}
-		return err
-	})
+	return s.origin.changing(func() error { return s.changeNow(pl, off, n) })
 }
 
 // changeNow applies pl, as far as there is room. Doing it again does no harm.
@@ -144,7 +138,7 @@ func (s *Snapshot) changeNow(pl payload, off, n int64) error {
 func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	pc := nextPiece(s.store, off, n)
 	if pc.mapped {
-		return pc.n, pl.part(0, pc.n).put(s.cow, pc.cow, pc.n)
+		return pc.n, s.inPlace(pl.part(0, pc.n).put(s.cow, pc.cow, pc.n))
 	}
 	l := s.store.Layout()
 	first, count := chunks(l, pc.off, pc.n)
@@ -171,6 +165,15 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 		return 0, s.invalidate(reasonIO, err)
 	}
 	return k, nil
+}
+
+// inPlace returns the error of a request for a change of chunks that have exceptions. One that was trimmed may have no
+// space on the file system, and need room as a new one does.
+func (s *Snapshot) inPlace(err error) error {
+	if none := s.noRoom(err); none != nil {
+		return none
+	}
+	return err
 }
 
 // fill writes the reserved chunks: the origin's content with n bytes at off replaced by pl. The range
@@ -244,42 +247,60 @@ func (s *Snapshot) Discard(off, n int64) error {
 	if err := block.CheckRange("discard", off, n, s.size); err != nil {
 		return err
 	}
-	s.life.RLock()
-	defer s.life.RUnlock()
-	if err := s.writable(); err != nil {
+	if !s.opts.DiscardZeroesCOW || n == 0 {
+		s.life.RLock()
+		defer s.life.RUnlock()
+		return s.writable()
+	}
+	if err := s.origin.changing(func() error { return s.discardChunks(off, n) }); err != nil {
 		return err
 	}
-	if !s.opts.DiscardZeroesCOW {
-		return nil
+	s.origin.room.made() // perhaps: other snapshots may have their COW devices on the same file system
+	if s.opts.DiscardPassdownOrigin {
+		if err := s.origin.writeOutUnlocked(); err != nil { // or it would come back
+			return err
+		}
+		return block.Discard(s.origin.dev, off, n)
 	}
-	c := s.store.Layout().ChunkBytes()
+	return nil
+}
+
+// discardChunks is Discard of what lives in the COW device.
+func (s *Snapshot) discardChunks(off, n int64) error {
 	for end := off + n; off < end; {
-		pc := nextPiece(s.store, off, end-off)
-		if !pc.mapped {
-			off += pc.n
-			continue
-		}
-		// Whole chunks in the middle, parts at the edges.
-		k := min(pc.n, c-off%c)
-		var err error
-		if k == c {
-			k = pc.n / c * c
-			err = block.Zero(s.cow, pc.cow, k, 0)
-		} else {
-			err = block.Discard(s.cow, pc.cow, k)
-		}
+		k, err := s.discardPiece(off, end-off)
 		if err != nil {
 			return err
 		}
 		off += k
 	}
-	if s.opts.DiscardPassdownOrigin {
-		if err := s.origin.writeOutUnlocked(); err != nil { // or it would come back
-			return err
-		}
-		return block.Discard(s.origin.dev, off-n, n)
-	}
 	return nil
+}
+
+// discardBytes is about how much is discarded under one hold of the snapshot's lock.
+const discardBytes = 8 << 20
+
+// discardPiece discards the beginning of n bytes at off, at most one piece, and returns how much.
+func (s *Snapshot) discardPiece(off, n int64) (int64, error) {
+	s.life.RLock()
+	defer s.life.RUnlock()
+	if err := s.writable(); err != nil {
+		return 0, err
+	}
+	pc := nextPiece(s.store, off, n)
+	if !pc.mapped {
+		return pc.n, nil
+	}
+	// Whole chunks in the middle, parts at the edges.
+	c := s.store.Layout().ChunkBytes()
+	if end := (off + max(c, discardBytes)) / c * c; end < off+pc.n {
+		pc.n = end - off
+	}
+	if k := min(pc.n, c-off%c); k < c {
+		return k, s.inPlace(block.Discard(s.cow, pc.cow, k))
+	}
+	k := pc.n / c * c
+	return k, s.inPlace(block.Zero(s.cow, pc.cow, k, 0))
 }
 
 // maxPieces bounds the pieces that one call of Extents or Changed looks at. It is small because a client may keep

@@ -125,7 +125,6 @@ func TestLocksNeverMeet(t *testing.T) {
 		})
 		done := make(chan struct{})
 		go func() { all.Wait(); close(done) }()
-		time.AfterFunc(400*time.Millisecond, r.origin.EndPauses)
 		select {
 		case <-done:
 		case <-time.After(60 * time.Second):

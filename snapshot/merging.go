@@ -2,7 +2,6 @@ package snapshot
 
 import (
 	"cmp"
-	"context"
 	"errors"
 	"fmt"
 	"slices"
@@ -129,7 +128,12 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 		return 0, err
 	}
 	at, dev := m.place(pc)
-	return pc.n, pl.part(0, pc.n).put(dev, at, pc.n)
+	err := pl.part(0, pc.n).put(dev, at, pc.n)
+	if pc.mapped && m.opts.OnFull != FullInvalidate && block.IsNoSpace(err) {
+		// The chunk was trimmed and has no space on the file system.
+		err = &noRoomError{m.opts.OnFull == FullPause, err}
+	}
+	return pc.n, err
 }
 
 // flush makes completed writes durable on both devices (specification 7.5).
@@ -169,13 +173,22 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 // that nothing is decided by numbers the disk may not share (H1, H2).
 //
 // When another snapshot, whose policy is to wait for room (FullPause), has none for what it has to keep, Step changes
-// nothing and returns that error at once; AwaitRoom waits until it can be repeated.
+// nothing and returns that error at once, a block.RetryLater.
 //
 // Errors: ErrMergeFailed with its cause; the cause alone for an invalid store, and for a lack of room that is to be
 // waited for. Steps exclude each other; everything else may be called meanwhile.
 func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
+	err = m.origin.changing(func() error {
+		merged, err = m.stepNow(max)
+		return err
+	})
+	return merged, err
+}
+
+// stepNow does a step. stepping is held.
+func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	m.origin.mu.RLock()
 	defer m.origin.mu.RUnlock()
 	if err := m.reload(); err != nil {
@@ -214,22 +227,6 @@ func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	}
 	m.failed.Store(false)
 	return merged, nil
-}
-
-// AwaitRoom waits, after a Step that returned err because another snapshot has no room, until Step is to be repeated:
-// there may be room (RetryPaused), or a second has passed. Then it returns nil. It returns err at once when err is
-// anything else, err after EndPauses, and the cause of ctx when that ends. No lock is held meanwhile.
-func (m *Merging) AwaitRoom(ctx context.Context, err error) error {
-	if !waitsForRoom(err) || errors.Is(err, ErrMergeFailed) {
-		return err
-	}
-	if m.origin.pauses.wait(ctx.Done()) {
-		return nil
-	}
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
-	return err
 }
 
 // mergeWindow copies the runs and drops their exceptions, the window, which is owned.

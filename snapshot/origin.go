@@ -36,7 +36,7 @@
 //  5. Snapshot.growing, then Snapshot.invalidating.
 //  6. The store's locks, then the device's.
 //
-// Writes that wait for room (FullPause) hold none. TestLocksNeverMeet runs everything beside everything.
+// No request waits for room in here (FullPause): it fails with a block.RetryLater, and whoever asked waits. TestLocksNeverMeet runs everything beside everything.
 package snapshot
 
 import (
@@ -63,8 +63,8 @@ type Origin struct {
 	merging atomic.Pointer[Merging]
 	waiting *Merging // loaded, not yet resumed
 
-	pauses pauses
-	held   held
+	room room
+	held held
 }
 
 // forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
@@ -72,7 +72,11 @@ type forward = block.Forward
 
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
 // caller keeps dev open as long as the origin is used.
-func NewOrigin(dev block.Device) *Origin { return &Origin{forward: block.NewForward(dev), dev: dev} }
+func NewOrigin(dev block.Device) *Origin {
+	o := &Origin{forward: block.NewForward(dev), dev: dev}
+	o.room.made()
+	return o
+}
 
 // Device returns the disk beneath.
 func (o *Origin) Device() block.Device { return o.dev }
@@ -155,7 +159,7 @@ func (o *Origin) change(pl payload, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	return o.untilRoom(func() error { return o.changeNow(pl, off, n) })
+	return o.changing(func() error { return o.changeNow(pl, off, n) })
 }
 
 // changeNow applies pl unless a snapshot that is to be protected has no room. Doing it again does no harm.
@@ -269,6 +273,7 @@ func (o *Origin) insert(s *Snapshot) {
 
 // remove takes s out of the list. o.mu is held for writing.
 func (o *Origin) remove(s *Snapshot) {
+	defer o.room.made() // nobody waits for s any more
 	o.snapshots = slices.DeleteFunc(o.snapshots, func(t *Snapshot) bool { return t == s })
 }
 

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"syscall"
 	"testing"
-	"testing/synctest"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -59,87 +58,36 @@ func TestRefusedMergeChangesNothing(t *testing.T) {
 	}
 }
 
-// TestInterruptedWritesGoToTheOrigin: writes that wait for room in a snapshot are interrupted when it is to be merged,
-// and not failed with ErrNoRoom; where the merge is refused they wait again.
-func TestInterruptedWritesGoToTheOrigin(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1024)
-		c := r.cow("COW", 24) // room for one chunk
-		s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
-		write(t, s, 0, 8, 1)
-		var err error
-		begin := func() { go func() { _, err = s.WriteAt(fill(8, 2), 64*sector) }() }
-		begin()
-		synctest.Wait()
-		if r.origin.Paused() != 1 {
-			t.Fatal("the write does not wait")
-		}
-		end := s.InterruptPaused()
-		synctest.Wait()
-		if !errors.Is(err, snapshot.ErrInterrupted) || errors.Is(err, snapshot.ErrNoRoom) {
-			t.Errorf("the write ended with %v", err)
-		}
-		begin()
-		synctest.Wait()
-		if !errors.Is(err, snapshot.ErrInterrupted) || r.origin.Paused() != 0 {
-			t.Errorf("a write waits between InterruptPaused and its end: %v", err)
-		}
-		end() // as after a merge that was refused
-		begin()
-		synctest.Wait()
-		if r.origin.Paused() != 1 {
-			t.Error("the policy to wait did not come back")
-		}
-		if err := c.memory.Grow(1024 * sector); err != nil {
-			t.Fatal(err)
-		}
-		r.origin.RetryPaused()
-		synctest.Wait()
-		if err != nil {
-			t.Error(err)
-		}
-		wantRead(t, s, 64, fill(8, 2))
-	})
-}
-
-// TestStepsReturnWithoutRoom: a step that would wait for room elsewhere returns; AwaitRoom waits, and ends with its
-// context and with EndPauses.
+// TestStepsReturnWithoutRoom: a step that would wait for room elsewhere returns, changes nothing, and says when to try
+// again.
 func TestStepsReturnWithoutRoom(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		r := newRig(t, 1024)
-		main := r.attach(r.cow("COW", 1024), snapshot.Options{ChunkSectors: 8})
-		r.attach(r.cow("OTHER", 16), snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
-		write(t, main, 64, 8, 1)
-		m := r.merging(main)
-		n, err := m.Step(1)
-		if n != 0 || !errors.Is(err, snapshot.ErrNoRoom) || errors.Is(err, snapshot.ErrMergeFailed) {
-			t.Fatalf("step: %d, %v", n, err)
-		}
-		wantStatus(t, m, "24/1024 16")
-		if err := m.AwaitRoom(t.Context(), err); err != nil { // a second passes
-			t.Error(err)
-		}
-		if err := m.AwaitRoom(t.Context(), errDisk); err != errDisk {
-			t.Errorf("waited for room after %v", err)
-		}
-		cause := errors.New("enough")
-		ctx, cancel := context.WithCancelCause(t.Context())
-		var waited error
-		go func() { waited = m.AwaitRoom(ctx, err) }()
-		synctest.Wait()
-		if r.origin.Paused() != 1 {
-			t.Error("AwaitRoom does not wait")
-		}
-		cancel(cause)
-		synctest.Wait()
-		if waited != cause {
-			t.Errorf("AwaitRoom ended with %v", waited)
-		}
-		r.origin.EndPauses()
-		if err := m.AwaitRoom(t.Context(), err); !errors.Is(err, snapshot.ErrNoRoom) {
-			t.Errorf("AwaitRoom after EndPauses: %v", err)
-		}
-	})
+	r := newRig(t, 1024)
+	main := r.attach(r.cow("COW", 1024), snapshot.Options{ChunkSectors: 8})
+	c := r.cow("OTHER", 16)
+	r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullPause})
+	write(t, main, 64, 8, 1)
+	m := r.merging(main)
+	n, err := m.Step(1)
+	if n != 0 || !errors.Is(err, snapshot.ErrNoRoom) || errors.Is(err, snapshot.ErrMergeFailed) {
+		t.Fatalf("step: %d, %v", n, err)
+	}
+	wantStatus(t, m, "24/1024 16")
+	changed := block.CanRetry(err)
+	if changed == nil {
+		t.Fatalf("step: %v is not to be waited for", err)
+	}
+	cause := errors.New("enough")
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(cause)
+	if err := block.AwaitRetry(ctx, changed); err != cause {
+		t.Errorf("the wait ended with %v", err)
+	}
+	if err := c.memory.Grow(1024 * sector); err != nil {
+		t.Fatal(err)
+	}
+	r.origin.RetryPaused()
+	<-changed
+	finish(t, m)
 }
 
 // TestNoSnapshotDuringAMerge: the origin's disk is a mixture until the merge is complete, so nothing is attached to it,

@@ -67,7 +67,6 @@ type Snapshot struct {
 	full       atomic.Bool // the last write that needed room found none
 	growing    sync.Mutex
 
-	interrupts   atomic.Int32          // InterruptPaused calls that have not ended: no write to s waits for room
 	invalid      atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
 	unmarked     atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
 	failed       atomic.Bool           // lost because a device failed

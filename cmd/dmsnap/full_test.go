@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"os"
 	"sync"
 	"syscall"
@@ -72,8 +73,8 @@ func TestServeDefaultProtectsBothSides(t *testing.T) {
 	dmsnap("grow", p.origin, "1M").wantRefused(t, p.origin)
 }
 
-// Writes that wait go on when the COW grows, when the snapshot is dropped, when it is merged; or end with the
-// server.
+// Writes that wait go on when the COW grows, when the snapshot is dropped and when it is merged; those to a dropped
+// snapshot, and all at the end of the server, are answered with ESHUTDOWN.
 func TestServePause(t *testing.T) {
 	for _, way := range []string{"grow", "drop", "merge", "stop"} {
 		t.Run(way, func(t *testing.T) {
@@ -83,41 +84,33 @@ func TestServePause(t *testing.T) {
 			var errC, errO error
 			both.Go(func() { _, errC = c.WriteAt([]byte("waits"), 40_000) })
 			both.Go(func() { _, errO = o.WriteAt([]byte("waits too"), 80_000) })
-			for r.paused() < 2 {
-				time.Sleep(time.Millisecond)
-			}
+			r.awaitWaiting(2)
 			began := time.Now()
+			var wantC, wantO error
 			switch way {
 			case "grow":
 				mustRun(t, "grow", "--control", r.control, "disk", "1M")
-				both.Wait()
-				if errC != nil || errO != nil {
-					t.Errorf("after growing: %v, %v", errC, errO)
-				}
 			case "drop":
 				mustRun(t, "drop", "--control", r.control, "disk")
-				both.Wait()
-				if errC == nil || errO != nil {
-					t.Errorf("after dropping: %v, %v", errC, errO)
-				}
+				wantC = fs.ErrClosed // ESHUTDOWN, in the words of the client
 			case "merge":
 				mustRun(t, "merge", "--control", r.control, "disk", "--wait")
-				both.Wait()
-				if errC != nil || errO != nil { // there is room for both on the origin
-					t.Errorf("after the merge: %v, %v", errC, errO)
-				}
-				if got := readAll(t, o); string(got[40_000:40_005]) != "waits" || string(got[80_000:80_009]) != "waits too" {
-					t.Error("the origin does not show the writes that waited")
-				}
 			case "stop":
 				r.stop()
-				both.Wait()
-				if errC == nil || errO == nil {
-					t.Errorf("after the end: %v, %v", errC, errO)
-				}
+				wantC, wantO = fs.ErrClosed, fs.ErrClosed
+			}
+			both.Wait()
+			if !errors.Is(errC, wantC) || !errors.Is(errO, wantO) {
+				t.Errorf("after it: %v, %v; want %v, %v", errC, errO, wantC, wantO)
 			}
 			if took := time.Since(began); took > 8*time.Second {
 				t.Errorf("took %v", took)
+			}
+			if way != "merge" {
+				return
+			}
+			if got := readAll(t, o); string(got[40_000:40_005]) != "waits" || string(got[80_000:80_009]) != "waits too" {
+				t.Error("the origin does not show the writes that waited")
 			}
 		})
 	}
@@ -139,9 +132,7 @@ func TestServePauseAfterARefusedMerge(t *testing.T) {
 	errs := make([]error, 2)
 	for i := range errs {
 		both.Go(func() { _, errs[i] = dial(t, r.uri("n")).WriteAt([]byte("waits"), 40_000+8192*int64(i)) })
-		for r.paused() < i+1 {
-			time.Sleep(time.Millisecond)
-		}
+		r.awaitWaiting(int64(i) + 1)
 		if i == 0 { // the second write begins after the refusal
 			dmsnap("merge", "--control", r.control, "n").wantRefused(t)
 		}

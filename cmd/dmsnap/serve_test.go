@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/merge"
@@ -77,8 +78,20 @@ func (r *running) dev(name string) block.Device {
 	return dev
 }
 
-// paused is the number of writes that wait for room.
-func (r *running) paused() int { return r.Origin().(*snapshot.Origin).Paused() }
+// awaitWaiting waits until n changes wait for room.
+func (r *running) awaitWaiting(n int64) {
+	for {
+		st := r.Status()
+		waiting := st.Origin.Waiting
+		for _, s := range st.Snapshots {
+			waiting += s.Waiting
+		}
+		if waiting >= n {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
 
 func readAll(t *testing.T, d block.Device) []byte {
 	t.Helper()

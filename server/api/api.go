@@ -46,6 +46,7 @@ type Origin struct {
 	SizeBytes int64  `json:"size_bytes"`
 	ReadOnly  bool   `json:"read_only"`
 	URI       string `json:"uri,omitempty"` // of its export, if it has one
+	Waiting   int64  `json:"waiting"`       // writes to it that wait for room in a snapshot
 }
 
 // Snapshot is a served snapshot.
@@ -54,6 +55,8 @@ type Snapshot struct {
 	COW    string `json:"cow"`
 	URI    string `json:"uri"`
 	Merged bool   `json:"merged"` // its live merge is complete; the export is the origin
+	// Waiting is the number of writes to it that wait for room.
+	Waiting int64 `json:"waiting"`
 	Figures
 }
 
