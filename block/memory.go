@@ -161,7 +161,7 @@ func (m *Memory) ZeroAt(off, n int64, flags ZeroFlags) error {
 // sparse terabyte must not take as many steps as it has pages. It clears the short piece before the
 // first whole page and returns where the rest begins.
 func (m *Memory) dropPages(off, end int64) int64 {
-	first := (off + memoryPage - 1) / memoryPage
+	first := off/memoryPage + min(1, off%memoryPage)
 	last := end / memoryPage // not included
 	for i := range m.shards {
 		s := &m.shards[i]
@@ -195,8 +195,11 @@ func (m *Memory) Discard(off, n int64) error {
 // memoryExtentPages bounds the pages one call of Extents looks at: it stops early in a larger range.
 const memoryExtentPages = 1 << 16
 
+// jumpAfter is how many pages of a hole Extents looks at one by one.
+const jumpAfter = 256
+
 // Extents tells written pages from pages that were never written or were dropped. A call looks at no
-// more than 256 MiB of the device.
+// more than 256 MiB of written pages; a longer hole ends it.
 func (m *Memory) Extents(off, n int64) ([]Extent, error) {
 	if err := CheckRange("extents", off, n, m.Size()); err != nil {
 		return nil, err
@@ -204,6 +207,10 @@ func (m *Memory) Extents(off, n int64) ([]Extent, error) {
 	var list []Extent
 	end := off + n
 	for looked := 0; off < end && looked < memoryExtentPages; looked++ {
+		if k := len(list) - 1; k >= 0 && list[k].Flags != 0 && list[k].Length > jumpAfter*memoryPage {
+			list[k].Length += m.nextWritten(off, end) - off
+			break
+		}
 		s, page, at := m.locate(off)
 		piece := Extent{Length: min(end-off, int64(memoryPage-at))}
 		s.mu.RLock()
@@ -219,6 +226,22 @@ func (m *Memory) Extents(off, n int64) ([]Extent, error) {
 		}
 	}
 	return list, nil
+}
+
+// nextWritten returns where the first written page begins that is in [off, end), or end; off is where a page begins.
+func (m *Memory) nextWritten(off, end int64) int64 {
+	next := end
+	for i := range m.shards {
+		s := &m.shards[i]
+		s.mu.RLock()
+		for page := range s.pages {
+			if at := page * memoryPage; at >= off && at < next {
+				next = at
+			}
+		}
+		s.mu.RUnlock()
+	}
+	return next
 }
 
 // Refresh returns the size, which only Grow changes.

@@ -52,7 +52,7 @@ func (f *first) met(s ondisk.Slot, e ondisk.Exception) {
 
 // areas looks at one area after the other.
 func (s *scanner) areas() error {
-	s.maxOld = uint64(math.MaxInt64) >> s.l.Shift()
+	s.maxOld = uint64(math.MaxInt64)>>s.l.Shift() + 1 // the last chunk may overlap the largest offset
 	s.originEnd = math.MaxUint64
 	if s.o.Origin != nil {
 		s.originEnd = s.l.Chunks(s.o.Origin.Size(), true)

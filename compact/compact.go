@@ -65,8 +65,8 @@ type Plan struct {
 	}
 }
 
-// anyDisk is an end that no disk reaches, small enough that offsets near it can be added.
-const anyDisk = 1 << 62
+// anyDisk is an end that no disk reaches.
+const anyDisk = math.MaxInt64
 
 // NewPlan looks at the store on cow and writes nothing.
 //

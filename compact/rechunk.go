@@ -20,11 +20,7 @@ type span struct {
 
 // bytesOf returns where on the disk a span of chunks of some layout begins and ends.
 func (p *Plan) bytesOf(s span, l ondisk.Layout) (from, to int64) {
-	from, to = l.OriginOffset(s.first), p.end
-	if whole := uint64(p.end-from) >> l.Shift(); s.count <= whole {
-		to = from + int64(s.count)<<l.Shift()
-	}
-	return from, to
+	return l.OriginRange(s.first, s.count, p.end)
 }
 
 // spans yields the new chunks of which something is stored, ascending and joined.
@@ -84,8 +80,11 @@ func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
 // read fills b with what the snapshot shows at byte off, and with zeros behind the end of the disk. It returns
 // how many of these bytes are the origin's.
 func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
-	if over := off + int64(len(b)) - p.end; over > 0 {
-		inside := max(0, int64(len(b))-over)
+	inside := int64(0)
+	if off >= 0 { // else the last chunk overlaps the largest offset that there is
+		inside = max(0, p.end-off)
+	}
+	if inside < int64(len(b)) {
 		clear(b[inside:])
 		b = b[:inside]
 	}

@@ -133,11 +133,7 @@ func (v view) exceptions() iter.Seq[Extent] {
 		}
 		l := v.store.Layout()
 		for r := range v.store.Exceptions().All() {
-			off := l.OriginOffset(r.Old)
-			end := v.origin.Size()
-			if whole := uint64(end-off) >> l.Shift(); r.Count <= whole {
-				end = off + int64(r.Count)<<l.Shift()
-			}
+			off, end := l.OriginRange(r.Old, r.Count, v.origin.Size())
 			if !yield(Extent{Off: off, Length: end - off}) {
 				return
 			}

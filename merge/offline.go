@@ -43,7 +43,8 @@ func workOf(st *store.Store, size int64) Work {
 			w.Ranges++
 		}
 		end = r.Old + ondisk.OriginChunk(r.Count)
-		w.Bytes += min(int64(r.Count)<<l.Shift(), size-l.OriginOffset(r.Old)) // the last chunk may overlap the end
+		from, to := l.OriginRange(r.Old, r.Count, size)
+		w.Bytes += to - from
 	}
 	return w
 }

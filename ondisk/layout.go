@@ -85,6 +85,17 @@ func (l Layout) Chunks(size int64, countShort bool) uint64 {
 // OriginOffset is the first byte of origin chunk n. n must be less than 2^63 >> Shift.
 func (l Layout) OriginOffset(n OriginChunk) int64 { return int64(n) << l.Shift() }
 
+// OriginRange is where the bytes of count chunks from first on are, cut at end: the end of the origin, whose last chunk
+// may overlap it, or of a request. first begins at or before end. Nothing overflows, whatever count is and however
+// large the origin.
+func (l Layout) OriginRange(first OriginChunk, count uint64, end int64) (from, to int64) {
+	from = l.OriginOffset(first)
+	if whole := uint64(end-from) >> l.Shift(); count > whole {
+		return from, end
+	}
+	return from, from + int64(count)<<l.Shift()
+}
+
 // COWOffset is the first byte of COW chunk m.
 func (l Layout) COWOffset(m COWChunk) int64 { return int64(m) << l.Shift() }
 

@@ -18,6 +18,8 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"iter"
+	"math"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
@@ -74,10 +76,18 @@ type Rescue struct {
 	origin, cow block.Device
 	report      *check.Report
 	layout      ondisk.Layout
-	kept        chunkmap.Map                // exceptions to go by
-	doubtful    map[ondisk.OriginChunk]bool // of those, the ones that contradict another
-	lost        map[ondisk.OriginChunk]bool // exceptions whose data is not on the device
-	whole       bool                        // what has no exception is as it was
+	kept        chunkmap.Map // exceptions to go by
+	doubtful    chunkSet     // of those, the ones that contradict another
+	lost        chunkSet     // exceptions whose data is not on the device
+	whole       bool         // what has no exception is as it was
+}
+
+// A chunkSet is a set of origin chunks, in a few bytes each whatever they are.
+type chunkSet struct{ chunkmap.Map }
+
+// add is called with chunks that an exception can name: their numbers are below 2^54.
+func (c *chunkSet) add(old ondisk.OriginChunk) {
+	c.Insert(ondisk.Exception{Old: old, New: ondisk.COWChunk(old) + 1}) // neighbours join to runs
 }
 
 // Open looks at the store on cow and at its origin. Nothing is written.
@@ -85,9 +95,9 @@ type Rescue struct {
 // It fails when the layout of the areas can't be made out (then Options.ChunkSectors helps, if somebody
 // knows it), and with ctx's error.
 func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, error) {
-	r := &Rescue{origin: origin, cow: cow, doubtful: make(map[ondisk.OriginChunk]bool), lost: make(map[ondisk.OriginChunk]bool)}
+	r := &Rescue{origin: origin, cow: cow}
 	var err error
-	r.report, err = check.Run(ctx, cow, check.Options{ChunkSectors: o.ChunkSectors, Each: r.hear})
+	r.report, err = check.Run(ctx, cow, check.Options{Origin: origin, ChunkSectors: o.ChunkSectors, Each: r.addSlot})
 	if err != nil {
 		return nil, err
 	}
@@ -99,27 +109,30 @@ func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, er
 	}
 	rep := r.report
 	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic && !o.Live
-	// After these there may be exceptions, or there were, that nothing is known of.
-	for _, c := range []check.Code{check.DeviceTooSmall, check.NoEndMark, check.AreaPastDevice, check.Unreadable, check.HeaderNamed, check.OriginImpossible} {
+	// With these there may be exceptions, or there were, that nothing is known of, or the origin is another disk.
+	for _, c := range []check.Code{check.DeviceTooSmall, check.NoEndMark, check.AreaPastDevice, check.Unreadable, check.HeaderNamed, check.OriginImpossible, check.OriginTooSmall} {
 		r.whole = r.whole && !rep.Has(c)
 	}
 	return r, nil
 }
 
-// hear takes a slot as check judged it.
-func (r *Rescue) hear(e store.Entry, c check.Code) {
+// addSlot is called for each slot as check judged it.
+func (r *Rescue) addSlot(e store.Entry, c check.Code) {
+	if uint64(e.Old) >= 1<<54 {
+		return // no disk has a chunk of that number, however small its chunks are
+	}
 	switch c {
 	case 0, check.OutOfOrder, check.OriginTooSmall:
 		r.kept.Insert(e.Exception)
 	case check.DuplicateOrigin, check.COWShared:
 		// One of the two is right, and nobody can tell which. Kernels before 6.12 believed the first.
-		if !r.kept.Insert(e.Exception) && r.lost[e.Old] {
-			delete(r.lost, e.Old)
+		if !r.kept.Insert(e.Exception) {
+			r.lost.Delete(e.Old)
 		}
-		r.doubtful[e.Old] = true
+		r.doubtful.add(e.Old)
 	default:
 		if _, kept := r.kept.Get(e.Old); !kept {
-			r.lost[e.Old] = true
+			r.lost.add(e.Old)
 		}
 	}
 }
@@ -130,38 +143,95 @@ func (r *Rescue) Report() *check.Report { return r.report }
 // Size is that of the snapshot in bytes: the origin's.
 func (r *Rescue) Size() int64 { return r.origin.Size() }
 
-// classOf says what n > 0 chunks from old on are, and how many of them are alike.
-func (r *Rescue) classOf(old ondisk.OriginChunk, limit uint64) (c Class, new ondisk.COWChunk, n uint64, mapped bool) {
-	new, n, mapped = r.kept.Run(old, limit)
-	odd := func(x ondisk.OriginChunk) bool { return mapped && r.doubtful[x] || !mapped && r.lost[x] }
-	if len(r.doubtful)+len(r.lost) > 0 {
-		first, k := odd(old), uint64(1)
-		for k < n && odd(old+ondisk.OriginChunk(k)) == first {
-			k++
-		}
-		if n = k; first && mapped {
-			return Doubtful, new, n, true
-		} else if first {
-			return Lost, 0, n, false
+// Behind is how many bytes the store has for chunks behind the end of the origin, which is too small then. They are not
+// in the image.
+func (r *Rescue) Behind() int64 {
+	chunks, behind := r.layout.Chunks(r.Size(), true), uint64(0)
+	for x := range r.kept.All() {
+		if end := uint64(x.Old) + x.Count; end > chunks {
+			behind += min(x.Count, end-chunks)
 		}
 	}
-	if mapped || r.whole {
-		return Certain, new, n, mapped
+	return int64(behind) << r.layout.Shift()
+}
+
+// A stretch is consecutive bytes of the snapshot that are alike.
+type stretch struct {
+	off, end int64
+	class    Class
+	dev      block.Device // that they are read from
+	at       int64        // at this byte
+}
+
+// stretches yields the whole snapshot, ascending. It takes as long as there are runs in the store, however they lie.
+func (r *Rescue) stretches() iter.Seq[stretch] {
+	return func(yield func(stretch) bool) {
+		chunks := r.layout.Chunks(r.Size(), true)
+		kept, doubtful, lost := newCursor(&r.kept), newCursor(&r.doubtful.Map), newCursor(&r.lost.Map)
+		defer kept.stop()
+		defer doubtful.stop()
+		defer lost.stop()
+		for old := uint64(0); old < chunks; {
+			mapped, next := kept.seek(old)
+			isDoubtful, k := doubtful.seek(old)
+			isLost, l := lost.seek(old)
+			next = min(next, k, l, chunks)
+			s := stretch{class: Doubtful, dev: r.origin}
+			s.off, s.end = r.layout.OriginRange(ondisk.OriginChunk(old), next-old, r.Size())
+			s.at = s.off
+			switch {
+			case mapped:
+				s.dev, s.at = r.cow, r.layout.COWOffset(kept.run.New+ondisk.COWChunk(old-uint64(kept.run.Old)))
+				if !isDoubtful {
+					s.class = Certain
+				}
+			case isLost:
+				s.class = Lost
+			case r.whole:
+				s.class = Certain
+			}
+			if !yield(s) {
+				return
+			}
+			old = next
+		}
 	}
-	return Doubtful, 0, n, false
+}
+
+// A cursor goes through the runs of a map in ascending order.
+type cursor struct {
+	run  chunkmap.Run // the first that ends behind the chunk that was asked for; Count 0: there is none
+	next func() (chunkmap.Run, bool)
+	stop func()
+}
+
+func newCursor(m *chunkmap.Map) *cursor {
+	c := &cursor{}
+	c.next, c.stop = iter.Pull(m.All())
+	c.run, _ = c.next()
+	return c
+}
+
+// seek reports whether chunk old is in the map, and up to which chunk that stays so. old ascends from call to call.
+func (c *cursor) seek(old uint64) (in bool, until uint64) {
+	for c.run.Count > 0 && uint64(c.run.Old)+c.run.Count <= old {
+		c.run, _ = c.next()
+	}
+	switch {
+	case c.run.Count == 0:
+		return false, math.MaxUint64
+	case uint64(c.run.Old) > old:
+		return false, uint64(c.run.Old)
+	}
+	return true, uint64(c.run.Old) + c.run.Count
 }
 
 // Plan returns the ranges of the whole snapshot, ascending, without reading any data: what can't be read is
 // only found by Write.
 func (r *Rescue) Plan() []Range {
 	var ranges []Range
-	chunks := r.layout.Chunks(r.Size(), true)
-	for old := uint64(0); old < chunks; {
-		c, _, n, _ := r.classOf(ondisk.OriginChunk(old), chunks-old)
-		from := r.layout.OriginOffset(ondisk.OriginChunk(old))
-		to := min(r.layout.OriginOffset(ondisk.OriginChunk(old+n)), r.Size())
-		ranges = join(ranges, Range{from, to - from, c})
-		old += n
+	for s := range r.stretches() {
+		ranges = join(ranges, Range{s.off, s.end - s.off, s.class})
 	}
 	return ranges
 }
@@ -179,45 +249,89 @@ func join(ranges []Range, x Range) []Range {
 }
 
 const (
-	copyBytes = 1 << 20 // read at once
-	zeroBytes = 4096    // zeros of this size and alignment are left out
+	copyBytes = 1 << 20  // read at once
+	holeBytes = 64 << 10 // a stretch that is longer may have holes that are worth looking for
+	zeroBytes = 4096     // zeros of this size and alignment are left out
 )
 
 // Write writes the best that can be had of the snapshot to out, which reads as zeros and is as long as Size,
-// and returns what each part is worth. Sectors that can't be read are lost, and left out. progress, where
-// not nil, hears how many bytes are done.
+// and returns what each part is worth. Sectors that can't be read are lost, and left out. Holes are not read. progress,
+// where not nil, is called with how many bytes are done.
 //
 // Errors: those of writing, and ctx's.
 func (r *Rescue) Write(ctx context.Context, out io.WriterAt, progress func(done int64)) ([]Range, error) {
-	var ranges []Range
-	buf := make([]byte, copyBytes)
-	for off := int64(0); off < r.Size(); {
-		if ctx.Err() != nil {
-			return nil, context.Cause(ctx)
-		}
-		old := r.layout.OriginChunkAt(off)
-		limit := r.layout.Chunks(r.Size(), true) - uint64(old)
-		class, new, n, mapped := r.classOf(old, limit)
-		end := min(r.layout.OriginOffset(old+ondisk.OriginChunk(n)), r.Size(), off+copyBytes)
-		from, dev := off, r.origin
-		if mapped {
-			from, dev = r.layout.COWOffset(new)+off-r.layout.OriginOffset(old), r.cow
-		}
-		for _, part := range readParts(dev, buf[:end-off], from) {
-			x := Range{off + part.Off, part.Length, class}
-			if part.Class == Lost {
-				x.Class = Lost
-			} else if err := writeSparse(out, buf[part.Off:part.Off+part.Length], x.Off); err != nil {
-				return nil, err
-			}
-			ranges = join(ranges, x)
-		}
-		off = end
-		if progress != nil {
-			progress(off)
+	w := &writer{ctx: ctx, out: out, progress: progress, size: r.Size(), buf: make([]byte, copyBytes)}
+	for s := range r.stretches() {
+		if err := w.stretch(s); err != nil {
+			return nil, err
 		}
 	}
-	return ranges, nil
+	return w.ranges, nil
+}
+
+// A writer writes stretches to out.
+type writer struct {
+	ctx         context.Context
+	out         io.WriterAt
+	progress    func(done int64)
+	size, shown int64
+	buf         []byte
+	ranges      []Range
+}
+
+// stretch writes s, but for its holes.
+func (w *writer) stretch(s stretch) error {
+	for s.off < s.end {
+		extents := []block.Extent{{Length: s.end - s.off}}
+		if s.end-s.off > holeBytes {
+			if known, err := block.Extents(s.dev, s.at, s.end-s.off); err == nil {
+				extents = known
+			} else { // reads tell where the error is
+				extents[0].Length = min(s.end-s.off, copyBytes)
+			}
+		}
+		for _, e := range extents {
+			for end := s.off + e.Length; s.off < end; {
+				if w.ctx.Err() != nil {
+					return context.Cause(w.ctx)
+				}
+				n := end - s.off
+				if e.Flags&block.ReadsZero != 0 {
+					w.ranges = join(w.ranges, Range{s.off, n, s.class})
+				} else {
+					n = min(n, copyBytes)
+					if err := w.part(s, n); err != nil {
+						return err
+					}
+				}
+				s.off, s.at = s.off+n, s.at+n
+				w.show(s.off)
+			}
+		}
+	}
+	return nil
+}
+
+// part writes the first n bytes of s.
+func (w *writer) part(s stretch, n int64) error {
+	for _, part := range readParts(s.dev, w.buf[:n], s.at) {
+		x := Range{s.off + part.Off, part.Length, s.class}
+		if part.Class == Lost {
+			x.Class = Lost
+		} else if err := writeSparse(w.out, w.buf[part.Off:part.Off+part.Length], x.Off); err != nil {
+			return err
+		}
+		w.ranges = join(w.ranges, x)
+	}
+	return nil
+}
+
+// show calls progress, at most once for so much as is read at once.
+func (w *writer) show(done int64) {
+	if w.progress != nil && (done-w.shown >= copyBytes || done == w.size) {
+		w.progress(done)
+		w.shown = done
+	}
 }
 
 // readParts fills p from dev and returns its parts: those that could be read are Certain, the others Lost.

@@ -153,7 +153,8 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	if err != nil {
 		return 0, s.noSpace(err)
 	}
-	k := min(n, l.OriginOffset(first+ondisk.OriginChunk(r.Count))-off)
+	_, end := l.OriginRange(first, r.Count, off+n)
+	k := end - off
 	if err := s.fill(r, pl.part(0, k), off, k); err != nil {
 		if none := s.noRoom(err); none != nil {
 			r.Cancel()
@@ -180,8 +181,7 @@ func (s *Snapshot) inPlace(err error) error {
 // lies in the chunks and touches each. No read where it covers a chunk up to the origin's end.
 func (s *Snapshot) fill(r store.Reservation, pl payload, off, n int64) error {
 	l := s.store.Layout()
-	start := l.OriginOffset(r.Old)
-	end := min(l.OriginOffset(r.Old+ondisk.OriginChunk(r.Count)), s.origin.dev.Size())
+	start, end := l.OriginRange(r.Old, r.Count, s.origin.dev.Size())
 	to := l.COWOffset(r.New) - start // what to add to an offset of the origin
 	head, tail := off-start, end-(off+n)
 	if head == 0 && tail == 0 {

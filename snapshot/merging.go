@@ -249,8 +249,8 @@ func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk
 
 // originRange is where a run goes: cut at the origin's end, which the last chunk may overlap.
 func (m *Merging) originRange(l ondisk.Layout, r store.Run) (off, n int64) {
-	off = l.OriginOffset(r.Old)
-	return off, min(int64(r.N)<<l.Shift(), m.origin.dev.Size()-off)
+	off, end := l.OriginRange(r.Old, r.N, m.origin.dev.Size())
+	return off, end - off
 }
 
 // lastWindow returns the exceptions that a step of at most max merges, 0 meaning the kernel's run.

@@ -20,10 +20,10 @@ func nextPiece(st *store.Store, off, n int64) piece {
 	l := st.Layout()
 	first, last := l.OriginChunkAt(off), l.OriginChunkAt(off+n-1)
 	new, count, mapped := st.LookupRun(first, uint64(last-first)+1)
-	in := off - l.OriginOffset(first)
-	p := piece{off: off, n: min(n, int64(count)<<l.Shift()-in), mapped: mapped}
+	start, end := l.OriginRange(first, count, off+n)
+	p := piece{off: off, n: end - off, mapped: mapped}
 	if mapped {
-		p.cow = l.COWOffset(new) + in
+		p.cow = l.COWOffset(new) + off - start
 	}
 	return p
 }

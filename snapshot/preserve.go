@@ -72,8 +72,7 @@ func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, erro
 		return 0, err
 	}
 	l := s.store.Layout()
-	start := l.OriginOffset(first)
-	end := min(l.OriginOffset(first+ondisk.OriginChunk(r.Count)), s.origin.dev.Size()) // 5.8
+	start, end := l.OriginRange(first, r.Count, s.origin.dev.Size()) // 5.8
 	if err := block.Copy(s.cow, l.COWOffset(r.New), s.origin.dev, start, end-start, block.LongHoles, nil); err != nil {
 		if s.noRoom(err) != nil {
 			r.Cancel()

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -52,7 +53,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or not.`,
 
 // largestDisk bounds what a store may speak of, in bytes: no disk has more, and offsets up to it can be
 // added without a thought of overflow. Opening a store judges no origin chunk, since it knows no origin.
-const largestDisk = 1 << 62
+const largestDisk = math.MaxInt64
 
 // openStoreToRead loads a store whose exceptions are all there, and that nobody writes to, or, with live,
 // one that somebody may: then what it shows was true on disk a moment ago.

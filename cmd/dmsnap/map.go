@@ -173,7 +173,7 @@ func (o *mapOptions) checkOutputs(inputs []string) error {
 func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 	if o.origin == "" {
 		if last, ok := st.Exceptions().Max(); ok {
-			m.DiskBytes = st.Layout().OriginOffset(last + 1)
+			_, m.DiskBytes = st.Layout().OriginRange(last, 1, math.MaxInt64)
 		}
 		return nil
 	}

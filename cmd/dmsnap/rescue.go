@@ -23,7 +23,8 @@ type rescueResult struct {
 	Certain  int64          `json:"certain_bytes"`
 	Doubtful int64          `json:"doubtful_bytes"`
 	Lost     int64          `json:"lost_bytes"`
-	Ranges   []rescue.Range `json:"ranges"` // of the whole snapshot, ascending
+	Behind   int64          `json:"behind_end_bytes"` // kept for what is behind the end of the origin; not in the image
+	Ranges   []rescue.Range `json:"ranges"`           // of the whole snapshot, ascending
 	Problems []string       `json:"problems"`
 }
 
@@ -195,7 +196,7 @@ func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *res
 // tell prints what was found, and writes the map.
 func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, args []string) error {
 	sum := rescue.Totals(ranges)
-	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], ranges, []string{}}
+	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], r.Behind(), ranges, []string{}}
 	for _, f := range r.Report().Findings {
 		result.Problems = append(result.Problems, f.String())
 	}
@@ -213,8 +214,12 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 			return err
 		}
 	}
-	return printf(c, "%s: %s certain, %s doubtful, %s lost\n", args[len(args)-1],
-		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost))
+	behind := ""
+	if result.Behind > 0 {
+		behind = fmt.Sprintf("; %s more are kept for what is behind the end of %s, which is too small, and are left out", bytesText(result.Behind), args[0])
+	}
+	return printf(c, "%s: %s certain, %s doubtful, %s lost%s\n", args[len(args)-1],
+		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost), behind)
 }
 
 // writeMap writes the ranges: as JSON, as a picture, or a line each.

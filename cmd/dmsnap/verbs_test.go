@@ -227,6 +227,13 @@ func TestOriginTooShort(t *testing.T) {
 		dmsnap(args...).wantRefused(t, "too small", "behind its end")
 	}
 	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")).wantRefused(t, "--force")
+	r := mustJSON[rescueResult](t, "rescue", p.origin, p.cow, filepath.Join(t.TempDir(), "out"))
+	if r.Behind != 4*4096 || r.Certain+r.Doubtful+r.Lost != 8192 || r.Doubtful == 0 || len(r.Problems) == 0 {
+		t.Errorf("rescue: %+v", r)
+	}
+	if text := mustRun(t, "rescue", "--dry-run", p.origin, p.cow); !strings.Contains(text, "16 KiB more are kept") {
+		t.Errorf("rescue says %s", text)
+	}
 	wantSame(t, p.dir, before)
 	start(t, p, serveOptions{force: true, onFull: fullFlag{FullPolicy: server.FullFail}}, p.cow).stop()
 }
