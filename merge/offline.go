@@ -69,7 +69,7 @@ func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, er
 	}
 	err = Run(ctx, m, o)
 	if err == nil {
-		err = finishTie(m)
+		err = finishLabel(m)
 	}
 	return w, errors.Join(err, m.Close())
 }

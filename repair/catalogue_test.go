@@ -5,6 +5,7 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -13,9 +14,9 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/dump"
+	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/repair"
 	"github.com/dmsnap/dmsnap/store"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 var update = flag.Bool("update", false, "write the golden outputs anew")
@@ -228,9 +229,7 @@ func (d damaged) mendInPlace(t *testing.T, dev disk) {
 		t.Fatal(err)
 	}
 	var file bytes.Buffer
-	changed, err := p.InPlace(t.Context(), func(ranges []undo.Range, size int64) error {
-		return undo.Save(t.Context(), &file, copied, ranges, size)
-	})
+	changed, err := p.InPlace(t.Context(), func(write func(io.Writer) error) error { return write(&file) })
 	if d.bad >= 0 || d.blocks > 512 {
 		if err == nil || !bytes.Equal(copied.Bytes(), dev.Bytes()) {
 			t.Errorf("in place on such a device: %v", err)

@@ -3,15 +3,16 @@ package repair_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/repair"
 	"github.com/dmsnap/dmsnap/store"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 // damages are stores to repair: with chunks to move, slots to drop, a header to write, no room for the end mark.
@@ -51,8 +52,8 @@ func (c *crashed) Write(p []byte) (int, error) {
 	return n, err
 }
 
-func (c *crashed) save(ranges []undo.Range, size int64) error {
-	if err := undo.Save(c.t.Context(), c, c.cow, ranges, size); err != nil {
+func (c *crashed) save(write func(io.Writer) error) error {
+	if err := write(c); err != nil {
 		return err
 	}
 	return c.file.Flush()

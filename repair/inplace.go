@@ -4,11 +4,12 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 // A move takes a chunk from the end of a store to a hole.
@@ -52,25 +53,31 @@ func (p *Plan) arrange() *inPlace {
 // piece is how much of an area is looked at and written at once.
 const piece = 64 << 10
 
+// slots fills want with what an area must hold from slot i on, at byte off of the device.
+func (a *inPlace) slots(want []byte, area, i uint64) {
+	clear(want)
+	first := area*a.p.l.SlotsPerArea() + i
+	for k := range uint64(len(want)) / ondisk.SlotSize {
+		slot := first + k
+		if slot >= uint64(len(a.olds)) {
+			return
+		}
+		ondisk.Exception{Old: a.olds[slot], New: a.p.l.DataChunk(slot)}.Encode(want[k*ondisk.SlotSize:])
+	}
+}
+
 // areas hands over what the areas must hold and do not, in pieces: all up to the one with the end mark.
-func (a *inPlace) areas(take func(off int64, want []byte) error) error {
+func (a *inPlace) areas(take func(off int64, want []byte, area, i uint64) error) error {
 	l, n := a.p.l, uint64(len(a.olds))
 	want := make([]byte, min(l.ChunkBytes(), piece))
 	perPiece := uint64(len(want)) / ondisk.SlotSize
 	for area := uint64(0); area <= n/l.SlotsPerArea(); area++ {
 		for i := uint64(0); i < l.SlotsPerArea(); i += perPiece {
-			clear(want)
-			for k := range perPiece {
-				slot := area*l.SlotsPerArea() + i + k
-				if slot >= n {
-					break
-				}
-				ondisk.Exception{Old: a.olds[slot], New: l.DataChunk(slot)}.Encode(want[k*ondisk.SlotSize:])
-			}
+			a.slots(want, area, i)
 			off := l.SlotOffset(ondisk.Slot{Area: area, Index: i})
 			same, err := a.holds(off, want)
 			if err == nil && !same {
-				err = take(off, want)
+				err = take(off, want, area, i)
 			}
 			if err != nil {
 				return err
@@ -101,51 +108,60 @@ func (a *inPlace) header() (want []byte, differs bool, err error) {
 	return want, !bytes.Equal(now, want), nil
 }
 
-// changes are the ranges that will be written: nothing else is.
-func (a *inPlace) changes() ([]undo.Range, error) {
-	var list []undo.Range
-	_, differs, err := a.header()
-	if err != nil {
-		return nil, err
+// changes are the ranges that will be written behind the first sector, and that sector: nothing else is written.
+// differs is false when there is nothing to do.
+func (a *inPlace) changes() (list []undo.Change, first []byte, differs bool, err error) {
+	if first, differs, err = a.header(); err != nil {
+		return nil, nil, false, err
 	}
-	if differs {
-		list = append(list, undo.Range{Off: 0, Length: ondisk.SectorSize})
-	}
-	err = a.areas(func(off int64, want []byte) error {
-		list = append(list, undo.Range{Off: off, Length: int64(len(want))})
+	err = a.areas(func(off int64, want []byte, area, i uint64) error {
+		list = append(list, undo.Change{Off: off, Length: int64(len(want)), After: func(p []byte, at int64) error {
+			a.slots(p, area, i+uint64(at-off)/ondisk.SlotSize)
+			return nil
+		}})
 		return nil
 	})
 	for _, m := range a.moves {
-		list = append(list, undo.Range{Off: a.p.l.COWOffset(m.to), Length: a.p.l.ChunkBytes()})
+		from, to := a.p.l.COWOffset(m.from), a.p.l.COWOffset(m.to)
+		list = append(list, undo.Change{Off: to, Length: a.p.l.ChunkBytes(), After: func(p []byte, at int64) error {
+			if _, err := a.p.dev.ReadAt(p, from+at-to); err != nil {
+				return fmt.Errorf("repair into a new file instead: %w", err)
+			}
+			return nil
+		}})
 	}
-	return list, err
+	return list, first, differs || len(list) > 0, err
 }
 
-// InPlace makes the store on its own device sound. Before anything is written it calls save with the ranges
-// that will be, and how long the device will be; save keeps their content, durably (see undo.Save), and an
-// error from it ends the work. Nothing to do means that save is not called.
+// InPlace makes the store on its own device sound. Before anything is written it calls save with a function
+// that writes an undo file to w; save makes that durable, and an error from it ends the work. Nothing to do means
+// that save is not called.
 //
-// Order: save; chunks into holes; flush; areas; flush; header, durably. A cut in between leaves a store
-// that may be neither the old nor the new one: undo.Apply brings the old one back.
+// Order: save; a label in the first sector, durable; chunks into holes; flush; areas; flush; header, durable. A cut
+// in between leaves a store that may be neither the old nor the new one: [TakeBack] brings the old one back.
 //
 // In place nothing may be unreadable: that is an error, with the metadata untouched.
-func (p *Plan) InPlace(ctx context.Context, save func(ranges []undo.Range, size int64) error) (changed bool, err error) {
+func (p *Plan) InPlace(ctx context.Context, save func(write func(w io.Writer) error) error) (changed bool, err error) {
 	if err := store.CheckBlockSize(p.l, p.dev); err != nil {
 		return false, err
 	}
 	a := p.arrange()
-	ranges, err := a.changes()
+	list, first, differs, err := a.changes()
 	if err != nil {
 		return false, fmt.Errorf("repair into a new file instead: %w", err)
 	}
-	if len(ranges) == 0 {
+	if !differs {
 		return false, nil
 	}
 	if p.Size() > p.dev.Size() && !block.CanGrow(p.dev) {
 		return false, fmt.Errorf("the device needs %d bytes and has %d: repair into a new file instead", p.Size(), p.dev.Size())
 	}
-	if err := save(ranges, p.Size()); err != nil {
+	u := undo.New(p.dev, list, first, p.Size())
+	if err := save(func(w io.Writer) error { return u.Save(ctx, w) }); err != nil {
 		return false, err
+	}
+	if err := u.Mark(); err != nil {
+		return true, err
 	}
 	if err := block.Grow(p.dev, p.Size()); err != nil {
 		return false, err
@@ -175,7 +191,7 @@ func (a *inPlace) write(ctx context.Context) error {
 		return err
 	}
 	// Not cut from here on: it is soon done.
-	err := a.areas(func(off int64, want []byte) error {
+	err := a.areas(func(off int64, want []byte, _, _ uint64) error {
 		_, err := p.dev.WriteAt(want, off)
 		return err
 	})
@@ -191,3 +207,19 @@ func (a *inPlace) write(ctx context.Context) error {
 	}
 	return block.WriteDurable(p.dev, want, 0)
 }
+
+// TakeBack takes an InPlace back, also one that was cut, and also that of rescue.Revalidation: it puts on dev what
+// the undo file keeps, durably. size is how long dev was before; a caller that can makes it so long again.
+//
+// Errors: ErrUndoFile and ErrUndoOther, with nothing changed; those of file and dev, ctx's.
+func TakeBack(ctx context.Context, file io.ReadSeeker, dev block.Device) (size, bytes int64, err error) {
+	s, err := undo.Apply(ctx, file, dev)
+	return s.Size, s.Bytes, err
+}
+
+var (
+	// ErrUndoFile reports a file that is no undo file, or not a whole one.
+	ErrUndoFile = undo.ErrFormat
+	// ErrUndoOther reports an undo file that is of another store, or one that was written to since.
+	ErrUndoOther = undo.ErrOtherDevice
+)

@@ -5,15 +5,16 @@ import (
 	"context"
 	"encoding/binary"
 	"errors"
+	"io"
 	"reflect"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/internal/kernelcase"
+	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/repair"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 // image makes a COW device of slots as they stand in b, with a number in each data chunk.
@@ -76,8 +77,8 @@ func FuzzRepair(f *testing.F) {
 		sameData(t, damaged{}, dev, out)
 
 		var file bytes.Buffer
-		changed, err := p.InPlace(t.Context(), func(ranges []undo.Range, size int64) error {
-			return undo.Save(t.Context(), &file, dev, ranges, size)
+		changed, err := p.InPlace(t.Context(), func(write func(io.Writer) error) error {
+			return write(&file)
 		})
 		if err != nil {
 			t.Fatal(err)
@@ -85,7 +86,9 @@ func FuzzRepair(f *testing.F) {
 		if r := checked(t, dev, nil); !r.Clean() {
 			t.Fatalf("in place, with %v", r.Findings)
 		}
-		if changed == p.Report.Clean() && !(changed && bytes.Equal(dev.Bytes()[:len(before)], before)) {
+		now := bytes.Clone(dev.Bytes()[:len(before)])
+		copy(now[ondisk.ChangeLabelAt:][:ondisk.ChangeLabelBytes], before[ondisk.ChangeLabelAt:]) // but for the label
+		if changed == p.Report.Clean() && !(changed && bytes.Equal(now, before)) {
 			t.Fatalf("changed %v a store with %v", changed, p.Report.Findings)
 		}
 		sameData(t, damaged{}, block.MemoryFrom(before), dev)
@@ -126,7 +129,7 @@ func TestKernelCases(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		changed, err := p.InPlace(t.Context(), func([]undo.Range, int64) error { return errors.New("something would change") })
+		changed, err := p.InPlace(t.Context(), func(func(io.Writer) error) error { return errors.New("something would change") })
 		if changed || err != nil || p.Len() != uint64(len(c.Exceptions)) || len(p.Lost()) > 0 {
 			t.Errorf("%s: changed %v, %v, kept %d", c.Name, changed, err, p.Len())
 		}
@@ -149,7 +152,7 @@ func TestUnreadableData(t *testing.T) {
 		t.Fatal(err)
 	}
 	before := dev.Bytes()
-	if _, err := p.InPlace(t.Context(), func([]undo.Range, int64) error { return nil }); err == nil {
+	if _, err := p.InPlace(t.Context(), func(write func(io.Writer) error) error { return write(io.Discard) }); err == nil {
 		t.Error("an unreadable chunk was moved")
 	}
 	if !bytes.Equal(dev.Bytes()[:8192], before[:8192]) {
@@ -178,11 +181,14 @@ func TestNothingIsChangedBeforeItIsSaved(t *testing.T) {
 		t.Fatal(err)
 	}
 	full := errors.New("no space for the undo file")
-	changed, err := p.InPlace(t.Context(), func(ranges []undo.Range, size int64) error {
-		// The hole, and the area: the header is right.
-		want := []undo.Range{{Off: 4096, Length: 4096}, {Off: 8192, Length: 4096}}
-		if !reflect.DeepEqual(ranges, want) || size != dev.Size() {
-			t.Errorf("asked to save %v of %d bytes", ranges, size)
+	changed, err := p.InPlace(t.Context(), func(write func(io.Writer) error) error {
+		var file bytes.Buffer
+		if err := write(&file); err != nil {
+			t.Error(err)
+		}
+		// The hole, the area and the first sector.
+		if s, err := undo.Apply(t.Context(), bytes.NewReader(file.Bytes()), dev); err != nil || s.Bytes != 2*4096+512 || s.ChangedSize != dev.Size() {
+			t.Errorf("asked to save %+v, %v", s, err)
 		}
 		return full
 	})
@@ -208,7 +214,7 @@ func TestNoRoomInPlace(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := p.InPlace(t.Context(), func([]undo.Range, int64) error { t.Error("saved"); return nil }); err == nil {
+	if _, err := p.InPlace(t.Context(), func(func(io.Writer) error) error { t.Error("saved"); return nil }); err == nil {
 		t.Error("it had no room")
 	}
 }

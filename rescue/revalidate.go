@@ -3,11 +3,12 @@ package rescue
 import (
 	"context"
 	"fmt"
+	"io"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 // A Revalidation makes a store that is marked invalid load again. What it then shows is what Plan says,
@@ -41,22 +42,36 @@ func (v *Revalidation) KeptBytes() int64 {
 
 // InPlace marks the store itself valid. Before that it calls save, once, as repair.Plan.InPlace does; with
 // nothing to do it doesn't. The change is one sector, durable when InPlace returns.
-func (v *Revalidation) InPlace(save func(ranges []undo.Range, size int64) error) (changed bool, err error) {
+func (v *Revalidation) InPlace(ctx context.Context, save func(write func(w io.Writer) error) error) (changed bool, err error) {
 	if v.Valid() {
 		return false, nil
 	}
-	if err := save([]undo.Range{{Off: 0, Length: ondisk.SectorSize}}, v.cow.Size()); err != nil {
+	first := make([]byte, ondisk.SectorSize)
+	if _, err := v.cow.ReadAt(first, 0); err != nil {
 		return false, err
 	}
+	v.valid().Encode(first)
+	u := undo.New(v.cow, nil, first, v.cow.Size())
+	if err := save(func(w io.Writer) error { return u.Save(ctx, w) }); err != nil {
+		return false, err
+	}
+	if err := u.Mark(); err != nil {
+		return true, err
+	}
 	return true, v.mark(v.cow)
+}
+
+// valid is the header with the valid mark.
+func (v *Revalidation) valid() ondisk.Header {
+	h := v.report.Header
+	h.Valid = 1
+	return h
 }
 
 // mark makes the header on dev a valid one.
 func (v *Revalidation) mark(dev block.Device) error {
 	head := make([]byte, ondisk.HeaderSize)
-	h := v.report.Header
-	h.Valid = 1
-	h.Encode(head)
+	v.valid().Encode(head)
 	return block.WriteDurable(dev, head, 0)
 }
 

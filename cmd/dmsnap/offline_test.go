@@ -156,7 +156,7 @@ func TestRepairVerb(t *testing.T) {
 	// An undo file is of its store alone.
 	mustRun(t, "repair", p.cow, "--in-place", "--undo", undoFile)
 	damaged := readFile(t, p.cow)
-	dmsnap("repair", p.origin, "--undo-apply", undoFile).wantRefused(t, undoFile, "another device")
+	dmsnap("repair", p.origin, "--undo-apply", undoFile).wantRefused(t, undoFile, "not of this store")
 	b := readFile(t, undoFile)
 	writeFile(t, undoFile, b[:len(b)-1])
 	dmsnap("repair", p.cow, "--undo-apply", undoFile).wantRefused(t, undoFile, "not a whole undo file")

@@ -14,7 +14,6 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/repair"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 type repairOptions struct {
@@ -148,10 +147,8 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 		return err
 	}
 	saved := false
-	changed, err := p.InPlace(ctx, func(ranges []undo.Range, size int64) error {
-		err := writeOutput(o.undo, o.force, []string{path}, func(f *os.File) error {
-			return undo.Save(ctx, f, cow, ranges, size)
-		})
+	changed, err := p.InPlace(ctx, func(write func(io.Writer) error) error {
+		err := writeOutput(o.undo, o.force, []string{path}, func(f *os.File) error { return write(f) })
 		saved = err == nil
 		return err
 	})
@@ -216,45 +213,46 @@ func (res repairResult) print(out io.Writer, wasClean bool) error {
 func (o *repairOptions) takeBack(c *cobra.Command, path string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	s, err := applyUndo(ctx, path, o.undoApply)
+	n, err := applyUndo(ctx, path, o.undoApply)
 	if err != nil {
 		return err
 	}
 	if o.asJSON {
-		return printJSON(c, undoResult{path, s.Bytes})
+		return printJSON(c, undoResult{path, n})
 	}
-	return printf(c, "%s: as it was before: %s put back\n", path, bytesText(s.Bytes))
+	return printf(c, "%s: as it was before: %s put back\n", path, bytesText(n))
 }
 
-// applyUndo puts back on path what an undo file keeps, and its length where it is a file.
-func applyUndo(ctx context.Context, path, undoPath string) (undo.Saved, error) {
+// applyUndo puts back on path what an undo file keeps, and its length where it is a file. It returns how many bytes
+// are kept.
+func applyUndo(ctx context.Context, path, undoPath string) (int64, error) {
 	dev, err := openDevice(path, block.Options{})
 	if err != nil {
-		return undo.Saved{}, err
+		return 0, err
 	}
 	defer dev.Close()
 	if info, err := os.Stat(undoPath); err == nil && !info.Mode().IsRegular() {
-		return undo.Saved{}, fmt.Errorf("%s: not a regular file", undoPath) // opening a pipe would wait for a writer
+		return 0, fmt.Errorf("%s: not a regular file", undoPath) // opening a pipe would wait for a writer
 	}
 	f, err := os.Open(undoPath)
 	if err != nil {
-		return undo.Saved{}, err
+		return 0, err
 	}
 	defer f.Close()
-	s, err := undo.Apply(ctx, f, dev)
-	if errors.Is(err, undo.ErrFormat) || errors.Is(err, undo.ErrOtherDevice) {
-		return s, about(undoPath, err)
+	size, n, err := repair.TakeBack(ctx, f, dev)
+	if errors.Is(err, repair.ErrUndoFile) || errors.Is(err, repair.ErrUndoOther) {
+		return n, about(undoPath, err)
 	}
 	if err != nil {
-		return s, about(path, err)
+		return n, about(path, err)
 	}
-	if s.Size < dev.Size() { // the repair made it longer; the lock on it is still held
-		if err := os.Truncate(path, s.Size); err != nil {
-			return s, err
+	if size < dev.Size() { // the repair made it longer; the lock on it is still held
+		if err := os.Truncate(path, size); err != nil {
+			return n, err
 		}
 		if err := dev.Flush(); err != nil {
-			return s, about(path, err)
+			return n, about(path, err)
 		}
 	}
-	return s, block.SyncDirectory(filepath.Dir(path))
+	return n, block.SyncDirectory(filepath.Dir(path))
 }

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -82,7 +83,9 @@ func TestRescue(t *testing.T) {
 	if said := mustRun(t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", undo); !strings.Contains(said, "all else") || !strings.Contains(said, "--undo-apply "+undo) {
 		t.Errorf("it said %q", said)
 	}
-	if got := digest(readFile(t, p.cow)); got != sound {
+	inPlace := readFile(t, p.cow)
+	clear(inPlace[ondisk.ChangeLabelAt:][:ondisk.ChangeLabelBytes]) // what the undo file has too
+	if got := digest(inPlace); got != sound {
 		t.Error("in place it is not what the copy is")
 	}
 	if res := mustJSON[revalidated](t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", filepath.Join(p.dir, "none")); res.Changed || res.Kept != 24<<10 {

@@ -1,13 +1,13 @@
 package main
 
 import (
+	"io"
 	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/rescue"
-	"github.com/dmsnap/dmsnap/undo"
 )
 
 // revalidated is what rescue --revalidate prints as JSON.
@@ -68,10 +68,8 @@ func (o *rescueOptions) markValid(c *cobra.Command, cowPath string) error {
 	if err != nil {
 		return about(cowPath, err)
 	}
-	changed, err := v.InPlace(func(ranges []undo.Range, size int64) error {
-		err := writeOutput(o.undo, o.force, []string{cowPath}, func(f *os.File) error {
-			return undo.Save(ctx, f, cow, ranges, size)
-		})
+	changed, err := v.InPlace(ctx, func(write func(io.Writer) error) error {
+		err := writeOutput(o.undo, o.force, []string{cowPath}, func(f *os.File) error { return write(f) })
 		if err != nil {
 			return err
 		}

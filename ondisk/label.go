@@ -1,0 +1,102 @@
+package ondisk
+
+import (
+	"encoding/binary"
+	"hash/crc32"
+)
+
+// Undo labels stand in the first sector of a store, behind the header, where the format has no meaning for it and
+// the kernel does not look (specification 2.2). The sector is replaced whole or not at all. A kernel that marks
+// the store invalid zeroes them.
+
+// An UndoLabel ties a store that is merged to the undo store that takes the merge back. Both have it.
+//
+//	256     magic, 16 bytes
+//	272     id, 16 bytes, random
+//	288     exceptions that there were to merge, 8 bytes
+//	296     size of the origin in bytes, 8
+//	304     1: the store was merged to its end; 2: it is the undo store; 8
+//	312     CRC-32C of the 56 bytes before it, 4
+type UndoLabel struct {
+	ID         [16]byte
+	Exceptions uint64
+	OriginSize int64
+	Merged     bool
+	Undo       bool
+}
+
+const (
+	undoLabelMagic  = "dmsnap undo id 1"
+	undoLabelAt     = 256
+	undoLabelBytes  = 60
+	undoLabelMerged = 1
+	undoLabelUndo   = 2
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Encode puts t in a store's first sector.
+func (t UndoLabel) Encode(sector []byte) {
+	b := sector[undoLabelAt:][:undoLabelBytes]
+	copy(b, undoLabelMagic)
+	copy(b[16:], t.ID[:])
+	binary.LittleEndian.PutUint64(b[32:], t.Exceptions)
+	binary.LittleEndian.PutUint64(b[40:], uint64(t.OriginSize))
+	flags := uint64(0)
+	if t.Merged {
+		flags |= undoLabelMerged
+	}
+	if t.Undo {
+		flags |= undoLabelUndo
+	}
+	binary.LittleEndian.PutUint64(b[48:], flags)
+	binary.LittleEndian.PutUint32(b[56:], crc32.Checksum(b[:56], castagnoli))
+}
+
+// DecodeUndoLabel reads the label of a store's first sector; ok is false where there is none.
+func DecodeUndoLabel(sector []byte) (t UndoLabel, ok bool) {
+	b := sector[undoLabelAt:][:undoLabelBytes]
+	if string(b[:16]) != undoLabelMagic || binary.LittleEndian.Uint32(b[56:]) != crc32.Checksum(b[:56], castagnoli) {
+		return t, false
+	}
+	copy(t.ID[:], b[16:])
+	t.Exceptions = binary.LittleEndian.Uint64(b[32:])
+	t.OriginSize = int64(binary.LittleEndian.Uint64(b[40:]))
+	flags := binary.LittleEndian.Uint64(b[48:])
+	t.Merged, t.Undo = flags&undoLabelMerged != 0, flags&undoLabelUndo != 0
+	return t, true
+}
+
+// A ChangeLabel ties a store that is changed in place to the undo file that takes the change back, which has the
+// same id.
+//
+//	320     magic, 16 bytes
+//	336     id, 16 bytes, random
+//	352     CRC-32C of the 32 bytes before it, 4
+type ChangeLabel struct{ ID [16]byte }
+
+// Where a ChangeLabel stands in the first sector of a store.
+const (
+	ChangeLabelAt    = 320
+	ChangeLabelBytes = 36
+
+	changeLabelMagic = "dmsnap undo id 2"
+)
+
+// Encode puts t in a store's first sector.
+func (t ChangeLabel) Encode(sector []byte) {
+	b := sector[ChangeLabelAt:][:ChangeLabelBytes]
+	copy(b, changeLabelMagic)
+	copy(b[16:], t.ID[:])
+	binary.LittleEndian.PutUint32(b[32:], crc32.Checksum(b[:32], castagnoli))
+}
+
+// DecodeChangeLabel reads the label of a store's first sector; ok is false where there is none.
+func DecodeChangeLabel(sector []byte) (t ChangeLabel, ok bool) {
+	b := sector[ChangeLabelAt:][:ChangeLabelBytes]
+	if string(b[:16]) != changeLabelMagic || binary.LittleEndian.Uint32(b[32:]) != crc32.Checksum(b[:32], castagnoli) {
+		return t, false
+	}
+	copy(t.ID[:], b[16:])
+	return t, true
+}

@@ -1,0 +1,39 @@
+package ondisk_test
+
+import (
+	"testing"
+
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// Both labels fit beside each other and the header, and one damaged byte makes a label none.
+func TestLabels(t *testing.T) {
+	sector := make([]byte, ondisk.SectorSize)
+	if _, ok := ondisk.DecodeUndoLabel(sector); ok {
+		t.Error("a label of zeros")
+	}
+	undo := ondisk.UndoLabel{ID: [16]byte{1, 15: 2}, Exceptions: 1 << 40, OriginSize: 1 << 50, Merged: true, Undo: true}
+	change := ondisk.ChangeLabel{ID: [16]byte{3, 15: 4}}
+	ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: 1, ChunkSectors: 8}.Encode(sector)
+	header := string(sector[:ondisk.HeaderSize])
+	undo.Encode(sector)
+	change.Encode(sector)
+	if got, ok := ondisk.DecodeUndoLabel(sector); !ok || got != undo {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if got, ok := ondisk.DecodeChangeLabel(sector); !ok || got != change {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if string(sector[:ondisk.HeaderSize]) != header || string(sector[256:272]) != "dmsnap undo id 1" {
+		t.Error("a label is not where disks have it")
+	}
+	for _, at := range []int{256, 275, 315, 320, 340, 355} {
+		sector[at] ^= 1
+		_, isUndo := ondisk.DecodeUndoLabel(sector)
+		_, isChange := ondisk.DecodeChangeLabel(sector)
+		if isUndo == (at < 320) || isChange == (at >= 320) {
+			t.Errorf("byte %d damaged: %v, %v", at, isUndo, isChange)
+		}
+		sector[at] ^= 1
+	}
+}
