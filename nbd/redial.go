@@ -1,0 +1,287 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/nbd/wire"
+)
+
+// A Redialer is an export as a [block.Device] that outlives its connections: when one is lost it connects again, within
+// a bound, and goes on. Its methods may be called concurrently.
+//
+// What was lost with the connection is not guessed at:
+//
+//   - Reads and block status are asked again.
+//   - A change that was under way fails, since the server may or may not have carried it out, and may still do so.
+//   - Changes that were acknowledged and not flushed may be lost, when the server was: after it every Flush and durable
+//     write fails, as after a failed Flush (see block.Device). Who wants to go on opens the export anew.
+//   - An export that came back with another size, or without what it could do before, is refused for good.
+type Redialer struct {
+	dial  func(ctx context.Context) (*Client, error)
+	bound time.Duration
+	ctx   context.Context // ended by Close
+	end   context.CancelFunc
+	info  Info   // of the first connection
+	name  string // its identity
+
+	redialing sync.Mutex // one at a time
+
+	mu      sync.Mutex
+	client  *Client
+	changed uint64 // changes that were acknowledged, and
+	flushed uint64 // those of them that a Flush covers
+	failed  error  // of the first Flush that failed: all later ones do
+	gone    error  // why there will be no connection any more
+}
+
+// redialPause is how long a Redialer waits between attempts to connect.
+const redialPause = 100 * time.Millisecond
+
+// NewRedialer connects with dial, at first and whenever the connection is lost. ctx bounds the first connecting; each
+// later one is tried for as long as bound says, and then the device fails for good.
+func NewRedialer(ctx context.Context, bound time.Duration, dial func(ctx context.Context) (*Client, error)) (*Redialer, error) {
+	c, err := dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	r := &Redialer{dial: dial, bound: bound, client: c, info: c.Info(), name: c.Identity()}
+	r.ctx, r.end = context.WithCancel(context.Background())
+	return r, nil
+}
+
+// current returns the connection, or why there is none any more.
+func (r *Redialer) current() (*Client, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.client, r.gone
+}
+
+// lost reports whether err came with the end of c's connection, which a server also announces.
+func lost(c *Client, err error) bool {
+	if answer := (*RemoteError)(nil); errors.As(err, &answer) {
+		return answer.Errno == wire.ESHUTDOWN
+	}
+	return err != nil && c.closed() != nil
+}
+
+// again calls do, with another connection each time that one is lost.
+func (r *Redialer) again(do func(c *Client) error) error {
+	for {
+		c, err := r.current()
+		if err != nil {
+			return err
+		}
+		if err = do(c); !lost(c, err) {
+			return err
+		}
+		if err := r.redial(c, err); err != nil {
+			return err
+		}
+	}
+}
+
+// change calls do, which changes data, once: when the connection is lost meanwhile it may have happened, and may still.
+// A connection that was lost before is replaced first.
+func (r *Redialer) change(do func(c *Client) error) error {
+	c, err := r.current()
+	if err == nil && c.closed() != nil {
+		if err = r.redial(c, c.closed()); err == nil {
+			c, err = r.current()
+		}
+	}
+	if err != nil {
+		return err
+	}
+	if err := do(c); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.changed++
+	if r.client != c { // lost since it was acknowledged
+		r.fail(c.closed())
+	}
+	return nil
+}
+
+// fail makes this Flush and later ones fail because of changes that were lost with a connection. mu is held.
+func (r *Redialer) fail(cause error) {
+	if r.failed == nil {
+		r.failed = fmt.Errorf("the connection was lost with changes that had not been flushed: %w", cause)
+	}
+}
+
+// redial replaces the lost connection, unless somebody else has.
+func (r *Redialer) redial(old *Client, cause error) error {
+	r.redialing.Lock()
+	defer r.redialing.Unlock()
+	if c, err := r.current(); err != nil || c != old {
+		return err
+	}
+	old.Close()
+	ctx, cancel := context.WithTimeout(r.ctx, r.bound)
+	defer cancel()
+	c, err := r.connect(ctx)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.gone != nil { // closed meanwhile
+		if err == nil {
+			c.Close()
+		}
+		return r.gone
+	}
+	if err != nil {
+		r.gone = fmt.Errorf("connection lost: %w; connecting again: %w", cause, err)
+		return r.gone
+	}
+	r.client = c
+	if r.changed > r.flushed {
+		r.fail(cause)
+	}
+	return nil
+}
+
+// connect tries to connect until ctx ends.
+func (r *Redialer) connect(ctx context.Context) (*Client, error) {
+	for {
+		c, err := r.dial(ctx)
+		if err == nil {
+			if err = r.sameExport(c.Info()); err != nil {
+				c.Close()
+				return nil, err
+			}
+			return c, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, err
+		case <-time.After(redialPause):
+		}
+	}
+}
+
+// sameExport refuses an export that is not what it was.
+func (r *Redialer) sameExport(now Info) error {
+	was := r.info
+	if now.Size != was.Size || now.MinBlock > was.MinBlock || now.ReadOnly != was.ReadOnly || was.CanFlush && !now.CanFlush {
+		return fmt.Errorf("the export has changed: it had %d bytes, and has %d; read-only %v, now %v", was.Size, now.Size, was.ReadOnly, now.ReadOnly)
+	}
+	return nil
+}
+
+// Close ends the connection; see [Client.Close]. Later requests fail with fs.ErrClosed.
+func (r *Redialer) Close() error {
+	r.mu.Lock()
+	r.gone = fs.ErrClosed
+	c := r.client
+	r.mu.Unlock()
+	r.end()
+	return c.Close()
+}
+
+// Size returns the size of the export in bytes.
+func (r *Redialer) Size() int64 { return r.info.Size }
+
+// BlockSize is that of the Client.
+func (r *Redialer) BlockSize() int { return max(block.SectorSize, int(r.info.MinBlock)) }
+
+// Identity is that of the first Client.
+func (r *Redialer) Identity() string { return r.name }
+
+// ReadAt reads, again with another connection where one is lost.
+func (r *Redialer) ReadAt(p []byte, off int64) (n int, err error) {
+	err = r.again(func(c *Client) (err error) {
+		n, err = c.ReadAt(p, off)
+		return err
+	})
+	return n, err
+}
+
+// Extents asks for extents, again likewise.
+func (r *Redialer) Extents(off, n int64) (list []block.Extent, err error) {
+	err = r.again(func(c *Client) (err error) {
+		list, err = c.Extents(off, n)
+		return err
+	})
+	return list, err
+}
+
+// WriteAt writes; see [Redialer] for what a lost connection means.
+func (r *Redialer) WriteAt(p []byte, off int64) (n int, err error) {
+	err = r.change(func(c *Client) (err error) {
+		n, err = c.WriteAt(p, off)
+		return err
+	})
+	return n, err
+}
+
+// ZeroAt zeroes; see [Client.ZeroAt].
+func (r *Redialer) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	return r.change(func(c *Client) error { return c.ZeroAt(off, n, flags) })
+}
+
+// Discard discards; see [Client.Discard].
+func (r *Redialer) Discard(off, n int64) error {
+	return r.change(func(c *Client) error { return c.Discard(off, n) })
+}
+
+// WriteDurableAt writes durably, unless a Flush has failed. A failure counts as a failed Flush.
+func (r *Redialer) WriteDurableAt(p []byte, off int64) error {
+	if err := block.CheckRange("write", off, int64(len(p)), r.Size()); err != nil {
+		return err
+	}
+	return r.synced(func() error {
+		return r.change(func(c *Client) error { return c.WriteDurableAt(p, off) })
+	})
+}
+
+// Flush makes durable every write that returned before. It fails once unflushed changes were lost with a connection.
+func (r *Redialer) Flush() error {
+	return r.synced(func() error {
+		r.mu.Lock()
+		changed := r.changed
+		r.mu.Unlock()
+		err := r.again(func(c *Client) error {
+			if err := r.failure(); err != nil { // with the connection before this one
+				return err
+			}
+			return c.Flush()
+		})
+		if err == nil {
+			r.mu.Lock()
+			defer r.mu.Unlock()
+			r.flushed = max(r.flushed, changed)
+		}
+		return err
+	})
+}
+
+// failure returns the first failure of a Flush.
+func (r *Redialer) failure() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.failed
+}
+
+// synced calls do, which makes something durable, unless such a call failed before, and notes its failure.
+func (r *Redialer) synced(do func() error) error {
+	if r.info.ReadOnly {
+		return do() // nothing can be lost
+	}
+	if err := r.failure(); err != nil {
+		return err
+	}
+	err := do()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.failed == nil {
+		r.failed = err
+	}
+	return r.failed
+}
