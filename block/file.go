@@ -18,11 +18,13 @@ import (
 // the layers above to say (a COW device leaves the rest unused, an origin would lose bytes).
 type File struct {
 	path     string
-	readOnly bool
+	readOnly atomic.Bool
 	special  bool // a block special file
 	block    int  // logical block size in bytes
 	identity string
+	lock     LockMode
 	locked   bool
+	lockFD   int // whose locks are f's, when it is not fd; -1: none. See AllowWrites
 
 	// life is held for reading by each call that uses fd, and for writing by Close: a descriptor's
 	// number may be another file's as soon as it is closed.
@@ -52,7 +54,7 @@ const (
 func (f *File) Path() string { return f.path }
 
 // ReadOnly reports whether the file was opened for reading.
-func (f *File) ReadOnly() bool { return f.readOnly }
+func (f *File) ReadOnly() bool { return f.readOnly.Load() }
 
 // Size returns the size in bytes.
 func (f *File) Size() int64 { return f.size.Load() }
@@ -265,7 +267,7 @@ func (f *File) Grow(size int64) error {
 }
 
 // CanGrow reports whether f is a regular file that is open for writing.
-func (f *File) CanGrow() bool { return !f.special && !f.readOnly }
+func (f *File) CanGrow() bool { return !f.special && !f.readOnly.Load() }
 
 // Close waits for calls under way, releases the locks and closes the file. It makes nothing durable:
 // that is Flush. Later calls return an error wrapping fs.ErrClosed.
@@ -277,6 +279,10 @@ func (f *File) Close() error {
 	}
 	err := unix.Close(f.fd)
 	f.fd = -1
+	if f.lockFD >= 0 {
+		unix.Close(f.lockFD)
+		f.lockFD = -1
+	}
 	if err != nil {
 		return f.error("close", err)
 	}
@@ -301,7 +307,7 @@ func (f *File) enterChange(op string, off, n int64) error {
 	if err := f.enter(op, off, n); err != nil {
 		return err
 	}
-	if f.readOnly {
+	if f.readOnly.Load() {
 		f.life.RUnlock()
 		return f.error(op, ErrReadOnly)
 	}

@@ -50,7 +50,8 @@ func Open(path string, o Options) (*File, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	f := &File{path: path, readOnly: o.ReadOnly, special: special, fd: fd}
+	f := &File{path: path, special: special, fd: fd, lockFD: -1}
+	f.readOnly.Store(o.ReadOnly)
 	if err := f.prepare(before, lock); err != nil {
 		unix.Close(fd)
 		return nil, err
@@ -93,7 +94,7 @@ func Create(path string, size int64) (*File, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "create", Path: path, Err: err}
 	}
-	f := &File{path: path, fd: fd}
+	f := &File{path: path, fd: fd, lockFD: -1}
 	err = f.fill(size)
 	if err == nil {
 		return f, nil
@@ -163,8 +164,100 @@ func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
 		return err
 	}
 	f.size.Store(size)
+	f.lock = lock
 	f.locked, err = lockFile(f.fd, f.path, lock)
 	return err
+}
+
+// AllowWrites makes a file that was opened with ReadOnly and LockRead one that is open for writing, with LockWrite,
+// without a moment in which another could write to it. The kernel checks permissions now. After an error (ErrInUse while
+// others read what must not change beneath them; EACCES, EROFS) the file is open for reading as before. Calls under way
+// are waited for. On a file that is open for writing it does nothing.
+func (f *File) AllowWrites() error {
+	f.life.Lock()
+	defer f.life.Unlock()
+	switch {
+	case f.fd < 0:
+		return f.error("open for writing", fs.ErrClosed)
+	case !f.readOnly.Load():
+		return nil
+	case f.lock != LockRead:
+		return f.error("open for writing", errors.New("it has no reader's lock that could become a writer's"))
+	}
+	if f.locked {
+		if err := upgradeLocks(f.fd, f.path); err != nil {
+			return err
+		}
+	}
+	fd, err := f.reopen()
+	if err != nil {
+		if f.locked {
+			releaseLocks(f.fd, writerLocks)
+		}
+		return err
+	}
+	// The locks are the old descriptor's, and would go with it.
+	f.lockFD, f.fd = f.fd, fd
+	f.lock = LockWrite
+	f.readOnly.Store(false)
+	return nil
+}
+
+// DenyWrites takes AllowWrites back, for a file that was not written to since. On a file that is open for reading it
+// does nothing.
+func (f *File) DenyWrites() error {
+	f.life.Lock()
+	defer f.life.Unlock()
+	switch {
+	case f.fd < 0:
+		return f.error("deny writes", fs.ErrClosed)
+	case f.readOnly.Load():
+		return nil
+	case f.lockFD < 0:
+		return f.error("deny writes", errors.New("it was opened for writing"))
+	}
+	err := unix.Close(f.fd)
+	f.fd, f.lockFD = f.lockFD, -1
+	f.lock = LockRead
+	f.readOnly.Store(true)
+	if f.locked {
+		releaseLocks(f.fd, writerLocks)
+	}
+	if err != nil {
+		return f.error("deny writes", err)
+	}
+	return nil
+}
+
+// reopen opens the file that f.fd leads to once more, for writing. A path may lead to another one by now.
+func (f *File) reopen() (int, error) {
+	mode := unix.O_RDWR
+	if f.special {
+		mode |= unix.O_EXCL
+	}
+	var old, now unix.Stat_t
+	if err := unix.Fstat(f.fd, &old); err != nil {
+		return -1, f.error("open for writing", err)
+	}
+	fd, err := openDescriptor(fmt.Sprintf("/proc/self/fd/%d", f.fd), mode, 0)
+	if err == unix.ENOENT { // no /proc
+		fd, err = openDescriptor(f.path, mode, 0)
+	}
+	if err == unix.EBUSY && f.special {
+		return -1, fmt.Errorf("open %s for writing: %w (mounted, or claimed by another device or program): %w", f.path, ErrInUse, err)
+	}
+	if err != nil {
+		return -1, f.error("open for writing", err)
+	}
+	err = unix.Fstat(fd, &now)
+	if err == nil && (now.Dev != old.Dev || now.Ino != old.Ino) {
+		err = errors.New("the path leads to another file by now")
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, f.error("open for writing", err)
+	}
+	return fd, nil
 }
 
 // checkKind says why a file of this mode is no device.

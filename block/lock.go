@@ -83,6 +83,32 @@ func lockFile(fd int, path string, mode LockMode) (held bool, err error) {
 	for _, w := range plan.bearsNot {
 		take, look = append(take, bearsNotByte+w), append(look, usesByte+w)
 	}
+	return takeLocks(fd, path, take, look)
+}
+
+// writerLocks are the bytes that a writer locks and a reader that excludes writers does not.
+var writerLocks = []int64{usesByte + useWrite, usesByte + useResize}
+
+// upgradeLocks makes the locks of LockRead those of LockWrite; after an error they are as before.
+func upgradeLocks(fd int, path string) error {
+	_, err := takeLocks(fd, path, writerLocks, []int64{bearsNotByte + useWrite, bearsNotByte + useResize})
+	if err != nil {
+		releaseLocks(fd, writerLocks)
+	}
+	return err
+}
+
+// releaseLocks gives locks back.
+func releaseLocks(fd int, bytes []int64) {
+	for _, b := range bytes {
+		l := byteLock(unix.F_UNLCK, b)
+		retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })
+	}
+}
+
+// takeLocks takes locks on some bytes, and looks for those of others on other ones. held is false, without an error,
+// where the file system has no locks.
+func takeLocks(fd int, path string, take, look []int64) (held bool, err error) {
 	for _, b := range take {
 		l := byteLock(unix.F_RDLCK, b)
 		err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_SETLK, &l) })

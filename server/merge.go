@@ -2,6 +2,7 @@ package server
 
 import (
 	"context"
+	"errors"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -51,6 +52,10 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	case s.merging != nil && !s.merging.done():
 		return api.Merge{}, refuse(api.CodeAlreadyMerging, "snapshot %q is being merged: one merge at a time", s.merging.name)
 	}
+	wasReadOnly := s.file.ReadOnly()
+	if err := s.allowOriginWrites(); err != nil {
+		return api.Merge{}, err
+	}
 	var m *snapshot.Merging
 	err := v.dev.replace(func() (_ block.Device, err error) {
 		if st := v.snap.Status(); st.State == snapshot.StateInvalid {
@@ -60,7 +65,11 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 		return s.origin, err
 	})
 	if err != nil {
-		return api.Merge{}, block.WithPath(v.path, err)
+		err = block.WithPath(v.path, err)
+		if wasReadOnly {
+			err = errors.Join(err, s.file.DenyWrites())
+		}
+		return api.Merge{}, err
 	}
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, s.opts.Merge)}

@@ -125,7 +125,9 @@ func noSnapshot(name string) error {
 
 var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
 
-// Open opens the disk at path as an origin without snapshots, locked as it is used. The caller closes the server.
+// Open opens the disk at path as an origin without snapshots. It is open for reading, and locked so that nobody
+// writes to it, until ExportOrigin or StartMerge needs more: many servers may use one base that nobody may write to. The
+// caller closes the server.
 func Open(path string, o Options) (*Server, error) {
 	if _, known := fullPolicies[o.OnFull]; !known {
 		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
@@ -136,7 +138,7 @@ func Open(path string, o Options) (*Server, error) {
 	if o.NBD.Log == nil {
 		o.NBD.Log = o.Log
 	}
-	f, err := cowfile.OpenOrigin(path, block.Options{ReadOnly: o.ReadOnly}, o.Raw)
+	f, err := cowfile.OpenOrigin(path, block.Options{ReadOnly: true}, o.Raw)
 	if err != nil {
 		return nil, err
 	}
@@ -147,7 +149,8 @@ func Open(path string, o Options) (*Server, error) {
 	return &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}, nil
 }
 
-// Origin returns the origin as a device: writes to it are preserved in every snapshot first.
+// Origin returns the origin as a device: writes to it are preserved in every snapshot first. They are refused with
+// block.ErrReadOnly until the origin is exported or a merge has begun.
 func (s *Server) Origin() block.Device { return s.origin }
 
 // Device returns the device behind a snapshot's export, which continues as the origin when the snapshot is merged.
@@ -168,10 +171,22 @@ func (s *Server) ExportOrigin() error {
 	if s.find(OriginName) != nil {
 		return nameTaken(OriginName)
 	}
+	if err := s.allowOriginWrites(); err != nil {
+		return err
+	}
 	err := s.nbd.Add(nbd.Export{Name: OriginName, Description: "origin " + s.path, Device: s.origin,
 		ReadOnly: s.opts.ReadOnly, MultiConn: true})
 	s.exported = s.exported || err == nil
 	return err
+}
+
+// allowOriginWrites opens the origin for writing, unless the server is read-only. It fails while others use the origin.
+// mu is held.
+func (s *Server) allowOriginWrites() error {
+	if s.opts.ReadOnly {
+		return nil
+	}
+	return block.WithPath(s.path, s.file.AllowWrites())
 }
 
 func nameTaken(name string) error {
@@ -438,7 +453,7 @@ func (s *Server) Close() error {
 		failed := v.snap.Failure() // before it is closed, and whether or not the mark can be made then
 		errs = append(errs, block.WithPath(v.path, failed), v.close())
 	}
-	if !s.opts.ReadOnly {
+	if !s.file.ReadOnly() {
 		errs = append(errs, s.origin.Flush())
 	}
 	return errors.Join(append(errs, s.file.Close())...)

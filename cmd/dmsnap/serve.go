@@ -58,6 +58,9 @@ Without COW, ORIGIN.cow is used, and made when it is not there. Any other COW mu
 --create is given, which makes what is missing: the file, as dmsnap create would, or the store. With --store N
 the exceptions are kept in memory and the COW is scratch space, of no use afterwards.
 
+The origin is open for reading, beside other servers that read it, unless --export-origin is given or a live merge
+begins: nobody else may use it then.
+
 Without --socket or --listen, the socket is ORIGIN.sock. Sockets are for their owner alone (mode
 0600). --listen without a HOST means the loopback interface, since NBD has no authentication; 0.0.0.0:PORT is
 every interface, IPv4 only, [::]:PORT every interface, IPv6 too. Port 0 is a free one; the URI has it.
