@@ -66,7 +66,8 @@ func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWait
 // and the error of writing held origin writes out. Resuming what isn't suspended does nothing.
 func (s *Snapshot) Resume() error {
 	o := s.origin
-	o.mu.Lock() // no origin write is under way: no exception is pending (8.1 #13)
+	o.writeOutUnlocked() // most of what is held, while others go on; its error comes again below
+	o.mu.Lock()          // no origin write is under way: no exception is pending (8.1 #13)
 	defer o.mu.Unlock()
 	switch {
 	case s.closed:
@@ -230,6 +231,7 @@ func (m *Merging) open() (*store.Store, error) {
 // with nothing changed.
 func (m *Merging) Resume() error {
 	o := m.origin
+	o.writeOutUnlocked() // as in Snapshot.Resume
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.merging.Load() == m {

@@ -111,15 +111,30 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	return s.origin.changing(func() error { return s.changeNow(pl, off, n) })
 }
 
-// changeNow applies pl, as far as there is room. Doing it again does no harm.
+// changeNow applies pl, as far as there is room. Doing it again does no harm. Like a request to the origin, a long one
+// is made piece by piece, so that nobody waits long for the snapshot to be suspended or closed.
 func (s *Snapshot) changeNow(pl payload, off, n int64) error {
+	durable := pl.durable || s.opts.Sync == SyncAlways
+	pl.durable = false // one Sync at the end covers data and exceptions
+	if n <= lockedBytes {
+		return s.changeLocked(pl, off, n, durable)
+	}
+	err := pieces(off, n, func(at, k int64) error {
+		return s.changeLocked(pl.part(at-off, k), at, k, false)
+	})
+	if err == nil && durable {
+		return s.changeLocked(pl.part(n, 0), off+n, 0, true)
+	}
+	return err
+}
+
+// changeLocked applies pl to n bytes at off, under one hold of life.
+func (s *Snapshot) changeLocked(pl payload, off, n int64, durable bool) error {
 	s.life.RLock()
 	defer s.life.RUnlock()
 	if err := s.writable(); err != nil {
 		return err
 	}
-	durable := pl.durable || s.opts.Sync == SyncAlways
-	pl.durable = false // one Sync at the end covers data and exceptions
 	for done := int64(0); done < n; {
 		k, err := s.changePiece(pl.part(done, n-done), off+done, n-done)
 		if err != nil {

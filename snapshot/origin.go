@@ -106,7 +106,8 @@ func (o *Origin) enterMerging() *Merging {
 	return m
 }
 
-// WriteAt writes p after every snapshot has durably kept what it shows there. See HoldWrites.
+// WriteAt writes p after every snapshot has durably kept what it shows there. See HoldWrites. When a long write fails,
+// earlier parts of it may have been written.
 func (o *Origin) WriteAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("write", off, int64(len(p)), o.Size()); err != nil {
 		return 0, err
@@ -159,7 +160,101 @@ func (o *Origin) change(pl payload, off, n int64) error {
 	if n == 0 {
 		return nil
 	}
-	return o.changing(func() error { return o.changeNow(pl, off, n) })
+	return o.changing(func() error {
+		if n <= lockedBytes {
+			return o.changeNow(pl, off, n)
+		}
+		return o.changeLong(pl, off, n)
+	})
+}
+
+// A request of more than lockedBytes is cut: so much is changed under one hold of Origin.mu. Whoever wants that lock for
+// writing, to attach a snapshot, waits for no more than that, and so does everybody who waits behind him.
+const (
+	lockedBytes = 2 << 20
+	// windowBytes is how much of a long request is kept by the snapshots before their exceptions are made durable, in
+	// one flush for all, and it is changed.
+	windowBytes = 32 << 20
+)
+
+// pieces calls do for the pieces of n bytes at off that are changed under one lock: at most lockedBytes, and cut
+// at multiples of it.
+func pieces(off, n int64, do func(off, n int64) error) error {
+	for end := off + n; off < end; {
+		k := min(end-off, lockedBytes-off%lockedBytes)
+		if err := do(off, k); err != nil {
+			return err
+		}
+		off += k
+	}
+	return nil
+}
+
+// changeLong is changeNow piece by piece. Nothing holds between two pieces but what they found: a snapshot that is
+// attached in the middle shows the change where it was made already, as it does after a write that ended before.
+func (o *Origin) changeLong(pl payload, off, n int64) error {
+	if pl.data == nil && pl.zero&block.OnlyFast != 0 { // all or nothing, and it takes no time once everything is kept
+		if err := o.keepAhead(off, n); err != nil {
+			return err
+		}
+		return o.changeNow(pl, off, n)
+	}
+	durable := pl.durable
+	pl.durable = false
+	for done := int64(0); done < n; {
+		k := min(n-done, windowBytes)
+		if err := o.keepAhead(off+done, k); err != nil {
+			return err
+		}
+		if err := pieces(off+done, k, func(at, k int64) error {
+			return o.changeNow(pl.part(at-off, k), at, k)
+		}); err != nil {
+			return err
+		}
+		done += k
+	}
+	if durable {
+		return o.Flush()
+	}
+	return nil
+}
+
+// keepAhead makes the snapshots keep what they show of n bytes at off, with one flush at the end that no lock is held
+// for but those of the snapshots. It is there for its speed alone: changeNow keeps what came between, and judges what
+// failed here.
+func (o *Origin) keepAhead(off, n int64) error {
+	var dirty []*Snapshot
+	if err := pieces(off, n, func(at, k int64) error {
+		o.mu.RLock()
+		defer o.mu.RUnlock()
+		if o.merging.Load() != nil {
+			return nil
+		}
+		more, err := o.keep(nil, at, k)
+		for _, s := range more {
+			if !slices.Contains(dirty, s) {
+				dirty = append(dirty, s)
+			}
+		}
+		return err
+	}); err != nil {
+		return err
+	}
+	var all sync.WaitGroup
+	for _, s := range dirty {
+		all.Go(func() {
+			// One that is being closed or suspended has its exceptions made durable by changeNow.
+			if !s.life.TryRLock() {
+				return
+			}
+			defer s.life.RUnlock()
+			if s.usable() == nil {
+				s.store.Sync()
+			}
+		})
+	}
+	all.Wait()
+	return nil
 }
 
 // changeNow applies pl unless a snapshot that is to be protected has no room. Doing it again does no harm.
