@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"unicode/utf8"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
@@ -27,11 +28,20 @@ type attachment struct {
 // readAttach checks a request.
 func readAttach(q api.AttachRequest) (a attachment, err error) {
 	a = attachment{name: q.Name, path: q.COW, create: q.Create, force: q.Force, chunkSectors: ondisk.DefaultChunkSectors, chunkSet: q.ChunkSize != 0}
-	if q.COW == "" {
+	if len(q.COWBase64) > 0 && q.COW != "" {
+		return a, refuse(api.CodeBadRequest, "cow and cow_base64: one of them")
+	}
+	if len(q.COWBase64) > 0 {
+		a.path = string(q.COWBase64)
+	}
+	if a.path == "" {
 		return a, refuse(api.CodeBadRequest, "cow is required")
 	}
 	if slices.Contains([]string{"", ".", "..", "/"}, q.Name) { // they have no address in the control API
 		return a, refuse(api.CodeBadName, "%q can't be the name of a snapshot", q.Name)
+	}
+	if !utf8.ValidString(q.Name) {
+		return a, refuse(api.CodeBadName, "%q can't be the name of a snapshot: it is not UTF-8", q.Name)
 	}
 	if a.store, err = readStoreType(q.Store); err != nil {
 		return a, err

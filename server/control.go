@@ -1,6 +1,7 @@
 package server
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -10,6 +11,7 @@ import (
 	"net/http"
 	"strconv"
 	"time"
+	"unicode/utf8"
 
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -117,9 +119,15 @@ func codeOf(err error) api.Code {
 
 // readBody reads a request's body into v: one JSON object without unknown fields.
 func readBody(r *http.Request, v any) error {
-	d := json.NewDecoder(r.Body)
+	body, err := io.ReadAll(r.Body)
+	if err == nil && !utf8.Valid(body) {
+		err = errors.New("not UTF-8") // what could not be decoded would be another path or name
+	}
+	d := json.NewDecoder(bytes.NewReader(body))
 	d.DisallowUnknownFields()
-	err := d.Decode(v)
+	if err == nil {
+		err = d.Decode(v)
+	}
 	if err == nil {
 		if _, err = d.Token(); err == io.EOF {
 			return nil

@@ -72,6 +72,8 @@ func TestControlAPI(t *testing.T) {
 		{"POST", "/v1/snapshots", `{"name":"..","cow":"x"}`, 400, "bad_name"},
 		{"POST", "/v1/snapshots", `{"name":"/","cow":"x"}`, 400, "bad_name"},
 		{"POST", "/v1/snapshots", `{"name":"new"}`, 400, "bad_request"},
+		{"POST", "/v1/snapshots", "{\"name\":\"new\",\"cow\":\"\xff\",\"create\":true}", 400, "bad_request"},
+		{"POST", "/v1/snapshots", `{"name":"new","cow":"x","cow_base64":"/w=="}`, 400, "bad_request"},
 		{"POST", "/v1/snapshots", `{"name":"new","cow":"x","chunk_size":7}`, 400, "bad_request"},
 		{"POST", "/v1/snapshots", `{"name":"new","cow":"x","store":"Q"}`, 400, "bad_request"},
 		{"POST", "/v1/snapshots", `{"name":"new","cow":"/nowhere/x","create":true}`, 422, "failed"},

@@ -174,7 +174,7 @@ func (s *Server) ExportOrigin() error {
 	if err := s.allowOriginWrites(); err != nil {
 		return err
 	}
-	err := s.nbd.Add(nbd.Export{Name: OriginName, Description: "origin " + s.path, Device: s.origin,
+	err := s.nbd.Add(nbd.Export{Name: OriginName, Description: description("origin", s.path), Device: s.origin,
 		ReadOnly: s.opts.ReadOnly, MultiConn: true})
 	s.exported = s.exported || err == nil
 	return err
@@ -300,7 +300,7 @@ func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) 
 		return nil, errors.Join(err, snap.Close())
 	}
 	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap}
-	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: "snapshot " + a.path, Device: v.dev,
+	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
 		ReadOnly: s.opts.ReadOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),
 		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
@@ -316,6 +316,13 @@ func eventText(e snapshot.Event) string {
 		return e.Text + " Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
 	}
 	return e.Text
+}
+
+// description describes an export to its clients, in UTF-8 and as long as NBD allows.
+func description(what, path string) string {
+	const longest = 4096
+	text := what + " " + strings.ToValidUTF8(path, "\ufffd")
+	return strings.ToValidUTF8(text[:min(len(text), longest)], "") // nor half a character at its end
 }
 
 // preferredBlock is the chunk size, as far as it is sensible as the size of a request: writes of

@@ -1,6 +1,9 @@
 package server
 
 import (
+	"strings"
+	"unicode/utf8"
+
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -67,6 +70,9 @@ func (s *Server) waiting(name string) int64 {
 // statusOf returns one snapshot. mu is held.
 func (s *Server) statusOf(v *attached) api.Snapshot {
 	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), Waiting: s.waiting(v.name)}
+	if !utf8.ValidString(v.path) {
+		r.COW, r.COWBase64 = strings.ToValidUTF8(v.path, "\ufffd"), []byte(v.path)
+	}
 	if v.merge == nil {
 		r.Figures = FiguresOf(v.snap.Status())
 		return r

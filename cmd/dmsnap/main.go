@@ -6,6 +6,7 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -24,7 +25,24 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root.SetIn(stdin)
 	root.SetOut(stdout)
 	root.SetErr(stderr)
-	return exitStatus(root.Execute(), stderr)
+	helpFailed := checkedHelp(root)
+	err := root.Execute()
+	return exitStatus(errors.Join(err, helpFailed()), stderr)
+}
+
+// checkedHelp makes help one write. failed returns its error: cobra has no place for it.
+func checkedHelp(root *cobra.Command) (failed func() error) {
+	var err error
+	help := root.HelpFunc()
+	root.SetHelpFunc(func(c *cobra.Command, args []string) {
+		var text bytes.Buffer
+		out := c.OutOrStdout()
+		c.SetOut(&text)
+		help(c, args)
+		c.SetOut(out)
+		_, err = out.Write(text.Bytes())
+	})
+	return func() error { return err }
 }
 
 // newRoot returns the command with all its verbs.

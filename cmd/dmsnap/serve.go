@@ -197,7 +197,7 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 
 // exportName is what the snapshot on a path is called unless told otherwise.
 func exportName(path string) string {
-	base := filepath.Base(path)
+	base := strings.ToValidUTF8(filepath.Base(path), "_") // names of exports are UTF-8
 	if name := strings.TrimSuffix(base, filepath.Ext(base)); name != "" {
 		return name
 	}

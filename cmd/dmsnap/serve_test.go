@@ -393,6 +393,48 @@ func TestServeMakesItsOwnCOWFile(t *testing.T) {
 	}
 }
 
+// A COW path need not be UTF-8: it is the file of that name that is used, and JSON stays JSON.
+func TestPathsThatAreNotUTF8(t *testing.T) {
+	p := newPair(t)
+	r := start(t, p, serveOptions{create: true}, filepath.Join(p.dir, "first\xfe.cow"))
+	path := filepath.Join(p.dir, "odd\xff\xfe.cow")
+	s := mustJSON[api.Snapshot](t, "snapshot", "--control", r.control, "odd", path, "--create")
+	if string(s.COWBase64) != path || !strings.Contains(s.COW, "odd\ufffd") {
+		t.Errorf("%+v", s)
+	}
+	if _, err := os.Stat(path); err != nil {
+		t.Error(err)
+	}
+	if st := mustJSON[api.Status](t, "status", "--control", r.control); len(st.Snapshots) != 2 || st.Snapshots[0].Name != "first_" ||
+		string(st.Snapshots[1].COWBase64) != path {
+		t.Errorf("%+v", st)
+	}
+	writeAt(t, dial(t, r.uri("first_")), []byte("x"), 0)
+	dmsnap("snapshot", "--control", r.control, "\xff", path+"2", "--create").wantRefused(t, "name")
+	mustRun(t, "drop", "--control", r.control, "odd")
+	if st := mustJSON[fileStatus](t, "status", path); !st.Valid {
+		t.Errorf("%+v", st)
+	}
+	if entries, err := os.ReadDir(p.dir); err != nil || len(entries) != 5 { // origin, two COW files, two sockets
+		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// Help that could not be written is a failure, too.
+func TestHelpToAFullDisk(t *testing.T) {
+	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
+	if err != nil {
+		t.Skipf("SKIPPED: %v", err)
+	}
+	defer full.Close()
+	for _, args := range []string{"help", "--help", "help create", "create --help", "serve -h", "completion bash", "version"} {
+		var stderr bytes.Buffer
+		if status := run(strings.Fields(args), strings.NewReader(""), full, &stderr); status != exitTrouble || !strings.Contains(stderr.String(), "no space left") {
+			t.Errorf("%s: status %d, %s", args, status, &stderr)
+		}
+	}
+}
+
 func TestExportNames(t *testing.T) {
 	o := serveOptions{}
 	for arg, want := range map[string][2]string{
@@ -404,6 +446,7 @@ func TestExportNames(t *testing.T) {
 		"a=b=c":           {"a", "b=c"},
 		"./a=b.cow":       {"a=b", "./a=b.cow"},
 		"ü 1=x":           {"ü 1", "x"},
+		"a\xff.cow":       {"a_", "a\xff.cow"},
 	} {
 		if a := o.attachments("o", []string{arg})[0]; a.Name != want[0] || a.COW != want[1] {
 			t.Errorf("%q: name %q, path %q, want %q", arg, a.Name, a.COW, want)

@@ -51,10 +51,12 @@ type Origin struct {
 
 // Snapshot is a served snapshot.
 type Snapshot struct {
-	Name   string `json:"name"`
-	COW    string `json:"cow"`
-	URI    string `json:"uri"`
-	Merged bool   `json:"merged"` // its live merge is complete; the export is the origin
+	Name string `json:"name"`
+	COW  string `json:"cow"`
+	// COWBase64 are the bytes of a path that is not UTF-8, which JSON can't hold; COW has U+FFFD in their place.
+	COWBase64 []byte `json:"cow_base64,omitempty"`
+	URI       string `json:"uri"`
+	Merged    bool   `json:"merged"` // its live merge is complete; the export is the origin
 	// Waiting is the number of writes to it that wait for room.
 	Waiting int64 `json:"waiting"`
 	Figures
@@ -92,7 +94,8 @@ type Merge struct {
 // AttachRequest is the body of POST /v1/snapshots.
 type AttachRequest struct {
 	Name      string `json:"name"`
-	COW       string `json:"cow"`                  // path; a relative one counts from the server's working folder
+	COW       string `json:"cow,omitempty"`        // path; a relative one counts from the server's working folder
+	COWBase64 []byte `json:"cow_base64,omitempty"` // the bytes of one that is not UTF-8, instead of COW
 	Create    bool   `json:"create,omitempty"`     // make the file, or the store on it, where there is none
 	Force     bool   `json:"force,omitempty"`      // overwrite what the COW device holds; attach a store of a longer disk
 	ChunkSize int64  `json:"chunk_size,omitempty"` // bytes, of a store that is made; 0: 4 KiB

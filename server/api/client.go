@@ -12,6 +12,7 @@ import (
 	"net/url"
 	"strconv"
 	"time"
+	"unicode/utf8"
 )
 
 // maxReply is how long a reply may be, in bytes.
@@ -48,6 +49,12 @@ func (c *Client) Snapshot(ctx context.Context, name string) (Snapshot, error) {
 
 // Attach attaches a snapshot of the origin as it is now, and exports it.
 func (c *Client) Attach(ctx context.Context, q AttachRequest) (Snapshot, error) {
+	if !utf8.ValidString(q.Name) { // JSON can't hold it: it would be another name
+		return Snapshot{}, &Error{Code: CodeBadName, Message: fmt.Sprintf("%q can't be the name of a snapshot: it is not UTF-8", q.Name)}
+	}
+	if !utf8.ValidString(q.COW) {
+		q.COW, q.COWBase64 = "", []byte(q.COW)
+	}
 	return ask[Snapshot](ctx, c, http.MethodPost, "/v1/snapshots", q)
 }
 
