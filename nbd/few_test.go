@@ -28,3 +28,31 @@ func TestInHandWhileClientsAreFew(t *testing.T) {
 		t.Error("not again when one has gone")
 	}
 }
+
+// TestWhichRequestsAreInHand: short reads and writes, and block status of one extent, each after its own trial.
+func TestWhichRequestsAreInHand(t *testing.T) {
+	quick := []wire.Request{
+		{Command: wire.CmdRead, Length: quickRead},
+		{Command: wire.CmdWrite, Length: quickWrite},
+		{Command: wire.CmdBlockStatus, Flags: wire.FlagReqOne, Length: 1 << 31},
+	}
+	for i, r := range quick {
+		c := &conn{server: NewServer(Options{})}
+		for range quickTrial {
+			c.hand.took(r, 0)
+		}
+		for k, other := range quick {
+			if got := c.inHand(other); got != (k == i) {
+				t.Errorf("after a trial of command %d, command %d is in hand: %v", r.Command, other.Command, got)
+			}
+		}
+	}
+	for _, r := range []wire.Request{
+		{Command: wire.CmdRead, Length: quickRead + 1}, {Command: wire.CmdWrite, Flags: wire.FlagFUA, Length: 1},
+		{Command: wire.CmdBlockStatus, Length: 1}, {Command: wire.CmdFlush}, {Command: wire.CmdTrim, Length: 1},
+	} {
+		if short(r) {
+			t.Errorf("command %d, flags 0x%x, %d bytes counts as short", r.Command, r.Flags, r.Length)
+		}
+	}
+}

@@ -12,9 +12,9 @@ import (
 // more than such a request does. While the next request has come already, replies wait for its reply, and leave
 // with it in one system call.
 //
-// Which requests are quick is seen, not known: a short READ or WRITE may be carried out in hand when the last
-// quickTrial of its kind were quick on this connection. And since any request can be held up, by a disk or
-// because a snapshot is full, the turn is watched: when one is in hand for longer than overdue, the turn
+// Which requests are quick is seen, not known: a short READ or WRITE, or a BLOCK_STATUS with REQ_ONE, may be carried
+// out in hand when the last quickTrial of its kind were quick on this connection. And since any request can be held up,
+// by a disk or because a snapshot is full, the turn is watched: when one is in hand for longer than overdue, the turn
 // is taken from its worker and passed on, and the replies that wait leave.
 const (
 	quickRead  = 16 << 10               // bytes of a short READ: replies wait, and so does their memory
@@ -27,8 +27,9 @@ const (
 
 // inHand watches the turn of one connection.
 type inHand struct {
-	reads, writes atomic.Int32 // quick ones in a row, up to quickTrial
-	waiting       int          // replies that wait for the next one; whoever has the turn
+	reads, writes, statuses atomic.Int32 // quick ones in a row, up to quickTrial
+
+	waiting int // replies that wait for the next one; whoever has the turn
 
 	// mark is odd while a request is in hand. Both the worker, when it is done, and the watch, when it is
 	// overdue, make it even by compare and swap: whoever does has the turn.
@@ -40,14 +41,24 @@ type inHand struct {
 
 // short reports whether r may ever be carried out in hand.
 func short(r wire.Request) bool {
-	return r.Flags&wire.FlagFUA == 0 &&
-		(r.Command == wire.CmdRead && r.Length <= quickRead || r.Command == wire.CmdWrite && r.Length <= quickWrite)
+	switch r.Command {
+	case wire.CmdRead:
+		return r.Flags&wire.FlagFUA == 0 && r.Length <= quickRead
+	case wire.CmdWrite:
+		return r.Flags&wire.FlagFUA == 0 && r.Length <= quickWrite
+	case wire.CmdBlockStatus:
+		return r.Flags&wire.FlagReqOne != 0
+	}
+	return false
 }
 
 // trial counts quick requests of the kind of r.
 func (h *inHand) trial(r wire.Request) *atomic.Int32 {
-	if r.Command == wire.CmdRead {
+	switch r.Command {
+	case wire.CmdRead:
 		return &h.reads
+	case wire.CmdBlockStatus:
+		return &h.statuses
 	}
 	return &h.writes
 }
@@ -109,7 +120,7 @@ func (c *conn) nextIsHere() bool {
 	if r.Magic != wire.MagicRequest || !c.inHand(r) {
 		return false
 	}
-	return r.Command == wire.CmdRead || n >= wire.RequestSize+int(r.Length)
+	return r.Command != wire.CmdWrite || n >= wire.RequestSize+int(r.Length)
 }
 
 // lend has the turn watched until reclaim.
