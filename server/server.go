@@ -77,10 +77,10 @@ type Options struct {
 	Log func(line string)
 }
 
-// Origin writes may be held in memory until exceptions are durable: so many bytes, for so long.
+// Origin writes may stay in memory until exceptions are durable: so many bytes, for so long.
 const (
-	heldBytes = 64 << 20
-	heldFor   = 100 * time.Millisecond
+	writeBackLimit = 64 << 20
+	writeBackDelay = 100 * time.Millisecond
 )
 
 // flushEvery is how long a write that its client did not flush may stay in memory.
@@ -142,11 +142,24 @@ func Open(path string, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	origin := snapshot.NewOrigin(f)
+	var opts []snapshot.OriginOption
 	if o.Sync == snapshot.SyncFlush {
-		origin.HoldWrites(heldBytes, heldFor)
+		opts = append(opts, snapshot.WriteBack(writeBackLimit, writeBackDelay))
 	}
+	opts = append(opts, snapshot.WriteBackNotify(func(err error) { o.Log(writeBackText(err)) }))
+	origin := snapshot.NewOrigin(originDevice(f), opts...)
 	return &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}, nil
+}
+
+// originDevice is the device of an origin. Tests put a failing one over it.
+var originDevice = func(f *block.File) block.Device { return f }
+
+// writeBackText is the log's line when acknowledged writes to the origin can't be written, and when they are again.
+func writeBackText(err error) string {
+	if err == nil {
+		return "origin: all acknowledged writes are written again"
+	}
+	return "origin: acknowledged writes can't be written and stay in memory; flushes fail until they are: " + err.Error()
 }
 
 // Origin returns the origin as a device: writes to it are preserved in every snapshot first. They are refused with
@@ -456,12 +469,13 @@ func (s *Server) Close() error {
 		m.driver.Stop()
 		errs = append(errs, m.merging.Close())
 	}
+	if !s.file.ReadOnly() {
+		// Before the snapshots: acknowledged writes that wait in memory may need them.
+		errs = append(errs, block.WithPath(s.path, s.origin.Finish()))
+	}
 	for _, v := range s.snapshots {
 		failed := v.snap.Failure() // before it is closed, and whether or not the mark can be made then
 		errs = append(errs, block.WithPath(v.path, failed), v.close())
-	}
-	if !s.file.ReadOnly() {
-		errs = append(errs, s.origin.Flush())
 	}
 	return errors.Join(append(errs, s.file.Close())...)
 }

@@ -34,8 +34,7 @@ func (s *Server) uri(name string) string {
 func (s *Server) Status() api.Status {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	r := api.Status{Origin: api.Origin{Path: s.path, SizeBytes: s.origin.Size(), ReadOnly: s.opts.ReadOnly},
-		Snapshots: []api.Snapshot{}}
+	r := api.Status{Origin: s.originStatus(), Snapshots: []api.Snapshot{}}
 	if s.exported {
 		r.Origin.URI = s.uri(OriginName)
 		r.Origin.Waiting = s.waiting(OriginName)
@@ -46,6 +45,19 @@ func (s *Server) Status() api.Status {
 	if s.merging != nil {
 		m := s.merging.status()
 		r.Merge = &m
+	}
+	return r
+}
+
+func (s *Server) originStatus() api.Origin {
+	r := api.Origin{Path: s.path, SizeBytes: s.origin.Size(), ReadOnly: s.opts.ReadOnly, State: api.OriginOK}
+	st := s.origin.WriteBackStatus()
+	r.DirtyBytes = st.Dirty
+	switch {
+	case st.Failed != nil:
+		r.State, r.Error = api.OriginFailed, st.Failed.Error()
+	case st.Failing != nil:
+		r.State, r.Error = api.OriginFailing, st.Failing.Error()
 	}
 	return r
 }

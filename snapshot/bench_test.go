@@ -3,6 +3,7 @@ package snapshot_test
 import (
 	"fmt"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -17,9 +18,9 @@ const (
 func scattered(i int) int64 { return int64(i*0x9E3779B1%benchBlocks) * benchBlock }
 
 // bench is an origin in memory with so many snapshots, of which the first is returned.
-func bench(b *testing.B, snapshots int) (o *snapshot.Origin, first *snapshot.Snapshot, end func()) {
+func bench(b *testing.B, snapshots int, opts ...snapshot.OriginOption) (o *snapshot.Origin, first *snapshot.Snapshot, end func()) {
 	b.Helper()
-	o = snapshot.NewOrigin(block.NewMemory(benchBlocks * benchBlock))
+	o = snapshot.NewOrigin(block.NewMemory(benchBlocks*benchBlock), opts...)
 	var all []*snapshot.Snapshot
 	for range snapshots {
 		// Header, areas and data of as many chunks as the origin has, and some to spare.
@@ -82,6 +83,19 @@ func BenchmarkOriginWrite(b *testing.B) {
 		b.Run(fmt.Sprintf("snapshots=%d", k), func(b *testing.B) {
 			afresh(b, func() (func(int), func()) {
 				o, _, end := bench(b, k)
+				return func(i int) { write4K(b, o, p, i) }, end
+			})
+		})
+	}
+}
+
+// BenchmarkOriginWriteBack is BenchmarkOriginWrite with writes that stay in memory for a while.
+func BenchmarkOriginWriteBack(b *testing.B) {
+	p := make([]byte, benchBlock)
+	for _, k := range []int{1, 4} {
+		b.Run(fmt.Sprintf("snapshots=%d", k), func(b *testing.B) {
+			afresh(b, func() (func(int), func()) {
+				o, _, end := bench(b, k, snapshot.WriteBack(64<<20, 100*time.Millisecond))
 				return func(i int) { write4K(b, o, p, i) }, end
 			})
 		})

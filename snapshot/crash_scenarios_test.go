@@ -44,20 +44,20 @@ var scenarios = []scenario{
 // heldScenarios are those whose origin writes are held in memory, as far as they may be. What fails then is
 // told to a later call, so the fault tests leave them out.
 var heldScenarios = []scenario{
-	{"origin writes, held", holding(1<<20, originWrites), 48},
-	{"origin writes, held for want of room only", holding(8<<10, originWrites), 48},
-	{"writes on both sides, held", holding(1<<20, bothSides), 40},
-	{"reloads, held", holding(1<<20, reloads), 80},
-	{"overflow by the origin, held", holding(1<<20, overflowByOrigin), 48},
-	{"merge beside others, held", holding(1<<20, mergeBesideOthers), 40},
-	{"merge in two lives, held", holding(1<<20, mergeInTwoLives), 72},
-	{"short last chunk, held", holding(1<<20, shortLastChunk), 43},
+	{"origin writes, written back", writingBack(1<<20, originWrites), 48},
+	{"origin writes, written back for want of room only", writingBack(8<<10, originWrites), 48},
+	{"writes on both sides, written back", writingBack(1<<20, bothSides), 40},
+	{"reloads, written back", writingBack(1<<20, reloads), 80},
+	{"overflow by the origin, written back", writingBack(1<<20, overflowByOrigin), 48},
+	{"merge beside others, written back", writingBack(1<<20, mergeBesideOthers), 40},
+	{"merge in two lives, written back", writingBack(1<<20, mergeInTwoLives), 72},
+	{"short last chunk, written back", writingBack(1<<20, shortLastChunk), 43},
 }
 
-// holding is a scenario's run with origin writes held: until something asks for them, or there are limit bytes.
-func holding(limit int64, run func(*testing.T, *lab)) func(*testing.T, *lab) {
+// writingBack is a scenario's run with origin writes in memory until something asks for them, or there are limit bytes.
+func writingBack(limit int64, run func(*testing.T, *lab)) func(*testing.T, *lab) {
 	return func(t *testing.T, l *lab) {
-		l.origin.HoldWrites(limit, time.Hour)
+		l.origin = snapshot.NewOrigin(l.faulty, snapshot.WriteBack(limit, time.Hour))
 		run(t, l)
 	}
 }

@@ -63,10 +63,10 @@ func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWait
 // refused, can be undone.
 //
 // Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed; for a snapshot that was not active before, ErrAlreadyMerging,
-// and the error of writing held origin writes out. Resuming what isn't suspended does nothing.
+// and the error of writing out what is in memory of the origin. Resuming what isn't suspended does nothing.
 func (s *Snapshot) Resume() error {
 	o := s.origin
-	o.writeOutUnlocked() // most of what is held, while others go on; its error comes again below
+	o.writeOut() // most of what is held, while others go on; its error comes again below
 	o.mu.Lock()          // no origin write is under way: no exception is pending (8.1 #13)
 	defer o.mu.Unlock()
 	switch {
@@ -94,8 +94,9 @@ func (s *Snapshot) activate() error {
 			return err
 		}
 	}
-	if err := s.origin.writeOut(); err != nil {
-		return err // s would see the origin as it was before
+	// What s is to show is on the disk before s is there.
+	if err := s.origin.dev.WriteOut(); err != nil {
+		return err
 	}
 	if s.source != nil {
 		if err := s.takeOver(s.source); err != nil {
@@ -117,6 +118,7 @@ func (s *Snapshot) takeOver(src *Snapshot) error {
 	s.invalid.Store(src.invalid.Load()) // before the source becomes invalid
 	s.unmarked.Store(src.unmarked.Load())
 	s.failed.Store(src.failed.Load())
+	s.needed.Store(src.needed.Load())
 	s.store, s.source = src.giveStore(), nil
 	if s.store != nil {
 		if s.store.Transient() {
@@ -231,7 +233,7 @@ func (m *Merging) open() (*store.Store, error) {
 // with nothing changed.
 func (m *Merging) Resume() error {
 	o := m.origin
-	o.writeOutUnlocked() // as in Snapshot.Resume
+	o.writeOut() // as in Snapshot.Resume
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.merging.Load() == m {
@@ -240,7 +242,7 @@ func (m *Merging) Resume() error {
 	if o.waiting != m {
 		return fs.ErrClosed
 	}
-	if err := o.writeOut(); err != nil {
+	if err := o.dev.WriteOut(); err != nil {
 		return err
 	}
 	handed := m.source != nil

@@ -61,7 +61,7 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 	defer reader.Leave()
 	for done := int64(0); done < n; done += pc.n {
 		pc = nextPiece(s.store, off+done, n-done)
-		from, dev := pc.off, s.origin.dev
+		from, dev := pc.off, block.Device(s.origin.dev)
 		if pc.mapped {
 			from, dev = pc.cow, s.cow
 		}
@@ -272,10 +272,9 @@ func (s *Snapshot) Discard(off, n int64) error {
 	}
 	s.origin.room.made() // perhaps: other snapshots may have their COW devices on the same file system
 	if s.opts.DiscardPassdownOrigin {
-		if err := s.origin.writeOutUnlocked(); err != nil { // or it would come back
-			return err
-		}
-		return block.Discard(s.origin.dev, off, n)
+		s.origin.mu.RLock()
+		defer s.origin.mu.RUnlock()
+		return s.origin.dev.Discard(off, n)
 	}
 	return nil
 }

@@ -18,10 +18,11 @@ import (
 // and looking. Nobody may wait for ever. What they show is the other tests' affair.
 func TestLocksNeverMeet(t *testing.T) {
 	for _, seed := range seeds(t, 4) {
-		r := newRig(t, 256)
+		var opts []snapshot.OriginOption
 		if seed%2 == 1 {
-			r.origin.HoldWrites(32<<10, time.Millisecond)
+			opts = append(opts, snapshot.WriteBack(32<<10, time.Millisecond))
 		}
+		r := newRig(t, 256, opts...)
 		cows := [3]*cow{}
 		for i, name := range []string{"A", "B", "C"} {
 			cows[i] = r.cow(name, 200) // soon full

@@ -63,25 +63,26 @@ type pairOf struct {
 
 // A world is an origin with its snapshots, twice.
 type world struct {
-	disk    *block.Memory
-	origin  *snapshot.Origin
-	model   *model.Origin
-	pairs   []*pairOf // attached
-	away    []*pairOf // not attached, their stores to be loaded again
-	merging *snapshot.Merging
-	merged  *pairOf // whose store is being merged
-	held    bool    // origin writes wait in memory
-	seen    map[string]int
+	disk       *block.Memory
+	origin     *snapshot.Origin
+	model      *model.Origin
+	pairs      []*pairOf // attached
+	away       []*pairOf // not attached, their stores to be loaded again
+	merging    *snapshot.Merging
+	merged     *pairOf // whose store is being merged
+	writesBack bool    // origin writes wait in memory
+	seen       map[string]int
 }
 
 // runScript goes through a script. It returns what it met, and the first difference.
 func runScript(sectors int64, ops []scriptOp) (seen map[string]int, err error) {
 	before := blocktest.Pattern(int(sectors*sector), 1)
 	w := &world{disk: block.MemoryFrom(before), model: model.New(before), seen: make(map[string]int)}
-	w.origin = snapshot.NewOrigin(w.disk)
-	if w.held = len(ops)%2 == 1; w.held {
-		w.origin.HoldWrites(64<<10, time.Hour)
+	var opts []snapshot.OriginOption
+	if w.writesBack = len(ops)%2 == 1; w.writesBack {
+		opts = append(opts, snapshot.WriteBack(64<<10, time.Hour))
 	}
+	w.origin = snapshot.NewOrigin(w.disk, opts...)
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("panic: %v", p)
@@ -166,7 +167,7 @@ func (w *world) compareStatus() error {
 		if p.model.Valid() && got.Exceptions != uint64(p.model.Exceptions()) {
 			return fmt.Errorf("snapshot %d: %d exceptions, the model's %d", i, got.Exceptions, p.model.Exceptions())
 		}
-		if err := p.compareSlots(w.held); err != nil {
+		if err := p.compareSlots(w.writesBack); err != nil {
 			return fmt.Errorf("snapshot %d: %w", i, err)
 		}
 	}
@@ -176,7 +177,7 @@ func (w *world) compareStatus() error {
 	if got, want := w.merging.Status().Text(), w.merged.model.Status(); got != want {
 		return fmt.Errorf("merge: status %q, the model's %q", got, want)
 	}
-	if err := w.merged.compareSlots(w.held); err != nil {
+	if err := w.merged.compareSlots(w.writesBack); err != nil {
 		return fmt.Errorf("merge: %w", err)
 	}
 	return nil
@@ -184,7 +185,7 @@ func (w *world) compareStatus() error {
 
 // compareSlots wants the model's exceptions in the areas, in order, with their COW chunks: all that must be
 // durable, unless origin writes are held, and nothing else but more of the same.
-func (p *pairOf) compareSlots(held bool) error {
+func (p *pairOf) compareSlots(writesBack bool) error {
 	if p.opts.Store == snapshot.Transient || !p.model.Valid() || p.unordered {
 		return nil
 	}
@@ -203,7 +204,7 @@ func (p *pairOf) compareSlots(held bool) error {
 			i++
 		}
 	}
-	if i < synced && !held {
+	if i < synced && !writesBack {
 		return fmt.Errorf("%d exceptions on disk, and %d are to be durable", i, synced)
 	}
 	return nil
@@ -262,7 +263,7 @@ func (w *world) compareAll() error {
 			}
 		}
 	}
-	if w.held { // compareRange has looked at what the origin shows
+	if w.writesBack { // compareRange has looked at what the origin shows
 		if err := w.origin.Flush(); err != nil {
 			return err
 		}

@@ -14,7 +14,7 @@
 //
 //   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a
 //     crash at any point: the exception is durable before the write reaches the origin.
-//   - A write to the origin is durable once a Flush that began after it returned. See [Origin.HoldWrites].
+//   - A write to the origin is durable once a Flush that began after it returned. See [WriteBack].
 //   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways]
 //     when it returns, as the kernel has it.
 //   - An origin write is not failed because a snapshot failed: that snapshot becomes invalid, durably,
@@ -30,7 +30,7 @@
 //     under way, and by every merge step, once, at their beginning; for writing while the list of
 //     snapshots changes. So a snapshot that is attached sees all later writes, whatever their size
 //     (H7). Requests to a snapshot never take it, but for discards that are passed down.
-//  3. The lock of writing out what is held; while it has it, the stores' and the devices' locks below.
+//  3. Those of the write-back device (package writeback); while it writes out, the stores' and the devices' locks below.
 //  4. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
 //     origin write passes the snapshots' gates one after the other and holds one at a time.
 //  5. Snapshot.growing, then Snapshot.invalidating.
@@ -45,8 +45,10 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/writeback"
 )
 
 // An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently. What it
@@ -54,7 +56,8 @@ import (
 // fixed while it is open: snapshots and a merge are cut at the origin's end.
 type Origin struct {
 	forward
-	dev block.Device
+	disk block.Device
+	dev  *writeback.Device // over disk: what every other file of this package uses
 
 	mu        sync.RWMutex
 	snapshots []*Snapshot // largest chunk first (specification 5.2), then in order of their loading
@@ -64,22 +67,50 @@ type Origin struct {
 	waiting *Merging // loaded, not yet resumed
 
 	room room
-	held held
 }
 
 // forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
 type forward = block.Forward
 
+// An OriginOption changes how an origin is used.
+type OriginOption func(*writeback.Options)
+
+// WriteBack lets writes to the origin that are not FUA, and for which snapshots have to keep something, be
+// acknowledged while their bytes are in memory: about limit bytes at most, and not much longer than delay. Many
+// of them then share the flushes of the COW devices. Reads see them; Flush makes them durable, like all others. A
+// process that is killed loses them, as a disk with a volatile cache does when its power fails. Without this
+// option every write is on its way to the disk when it is acknowledged.
+//
+// Origin.Flush, and the end of the last snapshot when nothing fails, leave nothing in memory. See Origin.Finish.
+func WriteBack(limit int64, delay time.Duration) OriginOption {
+	return func(o *writeback.Options) { o.Limit, o.Delay = limit, delay }
+}
+
+// WriteBackNotify has notify called when writes to the origin that are in memory can't be written, with the reason, and
+// with nil when they are written after that. notify must neither block nor call back.
+func WriteBackNotify(notify func(err error)) OriginOption {
+	return func(o *writeback.Options) { o.Notify = notify }
+}
+
 // NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
 // caller keeps dev open as long as the origin is used.
-func NewOrigin(dev block.Device) *Origin {
-	o := &Origin{forward: block.NewForward(dev), dev: dev}
+func NewOrigin(dev block.Device, opts ...OriginOption) *Origin {
+	o := &Origin{disk: dev}
+	wb := writeback.Options{Barrier: o.barrier, Lock: o.mu.RLocker()}
+	for _, opt := range opts {
+		opt(&wb)
+	}
+	o.dev = writeback.New(dev, wb)
+	o.forward = block.NewForward(o.dev)
 	o.room.made()
 	return o
 }
 
 // Device returns the disk beneath.
-func (o *Origin) Device() block.Device { return o.dev }
+func (o *Origin) Device() block.Device { return o.disk }
+
+// WriteBackStatus returns how much of the origin is in memory only, and whether its disk takes writes.
+func (o *Origin) WriteBackStatus() writeback.Status { return o.dev.Status() }
 
 // ReadAt reads the origin, or what it will be when the merge under way has ended. It waits for nothing
 // but the devices (checklist 66).
@@ -88,7 +119,7 @@ func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
 		defer o.mu.RUnlock()
 		return m.readAt(p, off)
 	}
-	return o.held.readAt(o.dev, p, off)
+	return o.dev.ReadAt(p, off)
 }
 
 // enterMerging returns the merge that plays the origin's part, with mu held for reading so that it
@@ -106,7 +137,7 @@ func (o *Origin) enterMerging() *Merging {
 	return m
 }
 
-// WriteAt writes p after every snapshot has durably kept what it shows there. See HoldWrites. When a long write fails,
+// WriteAt writes p after every snapshot has durably kept what it shows there. See WriteBack. When a long write fails,
 // earlier parts of it may have been written.
 func (o *Origin) WriteAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("write", off, int64(len(p)), o.Size()); err != nil {
@@ -269,13 +300,11 @@ func (o *Origin) changeNow(pl payload, off, n int64) error {
 	if err != nil {
 		return err
 	}
-	if o.held.holds(pl, off, n, len(dirty) > 0) {
-		return o.hold(pl.data, off)
-	}
-	if o.held.overlaps(off, n) {
-		if err := o.writeOut(); err != nil { // or it would replace pl later
-			return err
+	if o.writesBack(pl, off, n, len(dirty) > 0) {
+		for _, s := range dirty {
+			s.needed.Store(true)
 		}
+		return o.dev.WriteBack(pl.data, off)
 	}
 	if err := syncForOrigin(dirty); err != nil {
 		return err
@@ -283,15 +312,63 @@ func (o *Origin) changeNow(pl payload, off, n int64) error {
 	return pl.put(o.dev, off, n)
 }
 
+// writesBack reports whether a write is to stay in memory: one that would have to wait for stores, or that overlaps
+// what is there.
+func (o *Origin) writesBack(pl payload, off, n int64, waits bool) bool {
+	return pl.data != nil && !pl.durable && o.dev.CanWriteBack(off, n) && (waits || o.dev.Overlaps(off, n))
+}
+
+// barrier makes the exceptions durable that writes in memory wait for: it is what has to be durable before they go to
+// the disk. Whoever left a write there had committed its exceptions before, and had set needed. o.mu is held.
+func (o *Origin) barrier() error {
+	var few [4]*Snapshot
+	dirty := few[:0]
+	for _, s := range o.snapshots {
+		if s.active && s.store != nil && !s.invalid.Load() && s.needed.Swap(false) {
+			dirty = append(dirty, s)
+		}
+	}
+	err := syncForOrigin(dirty)
+	if err != nil {
+		for _, s := range dirty {
+			s.needed.Store(true)
+		}
+	}
+	return err
+}
+
+// Finish ends the use of the origin: it makes completed writes durable, like Flush, and gives up the acknowledged ones
+// that are in memory and can't be written: then it fails with a *writeback.LostError that names them. Call it before the
+// snapshots are closed: a snapshot whose store can't make the exceptions durable that they wait for becomes invalid,
+// when it can be marked so and the disk has room for them. A merge is closed before, by Merging.Close. No request is
+// to follow but Flush, which fails when bytes were given up.
+func (o *Origin) Finish() error {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if err := o.dev.WriteOut(); err != nil && !errors.As(err, new(*writeback.WriteError)) && o.dev.Reserve() == nil {
+		for _, s := range o.snapshots {
+			if s.active && s.needed.Load() && s.store != nil {
+				s.settle()
+			}
+		}
+	}
+	lost := o.dev.Finish()
+	for _, s := range o.snapshots {
+		s.needed.Store(false)
+	}
+	if lost != nil {
+		return errors.Join(lost, o.disk.Flush())
+	}
+	return o.dev.Flush()
+}
+
 // Flush makes completed writes durable. It goes to the origin device alone, while merging also to the
-// COW device (specification 5.7, 7.5).
+// COW device (specification 5.7, 7.5). It fails while acknowledged writes can't be written, and permanently after a
+// flush of the disk failed.
 func (o *Origin) Flush() error {
 	if m := o.enterMerging(); m != nil {
 		defer o.mu.RUnlock()
 		return m.flush()
-	}
-	if err := o.writeOutUnlocked(); err != nil {
-		return err
 	}
 	return o.dev.Flush()
 }
@@ -302,10 +379,7 @@ func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 		defer o.mu.RUnlock()
 		return m.extents(off, n)
 	}
-	if err := o.writeOutUnlocked(); err != nil {
-		return nil, err
-	}
-	return block.Extents(o.dev, off, n)
+	return o.dev.Extents(off, n)
 }
 
 // preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
@@ -391,4 +465,11 @@ func (o *Origin) checkCOW(cow block.Device) error {
 		return fmt.Errorf("origin of %d bytes is not a whole number of %d-byte sectors", o.dev.Size(), block.SectorSize)
 	}
 	return nil
+}
+
+// writeOut writes to the disk what is in memory, while origin writes go on.
+func (o *Origin) writeOut() error {
+	o.mu.RLock()
+	defer o.mu.RUnlock()
+	return o.dev.WriteOut()
 }

@@ -13,15 +13,14 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// TestRefusedMergeChangesNothing: held origin writes can't be written out, so a merge is refused. The snapshot is not
+// TestRefusedMergeChangesNothing: origin writes that are in memory can't be written out, so a merge is refused. The snapshot is not
 // left suspended for the same reason, and the merge is possible as soon as there is room again.
 func TestRefusedMergeChangesNothing(t *testing.T) {
 	for _, suspended := range []bool{false, true} {
-		r := newRig(t, 1024)
-		r.origin.HoldWrites(1<<20, time.Hour)
+		r := newRig(t, 1024, snapshot.WriteBack(1<<20, time.Hour))
 		s := r.attach(r.cow("COW", 2048), snapshot.Options{ChunkSectors: 8})
 		write(t, s, 0, 8, 7)
-		write(t, r.origin, 64, 8, 9) // held
+		write(t, r.origin, 64, 8, 9) // stays in memory
 		r.disk.Set(blocktest.FailKind(blocktest.Write, syscall.ENOSPC))
 		if suspended {
 			if err := s.Suspend(); err != nil {

@@ -42,11 +42,11 @@ func (r *rig) tell(e snapshot.Event) {
 }
 
 // newRig makes an origin of so many sectors, filled with noise.
-func newRig(t *testing.T, sectors int64) *rig {
+func newRig(t *testing.T, sectors int64, opts ...snapshot.OriginOption) *rig {
 	r := &rig{t: t, before: blocktest.Pattern(int(sectors*sector), 1)}
 	r.memory = block.MemoryFrom(r.before)
 	r.disk = blocktest.NewFaulty(r.memory, nil)
-	r.origin = snapshot.NewOrigin(r.log.Record("ORIGIN", r.disk))
+	r.origin = snapshot.NewOrigin(r.log.Record("ORIGIN", r.disk), opts...)
 	return r
 }
 

@@ -70,6 +70,7 @@ type Snapshot struct {
 	invalid      atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
 	unmarked     atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
 	failed       atomic.Bool           // lost because a device failed
+	needed       atomic.Bool           // writes to the origin that are in memory wait for a Sync of the store
 	invalidating sync.Mutex
 }
 
@@ -251,7 +252,7 @@ func (s *Snapshot) isSuspended() (bool, error) {
 	return s.suspended, nil
 }
 
-// Close takes the snapshot off its origin and makes its exceptions durable. Waiting and later requests
+// Close makes the snapshot's exceptions durable and takes it off its origin. Waiting and later requests
 // fail with fs.ErrClosed. Nothing else is written: the store can be loaded again (specification 5.13).
 // The COW device stays open. The error is that of the last Sync.
 func (s *Snapshot) Close() error {
@@ -271,13 +272,31 @@ func (s *Snapshot) Close() error {
 		return nil
 	}
 	s.closed = true
-	lost := s.letHeldGo()
+	err := s.settle()
 	s.origin.remove(s)
 	s.cancelHandover()
-	if s.store == nil || s.lost() {
-		return errors.Join(lost, s.markAgain())
+	s.origin.dev.WriteOut() // an error is the next Flush's: s is not concerned any more
+	return err
+}
+
+// settle makes the exceptions of s durable before it leaves the list: then nothing that is in memory for the origin needs
+// it. Acknowledged origin writes are not dropped to protect s: when they wait for exceptions that can't be made
+// durable, s becomes invalid. origin.mu is held for writing.
+func (s *Snapshot) settle() error {
+	switch {
+	case s.store == nil:
+		return nil
+	case s.lost():
+		return s.markAgain()
 	}
-	return errors.Join(lost, s.store.Sync())
+	err := s.store.Sync()
+	if err == nil {
+		s.needed.Store(false)
+	} else if s.needed.Load() {
+		s.invalidate(reasonIO, err)
+		err = errors.Join(err, s.markFailure())
+	}
+	return err
 }
 
 // Size returns the size in bytes.

@@ -33,10 +33,11 @@ type crowd struct {
 func newCrowd(t *testing.T, seed uint64, sectors int64) *crowd {
 	before := blocktest.Pattern(int(sectors*sector), seed)
 	c := &crowd{t: t, rnd: rand.New(rand.NewPCG(seed, 9)), world: &world{disk: block.MemoryFrom(before), model: model.New(before), seen: make(map[string]int)}}
-	c.origin = snapshot.NewOrigin(c.disk)
-	if c.held = seed%2 == 1; c.held {
-		c.origin.HoldWrites(32<<10, time.Millisecond)
+	var opts []snapshot.OriginOption
+	if c.writesBack = seed%2 == 1; c.writesBack {
+		opts = append(opts, snapshot.WriteBack(32<<10, time.Millisecond))
 	}
+	c.origin = snapshot.NewOrigin(c.disk, opts...)
 	return c
 }
 

@@ -27,12 +27,12 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
 const (
 	blockSize  = 4096               // bytes of a dirtyBlock
 	largest    = 1 << 20            // bytes of a write that WriteBack takes
-	writeUnit  = 1 << 20            // bytes of a write to the device beneath
 	retryEvery = time.Second        // between attempts to write what could not be written
 	failures   = 64                 // failed writes after which an attempt ends, unless it is the last one
 	noLimit    = int(^uint(0) >> 1) // failures of the last attempt
@@ -48,9 +48,12 @@ type Options struct {
 	// them is written. nil: nothing has to be done first.
 	Barrier func() error
 	// Lock is held while Barrier runs. The timer and Flush take it; whoever calls another method that may write
-	// (WriteBack, WriteOut, WriteAt, WriteDurableAt, ZeroAt, Discard, Close) holds it already, which several may
+	// (WriteBack, WriteOut, WriteAt, WriteDurableAt, ZeroAt, Discard, Finish) holds it already, which several may
 	// at once: it is for excluding what must not change while Barrier runs. nil: none is needed.
 	Lock sync.Locker
+	// Notify is called with the error of an attempt to write dirty bytes that failed after one that did not, and with
+	// nil when an attempt succeeds after that. It must neither block nor call back. nil: nobody is told.
+	Notify func(err error)
 }
 
 // A Device is a block.Device over another one. Its methods may be called concurrently.
@@ -77,7 +80,7 @@ type Device struct {
 // forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
 type forward = block.Forward
 
-// New returns a device over dev without dirty bytes. The caller keeps dev open until Close.
+// New returns a device over dev without dirty bytes. The caller keeps dev open until Finish.
 func New(dev block.Device, opts Options) *Device {
 	if opts.Barrier == nil {
 		opts.Barrier = func() error { return nil }
@@ -143,7 +146,7 @@ type Status struct {
 // Status returns the state of the device. It waits for no I/O.
 func (d *Device) Status() Status {
 	s := Status{Dirty: d.blocks.Load() * blockSize}
-	if err := d.failing.Load(); err != nil {
+	if err := d.failing.Load(); err != nil && s.Dirty > 0 {
 		s.Failing = *err
 	}
 	if err := d.failed.Load(); err != nil {
@@ -255,7 +258,7 @@ func (d *Device) writeOutLocked() error {
 // WriteOut writes all that was dirty when it was called to the device beneath, after the barrier. It makes nothing
 // durable. Calls that meet share the work. What can't be written stays dirty.
 //
-// Errors: that of the barrier, or a *WriteError. A *LostError after Close.
+// Errors: that of the barrier, or a *WriteError.
 func (d *Device) WriteOut() error { return d.writeOut(failures) }
 
 func (d *Device) writeOut(failures int) error {
@@ -275,11 +278,15 @@ func (d *Device) writeOut(failures int) error {
 		d.err = d.round(failures)
 	}
 	if d.err == nil {
-		d.failing.Store(nil)
+		if d.failing.Swap(nil) != nil && d.opts.Notify != nil {
+			d.opts.Notify(nil)
+		}
 		return nil
 	}
 	err := d.err
-	d.failing.Store(&err)
+	if d.failing.Swap(&err) == nil && d.opts.Notify != nil {
+		d.opts.Notify(err)
+	}
 	d.mu.Lock()
 	d.setTimer(max(d.opts.Delay, retryEvery))
 	d.mu.Unlock()
@@ -309,19 +316,19 @@ func (d *Device) round(failures int) error {
 	return d.writeLeaving(failures)
 }
 
-var writeBuffers = sync.Pool{New: func() any { return new([writeUnit]byte) }}
-
 // writeLeaving writes the blocks of d.leaving in the order of their offsets, neighbours together, and takes out those
 // that are written. A write that failed is made again block by block; the error is returned all the same.
 // d.writing is held.
 func (d *Device) writeLeaving(failures int) error {
-	buf := writeBuffers.Get().(*[writeUnit]byte)
-	defer writeBuffers.Put(buf)
-	w := &writer{d: d, buf: buf[:0], failures: failures}
-	for _, k := range slices.Sorted(maps.Keys(d.leaving)) {
-		w.add(k)
-	}
-	w.flush()
+	w := &writer{d: d, failures: failures}
+	scratch.With(scratch.Most, func(buf []byte) error {
+		w.buf = buf[:0]
+		for _, k := range slices.Sorted(maps.Keys(d.leaving)) {
+			w.add(k)
+		}
+		w.flush()
+		return nil
+	})
 	d.keep(w.bad)
 	if w.err != nil {
 		return &WriteError{w.err}
@@ -534,7 +541,7 @@ func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 }
 
 // Flush makes durable all that was written before the call: it writes out, and flushes the device beneath. After a
-// failed flush there, and after Close gave bytes up, it fails permanently.
+// failed flush there, and after Finish gave bytes up, it fails permanently.
 func (d *Device) Flush() error {
 	if err := d.writeOutLocked(); err != nil {
 		return err
@@ -588,9 +595,9 @@ func (d *Device) ranges() []Range {
 	return list
 }
 
-// Close makes the last attempt to write what is dirty, each block of it, and gives up what can't be written: a
+// Finish makes the last attempt to write what is dirty, each block of it, and gives up what can't be written: a
 // *LostError says what. It flushes nothing. Later calls of Flush fail when bytes were given up.
-func (d *Device) Close() error {
+func (d *Device) Finish() error {
 	err := d.writeOut(noLimit)
 	d.writing.Lock()
 	defer d.writing.Unlock()

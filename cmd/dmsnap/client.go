@@ -26,6 +26,9 @@ func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 	}
 	w := c.OutOrStdout()
 	fmt.Fprintf(w, "origin %s: %s\n", r.Origin.Path, bytesText(r.Origin.SizeBytes))
+	if r.Origin.Error != "" {
+		fmt.Fprintf(w, "  %s, %s in memory only: %s\n", r.Origin.State, bytesText(r.Origin.DirtyBytes), r.Origin.Error)
+	}
 	if r.Origin.URI != "" {
 		fmt.Fprintf(w, "  uri  %s\n", r.Origin.URI)
 	}

@@ -47,7 +47,20 @@ type Origin struct {
 	ReadOnly  bool   `json:"read_only"`
 	URI       string `json:"uri,omitempty"` // of its export, if it has one
 	Waiting   int64  `json:"waiting"`       // writes to it that wait for room in a snapshot
+
+	State      OriginState `json:"state"`
+	Error      string      `json:"error,omitempty"` // why the state is not ok
+	DirtyBytes int64       `json:"dirty_bytes"`     // acknowledged writes that are in memory only
 }
+
+// OriginState is the state of the origin's disk, in one word.
+type OriginState string
+
+const (
+	OriginOK      OriginState = "ok"
+	OriginFailing OriginState = "failing" // acknowledged writes can't be written: they are tried again, and flushes fail until then
+	OriginFailed  OriginState = "failed"  // a flush failed: every later one fails until the server is started again
+)
 
 // Snapshot is a served snapshot.
 type Snapshot struct {

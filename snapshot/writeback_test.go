@@ -14,20 +14,19 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// holdingRig is a standard rig that holds origin writes until they are asked for.
-func holdingRig(t *testing.T) (*rig, *cow, *snapshot.Snapshot) {
-	r := newRig(t, 4096)
-	r.origin.HoldWrites(1<<20, time.Hour)
+// writeBackRig is a standard rig that keeps origin writes in memory until they are asked for.
+func writeBackRig(t *testing.T) (*rig, *cow, *snapshot.Snapshot) {
+	r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
 	c := r.cow("COW", 4096)
 	s := r.attach(c, snapshot.Options{ChunkSectors: 8})
 	r.log.Clear()
 	return r, c, s
 }
 
-// TestHeldWritesWaitForTheirExceptions: a held write reaches the origin after the flush of its exception, when
+// TestWriteBackWaitsForExceptions: a write in memory reaches the origin after the flush of its exception, when
 // somebody flushes, and is read before that.
-func TestHeldWritesWaitForTheirExceptions(t *testing.T) {
-	r, _, s := holdingRig(t)
+func TestWriteBackWaitsForExceptions(t *testing.T) {
+	r, _, s := writeBackRig(t)
 	write(t, r.origin, 81, 2, 1)
 	r.wantOps("ORIGIN R 80+8; COW W 16+8")
 	wantRead(t, r.origin, 80, slices.Concat(r.old(80, 1), fill(2, 1), r.old(83, 5)))
@@ -43,12 +42,11 @@ func TestHeldWritesWaitForTheirExceptions(t *testing.T) {
 	r.wantOps("ORIGIN F")
 }
 
-// TestHeldWritesShareFlushes: a thousand held writes under k snapshots take two flushes a snapshot, and neighbours
+// TestWriteBackSharesFlushes: a thousand writes in memory under k snapshots take two flushes a snapshot, and neighbours
 // one write.
-func TestHeldWritesShareFlushes(t *testing.T) {
+func TestWriteBackSharesFlushes(t *testing.T) {
 	for k := range 4 {
-		r := newRig(t, 16384)
-		r.origin.HoldWrites(64<<20, time.Hour)
+		r := newRig(t, 16384, snapshot.WriteBack(64<<20, time.Hour))
 		for i := range k {
 			r.attach(r.cow(string(rune('A'+i)), 32768), snapshot.Options{ChunkSectors: 8})
 		}
@@ -67,9 +65,9 @@ func TestHeldWritesShareFlushes(t *testing.T) {
 	}
 }
 
-// TestHeldWritesGoBy: whoever needs the origin's device as it is finds everything there.
-func TestHeldWritesGoBy(t *testing.T) {
-	held := fill(1, 1)
+// TestWrittenBackForWhoNeedsIt: whoever needs the origin's device as it is finds everything there.
+func TestWrittenBackForWhoNeedsIt(t *testing.T) {
+	dirty := fill(1, 1)
 	for _, c := range []struct {
 		name string
 		do   func(t *testing.T, r *rig, s *snapshot.Snapshot)
@@ -82,55 +80,64 @@ func TestHeldWritesGoBy(t *testing.T) {
 		}},
 		{"another snapshot", func(t *testing.T, r *rig, s *snapshot.Snapshot) {
 			other := r.attach(r.cow("OTHER", 4096), snapshot.Options{ChunkSectors: 8})
-			wantRead(t, other, 81, held)
+			wantRead(t, other, 81, dirty)
 			wantRead(t, s, 81, r.old(81, 1))
 		}},
 		{"merge", func(t *testing.T, r *rig, s *snapshot.Snapshot) {
 			m := r.merging(s)
 			wantRead(t, r.origin, 81, r.old(81, 1))
 			finish(t, m)
-			held = r.old(81, 1)
+			dirty = r.old(81, 1)
 		}},
 		{"extents", func(t *testing.T, r *rig, s *snapshot.Snapshot) {
-			if _, err := r.origin.Extents(0, 4096); err != nil {
-				t.Fatal(err)
+			for off := int64(0); off < 100*sector; {
+				es, err := r.origin.Extents(off, 100*sector-off)
+				if err != nil || len(es) == 0 {
+					t.Fatal(es, err)
+				}
+				for _, e := range es {
+					if off < 82*sector && off+e.Length > 81*sector && e.Flags != 0 {
+						t.Errorf("what is in memory has the flags %v", e.Flags)
+					}
+					off += e.Length
+				}
 			}
+			flush(t, r.origin)
 		}},
 		{"zeros over it", func(t *testing.T, r *rig, s *snapshot.Snapshot) {
 			if err := r.origin.ZeroAt(0, 100*sector, 0); err != nil {
 				t.Fatal(err)
 			}
-			held = fill(1, 0)
+			dirty = fill(1, 0)
 		}},
 		{"FUA over it", func(t *testing.T, r *rig, s *snapshot.Snapshot) {
 			if err := r.origin.WriteDurableAt(fill(3, 7), 80*sector); err != nil {
 				t.Fatal(err)
 			}
-			held = fill(1, 7)
+			dirty = fill(1, 7)
 		}},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			held = fill(1, 1)
-			r, _, s := holdingRig(t)
+			dirty = fill(1, 1)
+			r, _, s := writeBackRig(t)
 			write(t, r.origin, 81, 1, 1)
 			c.do(t, r, s)
-			wantRead(t, r.origin, 81, held)
-			if got := r.memory.Bytes()[81*sector : 82*sector]; !bytes.Equal(got, held) {
-				t.Errorf("the device has %x…, want %x…", got[:4], held[:4])
+			wantRead(t, r.origin, 81, dirty)
+			if got := r.memory.Bytes()[81*sector : 82*sector]; !bytes.Equal(got, dirty) {
+				t.Errorf("the device has %x…, want %x…", got[:4], dirty[:4])
 			}
 		})
 	}
 }
 
-// TestHeldWritesInTime: nobody has to ask. What is held leaves after its delay, and when there is much of it.
-func TestHeldWritesInTime(t *testing.T) {
-	for name, hold := range map[string]struct {
+// TestWriteBackInTime: nobody has to ask. What is dirty is written after its delay, and when there is much of it.
+func TestWriteBackInTime(t *testing.T) {
+	for name, limits := range map[string]struct {
 		limit int64
 		delay time.Duration
 	}{"after a while": {1 << 20, time.Millisecond}, "half the limit": {64 << 10, time.Hour}} {
 		t.Run(name, func(t *testing.T) {
-			r := newRig(t, 4096)
-			r.origin.HoldWrites(hold.limit, hold.delay)
+			r := newRig(t, 4096, snapshot.WriteBack(limits.limit, limits.delay))
 			r.attach(r.cow("COW", 8192), snapshot.Options{ChunkSectors: 8})
 			for i := range int64(8) {
 				write(t, r.origin, 8*i, 8, 9)
@@ -144,9 +151,9 @@ func TestHeldWritesInTime(t *testing.T) {
 	}
 }
 
-// TestHeldWritesWhileTheyLeave: what is written and read while an older version of it is being written out.
-func TestHeldWritesWhileTheyLeave(t *testing.T) {
-	r, _, _ := holdingRig(t)
+// TestWritesWhileWritingBack: what is written and read while an older version of it is being written out.
+func TestWritesWhileWritingBack(t *testing.T) {
+	r, _, _ := writeBackRig(t)
 	write(t, r.origin, 80, 8, 1)
 	write(t, r.origin, 200, 8, 1)
 	h := r.disk.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Write })
@@ -155,13 +162,13 @@ func TestHeldWritesWhileTheyLeave(t *testing.T) {
 	go func() { flushed <- r.origin.Flush() }()
 	<-h.Reached()
 	wantRead(t, r.origin, 80, fill(8, 1))
-	write(t, r.origin, 82, 2, 2) // over what is leaving
+	write(t, r.origin, 82, 2, 2) // over what is being written
 	wantRead(t, r.origin, 81, slices.Concat(fill(1, 1), fill(2, 2), fill(1, 1)))
 	zeroed := make(chan error)
-	go func() { zeroed <- r.origin.ZeroAt(202*sector, 2*sector, 0) }() // mustn't go before what is leaving
+	go func() { zeroed <- r.origin.ZeroAt(202*sector, 2*sector, 0) }() // mustn't go before what is being written
 	select {
 	case <-zeroed:
-		t.Error("zeros went past what is leaving")
+		t.Error("zeros went past what is being written")
 	case <-time.After(20 * time.Millisecond):
 	}
 	h.Release()
@@ -197,12 +204,11 @@ func (d *lateDevice) ReadAt(p []byte, off int64) (int, error) {
 	return n, err
 }
 
-// TestHeldReadMeetsWriteOut: a read that has read the device before held bytes are written there, and looks for them
+// TestReadMeetsWriteOut: a read that has read the device before dirty bytes are written there, and looks for them
 // when they have gone, reads again.
-func TestHeldReadMeetsWriteOut(t *testing.T) {
+func TestReadMeetsWriteOut(t *testing.T) {
 	disk := &lateDevice{Memory: block.NewMemory(4096 * sector), read: make(chan struct{}), release: make(chan struct{})}
-	origin := snapshot.NewOrigin(disk)
-	origin.HoldWrites(1<<20, time.Hour)
+	origin := snapshot.NewOrigin(disk, snapshot.WriteBack(1<<20, time.Hour))
 	cow := block.NewMemory(4096 * sector)
 	s, err := origin.Attach(cow, snapshot.Options{ChunkSectors: 8})
 	if err != nil {
@@ -230,10 +236,10 @@ func TestHeldReadMeetsWriteOut(t *testing.T) {
 	checkStore(t, cow)
 }
 
-// TestHeldWritesThatFail: Flush tells; the bytes are still read, and nothing more is acknowledged, until the device
+// TestWriteBackThatFails: Flush tells; the bytes are still read, and nothing more is acknowledged, until the device
 // takes them.
-func TestHeldWritesThatFail(t *testing.T) {
-	r, _, s := holdingRig(t)
+func TestWriteBackThatFails(t *testing.T) {
+	r, _, s := writeBackRig(t)
 	write(t, r.origin, 80, 8, 1)
 	r.disk.Set(failingWrites(80, 8))
 	for range 2 {
@@ -257,12 +263,12 @@ func TestHeldWritesThatFail(t *testing.T) {
 	}
 }
 
-// TestHeldWritesOfALostStore: the exceptions can't be made durable. With the kernel's policy the snapshot becomes
-// invalid and the origin goes on; where the snapshot is to be protected the bytes stay held, and Flush fails,
+// TestWriteBackOfALostStore: the exceptions can't be made durable. With the kernel's policy the snapshot becomes
+// invalid and the origin goes on; where the snapshot is to be protected the bytes stay dirty, and Flush fails,
 // until it is closed: they were acknowledged, so it becomes invalid after all.
-func TestHeldWritesOfALostStore(t *testing.T) {
+func TestWriteBackOfALostStore(t *testing.T) {
 	t.Run("I/O", func(t *testing.T) {
-		r, c, s := holdingRig(t)
+		r, c, s := writeBackRig(t)
 		write(t, r.origin, 80, 8, 1)
 		c.faults.Set(failingWrites(8, 8))
 		flush(t, r.origin)
@@ -272,8 +278,7 @@ func TestHeldWritesOfALostStore(t *testing.T) {
 		}
 	})
 	t.Run("no room", func(t *testing.T) {
-		r := newRig(t, 4096)
-		r.origin.HoldWrites(1<<20, time.Hour)
+		r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
 		c := r.cow("COW", 4096)
 		s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail})
 		write(t, r.origin, 80, 8, 1)
