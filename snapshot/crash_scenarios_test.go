@@ -41,9 +41,9 @@ var scenarios = []scenario{
 	{"short last chunk", shortLastChunk, 43},
 }
 
-// heldScenarios are those whose origin writes are held in memory, as far as they may be. What fails then is
+// writeBackScenarios are those whose origin writes are held in memory, as far as they may be. What fails then is
 // told to a later call, so the fault tests leave them out.
-var heldScenarios = []scenario{
+var writeBackScenarios = []scenario{
 	{"origin writes, written back", writingBack(1<<20, originWrites), 48},
 	{"origin writes, written back for want of room only", writingBack(8<<10, originWrites), 48},
 	{"writes on both sides, written back", writingBack(1<<20, bothSides), 40},

@@ -29,7 +29,7 @@ func TestCrash(t *testing.T) {
 		choices = blocktest.Choices{All: 1 << 12, Random: 3500}
 	}
 	var all atomic.Int64
-	for _, sc := range slices.Concat(scenarios, heldScenarios, races) {
+	for _, sc := range slices.Concat(scenarios, writeBackScenarios, races) {
 		t.Run(sc.name, func(t *testing.T) {
 			x := explore(t, choices)
 			l := newLab(t, sc.size)
@@ -51,7 +51,7 @@ func TestScenariosAreInTheDocuments(t *testing.T) {
 		t.Fatal(err)
 	}
 	page := strings.Join(strings.Fields(string(b)), " ")
-	for _, sc := range slices.Concat(scenarios, heldScenarios, races) {
+	for _, sc := range slices.Concat(scenarios, writeBackScenarios, races) {
 		if !strings.Contains(page, `"`+sc.name+`"`) {
 			t.Errorf("scenario %q is not named", sc.name)
 		}

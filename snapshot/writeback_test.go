@@ -12,6 +12,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/writeback"
 )
 
 // writeBackRig is a standard rig that keeps origin writes in memory until they are asked for.
@@ -301,4 +302,76 @@ func TestWriteBackOfALostStore(t *testing.T) {
 		}
 		wantHeader(t, c, headerInvalid)
 	})
+}
+
+// TestOneFullSnapshotCostsNoOther: the store of one snapshot finds no room for its slots, so that an acknowledged origin
+// write stays in memory. Another snapshot, which has what it needs, is closed and stays valid.
+func TestOneFullSnapshotCostsNoOther(t *testing.T) {
+	r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
+	opts := snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail}
+	good, full := r.cow("GOOD", 4096), r.cow("FULL", 4096)
+	s, victim := r.attach(good, opts), r.attach(full, opts)
+	write(t, r.origin, 80, 8, 1)
+	full.faults.Set(noSpaceFor(8, 8))
+	if err := r.origin.Flush(); !errors.Is(err, snapshot.ErrNoRoom) {
+		t.Fatalf("flush: %v", err)
+	}
+	if err := s.Close(); err != nil {
+		t.Errorf("close: %v", err)
+	}
+	wantHeader(t, good, headerValid)
+	wantStatus(t, victim, "24/4096 16")
+	if err := r.origin.Flush(); !errors.Is(err, snapshot.ErrNoRoom) {
+		t.Errorf("flush: %v", err)
+	}
+	wantHeader(t, full, headerValid)
+}
+
+// TestFinishOfAnOrigin: what waits in memory for a snapshot's exceptions, when they can't be made durable. The snapshot
+// is given up for acknowledged writes, where the disk takes them; where it does not, or the snapshot can't be marked
+// invalid, the writes are given up.
+func TestFinishOfAnOrigin(t *testing.T) {
+	for _, c := range []struct {
+		name   string
+		noRoom bool                     // on the origin's disk
+		cow    func(blocktest.Op) error // how the COW device fails
+		header string                   // of the COW device afterwards
+		lost   bool                     // the write
+	}{
+		{"no room for slots", false, noSpaceFor(8, 8), headerInvalid, false},
+		{"nor on the disk", true, noSpaceFor(8, 8), headerValid, true},
+		{"no mark either", false, failChanges, headerValid, true},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			memory := block.MemoryFrom(blocktest.Pattern(4096*sector, 1))
+			before := memory.Bytes()
+			quota := blocktest.NewQuota(memory, 1<<20, true)
+			o := snapshot.NewOrigin(quota, snapshot.WriteBack(1<<20, time.Hour))
+			r := &rig{t: t}
+			d := r.cow("COW", 4096)
+			s, err := o.Attach(d.dev, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer s.Close()
+			write(t, o, 80, 8, 1)
+			d.faults.Set(c.cow)
+			if c.noRoom {
+				quota.SetLimit(0)
+			}
+			err = o.Finish()
+			var lost *writeback.LostError
+			if errors.As(err, &lost) != c.lost || !c.lost && err != nil {
+				t.Errorf("finish: %v", err)
+			}
+			wantHeader(t, d, c.header)
+			want := fill(8, 1)
+			if c.lost {
+				want = before[80*sector : 88*sector]
+			}
+			if !bytes.Equal(memory.Bytes()[80*sector:88*sector], want) {
+				t.Error("the disk has something else")
+			}
+		})
+	}
 }
