@@ -64,6 +64,9 @@ func TestOriginWritesThatCantBeWritten(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			if err := s.ExportOrigin(); err != nil {
+				t.Fatal(err)
+			}
 			if _, err := s.Attach(api.AttachRequest{Name: "disk", COW: p.cow}); err != nil {
 				t.Fatal(err)
 			}
@@ -169,6 +172,9 @@ func TestAFullOriginCostsNoSnapshot(t *testing.T) {
 	defer func() { originDevice = func(f *block.File) block.Device { return f } }()
 	s, err := Open(p.origin, Options{OnFull: FullFail})
 	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.ExportOrigin(); err != nil {
 		t.Fatal(err)
 	}
 	paths := map[string]string{"disk": p.cow, "dropped": p.cow + ".dropped", "refused": p.cow + ".refused"}

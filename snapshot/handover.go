@@ -66,8 +66,8 @@ func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWait
 // and the error of writing out what is in memory of the origin. Resuming what isn't suspended does nothing.
 func (s *Snapshot) Resume() error {
 	o := s.origin
-	o.writeOut() // most of what is held, while others go on; its error comes again below
-	o.mu.Lock()          // no origin write is under way: no exception is pending (8.1 #13)
+	o.writeOut() // most of what is in memory, while others go on; its error comes again below
+	o.mu.Lock()  // no origin write is under way: no exception is pending (8.1 #13)
 	defer o.mu.Unlock()
 	switch {
 	case s.closed:
