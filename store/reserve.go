@@ -60,7 +60,7 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 			return Reservation{}, fmt.Errorf("%w: %d of %d chunks used", ErrFull, s.next, s.layout.Chunks(size, false))
 		}
 	}
-	if err := s.allocate(s.next + ondisk.COWChunk(n)); err != nil {
+	if err := s.allocate(s.next+ondisk.COWChunk(n), n); err != nil {
 		return Reservation{}, err
 	}
 	e := &reservation{run: run{old, s.next, n}}
@@ -77,20 +77,21 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 // at least 64 KiB and at most 8 MiB, so that small stores stay small and calls are few.
 func spaceStep(used int64) int64 { return min(max(used/8, 64<<10), 8<<20) }
 
-// allocate reserves space on the device below chunk end, in steps. Chunks ascend, and the slots of an
-// exception lie before its data, so one number tells how far it has got. s.mu is held: whoever needs
-// a chunk needs the space too.
-func (s *Store) allocate(end ondisk.COWChunk) error {
+// allocate reserves space on the device below chunk end, for slots exceptions, in steps. Chunks ascend, and the slots
+// of an exception lie before its data, so one number tells how far it has got; the area that was in use when the
+// store was opened has its own. s.mu is held: whoever needs a chunk needs the space too.
+func (s *Store) allocate(end ondisk.COWChunk, slots uint64) error {
 	need := s.layout.COWOffset(end)
-	if s.noSpace || need <= s.space {
+	if s.noSpace {
 		return nil
 	}
 	from := s.space
 	if from == 0 { // after Open: the area in use may have holes, and what lies between need not be ours
 		from = s.layout.COWOffset(s.next)
-		if err := s.allocateArea(); err != nil {
-			return err
-		}
+		s.openArea = s.reserved.area
+	}
+	if err := s.allocateSlots(slots); err != nil || need <= s.space {
+		return err
 	}
 	// As much as is sensible; when there isn't so much, as much as is needed.
 	far := min(need+spaceStep(need), s.dev.Size())
@@ -105,13 +106,24 @@ func (s *Store) allocate(end ondisk.COWChunk) error {
 	return nil
 }
 
-// allocateArea reserves space for the area in use. A transient store has none, and its device may end where
-// one would be.
-func (s *Store) allocateArea() error {
-	if s.transient {
+// areaStep is how much of an area is reserved at once, in bytes: areas of large chunks are larger than what most stores
+// have slots for.
+const areaStep = 1 << 20
+
+// allocateSlots reserves space for the next slots, as far as they are in the area that was in use when the store was
+// opened. A transient store has none, and its device may end where an area would be.
+func (s *Store) allocateSlots(slots uint64) error {
+	c := s.layout.ChunkBytes()
+	need := int64(min(s.reserved.index+slots, s.layout.SlotsPerArea())) * ondisk.SlotSize
+	if s.transient || s.reserved.area != s.openArea || need <= s.openSpace {
 		return nil
 	}
-	return s.allocateRange(s.layout.COWOffset(s.layout.AreaChunk(s.reserved.area)), s.layout.ChunkBytes())
+	far := min((need+areaStep-1)/areaStep*areaStep, c)
+	if err := s.allocateRange(s.layout.COWOffset(s.layout.AreaChunk(s.openArea))+s.openSpace, far-s.openSpace); err != nil {
+		return err
+	}
+	s.openSpace = far
+	return nil
 }
 
 func (s *Store) allocateRange(off, n int64) error {
@@ -196,6 +208,7 @@ func (r Reservation) Cancel() {
 	if last := len(s.queue) - 1; s.queue[last] == r.entry {
 		s.next = r.entry.new
 		s.queue = s.queue[:last]
+		s.space = min(s.space, s.layout.COWOffset(s.next)) // a copy that failed may have made holes
 	}
 	r.entry.n = 0
 	r.entry.done = true

@@ -89,17 +89,19 @@ type Store struct {
 	// durable in order, so one number tells for all of them. Transient: everything is.
 	durableBelow atomic.Uint64
 
-	mu       sync.Mutex
-	moved    sync.Cond // queue's head moved on, or err was set
-	err      error     // why the store refuses: wraps ErrInvalid or ErrFailed; nil: it doesn't
-	next     ondisk.COWChunk
-	reserved position       // of the next reservation
-	pos      position       // of the next exception that completes in order
-	queue    []*reservation // not yet completed in order, oldest first
-	ready    []run          // completed in order, not yet durable
-	unsynced uint64         // exceptions in ready
-	space    int64          // device bytes from the last area on to here have their space reserved
-	noSpace  bool           // the device has no notion of reserving space
+	mu        sync.Mutex
+	moved     sync.Cond // queue's head moved on, or err was set
+	err       error     // why the store refuses: wraps ErrInvalid or ErrFailed; nil: it doesn't
+	next      ondisk.COWChunk
+	reserved  position       // of the next reservation
+	pos       position       // of the next exception that completes in order
+	queue     []*reservation // not yet completed in order, oldest first
+	ready     []run          // completed in order, not yet durable
+	unsynced  uint64         // exceptions in ready
+	space     int64          // device bytes from the last area on to here have their space reserved
+	openArea  uint64         // the area in use when space was first reserved
+	openSpace int64          // bytes of it from its beginning on that have their space reserved
+	noSpace   bool           // the device has no notion of reserving space
 
 	marking sync.Mutex // one attempt to mark the header at a time
 	marked  bool       // Invalidate has marked it; marking is held

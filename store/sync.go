@@ -138,11 +138,33 @@ func (s *Store) scrubTail() error {
 	off, _ := s.tailOffset()
 	off += int64(len(s.tail))
 	if end := s.layout.COWOffset(s.layout.AreaChunk(s.durable.area) + 1); end > off {
-		if err := block.Zero(s.dev, off, end-off, s.keepSpace()); err != nil {
+		if err := s.zeroRest(off, end-off); err != nil {
 			return err
 		}
 	}
 	s.scrub = false
+	return nil
+}
+
+// zeroRest zeroes what follows in an area. In a large one holes stay holes.
+func (s *Store) zeroRest(off, n int64) error {
+	if n <= areaStep {
+		return block.Zero(s.dev, off, n, s.keepSpace())
+	}
+	for n > 0 {
+		extents, err := block.Extents(s.dev, off, n)
+		if err != nil {
+			return err
+		}
+		for _, e := range extents {
+			if e.Flags&block.ReadsZero == 0 {
+				if err := block.Zero(s.dev, off, e.Length, s.keepSpace()); err != nil {
+					return err
+				}
+			}
+			off, n = off+e.Length, n-e.Length
+		}
+	}
 	return nil
 }
 

@@ -111,4 +111,28 @@ func TestSparseStaysSparse(t *testing.T) {
 		wantSparse("copies of holes, chunks of "+chunk, p.cow)
 		mustRun(t, "check", p.cow, "--origin", p.origin)
 	}
+
+	// A little of a huge chunk, whose area is huge too.
+	fresh("--chunk-size", "1GiB")
+	if err := os.Truncate(p.origin, 2<<30); err != nil {
+		t.Fatal(err)
+	}
+	s := launch(t, "serve", p.origin, "disk="+p.cow, "--socket", socket)
+	if line, err := s.stdout.ReadString('\n'); err != nil {
+		t.Fatalf("%q, %v; %s", line, err, &s.stderr)
+	}
+	c, err := nbd.Dial(t.Context(), "nbd+unix:///disk?socket="+socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := block.WriteDurable(c, []byte("data"), 64<<20); err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	s.Process.Signal(syscall.SIGTERM)
+	if status := s.end(t); status != exitDone {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
+	wantSparse("4 bytes in a chunk of 1 GiB", p.cow)
+	mustRun(t, "check", p.cow, "--origin", p.origin)
 }
