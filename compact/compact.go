@@ -55,6 +55,7 @@ type Options struct {
 type Plan struct {
 	o    Options
 	old  *store.Store
+	view *store.View // of old
 	to   ondisk.Layout
 	end  int64 // of the disk, in bytes; the largest there is where the origin is not known
 	most uint64
@@ -88,12 +89,14 @@ func NewPlan(ctx context.Context, cow block.Device, o Options) (*Plan, error) {
 		}
 	}
 	if o.Origin != nil {
-		if err := store.CheckBlockSize(p.to, o.Origin); err != nil {
-			return nil, err
+		if p.to != st.Layout() { // else the origin is only read
+			if err := store.CheckBlockSize(p.to, o.Origin); err != nil {
+				return nil, err
+			}
 		}
 		p.end = o.Origin.Size()
 	}
-	if err := st.CheckOrigin(p.end); err != nil {
+	if p.view, err = store.NewView(o.Origin, st); err != nil {
 		return nil, err
 	}
 	p.measure()
@@ -117,11 +120,14 @@ func open(ctx context.Context, cow block.Device, bearable check.Severity) (*stor
 		return nil, fmt.Errorf("%w: its header says so", store.ErrInvalid)
 	}
 	for _, f := range r.Findings {
+		if f.Code == check.ChunkNotBlocks {
+			continue // the store is only read, or only its unused parts change
+		}
 		if f.Problem().Severity > bearable {
 			return nil, fmt.Errorf("%w: %v", ErrDamaged, f)
 		}
 	}
-	return store.Open(cow)
+	return store.OpenToRead(cow)
 }
 
 // measure counts what the new store will have at most, and what it needs of the origin.

@@ -88,22 +88,13 @@ func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
 		clear(b[inside:])
 		b = b[:inside]
 	}
-	l := p.old.Layout()
-	for len(b) > 0 {
-		first, in := l.OriginChunkAt(off), off&(l.ChunkBytes()-1)
-		chunks := uint64(in+int64(len(b))-1)>>l.Shift() + 1
-		new, count, mapped := p.old.LookupRun(first, chunks)
-		n := min(int64(len(b)), int64(count)<<l.Shift()-in)
-		dev, at, whose := p.o.Origin, off, "the origin"
-		if mapped {
-			dev, at, whose = p.old.Device(), l.COWOffset(new)+in, "the store"
-		} else {
+	for at := off; at < off+int64(len(b)); {
+		_, _, n, stored := p.view.Place(at, off+int64(len(b))-at)
+		if !stored {
 			origins += n
 		}
-		if _, err := dev.ReadAt(b[:n], at); err != nil {
-			return 0, fmt.Errorf("read %s at byte %d: %w", whose, at, err)
-		}
-		b, off = b[n:], off+n
+		at += n
 	}
-	return origins, nil
+	_, err = p.view.ReadAt(b, off)
+	return origins, err
 }

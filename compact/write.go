@@ -112,24 +112,9 @@ func (w *writer) copy(s span) error {
 	return err
 }
 
-// close gives back the space that was set aside for further chunks, and keeps the valid word: any but 0
-// means the same, and the kernel leaves it as it is (specification 2.2).
+// close gives back the space that was set aside for further chunks.
 func (w *writer) close() error {
 	dev, l := w.st.Device(), w.p.to
 	end := int64(l.ChunksNeeded(w.made.Exceptions)) << l.Shift()
-	if err := block.Discard(dev, end, dev.Size()-end); err != nil {
-		return err
-	}
-	valid := w.p.old.Header().Valid
-	if valid == w.st.Header().Valid {
-		return nil
-	}
-	b := make([]byte, block.BlockSize(dev))
-	if _, err := dev.ReadAt(b, 0); err != nil {
-		return err
-	}
-	h := w.st.Header()
-	h.Valid = valid
-	h.Encode(b)
-	return block.WriteDurable(dev, b, 0)
+	return block.Discard(dev, end, dev.Size()-end)
 }

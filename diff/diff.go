@@ -51,7 +51,7 @@ type Extent struct {
 // writes to the stores.
 type Diff struct {
 	origin      block.Device
-	left, right view
+	left, right *store.View
 }
 
 // New compares the origin with the view of one store.
@@ -59,29 +59,21 @@ type Diff struct {
 // Errors: a store that is marked invalid (wrapping store.ErrInvalid), since its exceptions are lost; a
 // store with exceptions past the end of origin, which can't be of this origin.
 func New(origin block.Device, s *store.Store) (*Diff, error) {
-	if err := fits(origin, s); err != nil {
+	return Between(origin, nil, s)
+}
+
+// Between compares the views of two stores of one origin; a nil store stands for the origin itself. Errors are those of
+// New.
+func Between(origin block.Device, a, b *store.Store) (*Diff, error) {
+	left, err := store.NewView(origin, a)
+	if err != nil {
 		return nil, err
 	}
-	return &Diff{origin, view{origin: origin}, view{origin, s}}, nil
-}
-
-// Between compares the views of two stores of one origin. Errors are those of New.
-func Between(origin block.Device, a, b *store.Store) (*Diff, error) {
-	for _, s := range []*store.Store{a, b} {
-		if err := fits(origin, s); err != nil {
-			return nil, err
-		}
+	right, err := store.NewView(origin, b)
+	if err != nil {
+		return nil, err
 	}
-	return &Diff{origin, view{origin, a}, view{origin, b}}, nil
-}
-
-// fits refuses a store that says nothing, or nothing that can be true, of origin. After it every exception
-// begins inside the origin, so that no arithmetic on chunk numbers overflows.
-func fits(origin block.Device, s *store.Store) error {
-	if err := s.Err(); err != nil {
-		return err
-	}
-	return s.CheckOrigin(origin.Size())
+	return &Diff{origin, left, right}, nil
 }
 
 // Size returns the size of the disk in bytes.
@@ -91,7 +83,7 @@ func (d *Diff) Size() int64 { return d.origin.Size() }
 // Nothing is read, and all are Changed.
 func (d *Diff) Extents() iter.Seq[Extent] {
 	return func(yield func(Extent) bool) {
-		next, stop := iter.Pull(d.right.exceptions())
+		next, stop := iter.Pull(exceptions(d.right))
 		defer stop()
 		b, more := next()
 		var open Extent // what was met last; its neighbour may still join
@@ -104,7 +96,7 @@ func (d *Diff) Extents() iter.Seq[Extent] {
 			open = e
 			return done.Length == 0 || yield(done)
 		}
-		for a := range d.left.exceptions() {
+		for a := range exceptions(d.left) {
 			for ; more && b.Off < a.Off; b, more = next() {
 				if !add(b) {
 					return
@@ -126,14 +118,14 @@ func (d *Diff) Extents() iter.Seq[Extent] {
 }
 
 // exceptions yields what the view has in its store, ascending, cut at the end of the disk.
-func (v view) exceptions() iter.Seq[Extent] {
+func exceptions(v *store.View) iter.Seq[Extent] {
 	return func(yield func(Extent) bool) {
-		if v.store == nil {
+		if v.Store() == nil {
 			return
 		}
-		l := v.store.Layout()
-		for r := range v.store.Exceptions().All() {
-			off, end := l.OriginRange(r.Old, r.Count, v.origin.Size())
+		l := v.Store().Layout()
+		for r := range v.Store().Exceptions().All() {
+			off, end := l.OriginRange(r.Old, r.Count, v.Size())
 			if !yield(Extent{Off: off, Length: end - off}) {
 				return
 			}

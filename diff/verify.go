@@ -3,12 +3,9 @@ package diff
 import (
 	"bytes"
 	"context"
-	"fmt"
 	"iter"
 
-	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 // compareBytes is how much is read of each view at once.
@@ -54,10 +51,10 @@ type comparison struct {
 // piece compares n bytes at off.
 func (c *comparison) piece(off, n int64) error {
 	a, b := c.a[:n], c.b[:n]
-	if err := c.d.left.read(a, off); err != nil {
+	if _, err := c.d.left.ReadAt(a, off); err != nil {
 		return err
 	}
-	if err := c.d.right.read(b, off); err != nil {
+	if _, err := c.d.right.ReadAt(b, off); err != nil {
 		return err
 	}
 	if bytes.Equal(a, b) { // the usual piece, at the speed of memory
@@ -98,39 +95,4 @@ func (c *comparison) fail(err error, yield func(Extent, error) bool) {
 	if c.end(); !c.stopped {
 		yield(Extent{}, err)
 	}
-}
-
-// A view is what a snapshot shows, without an engine: nothing writes, so nothing has to be ordered.
-// Without a store it is the origin itself.
-type view struct {
-	origin block.Device
-	store  *store.Store
-}
-
-// read fills p with the view's bytes at off. The range is inside the disk.
-func (v view) read(p []byte, off int64) error {
-	for len(p) > 0 {
-		dev, at, n := v.origin, off, int64(len(p))
-		if v.store != nil {
-			dev, at, n = v.place(off, n)
-		}
-		if _, err := dev.ReadAt(p[:n], at); err != nil {
-			return fmt.Errorf("read %d bytes of the disk at byte %d: %w", n, off, err)
-		}
-		p, off = p[n:], off+n
-	}
-	return nil
-}
-
-// place returns where the bytes at off lie, and how many of the next n follow them there.
-func (v view) place(off, n int64) (dev block.Device, at, follow int64) {
-	l := v.store.Layout()
-	first, in := l.OriginChunkAt(off), off&(l.ChunkBytes()-1)
-	chunks := uint64(in+n-1)>>l.Shift() + 1
-	cow, count, mapped := v.store.LookupRun(first, chunks)
-	follow = min(n, int64(count)<<l.Shift()-in)
-	if !mapped {
-		return v.origin, off, follow
-	}
-	return v.store.Device(), l.COWOffset(cow) + in, follow
 }

@@ -118,7 +118,13 @@ func (s *Store) CheckOrigin(size int64) error {
 // twice (stricter than the kernel, H9). Slots after the end mark are void (H4, H8).
 //
 // A store that is marked invalid opens, empty, with Err wrapping ErrInvalid: its areas are not read.
-func Open(dev block.Device) (*Store, error) {
+func Open(dev block.Device) (*Store, error) { return open(dev, false) }
+
+// OpenToRead is Open for callers that write nothing to the store: its chunks may be smaller than the blocks of dev, on
+// which neither dmsnap nor the kernel could write to them.
+func OpenToRead(dev block.Device) (*Store, error) { return open(dev, true) }
+
+func open(dev block.Device, toRead bool) (*Store, error) {
 	h, err := ReadHeader(dev)
 	if err != nil {
 		return nil, err
@@ -128,7 +134,7 @@ func Open(dev block.Device) (*Store, error) {
 	}
 	s := newStore(dev, ondisk.Layout{ChunkSectors: h.ChunkSectors})
 	s.header = h
-	if err := CheckBlockSize(s.layout, dev); err != nil {
+	if err := CheckBlockSize(s.layout, dev); err != nil && !toRead {
 		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid on-disk chunk size %d: %v", h.ChunkSectors, err)}
 	}
 	s.next = ondisk.FirstDataChunk

@@ -232,7 +232,7 @@ func (p pair) looking() [][]string {
 
 // Exceptions for chunks that no disk has: offsets in bytes would overflow.
 func TestLookingAtImpossibleChunks(t *testing.T) {
-	for _, old := range []ondisk.OriginChunk{1 << 50, 1 << 51, 1<<63 - 1, 1<<64 - 1} {
+	for _, old := range []ondisk.OriginChunk{1 << 51, 1 << 52, 1<<63 - 1, 1<<64 - 1} {
 		p := newPair(t)
 		p.withStore(t)
 		var b [ondisk.SlotSize]byte

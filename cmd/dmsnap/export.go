@@ -8,7 +8,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -55,32 +54,28 @@ OUT appears under its name when it is whole and on disk, never before. An existi
 	return c
 }
 
-// openSnapshot opens a snapshot for reading alone, and refuses one that can't be read whole.
-func openSnapshot(originPath, cowPath string, raw bool) (*snapshot.Snapshot, func() error, error) {
+// openSnapshot opens the view of a snapshot, and refuses one that can't be read whole.
+func openSnapshot(originPath, cowPath string, raw bool) (*store.View, func() error, error) {
 	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true}, raw)
 	if err != nil {
 		return nil, nil, err
 	}
-	snap, err := attachReadable(origin, cow)
+	view, err := viewOf(origin, cow)
 	if err != nil {
 		return nil, nil, errors.Join(about(cowPath, err), both.Close())
 	}
-	// Nothing was written through snap, so nothing is left to sync.
-	return snap, both.Close, nil
+	return view, both.Close, nil
 }
 
-func attachReadable(origin, cow block.Device) (*snapshot.Snapshot, error) {
-	st, err := store.Open(cow)
+func viewOf(origin, cow block.Device) (*store.View, error) {
+	st, err := store.OpenToRead(cow)
 	if err != nil {
 		return nil, err
 	}
 	if err := st.Err(); err != nil {
 		return nil, fmt.Errorf("%w: it was marked so when its COW device was full or failed, and its content is lost", err)
 	}
-	if err := st.CheckOrigin(origin.Size()); err != nil {
-		return nil, err
-	}
-	return snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{})
+	return store.NewView(origin, st)
 }
 
 // copyImage copies what the snapshot shows to out, which reads as zeros or takes what is written in order.

@@ -160,7 +160,7 @@ func factsOf(ctx context.Context, i *inspection, dev block.Device) (*storeFacts,
 	f := &storeFacts{Header: storeHeader{h.Valid, h.Version, h.ChunkSectors}, Problems: r.Found, Origin: originBeside(i.Path), report: r}
 	if st, err := openWhileWritten(dev, i.InUse); err == nil {
 		figures := server.FiguresOf(statusOfStore(st))
-		f.Figures, f.Opens = &figures, true
+		f.Figures, f.Opens = &figures, !r.Has(check.ChunkNotBlocks)
 	}
 	return f, nil
 }

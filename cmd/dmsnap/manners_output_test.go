@@ -138,7 +138,7 @@ func TestMannersOfClosedPipe(t *testing.T) {
 
 // With --force no file is replaced that somebody has open and locked, a server above all.
 func TestForceSparesFilesInUse(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served }, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {
 			for _, o := range []block.Options{{}, {ReadOnly: true}} {
 				k := newKit(t)
@@ -177,7 +177,7 @@ func TestForceSparesServedFiles(t *testing.T) {
 
 // --force replaces the file behind a symbolic link and keeps its mode, owner and attributes.
 func TestForceKeepsModeAndLink(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served }, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {
 			k := newKit(t)
 			file := filepath.Join(k.out, "file")

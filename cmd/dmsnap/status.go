@@ -111,7 +111,7 @@ func openWhileWritten(cow block.Device, written bool) (st *store.Store, err erro
 			time.Sleep(20 * time.Millisecond)
 		}
 		var corrupt *ondisk.CorruptError
-		if st, err = store.Open(cow); !errors.As(err, &corrupt) {
+		if st, err = store.OpenToRead(cow); !errors.As(err, &corrupt) {
 			return st, err
 		}
 		block.Refresh(cow) // it may have grown; when that can't be told, the old size stands
