@@ -44,7 +44,7 @@ func TestModel(t *testing.T) {
 	}
 	// Scripts that never get into trouble show nothing.
 	for _, what := range []string{"invalid", "overflow", "no room", "no room for the origin", "merge without room", "next area", "grown",
-		"handed over", "merge of an invalid snapshot", "merge loaded", "merge complete", "merge cut short", "attached during a merge"} {
+		"handed over", "merge of an invalid snapshot", "merge loaded", "merge complete", "merge cut short", "refused during a merge"} {
 		if met[what] == 0 {
 			t.Errorf("no script met this: %s", what)
 		}

@@ -1,6 +1,8 @@
 package snapshot_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"slices"
 
@@ -144,16 +146,29 @@ func (w *world) attach(op scriptOp) error {
 	if len(w.pairs)+len(w.away) == 4 {
 		return nil
 	}
-	if w.merging != nil {
-		w.seen["attached during a merge"]++
-	}
 	p := &pairOf{memory: block.NewMemory(op.cow * sector), opts: op.opts}
+	if w.merging != nil {
+		return w.refused(p)
+	}
 	var err error
 	if p.dev, err = w.origin.Attach(p.memory, p.opts); err != nil {
 		return err
 	}
 	p.model = w.model.Attach(w.config(op.opts, op.cow))
 	w.pairs = append(w.pairs, p)
+	return nil
+}
+
+// refused wants that p is not attached while a merge is under way, and not touched.
+func (w *world) refused(p *pairOf) error {
+	w.seen["refused during a merge"]++
+	before := slices.Clone(p.memory.Bytes())
+	if _, err := w.origin.Attach(p.memory, p.opts); !errors.Is(err, snapshot.ErrAlreadyMerging) {
+		return fmt.Errorf("attach during a merge: %w", err)
+	}
+	if !bytes.Equal(p.memory.Bytes(), before) {
+		return errors.New("the refused COW device was written to")
+	}
 	return nil
 }
 
@@ -196,6 +211,9 @@ func (p *pairOf) check() error {
 
 // reattach loads a store again, as a table says that leaves it what it is: persistent or transient.
 func (w *world) reattach(p *pairOf, o snapshot.Options) (err error) {
+	if w.merging != nil {
+		return w.refused(p)
+	}
 	c := w.config(keepStore(p, o), p.memory.Size()/sector)
 	if p.opts.Store != snapshot.Transient {
 		c.Chunk = p.model.Chunk // the header's

@@ -3,8 +3,10 @@ package snapshot_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"sync"
 	"testing"
 	"time"
@@ -219,7 +221,10 @@ func (c *crowd) coming(ended <-chan struct{}) error {
 		memory := block.NewMemory(8192 * sector)
 		o := snapshot.Options{ChunkSectors: 1 << (i % 6), Store: snapshot.StoreType(i % 3)}
 		s, err := c.origin.Attach(memory, o)
-		if err != nil {
+		if c.merging != nil && errors.Is(err, snapshot.ErrAlreadyMerging) {
+			runtime.Gosched()
+			continue
+		} else if err != nil {
 			return err
 		}
 		shown, again := make([]byte, s.Size()), make([]byte, s.Size())
