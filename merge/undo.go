@@ -168,10 +168,10 @@ func checkCovers(undo, from *store.Store) error {
 func finishLabel(m *snapshot.Merging) error {
 	dev := m.Store().Device()
 	t, ok, err := readLabel(dev)
-	if err != nil || !ok || t.Merged {
+	if err != nil || !ok {
 		return err
 	}
-	t.Merged = true
+	t.Merged = true // written anew where it says so already: that may have been read from the cache only
 	return undo.ChangeFirst(dev, t.Encode)
 }
 

@@ -102,12 +102,12 @@ func (s *Snapshot) Failure() error {
 }
 
 // settleInvalid makes the mark of a store that was loaded as invalid durable: whoever wrote it may have been
-// killed before it was, and from now on the origin changes without regard to that store.
+// killed before it was, or its flush may have failed, and from now on the origin changes without regard to that store.
 func settleInvalid(st *store.Store) error {
 	if !errors.Is(st.Err(), store.ErrInvalid) {
 		return nil
 	}
-	if err := st.Device().Flush(); err != nil {
+	if err := st.Settle(); err != nil {
 		return fmt.Errorf("the store is invalid, and that can't be made durable: %w", err)
 	}
 	return nil

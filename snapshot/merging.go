@@ -17,6 +17,11 @@ import (
 // ErrMergeFailed reports a step of a merge that failed, and writes that were held back by it.
 var ErrMergeFailed = errors.New("Merge failed")
 
+// ErrReopen reports a merge that can't go on with the devices as they are: a flush of one of them failed, and it fails
+// every later one (see block.Device). The merge goes on, with nothing lost but what was not flushed, once the devices
+// have been closed, opened and loaded again.
+var ErrReopen = errors.New("a flush failed, so the merge can go on only after the devices have been opened again")
+
 // Merging is an origin into which a snapshot is being merged back (specification section 7). It shows
 // the origin with the snapshot's remaining exceptions laid over it, is preserved for the other snapshots
 // like any origin, and makes no exceptions of its own.
@@ -166,11 +171,13 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 // In order: the other snapshots keep what they show; writes to the window are held back and those under
 // way waited for; COW to origin, in the order of the origin; flush of the origin; the exceptions are
 // dropped, durably; held-back writes go on, to the origin. Until the drop the same step can be repeated
-// with the same result, so it may be cut short anywhere.
+// with the same result, so it may be cut short anywhere. The last Step, which finds nothing to merge, makes durable that
+// the store is empty, and every completed write on both devices.
 //
 // A failed step leaves the exceptions where they are, fails the writes it held back, and shows as "Merge
 // failed". The next Step tries again; after a failure of the store it loads the store anew first, so
-// that nothing is decided by numbers the disk may not share (H1, H2).
+// that nothing is decided by numbers the disk may not share (H1, H2). After a failed flush that is of no use, as the
+// device fails all later ones: the error is ErrReopen too.
 //
 // When another snapshot, whose policy is to wait for room (FullPause), has none for what it has to keep, Step changes
 // nothing and returns that error at once, a block.RetryLater.
@@ -204,6 +211,10 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	merged = uint64(len(window))
 	if merged == 0 {
+		if err := m.complete(st); err != nil {
+			return 0, m.fail(fmt.Errorf("Write error in exception store: shutting down merge: %w", err))
+		}
+		m.failed.Store(false)
 		return 0, nil
 	}
 	runs := runsByOrigin(slices.Clone(window))
@@ -227,6 +238,15 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	m.failed.Store(false)
 	return merged, nil
+}
+
+// complete makes it durable that nothing is left: that st is empty may be known from reading alone, when a step failed
+// after it had cleared the slots and st was loaded anew.
+func (m *Merging) complete(st *store.Store) error {
+	if err := st.Settle(); err != nil {
+		return err
+	}
+	return m.flush()
 }
 
 // mergeWindow copies the runs and drops their exceptions, the window, which is owned.
@@ -279,7 +299,8 @@ func runsByOrigin(window []ondisk.Exception) []store.Run {
 	return runs
 }
 
-// reload opens the store anew after it failed. What it can't open it leaves as it was. stepping is held.
+// reload opens the store anew after it failed, past what is cached (store.Open): after a failed flush of cleared slots the
+// cache shows a store that is empty. What it can't open it leaves as it was. stepping is held.
 func (m *Merging) reload() error {
 	st := m.store.Load()
 	if !errors.Is(st.Err(), store.ErrFailed) {
@@ -301,6 +322,9 @@ func (m *Merging) fail(err error) error {
 	m.failed.Store(true)
 	m.failures.Add(1)
 	err = fmt.Errorf("%w: %w", ErrMergeFailed, err)
+	if m.origin.dev.Flush() != nil || m.cow.Flush() != nil {
+		err = fmt.Errorf("%w; %w", err, ErrReopen)
+	}
 	notify(m.opts, Event{Kind: EventMergeFailed, Text: err.Error(), Err: err})
 	return err
 }

@@ -59,3 +59,59 @@ func writeMark(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
 	}
 	return nil
 }
+
+// Settle makes durable what the store was found to be, by writing it again: the end of the exceptions, or the mark that
+// says invalid. A flush alone is not enough for what Open read: after a failed flush the operating system may show it
+// for clean while it is not on the disk. A store that wrote its end itself, durably, since it was opened is settled.
+//
+// Whoever says that a merge is complete, or lets an origin change without regard to an invalid store, calls it before.
+// Nothing may be reserved or committed and not yet durable. On a device that was opened for reading it does nothing and
+// succeeds. Another error is the store's Err from now on (ErrFailed), unless that is ErrInvalid.
+func (s *Store) Settle() error {
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	if s.transient || s.settled {
+		return nil
+	}
+	var err error
+	if errors.Is(s.Err(), ErrInvalid) {
+		if s.header.Valid != 0 {
+			return s.Invalidate(nil) // since Open: it may not be marked yet
+		}
+		err = s.settleHeader()
+	} else if err = s.mergeable(); err == nil {
+		err = s.settleEnd()
+	}
+	switch {
+	case errors.Is(err, block.ErrReadOnly):
+		return nil
+	case errors.Is(err, ErrFailed), err == nil:
+	case errors.Is(s.Err(), ErrInvalid):
+		err = fmt.Errorf("mark store invalid: %w", err)
+	default:
+		err = s.fail(fmt.Errorf("%w: write the end of the exceptions again: %w", ErrFailed, err))
+	}
+	s.settled = err == nil
+	return err
+}
+
+// settleHeader writes the header's block as it is.
+func (s *Store) settleHeader() error {
+	buf := make([]byte, metaBlock(s.layout))
+	if _, err := s.dev.ReadAt(buf, 0); err != nil {
+		return err
+	}
+	return block.WriteDurable(s.dev, buf, 0)
+}
+
+// settleEnd writes the block with the end mark as memory has it, and zeros behind it.
+func (s *Store) settleEnd() error {
+	if err := s.scrubTail(); err != nil {
+		return err
+	}
+	off, _ := s.tailOffset()
+	if err := s.dev.Flush(); err != nil {
+		return err
+	}
+	return block.WriteDurable(s.dev, s.tail, off)
+}

@@ -201,7 +201,7 @@ func (s *Store) DropLast(merged []ondisk.Exception) error {
 	if err := s.clearSlots(stretches, end, tail); err != nil {
 		return s.fail(fmt.Errorf("%w: clear merged exceptions: %w", ErrFailed, err))
 	}
-	s.durable, s.tail = end, tail
+	s.durable, s.tail, s.settled = end, tail, true
 	s.mu.Lock()
 	s.pos, s.reserved = end, end
 	s.next = s.layout.AreaChunk(end.area) + ondisk.COWChunk(end.index) + 1

@@ -67,11 +67,26 @@ func writeHeader(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
 
 // ReadHeader reads the header of dev without judging it. A device shorter than a header has none:
 // that is a *ondisk.CorruptError.
+//
+// A header that says valid is read past the cache of the operating system, which may show what a failed flush lost. A
+// mark that says invalid is believed wherever it is: who wrote it went on as if it were on the disk.
 func ReadHeader(dev block.Device) (ondisk.Header, error) {
 	if dev.Size() < ondisk.SectorSize {
 		return ondisk.Header{}, &ondisk.CorruptError{Place: "header, byte 0x0",
 			What: fmt.Sprintf("device of %d bytes ends before the end of the header's sector", dev.Size())}
 	}
+	h, err := readHeader(dev)
+	if err != nil || h.Valid == 0 {
+		return h, err
+	}
+	if err := block.DropCache(dev, 0, ondisk.SectorSize); err != nil {
+		return ondisk.Header{}, fmt.Errorf("read header: %w", err)
+	}
+	return readHeader(dev)
+}
+
+// readHeader is ReadHeader of what is cached. dev is not too short.
+func readHeader(dev block.Device) (ondisk.Header, error) {
 	var buf [ondisk.SectorSize]byte
 	if _, err := dev.ReadAt(buf[:], 0); err != nil {
 		return ondisk.Header{}, fmt.Errorf("read header: %w", err)
@@ -110,7 +125,8 @@ func (s *Store) CheckOrigin(size int64) error {
 // Open loads the store on dev (specification 2.6). It writes nothing.
 //
 // What it reads need not be durable: a process that was killed in a Sync left slots in the cache of the
-// operating system. So no exception counts as durable (see Durable) until the first Sync.
+// operating system. So no exception counts as durable (see Durable) until the first Sync. Slots whose flush failed are
+// in that cache too, and no later flush writes them: so the areas are read past the cache (see Scan).
 //
 // Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for
 // anything that can't be a store: a bad header, an area past the end of the device, an exception whose
@@ -277,6 +293,9 @@ const scanPiece = 256 << 10
 // wholly inside dev is a *ondisk.CorruptError, and a failed read an error; either is the last thing
 // yielded. It is the one reader of areas: opening, checking and dumping all listen to it. It holds at
 // most 256 KiB whatever the bytes say, and ends because dev does.
+//
+// Clean pages of an area that the operating system has cached are dropped before it is read: after a failed flush they
+// show slots, or cleared slots, that are not on the disk.
 func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		chunks := l.Chunks(dev.Size(), false)
@@ -301,6 +320,9 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 // scanArea yields the slots of one area. more is false after the end mark, an error, or when yield
 // had enough.
 func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(Entry, error) bool) (more bool, err error) {
+	if err := dropArea(dev, l, area); err != nil {
+		return false, err
+	}
 	for i := uint64(0); i < l.SlotsPerArea(); {
 		if _, err := dev.ReadAt(buf, l.SlotOffset(ondisk.Slot{Area: area, Index: i})); err != nil {
 			return false, err
@@ -314,6 +336,12 @@ func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield 
 		}
 	}
 	return true, nil
+}
+
+// dropArea drops what is cached of an area, which the device's end may cut.
+func dropArea(dev block.Device, l ondisk.Layout, area uint64) error {
+	start := l.COWOffset(l.AreaChunk(area))
+	return block.DropCache(dev, start, min(l.ChunkBytes(), dev.Size()-start))
 }
 
 // Exists reports whether dev begins with anything but a zero magic: whether Create would refuse it.

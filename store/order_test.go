@@ -41,7 +41,7 @@ var orders = []struct {
 		o.create(t)
 		o.log.Clear()
 		o.reopen(t)
-	}, "R 0+1; R 8+8"},
+	}, "R 0+1; R 0+1; R 8+8"},
 
 	// A batch: data, flush, slots, flush.
 	{"commit", 8, func(t *testing.T, o *ordered) {

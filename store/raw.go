@@ -20,7 +20,7 @@ type RawPiece struct {
 // RawArea yields the bytes of one area in order, whatever they say: also behind the end mark, also in a
 // store that [Open] refuses. It is what the offline tools read damaged stores with.
 //
-// An area that the device's end cuts is yielded as far as it goes; its last piece need not be whole
+// Like [Scan] it drops what is cached first. An area that the device's end cuts is yielded as far as it goes; its last piece need not be whole
 // slots then. What can't be read is looked at again sector by sector, so that one bad sector costs 32
 // slots and no more; each stretch of bad sectors is one piece with its error. It holds 256 KiB at most.
 func RawArea(dev block.Device, l ondisk.Layout, area uint64) iter.Seq[RawPiece] {
@@ -28,6 +28,9 @@ func RawArea(dev block.Device, l ondisk.Layout, area uint64) iter.Seq[RawPiece] 
 		start := l.COWOffset(l.AreaChunk(area))
 		end := min(start+l.ChunkBytes(), dev.Size())
 		buf := make([]byte, min(l.ChunkBytes(), scanPiece))
+		if start < end {
+			dropArea(dev, l, area) // an error shows again when the area is read
+		}
 		for off := start; off < end; {
 			b := buf[:min(int64(len(buf)), end-off)]
 			piece := RawPiece{Off: off, Index: uint64(off-start) / ondisk.SlotSize, Bytes: b}

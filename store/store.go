@@ -112,6 +112,7 @@ type Store struct {
 	durable position        // of the next slot to be written
 	written ondisk.COWChunk // exceptions whose New is less have their slots written
 	tail    []byte          // the metadata block that holds slot durable, as on disk
+	settled bool            // the end of the exceptions was written durably since Open
 	scrub   bool            // what follows tail in its area may hold void slots
 }
 

@@ -70,7 +70,7 @@ func (s *Store) writeBatch(batch []run) error {
 	if err := s.dev.Flush(); err != nil {
 		return fmt.Errorf("flush exceptions: %w", err)
 	}
-	s.durable, s.tail = pos, tail
+	s.durable, s.tail, s.settled = pos, tail, true
 	last := batch[len(batch)-1]
 	s.written = last.new + ondisk.COWChunk(last.n)
 	s.durableBelow.Store(uint64(s.written))
