@@ -14,8 +14,8 @@ import (
 	"golang.org/x/term"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/picture"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"

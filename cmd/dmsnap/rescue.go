@@ -14,7 +14,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/picture"
+	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/rescue"
 )
 

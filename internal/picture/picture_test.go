@@ -12,7 +12,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/dmsnap/dmsnap/picture"
+	"github.com/dmsnap/dmsnap/internal/picture"
 )
 
 var (
