@@ -459,7 +459,7 @@ func (w *world) lookAtDisks(how string, clean bool) {
 		case !v.invalid && !st.Valid && !(w.policy == "invalidate" && w.limited) && !w.faulty:
 			w.fail("%s is invalid on disk; nothing that was done explains it", v.name)
 		}
-		if v.doubted {
+		if v.doubted && v != w.merging {
 			w.logf("%s could not be marked; it is given up", v.name)
 			lost = append(lost, v)
 			continue
