@@ -301,6 +301,9 @@ func (c *crowd) life() (merged bool, err error) {
 	all.Wait()
 	close(failed)
 	for e := range failed {
+		if how == "cut" && errors.Is(e, nbdError(nbdEIO)) {
+			continue // the disks went before the server
+		}
 		err = errors.Join(err, e)
 	}
 	if how == "cut" {

@@ -25,6 +25,8 @@ type device struct {
 	// own are sectors of a snapshot that were written to it, whose durability depends on its flushes; that of the
 	// others depends on the origin's.
 	own map[int64]bool
+	// evicted: a flush failed, or may have, and what it lost may leave the page cache at any time.
+	evicted bool
 }
 
 func newDevice(content []byte) *device {
@@ -181,7 +183,11 @@ func (d *device) observe(off int64, got []byte) error {
 			}
 			return
 		}
-		for _, list := range [][][]byte{d.also[s], d.late[s]} {
+		lists := [][][]byte{d.also[s], d.late[s]}
+		if d.evicted {
+			lists = append(lists, d.older[s])
+		}
+		for _, list := range lists {
 			for _, x := range list {
 				if bytes.Equal(x[from:to], b) {
 					d.older[s] = put(d.older[s], d.sector(s))

@@ -583,5 +583,8 @@ func (w *world) opInject() {
 	w.logf("inject %+v", r)
 	w.count("inject")
 	w.faulty, w.again = true, r.Count != 1
+	for _, d := range w.devices() {
+		d.evicted = r.Op == faultfs.Fsync
+	}
 	w.must(w.fs.Add(r), "faultfs")
 }

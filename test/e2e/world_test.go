@@ -185,6 +185,7 @@ func (w *world) newView(offline bool) {
 		}
 		// The origin as it was when the answer came; a client alone can't tell it from a little earlier.
 		v.d = w.origin.clone()
+		v.d.evicted = w.origin.evicted
 	}
 	w.count("attach")
 	w.logf("snapshot %s, chunks of %s, limit %d, offline %v", v.name, chunk, v.size, offline)
@@ -211,6 +212,9 @@ func (w *world) start() {
 	s, err := serve(w.dir, args...)
 	w.must(err, "serve")
 	w.server, w.faulty = s, false
+	for _, d := range w.devices() {
+		d.evicted = false
+	}
 	w.count("lives")
 	w.logf("serve %s", strings.Join(args[1:], " "))
 	for _, v := range w.views {
