@@ -133,6 +133,14 @@ install: build man ## binary, man pages and completions under PREFIX (/usr/local
 	$(BIN) completion zsh > $(DESTDIR)$(PREFIX)/share/zsh/site-functions/_dmsnap
 	$(BIN) completion fish > $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/dmsnap.fish
 
+.PHONY: packages
+packages: ## tarballs, deb, rpm, bill of materials and checksums in dist/packages, reproducible; ARCHES="amd64 arm64 …"
+	GO="$(GO)" contrib/packages/build.sh
+
+.PHONY: test-packages
+test-packages: ## the deb of make packages installed, used and removed in a folder (as root)
+	contrib/packages/test.sh
+
 .PHONY: clean
 clean: ## remove what was built
 	rm -rf bin dist
