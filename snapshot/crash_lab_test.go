@@ -28,6 +28,8 @@ type lab struct {
 	watch  func(*moment) // nil: nobody looks
 	frozen *moment       // of the ledger's epoch
 
+	caches map[*blocktest.Crash]*blocktest.PageCache // over the disks; nil: there are none
+
 	inject *injection       // the fault tests' fault, or nil
 	sick   map[*labCOW]bool // disks and stores that something failed on for good; nil is the origin
 }
@@ -60,8 +62,15 @@ type labCOW struct {
 }
 
 // newLab makes an origin of so many sectors.
-func newLab(t *testing.T, sectors int) *lab {
-	l := &lab{t: t, sick: make(map[*labCOW]bool)}
+func newLab(t *testing.T, sectors int) *lab { return newLabWith(t, sectors, nil) }
+
+// newCachedLab makes an origin of so many sectors. Its disks are behind page caches.
+func newCachedLab(t *testing.T, sectors int) *lab {
+	return newLabWith(t, sectors, make(map[*blocktest.Crash]*blocktest.PageCache))
+}
+
+func newLabWith(t *testing.T, sectors int, caches map[*blocktest.Crash]*blocktest.PageCache) *lab {
+	l := &lab{t: t, sick: make(map[*labCOW]bool), caches: caches}
 	content := make([]stamp, sectors)
 	var disk []byte
 	for i := range content {
@@ -71,10 +80,23 @@ func newLab(t *testing.T, sectors int) *lab {
 	}
 	l.raw = newCells(content)
 	l.disk = l.power.NewCrash("ORIGIN", disk)
-	l.faulty = blocktest.NewFaulty(l.disk, func(op blocktest.Op) error { return l.decide(nil, op) })
+	l.faulty = l.open(nil, l.disk)
 	l.origin = snapshot.NewOrigin(l.faulty)
 	l.power.Observe(l.observe)
 	return l
+}
+
+// open returns a disk, the origin's or that of a COW device, as a file that fails as the test wants. Behind a page cache
+// it is the writing out that fails, during a flush.
+func (l *lab) open(c *labCOW, disk *blocktest.Crash) *blocktest.Faulty {
+	if l.caches == nil {
+		return blocktest.NewFaulty(disk, func(op blocktest.Op) error { return l.decide(c, op) })
+	}
+	l.caches[disk] = blocktest.NewPageCache(disk, func(op blocktest.Op) error {
+		op.Kind = blocktest.Flush
+		return l.decide(c, op)
+	})
+	return blocktest.NewFaulty(l.caches[disk].Open(), nil)
 }
 
 // cow adds a COW device of so many sectors: noise, behind a sector of zeros.
@@ -83,7 +105,7 @@ func (l *lab) cow(sectors int, o snapshot.Options) *labCOW {
 	content := blocktest.Pattern(sectors*sector, uint64(sectors))
 	clear(content[:sector])
 	c.disk = l.power.NewCrash(c.name, content)
-	c.faulty = blocktest.NewFaulty(c.disk, func(op blocktest.Op) error { return l.decide(c, op) })
+	c.faulty = l.open(c, c.disk)
 	c.opts.Notify = func(e snapshot.Event) {
 		if e.Kind == snapshot.EventInvalid && e.Err != nil {
 			c.marked = unmarkedBy(e.Err)

@@ -63,6 +63,7 @@ type injection struct {
 	disk int  // the number of the COW device, -1: the origin's disk
 	n    int  // the operation's number on that disk
 	all  bool // and all later ones
+	odd  bool // and of the later ones every second
 	err  error
 	keep bool  // the snapshots are protected (FullFail), and err is a lack of space
 	hits []hit // of the call under way
@@ -81,7 +82,7 @@ func (l *lab) decide(c *labCOW, op blocktest.Op) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	in := l.inject
-	if in == nil || c.number() != in.disk || op.N < in.n || !in.all && op.N > in.n {
+	if in == nil || c.number() != in.disk || op.N < in.n || !in.all && op.N > in.n && !(in.odd && (op.N-in.n)%2 == 0) {
 		return nil
 	}
 	in.took++
@@ -232,6 +233,11 @@ func (l *lab) withFault(c call, err error, hits []hit, before map[*labCOW]snapsh
 		want.lost = append(want.lost, o.lost...)
 		l.sick[h.cow] = l.sick[h.cow] || l.inject.keep || h.op.Kind == blocktest.Flush || h.op.Kind == blocktest.WriteDurable || c.kind == callBeginMerge || c.kind == callStep
 	}
+	if l.caches != nil && l.merged != nil && l.sick[l.merged] {
+		// What was written to its chunks and not flushed is gone when the store is loaded past the cache. Every later
+		// flush of the origin says so.
+		l.unacknowledge(l.raw)
+	}
 	var lost []*labCOW
 	for s, st := range before {
 		if s.snap == nil {
@@ -276,7 +282,7 @@ func (l *lab) mayFail(c call, sick map[*labCOW]bool) bool {
 	case c.on != nil && c.kind < callBeginMerge:
 		return sick[c.on]
 	case c.kind == callOriginWrite:
-		return l.merged != nil && (sick[l.merged] || sick[nil] && c.fua)
+		return sick[nil] && c.fua || l.merged != nil && sick[l.merged]
 	}
 	return sick[nil] || sick[c.on] || ofMerge
 }
