@@ -24,6 +24,7 @@ type File struct {
 	identity string
 	lock     LockMode
 	locked   bool
+	backing  int // descriptor that locks the file behind a loop device; -1: none
 	lockFD   int // whose locks are f's, when it is not fd; -1: none. See AllowWrites
 
 	// life is held for reading by each call that uses fd, and for writing by Close: a descriptor's
@@ -279,9 +280,11 @@ func (f *File) Close() error {
 	}
 	err := unix.Close(f.fd)
 	f.fd = -1
-	if f.lockFD >= 0 {
-		unix.Close(f.lockFD)
-		f.lockFD = -1
+	for _, fd := range []*int{&f.lockFD, &f.backing} {
+		if *fd >= 0 {
+			unix.Close(*fd)
+			*fd = -1
+		}
 	}
 	if err != nil {
 		return f.error("close", err)

@@ -16,6 +16,9 @@ import (
 type Options struct {
 	ReadOnly bool
 	Lock     LockMode
+	// Used lets a file be opened for writing that the kernel uses itself; see CheckUnused. What is mounted or held as
+	// a block special file is refused all the same.
+	Used bool
 }
 
 // Open opens a regular file or a block special file as a device. Anything else is an error that says
@@ -50,11 +53,17 @@ func Open(path string, o Options) (*File, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
 	}
-	f := &File{path: path, special: special, fd: fd, lockFD: -1}
+	f := &File{path: path, special: special, fd: fd, lockFD: -1, backing: -1}
 	f.readOnly.Store(o.ReadOnly)
 	if err := f.prepare(before, lock); err != nil {
 		unix.Close(fd)
 		return nil, err
+	}
+	if !o.ReadOnly && !o.Used {
+		if err := f.CheckUnused(); err != nil {
+			f.Close()
+			return nil, err
+		}
 	}
 	return f, nil
 }
@@ -94,7 +103,7 @@ func Create(path string, size int64) (*File, error) {
 	if err != nil {
 		return nil, &fs.PathError{Op: "create", Path: path, Err: err}
 	}
-	f := &File{path: path, fd: fd, lockFD: -1}
+	f := &File{path: path, fd: fd, lockFD: -1, backing: -1}
 	err = f.fill(size)
 	if err == nil {
 		return f, nil
@@ -150,9 +159,8 @@ func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
 		return f.error("open", errors.New("replaced by another file while it was being opened"))
 	}
 	f.block = SectorSize
-	f.identity = fmt.Sprintf("file %d:%d", st.Dev, st.Ino)
+	f.identity = identityOfStat(&st)
 	if f.special {
-		f.identity = fmt.Sprintf("block device %d:%d", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
 		n, err := unix.IoctlGetUint32(f.fd, unix.BLKSSZGET)
 		if err != nil {
 			return f.error("logical block size", err)
@@ -165,7 +173,9 @@ func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
 	}
 	f.size.Store(size)
 	f.lock = lock
-	f.locked, err = lockFile(f.fd, f.path, lock)
+	if f.locked, err = lockFile(f.fd, f.path, lock); err == nil && lock != LockNone && f.special {
+		f.backing, err = f.lockBacking(lock)
+	}
 	return err
 }
 
@@ -184,16 +194,12 @@ func (f *File) AllowWrites() error {
 	case f.lock != LockRead:
 		return f.error("open for writing", errors.New("it has no reader's lock that could become a writer's"))
 	}
-	if f.locked {
-		if err := upgradeLocks(f.fd, f.path); err != nil {
-			return err
-		}
+	if err := f.upgrade(); err != nil {
+		return err
 	}
 	fd, err := f.reopen()
 	if err != nil {
-		if f.locked {
-			releaseLocks(f.fd, writerLocks)
-		}
+		f.downgrade(f.fd)
 		return err
 	}
 	// The locks are the old descriptor's, and would go with it.
@@ -201,6 +207,32 @@ func (f *File) AllowWrites() error {
 	f.lock = LockWrite
 	f.readOnly.Store(false)
 	return nil
+}
+
+// upgrade makes the reader's locks a writer's.
+func (f *File) upgrade() error {
+	if f.locked {
+		if err := upgradeLocks(f.fd, f.path); err != nil {
+			return err
+		}
+	}
+	if f.backing >= 0 {
+		if err := upgradeLocks(f.backing, f.path); err != nil {
+			f.downgrade(f.fd)
+			return err
+		}
+	}
+	return nil
+}
+
+// downgrade takes upgrade back; fd has the file's locks.
+func (f *File) downgrade(fd int) {
+	if f.locked {
+		releaseLocks(fd, writerLocks)
+	}
+	if f.backing >= 0 {
+		releaseLocks(f.backing, writerLocks)
+	}
 }
 
 // DenyWrites takes AllowWrites back, for a file that was not written to since. On a file that is open for reading it
@@ -220,9 +252,7 @@ func (f *File) DenyWrites() error {
 	f.fd, f.lockFD = f.lockFD, -1
 	f.lock = LockRead
 	f.readOnly.Store(true)
-	if f.locked {
-		releaseLocks(f.fd, writerLocks)
-	}
+	f.downgrade(f.fd)
 	if err != nil {
 		return f.error("deny writes", err)
 	}

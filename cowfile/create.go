@@ -96,7 +96,7 @@ func Create(originPath, cowPath string, o Options) (c Created, err error) {
 		})
 	} else {
 		var cow *block.File
-		if cow, err = OpenDevice(cowPath, block.Options{}); err != nil {
+		if cow, err = OpenDevice(cowPath, block.Options{Used: o.Overwrite}); err != nil {
 			return c, err
 		}
 		err = o.makeStore(cow, cow, &c)

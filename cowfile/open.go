@@ -68,7 +68,7 @@ func CheckDifferent(originPath, cowPath string) error {
 		return err
 	}
 	defer c.Close()
-	if block.Same(o, c) {
+	if block.Overlap(o, c) {
 		return fmt.Errorf("%s: %w (%s)", cowPath, snapshot.ErrSameDevice, originPath)
 	}
 	return nil

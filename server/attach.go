@@ -110,7 +110,7 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 			return nil, undo, err
 		}
 	}
-	if cow, err = cowfile.OpenDevice(a.path, block.Options{ReadOnly: s.opts.ReadOnly}); err != nil {
+	if cow, err = cowfile.OpenDevice(a.path, block.Options{ReadOnly: s.opts.ReadOnly, Used: a.force}); err != nil {
 		return nil, undo, err
 	}
 	if a.store == snapshot.Transient {

@@ -65,6 +65,7 @@ var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
 // Options are how a disk is served. The zero value is usable.
 type Options struct {
 	ReadOnly bool              // open everything read-only; every export is
+	Force    bool              // serve an origin that the kernel uses, too: mounted, or held by another device
 	Raw      bool              // the origin's bytes are the disk, whatever they look like
 	Sync     snapshot.SyncMode // when a write to a snapshot is durable
 	OnFull   FullPolicy
@@ -142,6 +143,12 @@ func Open(path string, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
+	if !o.Force {
+		if err := f.CheckUnused(); err != nil {
+			f.Close()
+			return nil, err
+		}
+	}
 	var opts []snapshot.OriginOption
 	if o.Sync == snapshot.SyncFlush {
 		opts = append(opts, snapshot.WriteBack(writeBackLimit, writeBackDelay))
@@ -196,10 +203,16 @@ func (s *Server) ExportOrigin() error {
 // allowOriginWrites opens the origin for writing, unless the server is read-only. It fails while others use the origin.
 // mu is held.
 func (s *Server) allowOriginWrites() error {
-	if s.opts.ReadOnly {
+	if s.opts.ReadOnly || !s.file.ReadOnly() {
 		return nil
 	}
-	return block.WithPath(s.path, s.file.AllowWrites())
+	err := s.file.AllowWrites()
+	if err == nil && !s.opts.Force {
+		if err = s.file.CheckUnused(); err != nil {
+			err = errors.Join(err, s.file.DenyWrites())
+		}
+	}
+	return block.WithPath(s.path, err)
 }
 
 func nameTaken(name string) error {

@@ -74,8 +74,8 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 				return errors.New("with --control, one NAME at most")
 			case live.control != "" && (o.dryRun || o.undo != "" || o.raw):
 				return errors.New("--dry-run, --undo and --raw are for an offline merge")
-			case o.force && o.undo == "":
-				return errors.New("--force needs --undo FILE")
+			case live.control != "" && o.force:
+				return errors.New("--force is for an offline merge")
 			}
 			return nil
 		},
@@ -89,7 +89,7 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 	f := c.Flags()
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "tell what would be merged, write nothing")
 	f.StringVar(&o.undo, "undo", "", "keep what is overwritten in this store")
-	f.BoolVar(&o.force, "force", false, "replace FILE when it does not belong to this merge")
+	f.BoolVar(&o.force, "force", false, "replace FILE when it does not belong to this merge, and merge files that are mounted or held by other devices")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge live, in the server with this control socket")
@@ -104,7 +104,7 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun}, o.raw)
+	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun, Used: o.force}, o.raw)
 	if err != nil {
 		return err
 	}

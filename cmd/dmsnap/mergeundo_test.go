@@ -108,7 +108,7 @@ func TestMergeUndoRefuses(t *testing.T) {
 	dmsnap("merge", p.origin, p.cow, "--undo", undo, "--force").wantRefused(t, undo, "in use")
 	wantSame(t, p.dir, files)
 	held.Close()
-	dmsnap("merge", p.origin, p.cow, "--force").wantRefused(t, "--force needs --undo")
+	dmsnap("merge", "--control", p.dir, "--force").wantRefused(t, "offline")
 	dmsnap("merge", "--control", "socket", "--undo", undo).wantRefused(t, "offline")
 
 	// With --force it is replaced; what belongs to the merge is not, even then.

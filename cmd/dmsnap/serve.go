@@ -107,7 +107,7 @@ merge.`,
 	f.UintVar(&o.maxConnections, "max-connections", 0, "turn clients away beyond so many (default: no limit)")
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "hang up on clients that ask nothing for so long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
-	f.BoolVar(&o.force, "force", false, "make missing stores and scratch space over whatever the COW devices hold, and serve an origin that is too short for its store")
+	f.BoolVar(&o.force, "force", false, "make missing stores and scratch space over whatever the COW devices hold, and serve an origin that is too short for its store, or files that are mounted or held by other devices")
 	addRaw(f, &o.raw)
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
@@ -248,7 +248,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 
 // open opens the origin. The caller closes the server.
 func (o *serveOptions) open(originPath string, log func(string)) (s *server.Server, err error) {
-	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log,
+	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
 	if o.certificates != "" {
