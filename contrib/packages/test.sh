@@ -10,10 +10,11 @@ done
 deb=$(ls dist/packages/dmsnap_*_"$(dpkg --print-architecture)".deb)
 root=$(mktemp -d)
 trap 'rm -rf "$root"' EXIT
-mkdir -p "$root"/{bin,tmp,var/lib/dpkg/{updates,info},usr/bin}
+mkdir -p "$root"/{bin,dev,tmp,var/lib/dpkg/{updates,info},usr/bin}
 touch "$root"/var/lib/dpkg/{status,available}
 cp "$(command -v busybox)" "$root/bin/busybox"
 ln -s busybox "$root/bin/sh"
+mknod -m 666 "$root/dev/null" c 1 3
 
 dpkg --root="$root" --force-not-root -i "$deb" 2>&1 || { echo "the package does not install"; exit 1; }
 run() { chroot "$root" /usr/bin/dmsnap "$@"; }
@@ -36,6 +37,7 @@ run export /tmp/disk.img /tmp/disk.cow /tmp/out.img
 cmp "$root/tmp/disk.img" "$root/tmp/out.img"
 
 dpkg --root="$root" --force-not-root --purge dmsnap
+mkdir -p "$root/usr"
 left=$(find "$root/usr" -type f)
 [[ -z $left ]] || { echo "left behind: $left"; exit 1; }
 echo "$(basename "$deb"): installed, used, removed"
