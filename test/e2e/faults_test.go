@@ -4,8 +4,10 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
@@ -101,6 +103,228 @@ func TestCOWFlushAlwaysFails(t *testing.T) {
 				r.rightOrInvalid("v", r.past(size))
 				if flushed {
 					r.originHolds(fill('B', 8192), 0)
+				}
+			})
+		}
+	}
+}
+
+// that is not on the disk: it does not let the origin change before the mark is.
+func TestMarkOnlyInThePageCache(t *testing.T) {
+	const size = 256 << 10
+	for _, policy := range []string{"fail", "pause"} {
+		t.Run(policy, func(t *testing.T) {
+			r := newRig(t, size, size, "v")
+			r.serve([]string{"v"}, "--on-full", policy)
+			o := r.dial("origin")
+			r.inject(faultfs.Rule{Op: faultfs.Fsync, File: "v.cow", Errno: eio})
+			o.write(0, fill('B', 8192), 0)
+			o.flush()
+			r.kill()
+			r.must(r.fs.Clear())
+			r.serve([]string{"v"}, "--on-full", policy)
+			o = r.dial("origin")
+			o.write(65536, fill('C', 8192), 0)
+			flushed := o.flush() == nil
+			r.cut(1)
+			r.rightOrInvalid("v", r.past(size))
+			if flushed {
+				r.originHolds(fill('C', 8192), 65536)
+			}
+		})
+	}
+}
+
+// what was acknowledged is written once there is room.
+func TestOriginWithoutRoom(t *testing.T) {
+	const size, full = 4 << 20, 64 << 10
+	for _, what := range []string{"wait", "term", "drop", "attach", "attach existing", "merge"} {
+		t.Run(what, func(t *testing.T) {
+			r := newRig(t, size, full, "v", "w", "y")
+			r.serve([]string{"v", "w"})
+			o, v := r.dial("origin"), r.dial("v")
+			r.must(v.write(0, fill('V', 4096), 0))
+			r.must(v.flush())
+			shows := r.past(full)
+			copy(shows, fill('V', 4096))
+			r.must(r.fs.Folder("o", full+128<<10))
+			written := int64(full)
+			for ; written < size; written += 64 << 10 {
+				if err := o.write(written, fill('B', 64<<10), 0); errors.Is(err, nbdError(nbdENOSPC)) {
+					break
+				} else {
+					r.must(err)
+				}
+				if o.flush() != nil {
+					written += 64 << 10
+					break
+				}
+			}
+			if written == size {
+				t.Fatal("there was room for all")
+			}
+			if b, err := o.read(full, 64<<10); err != nil || !bytes.Equal(b, fill('B', 64<<10)) {
+				t.Errorf("what was acknowledged is not read (%v)", err)
+			}
+			want := r.past(full)
+			status := []int{2}
+			switch what {
+			case "wait":
+				r.must(r.fs.Folder("o", 0))
+				r.must(o.flush())
+				r.originHolds(fill('B', int(written-full)), full)
+				status = []int{0}
+			case "drop":
+				err := r.s.api("DELETE", "snapshots/w", nil, nil)
+				t.Log("drop:", err)
+			case "attach":
+				err := r.s.api("POST", "snapshots", map[string]any{"name": "x", "cow": r.cow("x"), "create": true}, nil)
+				if _, missing := os.Stat(r.cow("x")); (err == nil) != (missing == nil) {
+					t.Errorf("attach: %v; the file: %v", err, missing)
+				}
+			case "attach existing":
+				err := r.s.api("POST", "snapshots", map[string]any{"name": "y", "cow": r.cow("y")}, nil)
+				t.Log("attach:", err)
+				if !r.validOnDisk("y") {
+					t.Error("a refused attach made a sound store invalid")
+				}
+			case "merge":
+				err := r.merge("v")
+				t.Log("merge:", err)
+				v.net.SetDeadline(time.Now().Add(5 * time.Second))
+				if b, err := r.dial("v").read(0, 4096); err != nil || !bytes.Equal(b, fill('V', 4096)) {
+					t.Errorf("read of the snapshot whose merge was refused: %v", err)
+				}
+				r.must(r.fs.Folder("o", 0))
+				if err == nil {
+					r.s.api("POST", "merge/resume", nil, nil)
+					if m := r.mergeState("20"); m.State != "done" {
+						t.Errorf("with room the merge is %+v", m)
+					}
+					r.terminate(0)
+					return
+				}
+				r.must(o.flush())
+				if b, err := r.dial("v").read(0, 4096); err != nil || !bytes.Equal(b, fill('V', 4096)) {
+					t.Errorf("read of the snapshot whose merge was refused: %v", err)
+				}
+				status = []int{0}
+			}
+			if st := r.state("v"); st.State != "ok" {
+				t.Errorf("v is %q", st.State)
+			}
+			r.terminate(status...)
+			for _, name := range []string{"v", "w"} {
+				if !r.validOnDisk(name) {
+					t.Errorf("%s was made invalid by the origin's lack of room", name)
+				}
+				r.run(0, "check", r.cow(name))
+			}
+			if got := r.shown("v"); !bytes.Equal(got, shows) {
+				t.Error("v shows something else")
+			}
+			if got := r.shown("w"); what != "drop" && !bytes.Equal(got, want) {
+				t.Error("w shows something else")
+			}
+		})
+	}
+}
+
+// A COW device without room for its slots costs no other snapshot anything.
+func TestLackOfRoomHasOneVictim(t *testing.T) {
+	const size = 256 << 10
+	r := newRig(t, size, size, "v", "w")
+	r.serve([]string{"v", "w"})
+	o := r.dial("origin")
+	r.inject(faultfs.Rule{Op: faultfs.Fsync, File: "w.cow", Errno: enospc})
+	o.write(0, fill('B', 8192), 0)
+	time.Sleep(300 * time.Millisecond) // it would be written out by itself
+	o.flush()
+	if st := r.state("v"); st.State != "ok" {
+		t.Errorf("v is %q", st.State)
+	}
+	err := r.s.api("DELETE", "snapshots/v", nil, nil)
+	t.Log("drop v:", err)
+	if !r.validOnDisk("v") {
+		t.Error("v is invalid")
+	}
+	r.run(0, "check", r.cow("v"))
+	r.kill()
+	r.must(r.fs.Clear())
+	r.rightOrInvalid("w", r.past(size))
+}
+
+// The flush that clears merged slots fails once. A merge that is "done" afterwards is done on the disk too.
+func TestMergeThatIsDoneIsDurable(t *testing.T) {
+	const size, part = 256 << 10, 64 << 10
+	for skip := range 4 {
+		t.Run(fmt.Sprint(skip), func(t *testing.T) {
+			r := newRig(t, size, size, "v")
+			r.serve([]string{"v"})
+			v := r.dial("v")
+			r.must(v.write(0, fill('V', part), 0))
+			r.must(v.flush())
+			r.inject(faultfs.Rule{Op: faultfs.Fsync, File: "v.cow", Errno: eio, Count: 1, Skip: skip})
+			var m mergeStatus
+			if err := r.merge("v"); err != nil {
+				t.Log("refused:", err)
+			} else if m = r.mergeState("10"); m.State == "failed" {
+				r.s.api("POST", "merge/resume", nil, nil)
+				m = r.mergeState("10")
+			}
+			merged := r.past(size)
+			copy(merged, fill('V', part))
+			if m.State != "done" {
+				r.cut(uint64(skip))
+				if got := r.shown("v"); !bytes.Equal(got, merged) {
+					t.Error("the merge is not done, and the snapshot shows something else")
+				}
+				return
+			}
+			r.must(r.s.api("DELETE", "snapshots/v", nil, nil))
+			o := r.dial("origin")
+			r.must(o.write(0, fill('N', part), flagFUA))
+			r.must(o.flush())
+			r.cut(uint64(skip))
+			r.originHolds(fill('N', part), 0)
+			// As docs/recovery.md has it, after a merge of which it is not known whether it was complete.
+			r.run(0, "merge", r.origin, r.cow("v"))
+			r.originHolds(fill('N', part), 0)
+		})
+	}
+}
+
+// it is not believed: the next process overwrites the origin, flushes, and loses its power.
+func TestPageCacheAfterAFailedFlush(t *testing.T) {
+	const size = 256 << 10
+	for skip := range 3 {
+		for _, sync := range []string{"flush", "always"} {
+			t.Run(fmt.Sprint(skip, sync), func(t *testing.T) {
+				r := newRig(t, size, size, "v")
+				r.serve([]string{"v"}, "--sync", sync)
+				r.inject(faultfs.Rule{Op: faultfs.Fsync, File: "v.cow", Errno: eio, Count: 1, Skip: skip, Hang: true})
+				o := r.dial("origin")
+				_, err := o.send(cmdWrite, flagFUA, 16384, 16384, fill('B', 16384))
+				r.must(err)
+				for late := time.Now().Add(time.Second); time.Now().Before(late); time.Sleep(5 * time.Millisecond) {
+					if n, err := r.fs.Hanging(); err != nil || n > 0 {
+						break
+					}
+				}
+				r.s.cmd.Process.Kill()
+				time.Sleep(20 * time.Millisecond) // the kill is on its way before the flush ends
+				r.must(r.fs.Release())
+				r.kill()
+				r.must(r.fs.Clear())
+				r.serve([]string{"v"}, "--sync", sync)
+				o = r.dial("origin")
+				// Nothing but what the store has exceptions for: no slot is written, so nothing is dirty by itself.
+				err = o.write(16384, fill('C', 16384), 0)
+				flushed := err == nil && o.flush() == nil
+				r.cut(uint64(skip))
+				r.rightOrInvalid("v", r.past(size))
+				if flushed {
+					r.originHolds(fill('C', 16384), 16384)
 				}
 			})
 		}

@@ -235,6 +235,9 @@ func (d *device) found(got []byte, other *device, durable bool) error {
 		list := d.possible(s)
 		if other != nil {
 			list = append(list, other.possible(s)...)
+			if other.doubted[s] {
+				d.doubted[s] = true
+			}
 		}
 		if !slices.ContainsFunc(list, func(x []byte) bool { return bytes.Equal(x, b) }) {
 			return d.wrong(s, b, d.sector(s), len(list)-1)

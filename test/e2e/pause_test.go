@@ -2,9 +2,12 @@ package e2e_test
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"testing"
 	"time"
+
+	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
 
 // A merge that is refused leaves the policy as it was.
@@ -201,4 +204,50 @@ func TestPausedRewriteOfTrimmedChunk(t *testing.T) {
 	}
 	r.terminate(0)
 	r.run(0, "check", r.cow("v"))
+}
+
+// says that it failed.
+func TestAreaWriteWithoutRoom(t *testing.T) {
+	const size = 1 << 20
+	for _, op := range []faultfs.Op{faultfs.Write, faultfs.Fsync} {
+		for skip := range 3 {
+			t.Run(fmt.Sprint(op, skip), func(t *testing.T) {
+				r := newRig(t, size, size, "v")
+				r.serve([]string{"v"}, "--on-full", "pause")
+				c := r.dial("v")
+				r.must(c.write(0, fill('a', 4096), 0))
+				r.must(c.flush())
+				want := r.past(size)
+				copy(want, fill('a', 4096))
+				r.inject(faultfs.Rule{Op: op, File: "v.cow", Errno: enospc, Count: 1, Skip: skip})
+				var last error
+				for i := int64(1); i < 4; i++ {
+					_, err := c.send(cmdWrite, 0, i*8192, 4096, fill('b', 4096))
+					r.must(err)
+					a, err := c.receive(10 * time.Second)
+					if err != nil {
+						t.Fatalf("a write waits though there is room; the snapshot is %+v", r.state("v"))
+					}
+					if a.err == nil {
+						copy(want[i*8192:], fill('b', 4096))
+					}
+					last = a.err
+					_, err = c.send(cmdFlush, 0, 0, 0, nil)
+					r.must(err)
+					if a, err = c.receive(10 * time.Second); err != nil {
+						t.Fatalf("a flush waits though there is room; the snapshot is %+v", r.state("v"))
+					}
+					last = errors.Join(last, a.err)
+				}
+				if st := r.state("v"); last != nil && st.State == "ok" {
+					t.Errorf("writes fail (%v), and the snapshot is %q", last, st.State)
+				}
+				r.terminate(0, 2)
+				if last == nil {
+					r.rightOrInvalid("v", want)
+				}
+				r.run(0, "check", "--level", "error", r.cow("v"))
+			})
+		}
+	}
 }
