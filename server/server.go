@@ -30,6 +30,8 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"runtime"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -325,6 +327,7 @@ func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) 
 	if err := snap.Resume(); err != nil {
 		return nil, errors.Join(err, snap.Close())
 	}
+	releaseLoaded(snap)
 	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap}
 	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
 		ReadOnly: s.opts.ReadOnly, CanTrim: true, MultiConn: true,
@@ -342,6 +345,18 @@ func eventText(e snapshot.Event) string {
 		return e.Text + " Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
 	}
 	return e.Text
+}
+
+// largeStore is the number of exceptions from which loading a store leaves tens of MB of garbage behind.
+const largeStore = 1 << 20
+
+// releaseLoaded gives the memory back that only loading a large store needed. The runtime would keep it for minutes:
+// 22.6 bytes an exception are resident instead of 12.5 (docs/benchmarks.md), 80 MB instead of 12 for 4 M sequential ones.
+func releaseLoaded(snap *snapshot.Snapshot) {
+	if snap.Status().Exceptions >= largeStore {
+		runtime.GC() // buffers kept in pools outlive one collection
+		debug.FreeOSMemory()
+	}
 }
 
 // description describes an export to its clients, in UTF-8 and as long as NBD allows.
