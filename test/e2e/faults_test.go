@@ -330,3 +330,46 @@ func TestPageCacheAfterAFailedFlush(t *testing.T) {
 		}
 	}
 }
+
+// A flush fails once in a live merge: resuming completes it, or the message says what does. Nothing is lost.
+func TestMergeWhoseFlushFailsOnce(t *testing.T) {
+	const size, part = 256 << 10, 64 << 10
+	for _, file := range []string{"disk", "v.cow"} {
+		for skip := range 3 {
+			t.Run(fmt.Sprint(file, skip), func(t *testing.T) {
+				r := newRig(t, size, size, "v")
+				r.serve([]string{"v"})
+				v := r.dial("v")
+				r.must(v.write(0, fill('V', part), 0))
+				r.must(v.flush())
+				merged := r.past(size)
+				copy(merged, fill('V', part))
+				r.inject(faultfs.Rule{Op: faultfs.Fsync, File: file, Errno: eio, Count: 1, Skip: skip})
+				refused := r.merge("v")
+				var m mergeStatus
+				if refused == nil {
+					if m = r.mergeState("10"); m.State == "failed" {
+						r.s.api("POST", "merge/resume", nil, nil)
+						m = r.mergeState("10")
+					}
+					if m.State != "done" && !strings.Contains(m.Error, "opened again") {
+						t.Errorf("resume does not help, and nothing says what does: %+v", m)
+					}
+				}
+				c := r.dial("v")
+				if b, err := c.read(0, size); err != nil || !bytes.Equal(b, merged) {
+					t.Errorf("the snapshot shows something else (%v)", err)
+				}
+				r.terminate(0, 2)
+				if refused != nil && !r.validOnDisk("v") {
+					return // the snapshot's own flush failed before the merge began
+				}
+				if m.State != "done" {
+					r.run(0, "merge", r.origin, r.cow("v"))
+				}
+				r.originHolds(merged, 0)
+				r.run(0, "check", r.cow("v"))
+			})
+		}
+	}
+}
