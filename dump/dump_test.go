@@ -253,7 +253,7 @@ func TestSyntaxErrors(t *testing.T) {
 		head + "byte 0x10: " + strings.Repeat("00", 33): "1 to 32 bytes",
 		head + "byte 10: 00":                            "line 7: bytes are written like",
 		head + "header magic 1\n":                       "line 7: 2 words, want 8",
-		head + "chunk-sectors 3\n":                      "line 7: Chunk size is not a power of 2",
+		head + "chunk-sectors 3\n":                      "line 7: chunk size is not a power of two",
 		head + "end\nmore\n":                            "line 8: something follows",
 		head + strings.Repeat("#", 2000) + "\n":         "line 7: more than 1024 bytes",
 		"dmsnap store 1\nsize 65536\narea 0\n":          "line 3: an area, and no chunk size",

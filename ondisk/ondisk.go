@@ -143,11 +143,11 @@ type CorruptError struct {
 
 func (e *CorruptError) Error() string { return e.Place + ": " + e.What }
 
-// The kernel's reasons for refusing a chunk size (specification 2.3).
+// Why a chunk size is refused, for the reasons that the kernel has (specification 2.3).
 var (
-	ErrChunkNotPowerOf2 = errors.New("Chunk size is not a power of 2")
-	ErrChunkNotBlocks   = errors.New("Chunk size is not a multiple of device blocksize")
-	ErrChunkTooHigh     = errors.New("Chunk size is too high")
+	ErrChunkNotPowerOf2 = errors.New("chunk size is not a power of two")
+	ErrChunkNotBlocks   = errors.New("chunk size is not a multiple of the device's block size")
+	ErrChunkTooHigh     = errors.New("chunk size is too large")
 )
 
 // CheckChunkSectors reports why sectors can't be a chunk size, in the kernel's order: 0 is no power of

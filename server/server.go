@@ -341,8 +341,8 @@ func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) 
 
 // eventText is a line of the log: the kernel's words, with the cause where they don't say it.
 func eventText(e snapshot.Event) string {
-	if e.Err != nil && (e.Kind == snapshot.EventInvalid || e.Kind == snapshot.EventFull) {
-		return e.Text + " Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
+	if e.Err != nil && (e.Kind == snapshot.EventInvalid || e.Kind == snapshot.EventFull || e.Kind == snapshot.EventMergeFailed) {
+		return strings.TrimSuffix(e.Text, ".") + ". Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
 	}
 	return e.Text
 }

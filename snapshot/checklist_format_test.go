@@ -172,8 +172,8 @@ func TestC014OtherVersions(t *testing.T) {
 }
 
 func TestC015ChunkSizesOnDisk(t *testing.T) {
-	for chunk, why := range map[uint32]string{0: "power of 2", 7: "power of 2", 24: "power of 2", 4194304: "too high"} {
-		refuses(t, setHeader(image(8, 1024), 3, chunk), fmt.Sprintf("invalid on-disk chunk size %d: Chunk size is ", chunk))
+	for chunk, why := range map[uint32]string{0: "power of two", 7: "power of two", 24: "power of two", 4194304: "too large"} {
+		refuses(t, setHeader(image(8, 1024), 3, chunk), fmt.Sprintf("invalid on-disk chunk size %d: chunk size is ", chunk))
 		refuses(t, setHeader(image(8, 1024), 3, chunk), why)
 	}
 }

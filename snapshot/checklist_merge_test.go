@@ -23,7 +23,7 @@ func mergeOf(t *testing.T, img []byte, originSectors int64) (*rig, *cow, *snapsh
 	t.Helper()
 	r := newRig(t, originSectors)
 	c := r.cowOf("COW", img)
-	m, err := r.origin.LoadMerge(c.dev, snapshot.Options{})
+	m, err := r.origin.LoadMerge(c.dev, snapshot.Options{Notify: r.tell})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -516,8 +516,9 @@ func TestC106COWReadErrorWhileMerging(t *testing.T) {
 	want := readAll(t, r.origin)
 	c.faults.Set(failing(blocktest.Read, 72, 16))
 	failedStep(t, r, c, m)
-	if got := r.events; len(got) != 0 {
-		t.Errorf("events %v", got) // this merge has no Notify
+	// The event has the kernel's log line, the error has the cause.
+	if got := r.events; len(got) != 1 || got[0].Text != "Read error: shutting down merge" || !errors.Is(got[0].Err, errDisk) {
+		t.Errorf("events %v", got)
 	}
 	wantRead(t, r.memory, 320, r.old(320, 16))
 	c.faults.Set(nil)

@@ -9,13 +9,13 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// The errors of handover and merge, in the kernel's words (specification 5.12).
+// The errors of handover and merge (specification 5.12).
 var (
-	ErrPairing           = errors.New("Snapshot cow pairing for exception table handover failed")
-	ErrAlreadyMerging    = errors.New("A snapshot is already merging.")
-	ErrResumeSource      = errors.New("Unable to resume snapshot source until handover completes.")
-	ErrSourceRunning     = errors.New("Unable to perform snapshot handover until source is suspended.")
-	ErrHandoverCancelled = errors.New("Cancelling snapshot handover.")
+	ErrPairing           = errors.New("the COW device is in use by another snapshot, or another handover of its store is waiting")
+	ErrAlreadyMerging    = errors.New("a snapshot is already merging")
+	ErrResumeSource      = errors.New("the source of a handover can't be resumed before the handover is complete")
+	ErrSourceRunning     = errors.New("the source of the handover is not suspended")
+	ErrHandoverCancelled = errors.New("the handover was cancelled")
 )
 
 // handoverSource returns the active snapshot whose store a newly loaded table with the same COW device
@@ -47,7 +47,7 @@ func (o *Origin) canActivate() error {
 	if o.merging.Load() == nil {
 		return nil
 	}
-	return fmt.Errorf("%w A snapshot made before the merge is complete would show a mixture of old and new content", ErrAlreadyMerging)
+	return fmt.Errorf("%w: a snapshot made before the merge is complete would show a mixture of old and new content", ErrAlreadyMerging)
 }
 
 // drained: the store was given away. handsOver: somebody waits for it. Both with life or origin.mu held.
@@ -152,11 +152,11 @@ func (s *Snapshot) cancelHandover() {
 	if d := s.destination; d != nil {
 		d.source, s.destination = nil, nil
 		d.invalid.Store(true)
-		notify(d.opts, Event{Kind: EventHandoverCancelled, Text: ErrHandoverCancelled.Error()})
+		notify(d.opts, Event{Kind: EventHandoverCancelled, Text: "Cancelling snapshot handover."})
 	}
 	if m := s.mergeWaits; m != nil {
 		m.source, s.mergeWaits = nil, nil
-		notify(m.opts, Event{Kind: EventHandoverCancelled, Text: ErrHandoverCancelled.Error()})
+		notify(m.opts, Event{Kind: EventHandoverCancelled, Text: "Cancelling snapshot handover."})
 	}
 }
 

@@ -15,7 +15,7 @@ import (
 )
 
 // ErrMergeFailed reports a step of a merge that failed, and writes that were held back by it.
-var ErrMergeFailed = errors.New("Merge failed")
+var ErrMergeFailed = errors.New("merge failed")
 
 // ErrReopen reports a merge that can't go on with the devices as they are: a flush of one of them failed, and it fails
 // every later one (see block.Device). The merge goes on, with nothing lost but what was not flushed, once the devices
@@ -199,7 +199,7 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	m.origin.mu.RLock()
 	defer m.origin.mu.RUnlock()
 	if err := m.reload(); err != nil {
-		return 0, m.fail(err)
+		return 0, m.fail(storeReadError, err)
 	}
 	st := m.store.Load()
 	if err := st.Err(); err != nil {
@@ -207,12 +207,12 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	window, err := lastWindow(st, max)
 	if err != nil {
-		return 0, m.fail(fmt.Errorf("Read error in exception store: shutting down merge: %w", err))
+		return 0, m.fail(storeReadError, fmt.Errorf("read the last exceptions: %w", err))
 	}
 	merged = uint64(len(window))
 	if merged == 0 {
 		if err := m.complete(st); err != nil {
-			return 0, m.fail(fmt.Errorf("Write error in exception store: shutting down merge: %w", err))
+			return 0, m.fail(storeWriteError, fmt.Errorf("make the end of the merge durable: %w", err))
 		}
 		m.failed.Store(false)
 		return 0, nil
@@ -224,7 +224,7 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 			if waitsForRoom(err) {
 				return 0, err
 			}
-			return 0, m.fail(err)
+			return 0, m.fail(writeError, err)
 		}
 	}
 	spans := make([]gate.Span, len(runs))
@@ -233,8 +233,8 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	owned := m.gate.Own(spans...)
 	defer owned.Release()
-	if err := m.mergeWindow(st, runs, window); err != nil {
-		return 0, m.fail(err)
+	if line, err := m.mergeWindow(st, runs, window); err != nil {
+		return 0, m.fail(line, err)
 	}
 	m.failed.Store(false)
 	return merged, nil
@@ -249,22 +249,23 @@ func (m *Merging) complete(st *store.Store) error {
 	return m.flush()
 }
 
-// mergeWindow copies the runs and drops their exceptions, the window, which is owned.
-func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) error {
+// mergeWindow copies the runs and drops their exceptions, the window, which is owned. With an error comes the line of
+// its event.
+func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) (line string, err error) {
 	if err := m.copyWindow(st.Layout(), runs); err != nil {
 		var ce *block.CopyError
 		if errors.As(err, &ce) && ce.Op == "read" {
-			return fmt.Errorf("Read error: shutting down merge: %w", err)
+			return readError, err
 		}
-		return fmt.Errorf("Write error: shutting down merge: %w", err)
+		return writeError, err
 	}
 	if err := m.origin.dev.Flush(); err != nil {
-		return fmt.Errorf("Flush after merge failed: shutting down merge: %w", err)
+		return flushError, fmt.Errorf("flush the origin: %w", err)
 	}
 	if err := st.DropLast(window); err != nil {
-		return fmt.Errorf("Write error in exception store: shutting down merge: %w", err)
+		return storeWriteError, fmt.Errorf("clear the slots of merged chunks: %w", err)
 	}
-	return nil
+	return "", nil
 }
 
 // originRange is where a run goes: cut at the origin's end, which the last chunk may overlap.
@@ -317,15 +318,24 @@ func (m *Merging) reload() error {
 	return nil
 }
 
-// fail makes the merge a failed one.
-func (m *Merging) fail(err error) error {
+// What the kernel logs when a merge step fails: the texts of EventMergeFailed.
+const (
+	readError       = "Read error: shutting down merge"
+	writeError      = "Write error: shutting down merge"
+	flushError      = "Flush after merge failed: shutting down merge"
+	storeReadError  = "Read error in exception store: shutting down merge"
+	storeWriteError = "Write error in exception store: shutting down merge"
+)
+
+// fail marks the merge as failed because of err. line is the text of the event.
+func (m *Merging) fail(line string, err error) error {
 	m.failed.Store(true)
 	m.failures.Add(1)
 	err = fmt.Errorf("%w: %w", ErrMergeFailed, err)
 	if m.origin.dev.Flush() != nil || m.cow.Flush() != nil {
 		err = fmt.Errorf("%w; %w", err, ErrReopen)
 	}
-	notify(m.opts, Event{Kind: EventMergeFailed, Text: err.Error(), Err: err})
+	notify(m.opts, Event{Kind: EventMergeFailed, Text: line, Err: err})
 	return err
 }
 

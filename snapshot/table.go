@@ -22,17 +22,17 @@ const (
 // String returns "P", "PO" or "N".
 func (t StoreType) String() string { return [...]string{"P", "PO", "N"}[t] }
 
-// The errors of table lines and loading, in the kernel's words (specification 5.1).
+// The errors of table lines and loading (specification 5.1).
 var (
-	ErrStoreType       = errors.New("Exception store type is not P or N")
-	ErrArguments       = errors.New("requires 4 or more arguments")
-	ErrOriginArguments = errors.New("origin: incorrect number of arguments")
-	ErrFeatureCount    = errors.New("Invalid number of feature arguments")
-	ErrFeature         = errors.New("Unrecognised feature requested")
-	ErrPassdown        = errors.New("discard_passdown_origin feature depends on discard_zeroes_cow")
-	ErrChunkSize       = errors.New("Invalid chunk size")
-	ErrChunkNotSet     = errors.New("Chunk size not set")
-	ErrSameDevice      = errors.New("COW device cannot be the same as origin device")
+	ErrStoreType       = errors.New("exception store type is not P or N")
+	ErrArguments       = errors.New("a snapshot table requires 4 or more arguments")
+	ErrOriginArguments = errors.New("a snapshot-origin table requires one argument")
+	ErrFeatureCount    = errors.New("invalid number of feature arguments")
+	ErrFeature         = errors.New("unknown feature")
+	ErrPassdown        = errors.New("feature discard_passdown_origin requires discard_zeroes_cow")
+	ErrChunkSize       = errors.New("invalid chunk size")
+	ErrChunkNotSet     = errors.New("chunk size is not set")
+	ErrSameDevice      = errors.New("the COW device is the origin device")
 )
 
 // ParseStoreType reads the third argument of a snapshot table: the first letter decides, in either
@@ -47,7 +47,7 @@ func ParseStoreType(s string) (StoreType, error) {
 	case u == "P":
 		return Persistent, nil
 	case strings.HasPrefix(u, "P"):
-		return 0, fmt.Errorf("Unsupported persistent store option: %s", s[1:])
+		return 0, fmt.Errorf("unknown option %q of a persistent store", s[1:])
 	}
 	return 0, ErrStoreType
 }

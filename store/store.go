@@ -67,7 +67,7 @@ var (
 	ErrOriginTooSmall = errors.New("origin is too small")
 
 	// ErrNoMerge reports a store that can't be merged: a transient one.
-	ErrNoMerge = errors.New("Snapshot exception store does not support snapshot-merge.")
+	ErrNoMerge = errors.New("a transient exception store can't be merged")
 )
 
 // position is where the next exception goes: the kernel's current_area and current_committed.

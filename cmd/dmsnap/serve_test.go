@@ -115,7 +115,7 @@ func TestServeStatus(t *testing.T) {
 	r := start(t, p, serveOptions{exportOrigin: true}, "odd & ends="+p.cow)
 	got := mustJSON[api.Status](t, "status", "--control", r.control)
 	socket := "?socket=" + filepath.Join(p.dir, "nbd.sock")
-	want := api.Origin{Path: p.origin, SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket}
+	want := api.Origin{Path: p.origin, SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket, State: "ok"}
 	if got.Origin != want || got.Merge != nil || len(got.Snapshots) != 1 {
 		t.Fatalf("status %+v", got)
 	}
@@ -354,7 +354,7 @@ func TestLiveMergeRefusals(t *testing.T) {
 	scratch := filepath.Join(p.dir, "scratch")
 	r = start(t, p, serveOptions{create: true, store: storeFlag{snapshot.Transient}}, scratch)
 	writeAt(t, r.dev("scratch"), []byte("gone tomorrow"), 0)
-	dmsnap("merge", "--control", r.control, "scratch").wantRefused(t, "does not support snapshot-merge")
+	dmsnap("merge", "--control", r.control, "scratch").wantRefused(t, "a transient exception store can't be merged")
 	if got := readAll(t, r.dev("scratch")); string(got[:13]) != "gone tomorrow" || !bytes.Equal(got[13:], p.content[13:]) {
 		t.Error("after the refused merge the snapshot shows something else")
 	}

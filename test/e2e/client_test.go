@@ -335,11 +335,5 @@ func (c *conn) flush() error {
 	return err
 }
 
-// close says goodbye; the server finishes what is under way first.
-func (c *conn) close() {
-	c.net.Write(encode(cmdDisc, 0, 0, 0, 0, nil))
-	c.net.Close()
-}
-
-// kill vanishes.
+// kill closes the connection without NBD_CMD_DISC.
 func (c *conn) kill() { c.net.Close() }

@@ -9,7 +9,6 @@ import (
 	"slices"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
@@ -177,21 +176,6 @@ func (r *rig) originHolds(want []byte, off int64) {
 func (r *rig) inject(rule faultfs.Rule) {
 	r.t.Helper()
 	r.must(r.fs.Add(rule))
-}
-
-// hangs waits until a call hangs.
-func (r *rig) hangs() {
-	r.t.Helper()
-	for late := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		n, err := r.fs.Hanging()
-		r.must(err)
-		if n > 0 {
-			return
-		}
-		if time.Now().After(late) {
-			r.t.Fatal("no call hangs")
-		}
-	}
 }
 
 // merge starts a live merge.
