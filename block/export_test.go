@@ -16,3 +16,8 @@ func (f *File) Forget(lacking ...ability) {
 
 // Synced runs a call as Flush and WriteDurableAt do.
 func (f *File) Synced(call func() error) error { return f.synced(call) }
+
+// WriteDurableBy is WriteDurableAt with another system call that writes durably.
+func (f *File) WriteDurableBy(p []byte, off int64, dsync func([]byte, int64) (int, error)) error {
+	return f.writeDurable(p, off, dsync)
+}

@@ -152,28 +152,56 @@ func (f *File) BeginFlush(off, n int64) {
 }
 
 // WriteDurableAt writes p at off and returns when it is durable, by one system call where kernel and
-// file system have it. A failure counts as a failed Flush, even where only the write failed, since
-// the two can't be told apart.
+// file system have it. A failure counts as a failed Flush, except a lack of space (see [IsNoSpace]) for p
+// itself: then nothing that was written before is lost, and later calls succeed when there is space.
 func (f *File) WriteDurableAt(p []byte, off int64) error {
 	if err := f.enterChange("write", off, int64(len(p))); err != nil {
 		return err
 	}
 	defer f.life.RUnlock()
-	return f.synced(func() error {
+	return f.writeDurable(p, off, func(p []byte, off int64) (int, error) {
+		return unix.Pwritev2(f.fd, [][]byte{p}, off, unix.RWF_DSYNC)
+	})
+}
+
+// writeDurable is WriteDurableAt without the checks. dsync writes and makes durable by one system call.
+func (f *File) writeDurable(p []byte, off int64, dsync func([]byte, int64) (int, error)) error {
+	var noSpace error // of the write itself, which fails no Flush
+	failed := f.synced(func() error {
 		if !f.lacks[dsyncWrite].Load() {
-			_, err := f.writeBy(p, off, func(p []byte, off int64) (int, error) {
-				return unix.Pwritev2(f.fd, [][]byte{p}, off, unix.RWF_DSYNC)
-			})
+			n, err := f.writeBy(p, off, dsync)
+			if IsNoSpace(err) && !f.canWrite(p[n:], off+int64(n)) {
+				noSpace = err
+				return nil
+			}
 			if !unsupported(err) {
 				return err
 			}
 			f.lacks[dsyncWrite].Store(true)
 		}
-		if _, err := f.write(p, off); err != nil {
+		if _, err := f.write(p, off); IsNoSpace(err) {
+			noSpace = err
+			return nil
+		} else if err != nil {
 			return err
 		}
 		return f.datasync()
 	})
+	if failed != nil {
+		return failed
+	}
+	return noSpace
+}
+
+// canWrite tells which half of a durable write of p lacked space: it reports whether a plain write takes any byte of
+// p, or fails otherwise. Then making durable was what failed, and bytes that were written before may be lost too.
+func (f *File) canWrite(p []byte, off int64) bool {
+	for {
+		n, err := unix.Pwrite(f.fd, p, off)
+		if err != unix.EINTR {
+			return n > 0 || !IsNoSpace(err)
+		}
+	}
 }
 
 // synced runs a call that makes something durable, unless one failed before, and notes its failure.

@@ -14,6 +14,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // On a file system without the fast ways everything still works.
@@ -55,21 +56,26 @@ func TestFileAfterAFailedFlush(t *testing.T) {
 	blocktest.RunFailedFlush(t, func(t *testing.T) (block.Device, func(blocktest.Kind, error) error) {
 		n++
 		f := create(t, filepath.Join(t.TempDir(), fmt.Sprint(n)), 64<<10)
-		// Flush and WriteDurableAt note their failures by one function.
-		return f, func(_ blocktest.Kind, err error) error { return f.Synced(func() error { return err }) }
+		return f, func(kind blocktest.Kind, err error) error {
+			if kind == blocktest.WriteDurable { // the file system takes the write and fails to make it durable
+				return f.WriteDurableBy([]byte("x"), 8192, func([]byte, int64) (int, error) { return 0, err })
+			}
+			return f.Synced(func() error { return err })
+		}
 	})
 }
 
-// A real failure of a durable write, nothing injected: the file is longer than the process may write. The limit is the
-// whole process's, so it is a process of its own.
-func TestFailedDurableWriteFailsTheFlush(t *testing.T) {
+// A lack of space for the bytes of a durable write fails neither the next flush nor, when there is space, the next
+// durable write. Nothing is injected: the file is longer than the process may write. The limit is the whole process's,
+// so it is a process of its own.
+func TestDurableWriteWithoutSpace(t *testing.T) {
 	path := os.Getenv("BLOCK_LIMITED")
 	if path == "" {
 		path = filepath.Join(t.TempDir(), "x")
 		if err := create(t, path, 64<<10).Close(); err != nil {
 			t.Fatal(err)
 		}
-		cmd := exec.Command(os.Args[0], "-test.run=^TestFailedDurableWriteFailsTheFlush$")
+		cmd := exec.Command(os.Args[0], "-test.run=^TestDurableWriteWithoutSpace$")
 		cmd.Env = append(os.Environ(), "BLOCK_LIMITED="+path)
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v: %s", err, out)
@@ -82,21 +88,55 @@ func TestFailedDurableWriteFailsTheFlush(t *testing.T) {
 	}
 	defer f.Close()
 	signal.Ignore(unix.SIGXFSZ)
-	if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: 4096, Max: 4096}); err != nil {
+	limit := func(size uint64) {
+		t.Helper()
+		if err := unix.Setrlimit(unix.RLIMIT_FSIZE, &unix.Rlimit{Cur: size, Max: 64 << 10}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, way := range []string{"one system call", "write and flush"} {
+		if way != "one system call" {
+			f.Forget(block.DsyncWrite)
+		}
+		limit(8192)
+		if err := f.WriteDurableAt(make([]byte, 512), 0); err != nil {
+			t.Fatal(err)
+		}
+		for _, off := range []int64{8192, 8192 - 512, 16384} { // the second is written in part
+			if err := f.WriteDurableAt(make([]byte, 1024), off); !block.IsNoSpace(err) {
+				t.Fatalf("%s: past the limit: %v", way, err)
+			}
+			if err := f.Flush(); err != nil {
+				t.Errorf("%s: flush: %v", way, err)
+			}
+		}
+		limit(64 << 10)
+		if err := f.WriteDurableAt(make([]byte, 1024), 8192-512); err != nil {
+			t.Errorf("%s: with space: %v", way, err)
+		}
+	}
+}
+
+// The same on a file system that is full.
+func TestDurableWriteOnAFullFileSystem(t *testing.T) {
+	dir := testhost.Mount(t, "tmpfs", "tmpfs", "size=64k")
+	f := create(t, filepath.Join(dir, "x"), 1<<20)
+	filler := filepath.Join(dir, "filler")
+	if err := os.WriteFile(filler, make([]byte, 60<<10), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.WriteDurableAt(make([]byte, 512), 0); err != nil {
-		t.Fatal(err)
+	write(t, f, 0, "before")
+	if err := f.WriteDurableAt(make([]byte, 8192), 64<<10); !block.IsNoSpace(err) {
+		t.Fatalf("without space: %v", err)
 	}
-	failed := f.WriteDurableAt(make([]byte, 512), 8192)
-	if !block.IsNoSpace(failed) {
-		t.Fatalf("past the limit: %v", failed)
-	}
-	if err := f.Flush(); err != failed {
+	if err := f.Flush(); err != nil {
 		t.Errorf("flush: %v", err)
 	}
-	if err := f.WriteDurableAt(make([]byte, 512), 0); err != failed {
-		t.Errorf("durable write: %v", err)
+	if err := os.Remove(filler); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.WriteDurableAt(make([]byte, 8192), 64<<10); err != nil {
+		t.Errorf("with space: %v", err)
 	}
 }
 

@@ -149,3 +149,46 @@ func poolRun(t *testing.T, seed uint64, hold int64) bool {
 	}
 	return !t.Failed()
 }
+
+// TestDurableOriginWriteWithoutSpace: a write with FUA that finds the origin's file system full fails alone. Flushes
+// succeed, and so does the same write when there is space.
+func TestDurableOriginWriteWithoutSpace(t *testing.T) {
+	for _, size := range []int64{0, 64 << 10} {
+		pool := blocktest.NewPool(64 << 10)
+		cow := block.NewMemory(1 << 20)
+		var opts []snapshot.OriginOption
+		if size > 0 {
+			opts = append(opts, snapshot.WriteBack(size, time.Hour))
+		}
+		o := snapshot.NewOrigin(blocktest.NewFaulty(pool.Sparse(block.NewMemory(1<<20), false), nil), opts...)
+		s, err := o.Attach(cow, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pool.SetSize(0)
+		p := bytes.Repeat([]byte("new"), 8192)
+		if err := block.WriteDurable(o, p, 8192); !block.IsNoSpace(err) {
+			t.Fatalf("without space: %v", err)
+		}
+		for range 2 {
+			if err := o.Flush(); err != nil {
+				t.Errorf("flush: %v", err)
+			}
+		}
+		pool.SetSize(64 << 10)
+		if err := block.WriteDurable(o, p, 8192); err != nil {
+			t.Errorf("with space: %v", err)
+		}
+		if err := o.Flush(); err != nil {
+			t.Errorf("flush: %v", err)
+		}
+		got := make([]byte, len(p))
+		if _, err := o.ReadAt(got, 8192); err != nil || !bytes.Equal(got, p) {
+			t.Errorf("read: %v", err)
+		}
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+		checkStore(t, cow)
+	}
+}

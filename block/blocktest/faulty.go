@@ -216,18 +216,31 @@ func (f *Faulty) writePart(p []byte, off int64, err error) (int, error) {
 }
 
 // WriteDurableAt writes durably to the device beneath. The part that a ShortError leaves behind is not
+// durable. A lack of space beneath, for p itself, fails no Flush; an ENOSPC that is decided here is one of making
 // durable.
 func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
 		return err
 	}
-	return f.synced(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}, func(err error) error {
+	var noSpace error
+	failed := f.synced(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}, func(err error) error {
 		if err != nil {
 			_, err = f.writePart(p, off, err)
 			return err
 		}
-		return block.WriteDurable(f.Forward, p, off)
+		err = block.WriteDurable(f.Forward, p, off)
+		if block.IsNoSpace(err) {
+			if _, again := f.Forward.WriteAt(p, off); block.IsNoSpace(again) { // as block.File tells it
+				noSpace = err
+				return nil
+			}
+		}
+		return err
 	})
+	if failed != nil {
+		return failed
+	}
+	return noSpace
 }
 
 // synced admits an operation that makes something durable. It returns the first failure of such an operation, if
