@@ -161,7 +161,8 @@ func (s *Store) Lookup(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
 }
 
 // LookupRun describes the longest uniform stretch of at most limit ≥ 1 origin chunks from old on: n
-// chunks that live in new, new+1, …, or n chunks without an exception.
+// chunks that live in new, new+1, …, or n chunks without an exception. A stretch with exceptions may be cut, after 65,536
+// chunks at the earliest. It takes the same time however many exceptions there are.
 func (s *Store) LookupRun(old ondisk.OriginChunk, limit uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
 	return s.exceptions.Run(old, limit)
 }

@@ -34,7 +34,10 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-const shards = 64
+const (
+	shards     = 64
+	longestRun = 64 // pages that Run looks at behind the first
+)
 
 // A Map is ready in its zero value. All methods may be called concurrently. They lock one page's shard
 // at a time: a lookup waits at most for one insertion or deletion in the same shard, and shows every one
@@ -43,6 +46,7 @@ type Map struct {
 	n      atomic.Uint64
 	_      [56]byte // n changes often, the shards' words are read often
 	shards [shards]shard
+	order  order
 }
 
 // A shard has a cache line to itself, so that lookups on different processors don't slow each other.
@@ -91,10 +95,22 @@ func (m *Map) Insert(e ondisk.Exception) bool {
 	s := m.shardOf(h)
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !s.dir.insert(h, number, at, e.New) {
+	if !m.insert(s, h, number, at, e.New) {
 		return false
 	}
 	m.n.Add(1)
+	return true
+}
+
+// insert adds chunk at of a page to shard s, whose lock is held, or returns false when it is there.
+func (m *Map) insert(s *shard, h, number uint64, at int, new ondisk.COWChunk) bool {
+	pages := s.dir.used
+	if !s.dir.insert(h, number, at, new) {
+		return false
+	}
+	if s.dir.used > pages && m.order.wanted.Load() {
+		m.order.add(number)
+	}
 	return true
 }
 
@@ -118,7 +134,8 @@ func (m *Map) Delete(old ondisk.OriginChunk) bool {
 
 // Run describes the longest uniform stretch of at most max ≥ 1 origin chunks from old on: either all in
 // consecutive COW chunks from new on, or all without an exception. It ends at the largest number there
-// is. Pages are looked at one after the other; a change meanwhile may show in a later one.
+// is. Pages are looked at one after the other; a change meanwhile may show in a later one. A stretch with exceptions is
+// cut after 64 pages, so that a caller who uses it in small parts does not have it measured to its end each time.
 func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
 	if max == 0 {
 		panic("chunkmap: a run of no chunks")
@@ -129,7 +146,7 @@ func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n ui
 	if n < max && at+int(n) == pageChunks { // up to the page's end: it may go on
 		last, _ := split(old + ondisk.OriginChunk(max-1))
 		if mapped {
-			n += m.continued(number+1, last, start+n)
+			n += m.continued(number+1, min(last, number+longestRun), start+n)
 		} else {
 			next := m.nextPage(number+1, last)
 			n += (next - number - 1) << pageShift
@@ -170,37 +187,6 @@ func (m *Map) continued(number, last, new uint64) (n uint64) {
 		}
 	}
 	return n
-}
-
-// nextPage returns the first page from number on that holds something, or last+1. A gap may have more
-// pages than there are in the whole map, so after some it looks at those instead.
-func (m *Map) nextPage(number, last uint64) uint64 {
-	for range 64 {
-		if number > last {
-			return last + 1
-		}
-		h := hash(number)
-		s := m.shardOf(h)
-		s.mu.RLock()
-		p := s.dir.find(h, number)
-		s.mu.RUnlock()
-		if p != nil {
-			return number
-		}
-		number++
-	}
-	next := last + 1
-	for i := range m.shards {
-		s := &m.shards[i]
-		s.mu.RLock()
-		for n := range s.dir.numbers {
-			if n >= number && n < next {
-				next = n
-			}
-		}
-		s.mu.RUnlock()
-	}
-	return next
 }
 
 // All yields the exceptions in ascending order of Old, joined to runs as long as they go. No lock is held

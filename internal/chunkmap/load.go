@@ -35,7 +35,7 @@ func (m *Map) InsertAll(es []ondisk.Exception) int {
 			for i := next.Add(1) - 1; i < shards; i = next.Add(1) - 1 {
 				for part := int(i) * partsPerShard; part < int(i+1)*partsPerShard; part++ {
 					of := (*sorted)[start[part]:start[part+1]]
-					n := m.shards[i].insert(of)
+					n := m.insertPart(&m.shards[i], of)
 					inserted.Add(int64(n))
 					if n < len(of) {
 						mu.Lock()
@@ -99,13 +99,13 @@ func nthOf(es []ondisk.Exception, part, n int) int {
 	})
 }
 
-// insert adds exceptions of the shard up to the first that is there, and returns how many.
-func (s *shard) insert(es []ondisk.Exception) int {
+// insertPart adds exceptions of shard s up to the first that is there, and returns how many.
+func (m *Map) insertPart(s *shard, es []ondisk.Exception) int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i, e := range es {
 		number, at := split(e.Old)
-		if !s.dir.insert(hash(number), number, at, e.New) {
+		if !m.insert(s, hash(number), number, at, e.New) {
 			return i
 		}
 	}

@@ -63,6 +63,8 @@ func (m model) run(olds []ondisk.OriginChunk, old ondisk.OriginChunk, max uint64
 		}
 		return 0, min(max-1, math.MaxUint64-uint64(old)) + 1, false
 	}
+	// Cut after longestRun more pages than the first.
+	max = min(max-1, (uint64(old)|(pageChunks-1))+longestRun*pageChunks-uint64(old)) + 1
 	for n = 1; n < max && i+int(n) < len(olds); n++ {
 		if next := olds[i+int(n)]; next != old+ondisk.OriginChunk(n) || m[next] != new+ondisk.COWChunk(n) {
 			break
