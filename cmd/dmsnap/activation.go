@@ -13,9 +13,8 @@ import (
 // firstPassed is the number of the first descriptor that a service manager passes on.
 const firstPassed = 3
 
-// passedListeners returns the sockets that a service manager made for this process, by their names
-// (FileDescriptorName= in a systemd socket unit); none without one. The variables that tell of them are
-// removed, so that no child takes them for its own.
+// passedListeners returns the sockets that a service manager passed to this process, by name (FileDescriptorName= in a
+// systemd socket unit). The environment variables that describe them are removed, so that no child process uses them.
 func passedListeners() (map[string]net.Listener, error) {
 	defer os.Unsetenv("LISTEN_PID")
 	defer os.Unsetenv("LISTEN_FDS")
@@ -35,7 +34,7 @@ func passedListeners() (map[string]net.Listener, error) {
 			name = names[i]
 		}
 		if listeners[name] != nil {
-			return nil, errors.New(`two sockets of the same use were passed; name the second "control"`)
+			return nil, errors.New(`two sockets for the same use were passed; name the second "control"`)
 		}
 		syscall.CloseOnExec(firstPassed + i)
 		f := os.NewFile(uintptr(firstPassed+i), "passed socket "+name)
@@ -45,7 +44,7 @@ func passedListeners() (map[string]net.Listener, error) {
 			return nil, fmt.Errorf("passed socket %d: %w", i, err)
 		}
 		if u, ok := l.(*net.UnixListener); ok {
-			u.SetUnlinkOnClose(false) // it is the manager's
+			u.SetUnlinkOnClose(false) // it belongs to the service manager
 		}
 		listeners[name] = l
 	}

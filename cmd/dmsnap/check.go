@@ -26,7 +26,7 @@ type checkOptions struct {
 // checkResult is what check prints as JSON.
 type checkResult struct {
 	Path         string                `json:"path"`
-	Clean        bool                  `json:"clean"` // nothing of the level asked for
+	Clean        bool                  `json:"clean"` // no problem of the requested level or above
 	Bytes        int64                 `json:"bytes"` // size of the device
 	ChunkSectors uint32                `json:"chunk_sectors"`
 	Areas        uint64                `json:"areas"`
@@ -54,17 +54,18 @@ func newCheck() *cobra.Command {
 	o := checkOptions{level: levelFlag{check.Note}}
 	c := &cobra.Command{
 		Use:   "check COW",
-		Short: "Look for everything that can be wrong with a store",
-		Long: `Look for everything that can be wrong with the store on COW. Nothing is written, and no data is read: only
-the header and the slots, all of them, also behind the end mark.
+		Short: "Check a store for every known problem",
+		Long: `Check the store on COW for every known problem. Nothing is written, and no data is read: only the header and
+the slots, including those after the end mark.
 
-What is found has a code, a place and a severity: an error means that the store can't be loaded or shows
-something wrong, a warning that it may soon, a note that nothing is lost but space. docs/problems.md has
-all codes with what Linux does and what helps.
+Each problem has a code, a place and a severity. error: the store can't be loaded or shows wrong content.
+warning: it may soon. note: only space is lost. docs/problems.md lists all codes, with the behaviour of Linux and
+the remedy.
 
-A store in use is refused. --live-read looks all the same; what a writer is just doing may then be found too.
+A store in use is refused. With --live-read it is checked nevertheless; a write in progress may then be reported
+as a problem.
 
-Exit status: 0 nothing was found, 1 something was, 2 trouble.`,
+Exit status: 0 no problem was found, 1 problems were found, 2 trouble.`,
 		Example: `  dmsnap check disk.cow
   dmsnap check disk.cow --origin disk.img
   dmsnap check --level error --json disk.cow`,
@@ -74,11 +75,11 @@ Exit status: 0 nothing was found, 1 something was, 2 trouble.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.origin, "origin", "", "also hold the store against the size of this origin")
-	f.Var(&o.level, "level", "report this and worse: note, warning or error")
-	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.StringVar(&o.origin, "origin", "", "also check the store against the size of this origin")
+	f.Var(&o.level, "level", "report problems of at least this severity: note, warning or error")
+	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	addRaw(f, &o.raw)
-	f.BoolVar(&o.liveRead, "live-read", false, "look at a store that is in use")
+	f.BoolVar(&o.liveRead, "live-read", false, "check a store that is in use")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
 }
@@ -98,15 +99,15 @@ func (f *levelFlag) Set(s string) error {
 
 func (f *levelFlag) Type() string { return "LEVEL" }
 
-// believed is the chunk size of --chunk-size in sectors, 0 where it was not given.
-func (f *sizeFlag) believed() (uint32, error) {
+// orHeader is the chunk size of --chunk-size in sectors; 0, the one in the header, without it.
+func (f *sizeFlag) orHeader() (uint32, error) {
 	if !f.set {
 		return 0, nil
 	}
 	return f.chunkSectors()
 }
 
-// openToRead opens a store that nobody writes to, or, with live, one that somebody may.
+// openToRead opens a device for reading. One that has a writer is refused, unless live is set.
 func openToRead(path string, live bool) (*block.File, error) {
 	lock := block.LockRead
 	if live {
@@ -114,13 +115,13 @@ func openToRead(path string, live bool) (*block.File, error) {
 	}
 	f, err := openDevice(path, block.Options{ReadOnly: true, Lock: lock})
 	if errors.Is(err, block.ErrInUse) && !live {
-		err = fmt.Errorf("%w; --live-read reads it all the same", err)
+		err = fmt.Errorf("%w; --live-read reads it nevertheless", err)
 	}
 	return f, err
 }
 
 func (o *checkOptions) run(c *cobra.Command, path string) error {
-	sectors, err := o.chunkSize.believed()
+	sectors, err := o.chunkSize.orHeader()
 	if err != nil {
 		return err
 	}
@@ -129,7 +130,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 		if err := checkDifferent(o.origin, path); err != nil {
 			return err
 		}
-		// Its size is all that is asked of it.
+		// Only its size is used.
 		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
 		if err != nil {
 			return err
@@ -163,7 +164,8 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	return err
 }
 
-// checkDevice checks, and checks again what is being written meanwhile: see openWhileWritten.
+// checkDevice checks a store. With written, which says that it has a writer, problems are checked again: see
+// openWhileWritten.
 func checkDevice(ctx context.Context, cow block.Device, o check.Options, written bool) (*check.Report, error) {
 	r, err := check.Run(ctx, cow, o)
 	for range 4 {
@@ -171,13 +173,13 @@ func checkDevice(ctx context.Context, cow block.Device, o check.Options, written
 			break
 		}
 		time.Sleep(20 * time.Millisecond)
-		block.Refresh(cow) // it may have grown; when that can't be told, the old size stands
+		block.Refresh(cow) // it may have grown; after an error the old size is used
 		r, err = check.Run(ctx, cow, o)
 	}
 	return r, err
 }
 
-// result leaves out what is below the level asked for.
+// result returns the problems of the requested level or above.
 func (o *checkOptions) result(path string, r *check.Report) checkResult {
 	res := checkResult{Path: path, Bytes: r.Size, ChunkSectors: r.Layout.ChunkSectors, Areas: r.Areas, Exceptions: r.Exceptions,
 		Runs: r.Runs, Leaked: r.Leaked, Found: map[check.Code]uint64{}, Findings: []findingResult{}}
@@ -193,7 +195,7 @@ func (o *checkOptions) result(path string, r *check.Report) checkResult {
 	return res
 }
 
-// print says each problem once, with its places, and what helps.
+// print writes each problem once, with its places and its remedy.
 func (res checkResult) print(w io.Writer, r *check.Report) error {
 	if res.Clean {
 		_, err := fmt.Fprintf(w, "%s: clean: %s, %s a chunk\n", res.Path, plural(res.Exceptions, "exception"), bytesText(int64(res.ChunkSectors)*ondisk.SectorSize))
@@ -219,7 +221,7 @@ func (res checkResult) print(w io.Writer, r *check.Report) error {
 		if more := res.Found[p.Code] - shown; more > 0 {
 			fmt.Fprintf(w, "    and %d more\n", more)
 		}
-		if _, err := fmt.Fprintf(w, "  Mended by repair: %s. %s\n", p.Repair, p.Helps); err != nil {
+		if _, err := fmt.Fprintf(w, "  Repairable: %s. %s\n", p.Repair, p.Helps); err != nil {
 			return err
 		}
 	}

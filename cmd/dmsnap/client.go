@@ -94,8 +94,8 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	return err
 }
 
-// request sends what was asked for and returns the state of the merge. Without a NAME the merge under way is meant,
-// or else that of the only snapshot there is.
+// request sends the request and returns the state of the merge. Without a NAME, the current merge is meant, or else that
+// of the only snapshot.
 func (l *liveMerge) request(ctx context.Context, ctl *api.Client, args []string) (m api.Merge, err error) {
 	name := ""
 	if len(args) > 0 {
@@ -106,7 +106,7 @@ func (l *liveMerge) request(ctx context.Context, ctl *api.Client, args []string)
 			return m, err
 		}
 		if name != "" && m.Name != name {
-			return m, fmt.Errorf("the merge is of %s, not of %s", printable(m.Name), printable(name))
+			return m, fmt.Errorf("the current merge is of %s, not of %s", printable(m.Name), printable(name))
 		}
 		if l.resume {
 			return ctl.ResumeMerge(ctx)
@@ -128,8 +128,7 @@ func (l *liveMerge) request(ctx context.Context, ctl *api.Client, args []string)
 	return ctl.StartMerge(ctx, name)
 }
 
-// waitForMerge waits until the merge is neither running nor paused. A signal ends the waiting and not the
-// merge.
+// waitForMerge waits until the merge is neither running nor paused. A signal ends the wait, not the merge.
 func waitForMerge(ctx context.Context, ctl *api.Client, m api.Merge, stderr io.Writer) (api.Merge, error) {
 	bar := newProgress(stderr, "merge")
 	defer bar.end()
@@ -141,7 +140,7 @@ func waitForMerge(ctx context.Context, ctl *api.Client, m api.Merge, stderr io.W
 		next, err := ctl.Merge(ctx, time.Second)
 		if err != nil {
 			if i := (interrupted{}); errors.As(err, &i) {
-				err = fmt.Errorf("%w; the merge goes on in the server", err)
+				err = fmt.Errorf("%w; the merge continues in the server", err)
 			}
 			return m, err
 		}

@@ -29,7 +29,7 @@ type compactResult struct {
 	DataBytes      int64  `json:"data_bytes"`
 	DroppedBytes   int64  `json:"dropped_bytes"` // in chunks that were stored and are the origin's
 	FilledBytes    int64  `json:"filled_bytes"`  // read from the origin to fill larger chunks
-	// EndUnknown is set where smaller chunks were made of the last one and no origin told where it ends.
+	// EndUnknown is set if the last chunk was split into smaller ones without an origin that gives its end.
 	EndUnknown bool `json:"end_unknown"`
 }
 
@@ -45,23 +45,23 @@ func newCompact() *cobra.Command {
 	var o compactOptions
 	c := &cobra.Command{
 		Use:   "compact {COW NEWCOW | COW --punch}",
-		Short: "Make a store dense, or free what it does not use",
-		Long: `Copy the store in COW to NEWCOW, dense and in the order of the origin: without holes between chunks, and without
-space for chunks of zeros. The snapshot shows the same through either. NEWCOW is as long as COW, or longer where
-chunks of the new size need it; it appears under its name when it is whole and on disk. An existing file
-is replaced with --force only.
+		Short: "Make a dense copy of a store, or free its unused space",
+		Long: `Copy the store in COW to NEWCOW, dense and in the order of the origin: without gaps between chunks, and without
+space for chunks of zeros. The snapshot has the same content through both. NEWCOW is as long as COW, or longer if
+chunks of the new size require it. It gets its name when it is complete and durable. An existing file is replaced
+only with --force.
 
---drop-unchanged leaves out chunks whose bytes are those of ORIGIN, such as were written again with the same
-content. --chunk-size makes chunks of another size: smaller ones, of which --drop-unchanged may drop more, or larger
-ones, for which what was not stored is read from ORIGIN.
+--drop-unchanged omits chunks whose content equals that of ORIGIN, for example chunks that were written again with
+the same bytes. --chunk-size sets another chunk size: with smaller chunks --drop-unchanged may drop more; for larger
+chunks, missing parts are read from ORIGIN.
 
-Give --origin whenever you have it. Without it larger chunks are refused unless each is stored whole, and smaller
-ones may end up behind the end of a disk that ends within its last chunk.
+Give --origin whenever the origin is available. Without it, larger chunks are refused unless each is stored whole,
+and smaller chunks may lie after the end of a disk that ends within its last chunk.
 
-COW --punch copies nothing: it makes holes in the file COW where chunks lie that no exception uses, and tells how
-much space that freed. The store and all that it holds stay as they are.
+COW --punch copies nothing: it punches holes into the file COW where chunks are that no exception uses, and prints
+how much space was freed. The store and its content stay as they are.
 
-A store in use is refused, a damaged one too (dmsnap repair), and one that is marked invalid (dmsnap rescue).`,
+A store in use is refused, and so are a damaged one (see dmsnap repair) and an invalid one (see dmsnap rescue).`,
 		Example: `  dmsnap compact disk.cow dense.cow --drop-unchanged --origin disk.img
   dmsnap compact disk.cow large.cow --chunk-size 64KiB --origin disk.img
   dmsnap compact disk.cow --punch`,
@@ -74,11 +74,11 @@ A store in use is refused, a damaged one too (dmsnap repair), and one that is ma
 		},
 	}
 	f := c.Flags()
-	f.BoolVar(&o.dropUnchanged, "drop-unchanged", false, "leave out chunks that hold what the origin holds")
+	f.BoolVar(&o.dropUnchanged, "drop-unchanged", false, "omit chunks whose content equals the origin's; requires --origin")
 	addRaw(f, &o.raw)
-	f.StringVar(&o.origin, "origin", "", "the disk that the store belongs to; it is only read")
-	f.Var(&o.chunkSize, "chunk-size", "size of the new chunks, a power of two from 512 to 1GiB (default: as they are)")
-	f.BoolVar(&o.punch, "punch", false, "free unused chunks of COW itself")
+	f.StringVar(&o.origin, "origin", "", "the origin of the store; it is only read")
+	f.Var(&o.chunkSize, "chunk-size", "size of the new chunks, a power of two from 512 to 1GiB (default: unchanged)")
+	f.BoolVar(&o.punch, "punch", false, "free the unused chunks of COW in place")
 	f.BoolVar(&o.force, "force", false, "replace NEWCOW when it exists")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
@@ -87,19 +87,19 @@ A store in use is refused, a damaged one too (dmsnap repair), and one that is ma
 func (o *compactOptions) args(args []string) error {
 	switch {
 	case o.punch && len(args) != 1:
-		return errors.New("--punch goes with one COW and no NEWCOW")
+		return errors.New("--punch takes one COW and no NEWCOW")
 	case o.punch && (o.dropUnchanged || o.origin != "" || o.chunkSize.set || o.force):
-		return errors.New("--punch copies nothing: no other option but --json goes with it")
+		return errors.New("--punch can be combined only with --json")
 	case !o.punch && len(args) != 2:
-		return errors.New("COW and NEWCOW are needed, or COW and --punch")
+		return errors.New("COW and NEWCOW are required, or COW and --punch")
 	case o.dropUnchanged && o.origin == "":
-		return errors.New("--drop-unchanged needs --origin ORIGIN")
+		return errors.New("--drop-unchanged requires --origin ORIGIN")
 	}
 	return nil
 }
 
 func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
-	sectors, err := o.chunkSize.believed()
+	sectors, err := o.chunkSize.orHeader()
 	if err != nil {
 		return err
 	}
@@ -142,7 +142,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	if err != nil {
 		return about(out, err)
 	}
-	return o.tell(c, out, p, made)
+	return o.printResult(c, out, p, made)
 }
 
 // openCompactable opens a device that holds something like a store.
@@ -164,15 +164,15 @@ func helpCompact(path string, err error) error {
 	case errors.Is(err, store.ErrInvalid):
 		err = fmt.Errorf("%w; dmsnap rescue gets out of it what can be had", err)
 	case errors.Is(err, compact.ErrDamaged):
-		err = fmt.Errorf("%w; dmsnap check tells all, dmsnap repair makes a sound store of it", err)
+		err = fmt.Errorf("%w; dmsnap check shows all problems, dmsnap repair makes a sound store from it", err)
 	case errors.Is(err, compact.ErrNeedsOrigin):
 		err = fmt.Errorf("%w; give --origin ORIGIN", err)
 	}
 	return about(path, err)
 }
 
-// tell prints what became of the store.
-func (o *compactOptions) tell(c *cobra.Command, out string, p *compact.Plan, made compact.Result) error {
+// printResult prints what became of the store.
+func (o *compactOptions) printResult(c *cobra.Command, out string, p *compact.Plan, made compact.Result) error {
 	allocated, size, err := spaceOf(out)
 	if err != nil {
 		return err
@@ -193,7 +193,7 @@ func (o *compactOptions) tell(c *cobra.Command, out string, p *compact.Plan, mad
 	text += "\n"
 	if res.EndUnknown {
 		off, n := p.LastStored()
-		text += fmt.Sprintf("if the disk ends between byte %d and byte %d, make it again with --origin: nothing else tells where\n", off, off+n)
+		text += fmt.Sprintf("if the disk ends between byte %d and byte %d, run this again with --origin, which gives the size of the disk\n", off, off+n)
 	}
 	return printf(c, "%s", text)
 }

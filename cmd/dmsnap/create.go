@@ -11,7 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// creation is what a new store is to be like.
+// creation holds the options of a new store.
 type creation struct {
 	chunkSize sizeFlag
 	cowSize   sizeFlag
@@ -25,23 +25,23 @@ func newCreate() *cobra.Command {
 	var o creation
 	c := &cobra.Command{
 		Use:   "create ORIGIN COW",
-		Short: "Make an empty snapshot store for an origin",
-		Long: `Make an empty snapshot store on COW. The origin is only looked at for its size.
+		Short: "Create an empty snapshot store for an origin",
+		Long: `Create an empty snapshot store on COW. Of the origin, only the size and the format are read.
 
-A COW that does not exist is made as a sparse file, just large enough never to overflow whatever is
-written, unless --cow-size says otherwise. An existing file or block device is used at the size it has
-(an empty file is made as large as a new one) when it holds nothing: zeros wherever "dmsnap inspect" and blkid(8)
-look, at both ends. --force makes a store over whatever is there, which is lost.
+If COW does not exist, it becomes a sparse file, just large enough that it can never become full, unless --cow-size
+sets another size. An existing file or block device keeps its size (an empty file gets the size of a new one). It
+must be empty: zeros wherever "dmsnap inspect" and blkid(8) look, at both ends. --force creates the store over
+existing content, which is lost.
 
-An ORIGIN that is a qcow2 or VMDK image, compressed, or otherwise known to be no raw disk is refused, unless --raw
-says that its own bytes are the disk.
+An ORIGIN that is a qcow2 or VMDK image, compressed, or otherwise known not to be a raw disk is refused, unless
+--raw says that its own bytes are the disk.
 
-When create fails no half-made file is left.`,
-		Example: `  dmsnap create disk.img disk.cow
-  dmsnap create disk.img disk.cow --chunk-size 64KiB --cow-size 10GiB`,
+A create that fails leaves no incomplete file.`,
+		Example: `  dmsnap create disk.img new.cow
+  dmsnap create disk.img large.cow --chunk-size 64KiB --cow-size 10GiB`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
-			_, stop := untilSignal() // a signal waits: this is soon done, and leaves nothing half-made
+			_, stop := untilSignal() // signals are ignored: this takes little time and must not be left incomplete
 			defer stop()
 			made, err := o.create(args[0], args[1])
 			if err != nil {
@@ -56,9 +56,9 @@ When create fails no half-made file is left.`,
 	}
 	f := c.Flags()
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk, a power of two from 512 to 1GiB (default 4KiB)")
-	f.Var(&o.cowSize, "cow-size", "size of the COW file (default: never overflows)")
-	f.Var(&o.store, "store", "what the store is going to be used as: P or PO; the disk is the same for both")
-	f.BoolVar(&o.force, "force", false, "make the store over whatever is there")
+	f.Var(&o.cowSize, "cow-size", "size of the COW file (default: large enough never to become full)")
+	f.Var(&o.store, "store", "how the store will be used: P or PO; the on-disk format is the same")
+	f.BoolVar(&o.force, "force", false, "create the store over existing content")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	return c

@@ -29,22 +29,22 @@ func newDiff() *cobra.Command {
 	var o diffOptions
 	c := &cobra.Command{
 		Use:   "diff ORIGIN COW [COW2]",
-		Short: "Tell where a snapshot differs from its origin, or two snapshots from each other",
-		Long: `Tell where the snapshot in COW differs from ORIGIN, or, with COW2, the snapshots in COW and COW2 from each
-other. Nothing is written.
+		Short: "Show where a snapshot differs from its origin, or two snapshots from each other",
+		Long: `Show where the snapshot in COW differs from ORIGIN or, with COW2, where the snapshots in COW and COW2 differ from
+each other. Nothing is written.
 
-What a store has exceptions for may differ; all the rest is the same for certain, and isn't read. So the answer
-takes no time, and may be too large: a chunk is in a store whole when one byte of it was written, or when the
-same bytes were written again; two snapshots of one origin each keep the chunks that the origin changed
-since. --verify reads these places on both sides and compares: what differs is told to the sector (512 bytes).
+Chunks with an exception may differ; all other chunks are equal, and are not read. Thus the answer is fast and may
+be too large: a chunk is stored whole when one byte of it is written, or when the same bytes are written again, and
+two snapshots of one origin each keep the chunks that were changed on the origin since. --verify reads these chunks
+on both sides and compares them, to the sector (512 bytes).
 
 Formats:
   text    a line for each range, and a summary
-  ranges  lines of OFFSET and LENGTH in bytes, decimal, ascending, of what differs, and nothing else
+  ranges  lines of OFFSET and LENGTH in bytes, decimal, ascending, of the differences, and nothing else
   json    the whole disk as a list of {"start", "length", "changed", "stored"} in bytes, ascending, without
-          a gap, one to a line; stored: a store has exceptions for it. The form of qemu-img map
+          gaps, one to a line; stored: a store has exceptions for it. Compatible with qemu-img map
 
-Exit status: 0 no difference, 1 there is one, 2 trouble; after 2 what was printed is not all.`,
+Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is incomplete.`,
 		Example: `  dmsnap diff disk.img disk.cow
   dmsnap diff --verify disk.img monday.cow tuesday.cow
   dmsnap diff --format ranges --verify disk.img disk.cow | while read off len; do
@@ -62,20 +62,20 @@ Exit status: 0 no difference, 1 there is one, 2 trouble; after 2 what was printe
 	f := c.Flags()
 	f.StringVar(&o.format, "format", "text", "text, ranges or json")
 	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
-	f.BoolVar(&o.verify, "verify", false, "compare the bytes of what may differ")
+	f.BoolVar(&o.verify, "verify", false, "compare the content of ranges that may differ")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and stores that are in use")
 	c.MarkFlagsMutuallyExclusive("json", "format")
 	return c
 }
 
-// A diffPrinter prints extents, which come ascending, and then what is left to say.
+// A diffPrinter prints extents, which come in ascending order, and then a summary.
 type diffPrinter interface {
 	extent(e diff.Extent) error
 	end() error
 }
 
-// printer is the one for the format asked for.
+// printer returns the printer of the requested format.
 func (o *diffOptions) printer(w io.Writer, size int64) (diffPrinter, error) {
 	switch o.format {
 	case "text":
@@ -247,7 +247,7 @@ type diffRange struct {
 // diffJSON fills what is between the extents, so that the list covers the disk.
 type diffJSON struct {
 	list jsonList
-	off  int64 // told so far
+	off  int64 // end of what was printed
 	size int64
 }
 
@@ -259,7 +259,7 @@ func (p *diffJSON) extent(e diff.Extent) error {
 	return p.list.add(diffRange{e.Off, e.Length, e.Class == diff.Changed, true})
 }
 
-// same tells that nothing is stored up to byte end.
+// same prints that nothing is stored up to byte end.
 func (p *diffJSON) same(end int64) error {
 	if end == p.off {
 		return nil

@@ -11,11 +11,11 @@ func newDrop() *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "drop --control PATH NAME",
-		Short: "Detach a snapshot from an origin that is being served",
-		Long: `Detach a snapshot from a running server, while clients use the others and the origin. Its export ends, what
-was written to it is made durable, and its file is closed. The store stays as it is; but it is not
-preserved any more: once the origin is written to, it no longer shows the origin's past.`,
-		Example: `  dmsnap drop --control /run/dmsnap.ctl monday`,
+		Short: "Detach a snapshot from a served origin",
+		Long: `Detach a snapshot from a running server, while clients use the others and the origin. Its export ends, acknowledged
+writes to it are made durable, and its file is closed. The store stays as it is, but is no longer preserved: after
+the next write to the origin it no longer shows the origin's earlier content.`,
+		Example: `  dmsnap drop --control ctl.sock vm1`,
 		Args:    cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
@@ -29,7 +29,7 @@ preserved any more: once the origin is written to, it no longer shows the origin
 			return printf(c, "%s dropped\n", printable(args[0]))
 		},
 	}
-	c.Flags().StringVar(&control, "control", "", "the server's control socket")
+	c.Flags().StringVar(&control, "control", "", "control socket of the server")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.MarkFlagRequired("control")
 	return c

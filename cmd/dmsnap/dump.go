@@ -29,14 +29,14 @@ func newDump() *cobra.Command {
 	var o dumpOptions
 	c := &cobra.Command{
 		Use:   "dump COW",
-		Short: "Write a store's metadata as text",
-		Long: `Write the metadata of the store on COW, sound or damaged, as text: header, size, and every slot that is not
-zero. dmsnap restore makes a store of it again, with the same metadata byte for byte; the data is not in it, so
-the text can be shown to others. It does say which chunks were changed.
+		Short: "Write the metadata of a store as text",
+		Long: `Write the metadata of the store on COW, sound or damaged, as text: the header, the size, and every slot that is not
+zero. dmsnap restore makes a store from it, with the same metadata byte for byte. The data is not included, so the
+text can be given to others; it does show which chunks were changed.
 
---pack writes the same in a few bytes, for a bug report. --data adds the data chunks.
+--pack writes the same compressed, for a bug report. --data adds the data chunks.
 
-Where parts of the metadata can't be read the dump says so and has the rest; the exit status is 2.`,
+If parts of the metadata can't be read, the dump marks them and has the rest; the exit status is 2.`,
 		Example: `  dmsnap dump disk.cow
   dmsnap dump --pack disk.cow --output disk.dmsnap
   dmsnap dump --json disk.cow`,
@@ -46,11 +46,11 @@ Where parts of the metadata can't be read the dump says so and has the rest; the
 	f := c.Flags()
 	f.StringVar(&o.format, "format", "text", "text or json")
 	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
-	f.BoolVar(&o.pack, "pack", false, "metadata alone, compressed")
-	f.BoolVar(&o.data, "data", false, "the data chunks too")
-	f.StringVarP(&o.out, "output", "o", "-", "file to write, \"-\" is standard output")
-	f.BoolVar(&o.force, "force", false, "replace the file to write when it exists")
-	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.BoolVar(&o.pack, "pack", false, "write the metadata compressed")
+	f.BoolVar(&o.data, "data", false, "include the data chunks")
+	f.StringVarP(&o.out, "output", "o", "-", "output file; \"-\" is standard output")
+	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
+	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
 	c.MarkFlagsMutuallyExclusive("pack", "data")
 	c.MarkFlagsMutuallyExclusive("pack", "json")
@@ -59,7 +59,7 @@ Where parts of the metadata can't be read the dump says so and has the rest; the
 	return c
 }
 
-// form is the function that writes what was asked for.
+// form returns the function that writes the requested format.
 func (o *dumpOptions) form() (func(context.Context, io.Writer, block.Device, dump.Options) error, error) {
 	switch {
 	case o.pack:
@@ -77,7 +77,7 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	sectors, err := o.chunkSize.believed()
+	sectors, err := o.chunkSize.orHeader()
 	if err != nil {
 		return err
 	}

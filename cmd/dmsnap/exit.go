@@ -10,18 +10,18 @@ import (
 	"syscall"
 )
 
-// Exit statuses. A script can tell "no" from "could not find out".
+// Exit statuses. Scripts can distinguish "no" from an error.
 const (
 	exitDone    = 0   // done, or yes
 	exitNo      = 1   // no
 	exitTrouble = 2   // wrong usage, I/O error, refused
-	exitSignal  = 128 // plus the signal's number: work was cut short by it
+	exitSignal  = 128 // plus the number of the signal that interrupted the work
 )
 
-// errNo is the answer "no" of a verb that was asked something and has printed all there is to say.
+// errNo is the answer "no" of a verb that has already printed its result.
 var errNo = errors.New("no")
 
-// interrupted is why a context ended: a signal came.
+// interrupted is the cause of a context that a signal ended.
 type interrupted struct{ signal syscall.Signal }
 
 func (i interrupted) Error() string {
@@ -34,7 +34,7 @@ func (i interrupted) Error() string {
 	return "interrupted"
 }
 
-// exitStatus decides what the process tells its parent, and says on stderr what went wrong.
+// exitStatus returns the exit status for an error, and prints the error to stderr.
 func exitStatus(err error, stderr io.Writer) int {
 	var i interrupted
 	switch {

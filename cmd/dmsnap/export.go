@@ -15,11 +15,11 @@ func newExport() *cobra.Command {
 	var force, raw bool
 	c := &cobra.Command{
 		Use:   "export ORIGIN COW OUT",
-		Short: "Write a snapshot's content to a raw image",
-		Long: `Write what the snapshot shows to OUT, as a sparse raw image; "-" is standard output.
+		Short: "Write the content of a snapshot to a raw image",
+		Long: `Write the content of the snapshot in COW to OUT, a sparse raw image; "-" is standard output.
 
-OUT appears under its name when it is whole and on disk, never before. An existing file is replaced with
---force only. An invalid snapshot is refused.`,
+OUT gets its name when it is complete and durable, never before. An existing file is replaced only with --force.
+An invalid snapshot is refused.`,
 		Example: `  dmsnap export disk.img disk.cow old.img
   dmsnap export disk.img disk.cow - | zstd > old.img.zst`,
 		Args: cobra.ExactArgs(3),
@@ -49,12 +49,12 @@ OUT appears under its name when it is whole and on disk, never before. An existi
 			return imageAdvice(err, "dmsnap export ORIGIN COW -")
 		},
 	}
-	c.Flags().BoolVar(&force, "force", false, "replace OUT when it exists")
+	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
 	addRaw(c.Flags(), &raw)
 	return c
 }
 
-// openSnapshot opens the view of a snapshot, and refuses one that can't be read whole.
+// openSnapshot opens the view of a snapshot. A snapshot that can't be read completely is refused.
 func openSnapshot(originPath, cowPath string, raw bool) (*store.View, func() error, error) {
 	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true}, raw)
 	if err != nil {

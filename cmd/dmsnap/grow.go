@@ -17,13 +17,13 @@ func newGrow() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "grow {COW SIZE | --control PATH NAME SIZE}",
 		Short: "Make a COW file longer",
-		Long: `Make a COW file longer, so that its snapshot can hold more. With --control it is that of a snapshot that
-is being served: clients go on meanwhile, and writes that wait for room (serve --on-full=pause) look for
-it at once. The new space takes no room on disk before it is used.
+		Long: `Make a COW file longer, so that its snapshot can hold more changes. With --control it is the COW file of a served
+snapshot: clients continue meanwhile, and writes that wait for space (serve --on-full=pause) are retried at once.
+The new space takes no space on disk before it is used.
 
-A COW on a block device is made longer by whoever made it (lvextend); dmsnap notices that by itself.`,
+A COW on a block device is made longer with the tool that manages the device (lvextend); dmsnap detects that.`,
 		Example: `  dmsnap grow disk.cow 10GiB
-  dmsnap grow --control /run/dmsnap.ctl vm1 10GiB`,
+  dmsnap grow --control ctl.sock vm1 10GiB`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			size, err := parseSize(args[1])
@@ -55,25 +55,25 @@ A COW on a block device is made longer by whoever made it (lvextend); dmsnap not
 			return printf(c, "%s  %s\n", args[0], st.Dmsetup)
 		},
 	}
-	c.Flags().StringVar(&control, "control", "", "the control socket of the server that serves the snapshot")
+	c.Flags().StringVar(&control, "control", "", "control socket of the server that serves the snapshot")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 
-// growFile makes a COW file that nobody uses longer.
+// growFile makes a COW file that is not in use longer.
 func growFile(path string, size int64) error {
 	cow, err := openDevice(path, block.Options{})
 	if err != nil {
 		return err
 	}
 	if err = checkStore(path, cow); err == nil {
-		// One that was cut must not be made as long as it was: zeros would pass for what is gone.
+		// A file that was truncated must not get its size back: zeros would take the place of the lost content.
 		_, err = store.Open(cow)
 		err = about(path, err)
 	}
 	if err == nil {
 		if size < cow.Size() {
-			err = fmt.Errorf("%s has %d bytes already, and can't be made shorter", path, cow.Size())
+			err = fmt.Errorf("%s already has %d bytes, and can't be made shorter", path, cow.Size())
 		} else {
 			err = about(path, errors.Join(cow.Grow(size), cow.Flush()))
 		}

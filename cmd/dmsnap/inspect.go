@@ -26,16 +26,16 @@ type inspection struct {
 	Kind    string        `json:"kind"`
 	About   string        `json:"about"`
 	Bytes   int64         `json:"bytes"`
-	InUse   bool          `json:"in_use"` // some program has it open for writing
+	InUse   bool          `json:"in_use"` // another program has it open for writing
 	Details []detail      `json:"details"`
 	Store   *storeFacts   `json:"store,omitempty"`
-	Beside  []storeBeside `json:"beside"` // stores whose names say that they belong to this
+	Beside  []storeBeside `json:"beside"` // stores with names made from that of this disk
 	Next    []nextStep    `json:"next"`
 
 	kind image.Kind
 }
 
-// detail is a figure of what was found.
+// detail is a property of what was found.
 type detail struct {
 	Name  string `json:"name"`
 	Value string `json:"value"`
@@ -57,13 +57,13 @@ func printableDetails(found []image.Detail) []detail {
 	return list
 }
 
-// storeFacts is what a store says of itself.
+// storeFacts describes a store.
 type storeFacts struct {
 	Header   storeHeader           `json:"header"`
 	Opens    bool                  `json:"opens"`
 	Figures  *api.Figures          `json:"figures,omitempty"` // of one that opens
 	Problems map[check.Code]uint64 `json:"problems"`          // how often each was found
-	Origin   string                `json:"origin,omitempty"`  // a file whose name says that it is this one's origin
+	Origin   string                `json:"origin,omitempty"`  // a file whose name is that of the store without its suffix
 	report   *check.Report
 }
 
@@ -74,7 +74,7 @@ type storeHeader struct {
 	ChunkSectors uint32 `json:"chunk_sectors"`
 }
 
-// storeBeside is a store that was found by its name.
+// storeBeside is a store found by a name made from that of the disk.
 type storeBeside struct {
 	Path       string `json:"path"`
 	State      string `json:"state"` // ok, invalid or damaged
@@ -83,7 +83,7 @@ type storeBeside struct {
 	InUse      bool   `json:"in_use"`
 }
 
-// nextStep is a command that may be of use now.
+// nextStep is a command that applies to what was found.
 type nextStep struct {
 	Command string `json:"command"`
 	Why     string `json:"why"`
@@ -93,16 +93,16 @@ func newInspect() *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "inspect PATH",
-		Short: "Tell what a file or device is, and what can be done with it",
-		Long: `Tell what PATH is: an exception store, with its header, state and figures; a disk, and whether a store
-with a name made from its own lies beside it (disk.img.cow or disk.cow for disk.img); a disk image that isn't raw;
-an LVM physical volume, an encrypted disk, a file system, compressed data, text. Then: which verb helps next.
+		Short: "Show what a file or device is, and which verbs apply to it",
+		Long: `Show what PATH is: an exception store, with its header, state and figures; a disk, and whether a store with a name
+made from its own is beside it (disk.img.cow or disk.cow for disk.img); a disk image that is not raw; an LVM physical
+volume, an encrypted disk, a file system, compressed data, text. Then show which commands apply.
 
-Nothing is written. What is in use is looked at all the same.
+Nothing is written. Files in use are read, too.
 
-Exit status: 0 it is known, 1 it is not, 2 trouble.`,
+Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 		Example: `  dmsnap inspect disk.cow
-  dmsnap inspect --json /dev/vg/snap-cow`,
+  dmsnap inspect --json disk.img`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
@@ -126,7 +126,7 @@ Exit status: 0 it is known, 1 it is not, 2 trouble.`,
 	return c
 }
 
-// inspect looks at path, and at what its name leads to.
+// inspect examines path and the files whose names belong to it.
 func inspect(ctx context.Context, path string) (*inspection, error) {
 	dev, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
 	if err != nil {

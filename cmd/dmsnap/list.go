@@ -22,11 +22,11 @@ func newList() *cobra.Command {
 	var asJSON, liveRead bool
 	c := &cobra.Command{
 		Use:   "list COW",
-		Short: "List a store's exceptions as runs",
-		Long: `List the exceptions of the store in COW: which chunks of the origin live in which chunks of COW, in the
-order of the origin. Chunks that follow each other on both sides are one line, a run. Nothing is written.
+		Short: "List the exceptions of a store as runs",
+		Long: `List the exceptions of the store in COW: which chunks of the origin are stored in which chunks of COW, in the order
+of the origin. Chunks that are consecutive on both sides form one line, a run. Nothing is written.
 
-dmsnap dump shows the same store slot by slot, as it is on disk, sound or not.`,
+dmsnap dump shows the same store slot by slot, as it is on disk, sound or damaged.`,
 		Example: `  dmsnap list disk.cow
   dmsnap list --json disk.cow`,
 		Args: cobra.ExactArgs(1),
@@ -51,12 +51,12 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or not.`,
 	return c
 }
 
-// largestDisk bounds what a store may speak of, in bytes: no disk has more, and offsets up to it can be
-// added without a thought of overflow. Opening a store judges no origin chunk, since it knows no origin.
+// largestDisk bounds the origin chunks of a store, in bytes: no disk is larger, and offsets up to it can be added
+// without overflow. Opening a store does not check origin chunks, since the origin is unknown.
 const largestDisk = math.MaxInt64
 
-// openStoreToRead loads a store whose exceptions are all there, and that nobody writes to, or, with live,
-// one that somebody may: then what it shows was true on disk a moment ago.
+// openStoreToRead loads a store that is valid and complete. A store that has a writer is refused, unless live is set;
+// then the result is the state of the disk a moment ago.
 func openStoreToRead(path string, live bool) (*block.File, *store.Store, error) {
 	cow, err := openToRead(path, live)
 	if err != nil {

@@ -1,8 +1,7 @@
-// Command dmsnap makes, serves, watches, exports and merges copy-on-write snapshots in the format of
-// the Linux device-mapper's persistent exception store, without the kernel's help.
+// Command dmsnap creates, serves, checks, exports and merges copy-on-write snapshots in the on-disk format of the Linux
+// device-mapper, in userspace.
 //
-// A verb is a file of this folder. What an exit status means is decided in exit.go, how devices are
-// opened in open.go.
+// Each verb has a file in this folder. Exit statuses are decided in exit.go, opening devices in open.go.
 package main
 
 import (
@@ -18,7 +17,7 @@ import (
 
 func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
 
-// run is the whole program: it obeys args and returns the exit status.
+// run executes the program with args and returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	root := newRoot()
 	root.SetArgs(append([]string{}, args...)) // nil would mean os.Args
@@ -30,7 +29,7 @@ func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
 	return exitStatus(errors.Join(err, helpFailed()), stderr)
 }
 
-// checkedHelp makes help one write. failed returns its error: cobra has no place for it.
+// checkedHelp writes help in one write. failed returns its error, which cobra drops.
 func checkedHelp(root *cobra.Command) (failed func() error) {
 	var err error
 	help := root.HelpFunc()
@@ -50,16 +49,15 @@ func newRoot() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "dmsnap",
 		Short: "Device-mapper snapshots in userspace",
-		Long: `dmsnap takes a disk image or block device and puts a copy-on-write snapshot beside it, in the on-disk
-format of the Linux device-mapper (dm-snapshot, "P" and "PO"). It serves origin and snapshots over
-NBD, tells how they fare, exports their content, and merges a snapshot back, offline or live.
+		Long: `dmsnap keeps copy-on-write snapshots of disk images and block devices, in the on-disk format of the Linux
+device-mapper (dm-snapshot, "P" and "PO"). It serves an origin and its snapshots over NBD, shows their status, exports
+their content, and merges a snapshot back into its origin, offline or live.
 
-Where both are needed the order is always ORIGIN COW. Sizes take suffixes: 4096, 16s (sectors), 4KiB,
-64M, 10GiB.
+The order of arguments is always ORIGIN COW. Sizes have suffixes: 4096, 16s (sectors), 4KiB, 64M, 10GiB.
 
-Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 143 cut short by a signal.`,
-		Example: `  dmsnap create disk.img disk.cow
-  dmsnap serve disk.img disk.cow --socket /tmp/dmsnap.sock --export-origin
+Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 143 interrupted by a signal.`,
+		Example: `  dmsnap create disk.img new.cow
+  dmsnap serve disk.img disk.cow --socket nbd.sock --export-origin
   dmsnap status disk.cow
   dmsnap merge disk.img disk.cow`,
 		SilenceErrors: true,
@@ -71,7 +69,22 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 			return errors.New("no verb given")
 		},
 	}
-	root.AddCommand(newCreate(), newServe(), newStatus(), newSnapshot(), newGrow(), newDrop(), newExport(), newDiff(), newList(), newMap(), newInspect(), newRescue(), newMerge(), newCheck(), newDump(), newRestore(), newRepair(), newCompact(), newVersion(), newMan())
+	for _, g := range []struct {
+		id, title string
+		verbs     []*cobra.Command
+	}{
+		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge()}},
+		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
+		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},
+		{"move", "Move:", []*cobra.Command{newExport(), newCompact()}},
+	} {
+		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
+		for _, v := range g.verbs {
+			v.GroupID = g.id
+			root.AddCommand(v)
+		}
+	}
+	root.AddCommand(newVersion(), newMan())
 	return root
 }
 
@@ -82,8 +95,7 @@ func printJSON(c *cobra.Command, v any) error {
 	return e.Encode(v)
 }
 
-// printf writes to the verb's standard output. The error is worth returning where nothing else is
-// left to do.
+// printf writes to the verb's standard output.
 func printf(c *cobra.Command, format string, args ...any) error {
 	_, err := fmt.Fprintf(c.OutOrStdout(), format, args...)
 	return err

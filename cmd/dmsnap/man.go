@@ -34,8 +34,7 @@ func newMan() *cobra.Command {
 	}
 }
 
-// manDate is the date on the pages: SOURCE_DATE_EPOCH where it is set, so that a build can be
-// repeated to the byte.
+// manDate is the date of the pages: SOURCE_DATE_EPOCH if it is set, so that builds are reproducible.
 func manDate() (time.Time, error) {
 	s := os.Getenv("SOURCE_DATE_EPOCH")
 	if s == "" {

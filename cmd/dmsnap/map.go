@@ -35,17 +35,17 @@ func newMap() *cobra.Command {
 	var o mapOptions
 	c := &cobra.Command{
 		Use:   "map COW",
-		Short: "Draw which parts of the disk a snapshot holds, and how full its COW device is",
-		Long: `Draw two pictures of the store in COW. The first is the disk: where the snapshot has chunks of its own, and
-where it shows the origin. The second is COW itself: header and areas, data, chunks that were handed out and
-hold nothing, and what is free. Below are the figures. Nothing is written but the files of --svg and --png.
+		Short: "Show a map of the disk and of the COW device, with fill level and fragmentation",
+		Long: `Draw two maps of the store in COW. The first is the disk: where the snapshot has chunks of its own, and where it
+shows the origin. The second is COW: header and metadata areas, data, allocated chunks that no exception uses, and
+free space. The figures follow. Nothing is written except the files of --svg and --png.
 
-The disk's size is the origin's, which COW does not know: without --origin the picture ends where the last
-chunk of the snapshot does.
+The size of the disk is that of the origin, which is not stored in COW: without --origin the first map ends with
+the last chunk of the snapshot.
 
-In letters, a capital is a cell that is at least half of that kind; a small letter is less, however little.
-Fragmentation tells how often reading the disk in order jumps within COW: of all pairs of neighbouring chunks
-that are both in COW, those that are not neighbours there. dmsnap compact makes it 0.`,
+In text, a capital letter is a cell that is at least half of that kind; a small letter is less. Fragmentation is
+the share of neighbouring chunks of the disk, both stored in COW, that are not neighbours there. dmsnap compact
+reduces it to 0.`,
 		Example: `  dmsnap map disk.cow
   dmsnap map disk.cow --origin disk.img --svg disk.svg
   dmsnap map --json disk.cow`,
@@ -53,10 +53,10 @@ that are both in COW, those that are not neighbours there. dmsnap compact makes 
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c, args[0]) },
 	}
 	f := c.Flags()
-	f.StringVar(&o.origin, "origin", "", "the disk is as large as this origin")
-	f.StringVar(&o.svg, "svg", "", "also write the pictures to this file (\"-\" is standard output), as SVG")
-	f.StringVar(&o.png, "png", "", "also write the pictures to this file (\"-\" is standard output), as PNG")
-	f.BoolVar(&o.force, "force", false, "replace these files when they exist")
+	f.StringVar(&o.origin, "origin", "", "use the size of this origin for the disk")
+	f.StringVar(&o.svg, "svg", "", "also write the maps to this file (\"-\" is standard output), as SVG")
+	f.StringVar(&o.png, "png", "", "also write the maps to this file (\"-\" is standard output), as PNG")
+	f.BoolVar(&o.force, "force", false, "replace these files if they exist")
 	f.StringVar(&o.colour, "color", "auto", "auto (on a terminal, unless NO_COLOR is set), always or never")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	addRaw(f, &o.raw)
@@ -64,15 +64,15 @@ that are both in COW, those that are not neighbours there. dmsnap compact makes 
 	return c
 }
 
-// mapResult is what map prints as JSON. Cells are equal parts of the disk, or of COW, in order, and say which
-// part of each is taken, 0 to 1.
+// mapResult is what map prints as JSON. Cells are equal parts of the disk, or of COW, in order; the value of a cell is
+// the fraction of it that is used, 0 to 1.
 type mapResult struct {
 	Path string `json:"path"`
 	api.Figures
 	DiskBytes     int64         `json:"disk_bytes"`
 	DiskKnown     bool          `json:"disk_known"` // else disk_bytes is where the last exception ends
 	StoredBytes   int64         `json:"stored_bytes"`
-	UnusedChunks  uint64        `json:"unused_chunks"` // handed out, and no exception names them
+	UnusedChunks  uint64        `json:"unused_chunks"` // allocated, but used by no exception
 	Fragmentation fragmentation `json:"fragmentation"`
 	DiskCells     []float64     `json:"disk_cells"`
 	COWCells      []float64     `json:"cow_cells"`
@@ -90,7 +90,7 @@ type fragmentation struct {
 
 func fragmentationOf(ctx context.Context, st *store.Store) (f fragmentation, err error) {
 	l := st.Layout()
-	var old ondisk.OriginChunk // behind the last run, on both sides
+	var old ondisk.OriginChunk // after the last run, on both sides
 	var new ondisk.COWChunk
 	longest := uint64(0)
 	for r := range st.Exceptions().All() {
@@ -150,7 +150,7 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 	return o.show(c, st, m, inputs)
 }
 
-// checkOutputs refuses a picture that can't be written before the first one is.
+// checkOutputs checks every output file before the first one is written.
 func (o *mapOptions) checkOutputs(inputs []string) error {
 	for _, out := range []string{o.svg, o.png} {
 		if out == "" || out == standardOutput {
@@ -161,10 +161,10 @@ func (o *mapOptions) checkOutputs(inputs []string) error {
 		}
 	}
 	if o.svg != "" && o.svg == o.png {
-		return fmt.Errorf("%s: can't be both an SVG and a PNG", o.svg)
+		return fmt.Errorf("%s: can't be both an SVG and a PNG file", o.svg)
 	}
 	if o.asJSON && (o.svg == standardOutput || o.png == standardOutput) {
-		return errors.New("a picture and --json can't both go to standard output")
+		return errors.New("a map and --json can't both be written to standard output")
 	}
 	return nil
 }
@@ -177,7 +177,7 @@ func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 		}
 		return nil
 	}
-	// Its size is all that is asked of it.
+	// Only its size is used.
 	origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
 	if err != nil {
 		return err
@@ -188,7 +188,7 @@ func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 	return st.CheckOrigin(m.DiskBytes)
 }
 
-// pastEnd is how much of a short last chunk the disk does not have, where that chunk is stored.
+// pastEnd is the part of a stored last chunk that is after the end of the disk.
 func (m *mapResult) pastEnd(st *store.Store) int64 {
 	last, ok := st.Exceptions().Max()
 	if !ok {
@@ -229,7 +229,7 @@ func (o *mapOptions) show(c *cobra.Command, st *store.Store, m mapResult, inputs
 	return o.print(c.OutOrStdout(), st, m)
 }
 
-// cellsOf says which part of each cell is not the ground.
+// cellsOf returns the fraction of each cell that is not background.
 func cellsOf(s *picture.Strip) []float64 {
 	cells := make([]float64, s.Cells())
 	for i := range cells {
@@ -253,15 +253,15 @@ func (o *mapOptions) print(w io.Writer, st *store.Store, m mapResult) error {
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	printFigures(t, m.Figures)
 	if m.UnusedChunks > 0 {
-		fmt.Fprintf(t, "  unused\t%s handed out and named by no exception\n", plural(m.UnusedChunks, "chunk"))
+		fmt.Fprintf(t, "  unused\t%s allocated and used by no exception\n", plural(m.UnusedChunks, "chunk"))
 	}
 	f := m.Fragmentation
 	fmt.Fprintf(t, "  runs\t%d, %s on average, the longest %s\n", f.Runs, bytesText(f.MeanBytes), bytesText(f.LongestBytes))
-	fmt.Fprintf(t, "  fragmentation\t%s: %d of %d neighbouring chunks jump within COW\n", picture.Percent(int64(f.Jumps), int64(f.Neighbours)), f.Jumps, f.Neighbours)
+	fmt.Fprintf(t, "  fragmentation\t%s: %d of %d neighbouring chunks are not neighbours in COW\n", picture.Percent(int64(f.Jumps), int64(f.Neighbours)), f.Jumps, f.Neighbours)
 	return t.Flush()
 }
 
-// terminal tells how wide pictures on w may be, and whether in colours.
+// terminal returns how wide maps on w may be, and whether colours are used.
 func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 	const labels = 14
 	f, ok := terminalOf(w)
@@ -287,7 +287,7 @@ var (
 	mapData     = color.RGBA{0x1f, 0x6f, 0xb4, 255}
 )
 
-// mapPanels draws both pictures with so many cells.
+// mapPanels draws both maps.
 func mapPanels(st *store.Store, m mapResult, columns, diskRows, cowRows int) []picture.Panel {
 	size := bytesText(m.DiskBytes)
 	if !m.DiskKnown {
@@ -300,7 +300,7 @@ func mapPanels(st *store.Store, m mapResult, columns, diskRows, cowRows int) []p
 	}
 }
 
-// diskStrip shows what of the disk the snapshot holds.
+// diskStrip is the map of the disk.
 func diskStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	l := st.Layout()
 	s := picture.NewStrip(m.DiskBytes, cells, picture.Class{Name: "as the origin", Letter: '.', Colour: mapGround},
@@ -311,7 +311,7 @@ func diskStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	return s
 }
 
-// cowStrip shows what of COW is taken by what.
+// cowStrip is the map of COW.
 func cowStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	const metadata, unused, data = 1, 2, 3
 	l := st.Layout()
@@ -325,7 +325,7 @@ func cowStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	for r := range st.Exceptions().All() {
 		s.Add(l.COWOffset(r.New), int64(r.Count)<<l.Shift(), data)
 	}
-	// What is left of the part that was handed out holds nothing. Where in its cell doesn't matter.
+	// The rest of the allocated part is unused. Its place within a cell is not shown.
 	end := int64(m.SectorsAllocated) * ondisk.SectorSize
 	for i := range s.Cells() {
 		off, n := s.Bounds(i)

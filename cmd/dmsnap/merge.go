@@ -16,18 +16,18 @@ import (
 type mergeResult struct {
 	DryRun       bool   `json:"dry_run"`
 	ChunkSectors uint32 `json:"chunk_sectors"`
-	Chunks       uint64 `json:"chunks"`         // exceptions that were to be merged
-	Runs         uint64 `json:"runs"`           // stretches of them
+	Chunks       uint64 `json:"chunks"`         // exceptions to merge
+	Runs         uint64 `json:"runs"`           // consecutive on both sides
 	Bytes        int64  `json:"bytes"`          // to copy to the origin
-	Ranges       uint64 `json:"ranges"`         // stretches of the origin that are overwritten
-	UndoBytes    int64  `json:"undo_bytes"`     // what an undo store takes
-	Undo         string `json:"undo,omitempty"` // where one is
+	Ranges       uint64 `json:"ranges"`         // ranges of the origin that are overwritten
+	UndoBytes    int64  `json:"undo_bytes"`     // size of an undo store
+	Undo         string `json:"undo,omitempty"` // its path
 
-	// How long it takes, about; of a dry run.
+	// Estimated duration, of a dry run.
 	Seconds float64 `json:"estimated_seconds,omitempty"`
 }
 
-// offlineMerge is how an offline merge is to be done.
+// offlineMerge holds the options of an offline merge.
 type offlineMerge struct {
 	dryRun, force, asJSON, raw bool
 	undo                       string
@@ -39,39 +39,39 @@ func newMerge() *cobra.Command {
 	c := &cobra.Command{
 		Use:   "merge {ORIGIN COW | --control PATH [NAME]}",
 		Short: "Merge a snapshot back into its origin",
-		Long: `Merge a snapshot back into its origin: afterwards the origin has the snapshot's content and the store is
+		Long: `Merge a snapshot back into its origin: afterwards the origin has the content of the snapshot, and the store is
 empty.
 
-ORIGIN COW merges offline. It may be interrupted, or killed, at any time: start it again and it goes on
-with what is left. Until it is complete, ORIGIN alone is a mixture of old and new. A merge that is refused
-(an invalid store, an origin that is too small, a store in use) touches nothing.
+ORIGIN COW merges offline. The merge may be interrupted or killed at any time: run the same command again, and it
+continues. Until it is complete, ORIGIN alone is a mixture of old and new content. A merge that is refused (an
+invalid store, an origin that is too small, a store in use) changes nothing.
 
---undo FILE keeps what is overwritten, as a store of its own: dmsnap merge ORIGIN FILE takes the merge back, and
-until then dmsnap export ORIGIN FILE or a read-only serve shows the origin as it was. FILE appears under its name when
-it is whole and on disk, and only then does the merge begin; where there is no room for it nothing is merged. To go on
-after an interruption, say the same again: a FILE that belongs to this merge is used as it is, any other that exists
-is refused, or replaced with --force. Taking a merge back when it is half done loses what was merged of COW, unless
-that is done with an --undo of its own.
+--undo FILE saves what is overwritten, as a store: dmsnap merge ORIGIN FILE undoes the merge, and until then dmsnap
+export ORIGIN FILE or a read-only serve shows the origin as it was. FILE gets its name when it is complete and
+durable, and only then does the merge begin; without enough space for FILE nothing is merged. To continue after an
+interruption, run the same command again: a FILE that belongs to this merge is used as it is; any other existing
+FILE is refused, or replaced with --force. Undoing an incomplete merge loses the chunks of COW that were already
+merged, unless it is done with an --undo of its own.
 
---dry-run tells how much there is to merge, in how many ranges, what an undo store would take, and about how long it
-takes: a guess from reading a part of COW, too short where that is cached.
+--dry-run shows how much there is to merge, in how many ranges, the size of an undo store, and an estimate of the
+time, from reading a part of COW: too short if that part is cached.
 
---control PATH NAME starts the live merge of a served snapshot. Clients go on: the origin shows the
-merged content at once, and the snapshot's export goes on as the origin. Without NAME the merge under way is
-meant. --pause and --resume say what to do with it; --wait waits until it is complete. To be able to take it back,
-make a snapshot before it (dmsnap snapshot --create): merging that one brings the origin back.`,
-		Example: `  dmsnap merge disk.img disk.cow
-  dmsnap merge --dry-run disk.img disk.cow
-  dmsnap merge disk.img disk.cow --undo before.cow
-  dmsnap merge --control /run/dmsnap.ctl snap --wait`,
+--control PATH NAME starts the live merge of a served snapshot. Clients continue: the origin shows the merged
+content at once, and the export of the snapshot continues as the origin. Without NAME, the current merge is meant.
+--pause and --resume control it; --wait waits until it is complete. To be able to undo a live merge, create a
+snapshot before it (dmsnap snapshot --create): merging that one restores the origin.`,
+		Example: `  dmsnap merge --dry-run disk.img disk.cow
+  dmsnap merge disk.img disk.cow
+  dmsnap merge disk.img more.cow --undo before.cow
+  dmsnap merge --control ctl.sock vm1 --wait`,
 		Args: func(c *cobra.Command, args []string) error {
 			switch {
 			case live.control == "" && len(args) != 2:
-				return errors.New("ORIGIN and COW are needed, or --control PATH")
+				return errors.New("ORIGIN and COW are required, or --control PATH")
 			case live.control == "" && (live.pause || live.resume || live.wait):
-				return errors.New("--pause, --resume and --wait need --control PATH")
+				return errors.New("--pause, --resume and --wait require --control PATH")
 			case live.control != "" && len(args) > 1:
-				return errors.New("with --control, one NAME at most")
+				return errors.New("with --control, at most one NAME is accepted")
 			case live.control != "" && (o.dryRun || o.undo != "" || o.raw):
 				return errors.New("--dry-run, --undo and --raw are for an offline merge")
 			case live.control != "" && o.force:
@@ -87,14 +87,14 @@ make a snapshot before it (dmsnap snapshot --create): merging that one brings th
 		},
 	}
 	f := c.Flags()
-	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "tell what would be merged, write nothing")
-	f.StringVar(&o.undo, "undo", "", "keep what is overwritten in this store")
-	f.BoolVar(&o.force, "force", false, "replace FILE when it does not belong to this merge, and merge files that are mounted or held by other devices")
+	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "show what would be merged, write nothing")
+	f.StringVar(&o.undo, "undo", "", "save what is overwritten in this store")
+	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
-	f.StringVar(&live.control, "control", "", "merge live, in the server with this control socket")
+	f.StringVar(&live.control, "control", "", "merge a served snapshot, in the server with this control socket")
 	f.BoolVar(&live.pause, "pause", false, "pause the live merge")
-	f.BoolVar(&live.resume, "resume", false, "go on with a live merge that was paused or failed")
+	f.BoolVar(&live.resume, "resume", false, "continue a live merge that was paused or failed")
 	f.BoolVar(&live.wait, "wait", false, "wait until the live merge is complete")
 	c.MarkFlagsMutuallyExclusive("pause", "resume")
 	c.MarkFlagsMutuallyExclusive("pause", "wait")
@@ -130,7 +130,7 @@ func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error
 	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil || res.Undo == "" {
 		return err
 	}
-	return printf(c, "%s: keeps what was overwritten; to take it back: dmsnap merge %s %s\n", res.Undo, originPath, res.Undo)
+	return printf(c, "%s: has what was overwritten; to undo the merge: dmsnap merge %s %s\n", res.Undo, originPath, res.Undo)
 }
 
 // merge does what was asked for with the devices, whose paths are the inputs.
@@ -140,7 +140,7 @@ func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow 
 		return work, about(inputs[1], err)
 	}
 	if o.dryRun {
-		return work, o.foresee(origin, cow, inputs, res)
+		return work, o.estimate(origin, cow, inputs, res)
 	}
 	if o.undo != "" {
 		kept, err := o.keep(ctx, c, origin, cow, work.UndoBytes, inputs)

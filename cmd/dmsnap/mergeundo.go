@@ -14,8 +14,8 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// keep makes the undo store of a merge, or opens the one that is there and belongs to it. It stays open,
-// and locked, while the merge goes on.
+// keep writes the undo store of a merge, or opens an existing one that belongs to it. It stays open, and locked, during
+// the merge.
 func (o *offlineMerge) keep(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, inputs []string) (*block.File, error) {
 	kept, err := o.openUndo(origin, cow, false, inputs)
 	replace := o.force && errors.Is(err, merge.ErrNotUndo)
@@ -44,20 +44,20 @@ func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs 
 		return nil, err
 	}
 	if err = merge.CheckUndo(origin, cow, kept); err == nil {
-		// Whoever gave it its name may have been killed before the name was durable.
+		// The process that named it may have been killed before the name was durable.
 		err = block.SyncDirectory(filepath.Dir(o.undo))
 	}
 	if err != nil {
 		kept.Close()
 		if errors.Is(err, merge.ErrNotUndo) {
-			err = fmt.Errorf("%w: take another name, or --force to replace it", err)
+			err = fmt.Errorf("%w; choose another name, or use --force to replace it", err)
 		}
 		return nil, about(o.undo, err)
 	}
 	return kept, nil
 }
 
-// writeUndo makes the undo store of so many bytes; it gets its name when it is whole and durable.
+// writeUndo writes the undo store, of size bytes; it gets its name when it is complete and durable.
 func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, replace bool, inputs []string) error {
 	bar := newProgress(c.ErrOrStderr(), "keep")
 	err := writeOutputDevice(o.undo, replace, inputs, size, func(dst *block.File) error {
@@ -72,8 +72,8 @@ func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, 
 	return about(o.undo, err)
 }
 
-// foresee fills in what only a dry run tells, and refuses an undo store that a merge would refuse.
-func (o *offlineMerge) foresee(origin, cow block.Device, inputs []string, res *mergeResult) error {
+// estimate fills in the results of a dry run, and refuses an undo store that a merge would refuse.
+func (o *offlineMerge) estimate(origin, cow block.Device, inputs []string, res *mergeResult) error {
 	takes, err := merge.Estimate(origin, cow, o.undo != "")
 	if err != nil {
 		return about(inputs[1], err)

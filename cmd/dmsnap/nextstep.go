@@ -7,63 +7,63 @@ import (
 	"github.com/dmsnap/dmsnap/image"
 )
 
-// next says which commands help with what was found, the likeliest first.
+// next returns the commands that apply to what was found, the most likely first.
 func (i *inspection) next() []nextStep {
 	switch {
 	case i.Store != nil:
 		return i.Store.next(i.Path, i.InUse)
 	case i.kind.Role == image.Own && i.Kind == "undo":
-		return []nextStep{{command("repair", "COW", "--undo-apply", i.Path), "to take back what was done to COW"}}
+		return []nextStep{{command("repair", "COW", "--undo-apply", i.Path), "to undo the change of COW"}}
 	case i.kind.Role == image.Own:
-		return []nextStep{{command("restore", i.Path, "NEWCOW"), "to make a store of it again"}}
+		return []nextStep{{command("restore", i.Path, "NEWCOW"), "to make a store from it"}}
 	case i.kind.Role == image.Container:
 		raw := withoutEnd(i.Path) + ".img"
-		return []nextStep{{words("qemu-img", "convert", "-O", "raw", i.Path, raw), "dmsnap works on raw disks; this makes one"}}
+		return []nextStep{{words("qemu-img", "convert", "-O", "raw", i.Path, raw), "to convert it to a raw disk, which dmsnap requires"}}
 	case i.kind.Role == image.Packed:
-		return []nextStep{{command("inspect", withoutEnd(i.Path)), "once it is unpacked"}}
+		return []nextStep{{command("inspect", withoutEnd(i.Path)), "after it is unpacked"}}
 	case i.kind.Role != image.RawDisk:
 		return []nextStep{}
 	}
 	steps := i.nextForDisk()
 	if i.Kind == "lvm2-pv" {
-		steps = append(steps, nextStep{command("inspect", "/dev/VG/LV-cow"), "stores of LVM are on the volumes with such names, and not on the disk itself"})
+		steps = append(steps, nextStep{command("inspect", "/dev/VG/LV-cow"), "stores of LVM are on volumes with such names, not on the physical volume"})
 	}
 	if i.kind == image.Unknown {
-		steps = append(steps, nextStep{command("repair", i.Path, "NEWCOW", "--chunk-size", "4KiB"), "if it was a COW device, and its header is lost"})
+		steps = append(steps, nextStep{command("repair", i.Path, "NEWCOW", "--chunk-size", "4KiB"), "if it was a COW device whose header is lost"})
 	}
 	return steps
 }
 
-// nextForDisk is for what can be an origin.
+// nextForDisk returns the commands for a disk, which can be an origin.
 func (i *inspection) nextForDisk() []nextStep {
 	steps := []nextStep{}
 	for _, b := range i.Beside {
 		switch {
 		case b.InUse:
-			steps = append(steps, nextStep{command("status", b.Path), "how the snapshot fares that is being served"})
+			steps = append(steps, nextStep{command("status", b.Path), "to show the status of the served snapshot"})
 		case b.State == "damaged":
-			steps = append(steps, nextStep{command("check", b.Path), "what is wrong with the store beside it"})
+			steps = append(steps, nextStep{command("check", b.Path), "to show the problems of the store beside it"})
 		case b.State == "invalid":
-			steps = append(steps, nextStep{command("rescue", i.Path, b.Path, "OUT"), "what can still be had of the invalid snapshot beside it"})
+			steps = append(steps, nextStep{command("rescue", i.Path, b.Path, "OUT"), "to recover data from the invalid snapshot beside it"})
 		case !b.Fits:
-			steps = append(steps, nextStep{command("check", b.Path, "--origin", i.Path), "the store beside it is for a larger disk"})
+			steps = append(steps, nextStep{command("check", b.Path, "--origin", i.Path), "the store beside it belongs to a larger disk"})
 		default:
-			steps = append(steps, nextStep{command("diff", i.Path, b.Path), "where the snapshot beside it differs"},
-				nextStep{command("serve", i.Path, b.Path, "--export-origin", "--socket", "nbd.sock"), "to use both"},
-				nextStep{command("merge", i.Path, b.Path), "to make the snapshot's content the disk's"})
+			steps = append(steps, nextStep{command("diff", i.Path, b.Path), "to show where the snapshot beside it differs"},
+				nextStep{command("serve", i.Path, b.Path, "--export-origin", "--socket", "nbd.sock"), "to serve both"},
+				nextStep{command("merge", i.Path, b.Path), "to merge the snapshot into the disk"})
 		}
 	}
 	if len(steps) == 0 {
-		why := "to put a snapshot beside this disk"
+		why := "to create a snapshot of this disk"
 		if i.kind == image.Unknown || i.kind == image.Zeros {
-			why = "if it is a raw disk, to put a snapshot beside it"
+			why = "if it is a raw disk, to create a snapshot of it"
 		}
 		steps = append(steps, nextStep{command("create", i.Path, i.Path+".cow"), why})
 	}
 	return steps
 }
 
-// next is for a store.
+// next returns the commands for a store.
 func (f *storeFacts) next(path string, inUse bool) []nextStep {
 	origin := f.Origin
 	if origin == "" {
@@ -72,26 +72,26 @@ func (f *storeFacts) next(path string, inUse bool) []nextStep {
 	stem := withoutEnd(path)
 	switch {
 	case inUse:
-		return []nextStep{{command("status", "--control", "PATH"), "to ask the server that uses it"}}
+		return []nextStep{{command("status", "--control", "PATH"), "to show the status of the server that uses it"}}
 	case f.report.Has(check.MarkedInvalid):
-		return []nextStep{{command("rescue", origin, path, stem+".rescued.img"), "what can still be had, and what it is worth"}}
+		return []nextStep{{command("rescue", origin, path, stem+".rescued.img"), "to recover its data"}}
 	case f.report.Worst() == check.Error:
-		return []nextStep{{command("check", path), "what is wrong, with places"},
-			{command("repair", path, stem+".repaired.cow"), "a sound store of what is sound"}}
+		return []nextStep{{command("check", path), "to show its problems"},
+			{command("repair", path, stem+".repaired.cow"), "to make a sound store from it"}}
 	}
-	steps := []nextStep{{command("diff", origin, path), "where the snapshot differs from its origin"},
-		{command("export", origin, path, stem+".snapshot.img"), "its content as a raw image"},
-		{command("merge", origin, path), "to make its content the origin's"},
-		{command("map", path), "a picture of it"}}
+	steps := []nextStep{{command("diff", origin, path), "to show where the snapshot differs from its origin"},
+		{command("export", origin, path, stem+".snapshot.img"), "to write its content to a raw image"},
+		{command("merge", origin, path), "to merge it into its origin"},
+		{command("map", path), "to show a map of it"}}
 	if f.report.Worst() == check.Warning {
-		steps = append([]nextStep{{command("check", path), "what the warning means"}}, steps...)
+		steps = append([]nextStep{{command("check", path), "to show what the warning means"}}, steps...)
 	}
 	return steps
 }
 
 func command(args ...string) string { return words(append([]string{"dmsnap"}, args...)...) }
 
-// words writes a command so that a shell reads these words again.
+// words quotes arguments for a shell.
 func words(args ...string) string {
 	quoted := make([]string, len(args))
 	for i, a := range args {
@@ -108,7 +108,7 @@ func shellWord(s string) string {
 	return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'"
 }
 
-// withoutEnd leaves out what stands behind the last dot of the file's name.
+// withoutEnd removes the extension of a file name.
 func withoutEnd(path string) string {
 	if dot := strings.LastIndexByte(path, '.'); dot > strings.LastIndexByte(path, '/')+1 {
 		return path[:dot]

@@ -14,7 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// about puts the path in front of an error that does not name it as the place.
+// about prefixes an error with the path, unless it has it.
 func about(path string, err error) error { return block.WithPath(path, err) }
 
 // openDevice opens a path as a device; the error names the path.
@@ -30,15 +30,15 @@ func openOrigin(path string, o block.Options, raw bool) (*block.File, error) {
 
 // addRaw adds the flag of every verb that takes an origin.
 func addRaw(f *pflag.FlagSet, raw *bool) {
-	f.BoolVar(raw, "raw", false, "ORIGIN's own bytes are the disk, although it looks like an image of another format")
+	f.BoolVar(raw, "raw", false, "use the bytes of ORIGIN as the disk, even if it looks like an image of another format")
 }
 
-// checkOrigin refuses an origin whose last bytes are in no chunk, and, unless raw, one that is known to be no raw disk.
+// checkOrigin refuses an origin whose last bytes are in no chunk and, unless raw, one that is known not to be a raw disk.
 func checkOrigin(path string, origin block.Device, raw bool) error {
 	return advise(cowfile.CheckOrigin(path, origin, raw))
 }
 
-// checkDifferent refuses one disk under two names.
+// checkDifferent refuses two paths of one disk.
 func checkDifferent(originPath, cowPath string) error {
 	return cowfile.CheckDifferent(originPath, cowPath)
 }
@@ -54,17 +54,17 @@ func openPair(originPath, cowPath string, o block.Options, raw bool) (origin, co
 // checkStore refuses a COW device whose header is not one of a store that can be read.
 func checkStore(path string, cow block.Device) error { return advise(cowfile.CheckStore(path, cow)) }
 
-// advise adds to an error which verb or flag avoids it.
+// advise adds the remedy, a verb or a flag, to an error.
 func advise(err error) error {
 	var notRaw *image.NotRawError
 	var notEmpty *image.NotEmptyError
 	switch {
 	case errors.Is(err, ondisk.ErrNoStore):
-		return fmt.Errorf("%w; make one with dmsnap create", err)
+		return fmt.Errorf("%w; create one with dmsnap create", err)
 	case errors.As(err, &notRaw):
-		return fmt.Errorf("%w; --raw uses its bytes as they are", err)
+		return fmt.Errorf("%w; --raw uses its bytes as the disk", err)
 	case errors.Is(err, store.ErrExists):
-		return fmt.Errorf("%w: --force makes a new one over it", err)
+		return fmt.Errorf("%w; --force creates a new one over it", err)
 	case errors.As(err, &notEmpty):
 		return fmt.Errorf("%w; --force overwrites it", err)
 	}

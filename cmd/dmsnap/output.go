@@ -20,7 +20,7 @@ import (
 // standardOutput is the name of standard output, for the verbs that can write to it.
 const standardOutput = "-"
 
-// withOutputAdvice adds which option allows what was refused.
+// withOutputAdvice adds the option that allows what was refused.
 func withOutputAdvice(err error) error {
 	if errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("%w; --force replaces it", err)
@@ -28,12 +28,12 @@ func withOutputAdvice(err error) error {
 	return err
 }
 
-// checkOutput refuses, before there is any work, what writeOutput would refuse.
+// checkOutput makes the checks of writeOutput before there is any work.
 func checkOutput(path string, force bool, inputs []string) error {
 	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: inputs}))
 }
 
-// writeOutput makes an output file of a verb with --force.
+// writeOutput writes the output file of a verb with --force.
 func writeOutput(path string, force bool, inputs []string, fill func(*os.File) error) error {
 	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: inputs}, fill))
 }
@@ -43,7 +43,7 @@ func writeOutputDevice(path string, force bool, inputs []string, size int64, fil
 	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: inputs}, size, fill))
 }
 
-// writePicture has fill write a map or a picture to a file, or to standard output.
+// writePicture has fill write a map to a file or to standard output.
 func writePicture(c *cobra.Command, path string, force bool, inputs []string, fill func(io.Writer) error) error {
 	if path == standardOutput {
 		return writeStandardOutput(c, inputs, fill)
@@ -51,7 +51,7 @@ func writePicture(c *cobra.Command, path string, force bool, inputs []string, fi
 	return writeOutput(path, force, inputs, func(f *os.File) error { return fill(f) })
 }
 
-// imageAdvice adds how an image gets to where no file can be made. usage is the verb's call with OUT "-".
+// imageAdvice adds how to write an image to a device or a pipe. usage is the command with OUT "-".
 func imageAdvice(err error, usage string) error {
 	if errors.Is(err, newfile.ErrNotRegular) {
 		return fmt.Errorf(`%w; to write to a device or a pipe, write to standard output: "%s >DEVICE"`, err, usage)
@@ -60,8 +60,8 @@ func imageAdvice(err error, usage string) error {
 }
 
 // writeStandardOutput has fill write an output to standard output. A file or a block device there is checked as
-// any other output: it is no input and not in use, and what is written to it is durable in the end. What c prints
-// from then on, its summary, goes to standard error.
+// any other output: it must be no input and not in use, and what is written to it is flushed. From then on c prints its
+// summary to standard error.
 func writeStandardOutput(c *cobra.Command, inputs []string, fill func(io.Writer) error) (err error) {
 	out := c.OutOrStdout()
 	c.SetOut(c.ErrOrStderr())
@@ -105,7 +105,7 @@ func checkNoTerminal(c *cobra.Command, advice string) error {
 // lockStandardOutput locks the file or block device that standard output is, as a writer.
 func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func() error, err error) {
 	path := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
-	// A block device is opened for writing, so that one that the kernel uses is refused.
+	// A block device is opened for writing, so that one in use by the kernel is refused.
 	dev, err := block.Open(path, block.Options{ReadOnly: !special, Lock: block.LockNone})
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, fs.ErrNotExist) { // it may be only written to, or no /proc
 		return func() error { return nil }, nil
@@ -117,7 +117,7 @@ func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func(
 	for _, in := range inputs {
 		i, err := block.Open(in, block.Options{ReadOnly: true, Lock: block.LockNone})
 		if err != nil {
-			continue // no disk, so not the same one
+			continue // not a disk, so not the same one
 		}
 		same := block.Same(i, dev)
 		i.Close()
@@ -143,8 +143,7 @@ func writeImageToStandardOutput(ctx context.Context, c *cobra.Command, inputs []
 	})
 }
 
-// A stream is an image that is written to where nothing can be skipped: gaps between writes, which ascend, are filled
-// with zeros.
+// A stream writes an image, in ascending order, to an output without seeking. Gaps are filled with zeros.
 type stream struct {
 	ctx  context.Context
 	w    io.Writer
@@ -152,7 +151,7 @@ type stream struct {
 	size int64
 }
 
-var errStream = errors.New("standard output can only be written to")
+var errStream = errors.New("standard output is write-only")
 
 func (s *stream) ReadAt([]byte, int64) (int, error) { return 0, errStream }
 func (s *stream) Flush() error                      { return nil } // writeStandardOutput does that

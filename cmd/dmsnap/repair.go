@@ -47,22 +47,21 @@ func newRepair() *cobra.Command {
 	var o repairOptions
 	c := &cobra.Command{
 		Use:   "repair {COW NEWCOW | COW --in-place --undo FILE | COW --undo-apply FILE}",
-		Short: "Make a sound store of a damaged one",
-		Long: `Make a sound store of what can be believed of a damaged one, and say what was kept and what was lost, by range of
-the origin. dmsnap check finds nothing wrong with the result. Of two slots that claim the same chunk the first
-is kept; a lost range shows what the origin has there today.
+		Short: "Make a sound store from a damaged one",
+		Long: `Make a sound store from the usable parts of a damaged one, and show what was kept and what was lost, by range of
+the origin. dmsnap check finds no problem in the result. Of two slots that use the same chunk, the first is kept;
+a lost range shows the current content of the origin.
 
-COW NEWCOW copies into a new file and leaves COW as it is. NEWCOW appears under its name when it is whole and on
-disk; an existing file is replaced with --force only.
+COW NEWCOW copies into a new file and leaves COW as it is. NEWCOW gets its name when it is complete and durable; an
+existing file is replaced only with --force.
 
 --in-place changes COW itself, after --undo FILE holds everything that will be overwritten. COW --undo-apply FILE
-takes the repair back, also one that was cut half-way.
+undoes the repair, also an incomplete one.
 
-A damaged header is done without when --chunk-size says what it said. A store that is marked invalid is
-refused: that is for dmsnap rescue.`,
-		Example: `  dmsnap repair disk.cow sound.cow
-  dmsnap repair disk.cow --in-place --undo disk.undo
-  dmsnap repair disk.cow --undo-apply disk.undo`,
+With --chunk-size, a damaged header is ignored. A store that is marked invalid is refused: see dmsnap rescue.`,
+		Example: `  dmsnap repair damaged.cow sound.cow
+  dmsnap repair damaged.cow --in-place --undo damaged.undo
+  dmsnap repair damaged.cow --undo-apply damaged.undo`,
 		Args: func(c *cobra.Command, args []string) error { return o.args(args) },
 		RunE: func(c *cobra.Command, args []string) error {
 			switch {
@@ -75,11 +74,11 @@ refused: that is for dmsnap rescue.`,
 		},
 	}
 	f := c.Flags()
-	f.BoolVar(&o.inPlace, "in-place", false, "change COW itself")
-	f.StringVar(&o.undo, "undo", "", "where to keep what --in-place overwrites")
-	f.StringVar(&o.undoApply, "undo-apply", "", "take back the repair that wrote this file")
-	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
-	f.BoolVar(&o.force, "force", false, "replace NEWCOW, or the undo file, when it exists")
+	f.BoolVar(&o.inPlace, "in-place", false, "repair COW itself")
+	f.StringVar(&o.undo, "undo", "", "save what --in-place overwrites in this file")
+	f.StringVar(&o.undoApply, "undo-apply", "", "undo the repair that wrote this file")
+	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
+	f.BoolVar(&o.force, "force", false, "replace NEWCOW, or the undo file, if it exists")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
 }
@@ -87,23 +86,23 @@ refused: that is for dmsnap rescue.`,
 func (o *repairOptions) args(args []string) error {
 	switch {
 	case o.undoApply != "" && (o.inPlace || o.undo != "" || len(args) != 1):
-		return errors.New("--undo-apply FILE goes with one COW and nothing else")
+		return errors.New("--undo-apply FILE takes one COW and no other option")
 	case o.undoApply != "":
 	case o.inPlace && len(args) != 1:
-		return errors.New("--in-place goes with one COW and no NEWCOW")
+		return errors.New("--in-place takes one COW and no NEWCOW")
 	case o.inPlace && o.undo == "":
-		return errors.New("--in-place needs --undo FILE")
+		return errors.New("--in-place requires --undo FILE")
 	case !o.inPlace && o.undo != "":
-		return errors.New("--undo goes with --in-place")
+		return errors.New("--undo requires --in-place")
 	case !o.inPlace && len(args) != 2:
-		return errors.New("COW and NEWCOW are needed, or COW and --in-place --undo FILE")
+		return errors.New("COW and NEWCOW are required, or COW and --in-place --undo FILE")
 	}
 	return nil
 }
 
-// plan opens the store and looks at it.
+// plan opens the store and plans its repair.
 func (o *repairOptions) plan(ctx context.Context, path string, readOnly bool, bar *progressBar) (*block.File, *repair.Plan, error) {
-	sectors, err := o.chunkSize.believed()
+	sectors, err := o.chunkSize.orHeader()
 	if err != nil {
 		return nil, nil, err
 	}
@@ -135,7 +134,7 @@ func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
 	if err != nil {
 		return err
 	}
-	return o.tell(c, out, p, true)
+	return o.printResult(c, out, p, true)
 }
 
 func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
@@ -155,16 +154,16 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 	bar.end()
 	err = about(path, errors.Join(err, cow.Close()))
 	if err != nil && saved {
-		err = fmt.Errorf("%w; to take back what was done: dmsnap repair %s --undo-apply %s", err, path, o.undo)
+		err = fmt.Errorf("%w; to undo the changes: dmsnap repair %s --undo-apply %s", err, path, o.undo)
 	}
 	if err != nil {
 		return err
 	}
-	return o.tell(c, path, p, changed)
+	return o.printResult(c, path, p, changed)
 }
 
-// tell prints what became of the store on path.
-func (o *repairOptions) tell(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
+// printResult prints what was kept and lost.
+func (o *repairOptions) printResult(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
 	res := repairResult{Path: path, Changed: changed, Found: p.Report.Found, KeptBytes: p.Bytes(),
 		Kept: append([]repair.Range{}, p.Kept()...), Lost: append([]repair.Lost{}, p.Lost()...), Missing: []string{}}
 	for _, l := range res.Lost {

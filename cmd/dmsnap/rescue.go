@@ -39,41 +39,41 @@ func newRescue() *cobra.Command {
 	var o rescueOptions
 	c := &cobra.Command{
 		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW | --revalidate COW --in-place --undo FILE}",
-		Short: "Get out of an invalid or damaged snapshot what can be had",
-		Long: `An invalid snapshot is not lost. Write the best that can be had of it to OUT, a sparse raw image ("-" is standard output), and say
-what each part is worth:
+		Short: "Recover data from an invalid or damaged snapshot",
+		Long: `Recover the data of an invalid or damaged snapshot. OUT, a sparse raw image ("-" is standard output), gets
+everything that can be read, and each range has a class:
 
-  certain    as the snapshot showed it: the chunk has an exception, written before the store became invalid
-  doubtful   the origin's content of today: it may have been overwritten since
-  lost       not to be read; the image has zeros there
+  certain    the content of the snapshot: the chunk has an exception, written before the store became invalid
+  doubtful   the current content of the origin: it may have been overwritten since
+  lost       unreadable; the image has zeros there
 
---map FILE keeps that as a table ("OFFSET LENGTH CLASS" in bytes), as JSON when FILE ends in .json, or as a
-coloured picture of the disk when it ends in .svg or .png; "-" is standard output.
---dry-run looks at the store alone. A header that is damaged is done without when --chunk-size says what it said.
+--map FILE writes the classes as a table ("OFFSET LENGTH CLASS" in bytes), as JSON if FILE ends in .json, or as a
+picture of the disk if it ends in .svg or .png; "-" is standard output.
+--dry-run reads only the store. With --chunk-size, a damaged header is ignored.
 
---revalidate makes a store that is marked invalid load again, in a kernel, LVM or dmsnap serve: a copy of it,
+--revalidate makes a store that is marked invalid loadable again, by a kernel, LVM or dmsnap serve: a copy of it,
 NEWCOW, or with --in-place the store itself, after --undo FILE holds what is overwritten; dmsnap repair COW
---undo-apply FILE takes that back. It does not bring anything back that was lost: doubtful parts then look like the
-rest, and nobody can tell them apart any more. Make a map first, and think before you merge such a store.
+--undo-apply FILE undoes that. It recovers nothing that was lost: doubtful ranges then look like all others, and
+can't be distinguished any more. Write a map first, and consider it before you merge such a store.
 
-Nothing is written to ORIGIN, nor, without --in-place, to COW. An ORIGIN or COW in use is refused; --live-read reads it
-all the same, and then nothing is certain but what has an exception.`,
-		Example: `  dmsnap rescue disk.img disk.cow old.img --map old.map
-  dmsnap rescue --dry-run disk.img disk.cow
-  dmsnap rescue --revalidate disk.cow again.cow
-  dmsnap rescue --revalidate disk.cow --in-place --undo disk.undo`,
+Nothing is written to ORIGIN nor, without --in-place, to COW. An ORIGIN or COW in use is refused; --live-read reads
+it nevertheless, and then only chunks with an exception are certain.`,
+		Example: `  dmsnap rescue disk.img invalid.cow old.img --map old.map
+  dmsnap rescue --dry-run disk.img invalid.cow
+  dmsnap rescue --revalidate invalid.cow again.cow
+  dmsnap rescue --revalidate invalid.cow --in-place --undo invalid.undo`,
 		Args: func(c *cobra.Command, args []string) error {
 			switch {
 			case !o.revalidate && o.inPlace:
-				return errors.New("--in-place goes with --revalidate")
+				return errors.New("--in-place requires --revalidate")
 			case o.inPlace != (o.undo != ""):
-				return errors.New("--in-place needs --undo FILE, and that nothing else")
+				return errors.New("--in-place and --undo FILE require each other")
 			case o.inPlace && len(args) != 1:
-				return errors.New("--in-place goes with one COW and no NEWCOW")
+				return errors.New("--in-place takes one COW and no NEWCOW")
 			case o.revalidate && !o.inPlace && len(args) != 2:
-				return errors.New("--revalidate needs COW and NEWCOW, or COW and --in-place --undo FILE")
+				return errors.New("--revalidate requires COW and NEWCOW, or COW and --in-place --undo FILE")
 			case !o.revalidate && o.dryRun && len(args) != 2 && len(args) != 3, !o.revalidate && !o.dryRun && len(args) != 3:
-				return errors.New("ORIGIN, COW and OUT are needed")
+				return errors.New("ORIGIN, COW and OUT are required")
 			}
 			return nil
 		},
@@ -88,15 +88,15 @@ all the same, and then nothing is certain but what has an exception.`,
 		},
 	}
 	f := c.Flags()
-	f.BoolVar(&o.force, "force", false, "replace OUT, NEWCOW, the map and the undo file when they exist")
-	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "say what would be certain, read no data, write nothing")
+	f.BoolVar(&o.force, "force", false, "replace OUT, NEWCOW, the map and the undo file if they exist")
+	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "show what would be certain, read no data, write nothing")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
-	f.BoolVar(&o.revalidate, "revalidate", false, "make the store load again, in a copy")
+	f.BoolVar(&o.revalidate, "revalidate", false, "make an invalid store loadable again, in a copy")
 	f.BoolVar(&o.inPlace, "in-place", false, "revalidate COW itself")
-	f.StringVar(&o.undo, "undo", "", "where to keep what --in-place overwrites")
+	f.StringVar(&o.undo, "undo", "", "save what --in-place overwrites in this file")
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and a store that are in use")
-	f.StringVar(&o.mapFile, "map", "", "write what each range is worth to this file")
-	f.Var(&o.chunkSize, "chunk-size", "believe this instead of the header")
+	f.StringVar(&o.mapFile, "map", "", "write the class of each range to this file")
+	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	addRaw(f, &o.raw)
 	c.MarkFlagsMutuallyExclusive("revalidate", "map")
 	c.MarkFlagsMutuallyExclusive("revalidate", "dry-run")
@@ -156,7 +156,7 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 			return err
 		}
 	}
-	return o.tell(c, r, ranges, args)
+	return o.printResult(c, r, ranges, args)
 }
 
 // checkMap refuses a map that can't be written, before there is any work.
@@ -193,8 +193,8 @@ func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *res
 	return ranges, imageAdvice(err, "dmsnap rescue ORIGIN COW -")
 }
 
-// tell prints what was found, and writes the map.
-func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, args []string) error {
+// printResult prints the totals, and writes the map.
+func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, args []string) error {
 	sum := rescue.Totals(ranges)
 	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], r.Behind(), ranges, []string{}}
 	for _, f := range r.Report().Findings {
@@ -216,7 +216,7 @@ func (o *rescueOptions) tell(c *cobra.Command, r *rescue.Rescue, ranges []rescue
 	}
 	behind := ""
 	if result.Behind > 0 {
-		behind = fmt.Sprintf("; %s more are kept for what is behind the end of %s, which is too small, and are left out", bytesText(result.Behind), args[0])
+		behind = fmt.Sprintf("; %s more are kept for what is after the end of %s, which is too small, and are omitted", bytesText(result.Behind), args[0])
 	}
 	return printf(c, "%s: %s certain, %s doubtful, %s lost%s\n", args[len(args)-1],
 		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost), behind)
@@ -242,8 +242,8 @@ func writeMap(w io.Writer, ranges []rescue.Range, kind string) error {
 	return err
 }
 
-// certaintyPanel draws the disk as a strip: what is lost shows before what is doubtful, and that before what
-// is certain.
+// certaintyPanel draws the disk as a strip. Lost ranges have precedence over doubtful ones, and those over certain
+// ones.
 func certaintyPanel(ranges []rescue.Range) picture.Panel {
 	size := int64(0)
 	for _, x := range ranges {
@@ -258,5 +258,5 @@ func certaintyPanel(ranges []rescue.Range) picture.Panel {
 			s.Add(x.Off, x.Length, int(x.Class))
 		}
 	}
-	return picture.Panel{Title: "what the rescued image is worth", Strip: s, Columns: 64, Label: bytesText}
+	return picture.Panel{Title: "classes of the rescued image", Strip: s, Columns: 64, Label: bytesText}
 }

@@ -25,16 +25,16 @@ func newRestore() *cobra.Command {
 	var force, asJSON bool
 	c := &cobra.Command{
 		Use:   "restore TEXT COW",
-		Short: "Make a store of a dump",
-		Long: `Make the store again that dmsnap dump wrote to TEXT, as text or packed; "-" is standard input. COW becomes a
-sparse file with the same metadata, byte for byte. Nothing is judged: a damaged store is restored damaged.
+		Short: "Make a store from a dump",
+		Long: `Make a store from TEXT, the output of dmsnap dump, as text or packed; "-" is standard input. COW becomes a sparse
+file with the same metadata, byte for byte. Nothing is validated: a damaged store is restored damaged.
 
-Unless the dump was made with --data the chunks read as zeros: such a store is good for looking at, not for
-reading a snapshot.
+Unless the dump was made with --data, all chunks read as zeros: such a store can be examined, but its snapshot has
+no content.
 
-COW appears under its name when it is whole and on disk. An existing file is replaced with --force only.`,
+COW gets its name when it is complete and durable. An existing file is replaced only with --force.`,
 		Example: `  dmsnap restore disk.txt again.cow
-  dmsnap dump disk.cow | sed s/'valid 0'/'valid 1'/ | dmsnap restore - again.cow`,
+  dmsnap dump disk.cow | sed s/'valid 1'/'valid 0'/ | dmsnap restore - invalidated.cow`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			res, err := restoreFile(c.InOrStdin(), args[0], args[1], force)
@@ -47,7 +47,7 @@ COW appears under its name when it is whole and on disk. An existing file is rep
 			return printf(c, "%s: %s, %s\n", res.Path, bytesText(res.Bytes), plural(res.Slots, "slot"))
 		},
 	}
-	c.Flags().BoolVar(&force, "force", false, "replace COW when it exists")
+	c.Flags().BoolVar(&force, "force", false, "replace COW if it exists")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

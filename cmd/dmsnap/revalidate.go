@@ -15,16 +15,16 @@ type revalidated struct {
 	Path    string `json:"path"`  // of the valid store
 	Bytes   int64  `json:"bytes"` // that it has
 	Changed bool   `json:"changed"`
-	Kept    int64  `json:"kept_bytes"` // of the snapshot, that are as they were; nothing says so of the rest
+	Kept    int64  `json:"kept_bytes"` // of the snapshot that are certain
 }
 
-// say tells what it means that a store is made valid; before it is, where that is done in place.
+// say prints what marking a store valid means; with --in-place before it is done.
 func (o *rescueOptions) say(c *cobra.Command, v *rescue.Revalidation, cowPath string) error {
 	if o.asJSON {
 		return nil
 	}
-	return printf(c, "%s: has %s as the snapshot showed them; all else will show the origin as it is now, and nothing "+
-		"will tell what was overwritten since the store became invalid\n", cowPath, bytesText(v.KeptBytes()))
+	return printf(c, "%s: %s are certain; all other ranges show the current content of the origin, and ranges that were "+
+		"overwritten since the store became invalid can no longer be distinguished\n", cowPath, bytesText(v.KeptBytes()))
 }
 
 // copyValid makes the copy of --revalidate.
@@ -55,7 +55,7 @@ func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) err
 	return printf(c, "%s: a valid copy of %s\n", newPath, cowPath)
 }
 
-// markValid makes the store itself valid, after its undo file is on disk.
+// markValid marks the store itself valid, after its undo file is durable.
 func (o *rescueOptions) markValid(c *cobra.Command, cowPath string) error {
 	cow, err := openDevice(cowPath, block.Options{})
 	if err != nil {
@@ -82,7 +82,7 @@ func (o *rescueOptions) markValid(c *cobra.Command, cowPath string) error {
 		return printJSON(c, revalidated{cowPath, cow.Size(), changed, v.KeptBytes()})
 	}
 	if !changed {
-		return printf(c, "%s: is valid; nothing was changed\n", cowPath)
+		return printf(c, "%s: is already valid; nothing was changed\n", cowPath)
 	}
-	return printf(c, "%s: valid again; to take it back: dmsnap repair %[1]s --undo-apply %s\n", cowPath, o.undo)
+	return printf(c, "%s: valid again; to undo this: dmsnap repair %[1]s --undo-apply %s\n", cowPath, o.undo)
 }

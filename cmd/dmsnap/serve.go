@@ -24,7 +24,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// serveOptions are what serve was asked.
+// serveOptions are the options of serve.
 type serveOptions struct {
 	socket, listen string
 	control        string
@@ -48,44 +48,41 @@ func newServe() *cobra.Command {
 	var o serveOptions
 	c := &cobra.Command{
 		Use:   "serve ORIGIN [[NAME=]COW...]",
-		Short: "Serve snapshots, and their origin, over NBD",
-		Long: `Serve the snapshots of an origin over NBD, each as an export: NAME, or the COW file's base name without its
-extension. The export "" is the first snapshot. --export-origin serves the origin too, as "origin"; what
-clients write there is preserved in every snapshot first. What goes before the first "=" is a NAME
-unless it has a slash.
+		Short: "Serve snapshots and their origin over NBD",
+		Long: `Serve the snapshots of an origin over NBD, each as an export: NAME, or the base name of the COW file without its
+extension. The export "" is the first snapshot. --export-origin also serves the origin, as "origin"; every
+snapshot preserves what clients overwrite there. The text before the first "=" is a NAME unless it has a slash.
 
-Without COW, ORIGIN.cow is used, and made when it is not there. Any other COW must hold a store, unless
---create is given, which makes what is missing: the file, as dmsnap create would, or the store. With --store N
-the exceptions are kept in memory and the COW is scratch space, of no use afterwards.
+Without COW, ORIGIN.cow is used, and created if it does not exist. Any other COW must hold a store, unless --create
+is given: then missing files and stores are created as by dmsnap create. With --store N the exceptions are kept in
+memory, and the COW is scratch space without use afterwards.
 
-The origin is open for reading, beside other servers that read it, unless --export-origin is given or a live merge
-begins: nobody else may use it then.
+The origin is opened read-only, and shared with other readers, unless --export-origin is given or a live merge
+begins: both require exclusive use.
 
-Without --socket or --listen, the socket is ORIGIN.sock. Sockets are for their owner alone (mode
-0600). --listen without a HOST means the loopback interface, since NBD has no authentication; 0.0.0.0:PORT is
-every interface, IPv4 only, [::]:PORT every interface, IPv6 too. Port 0 is a free one; the URI has it.
+Without --socket or --listen, the socket is ORIGIN.sock. Sockets are accessible only to their owner (mode 0600).
+--listen without a HOST means the loopback interface, since NBD has no authentication; 0.0.0.0:PORT is every
+interface, IPv4 only; [::]:PORT is every interface, IPv6 too. Port 0 is a free port; the URI shows it.
 
-A COW without room, be it its own size or a full file system beneath, loses nothing: writes that need
-room, to the snapshot and to the origin, fail with "no space" until there is some, and everything else
-goes on. See --on-full, --grow, and dmsnap grow.
+When a COW is full, by its own size or because the file system below is full, nothing is lost: writes that require
+space, to the snapshot and to the origin, fail with "no space" until there is some, and all other requests succeed.
+See --on-full, --grow, and dmsnap grow.
 
-The URI of each export is printed, one a line, when clients may connect. SIGINT, SIGTERM and SIGHUP (unless it is
-ignored, as with nohup) answer what is under way, make everything durable, and end with status 0.
+The URI of each export is printed, one per line, when clients can connect. SIGINT, SIGTERM and SIGHUP (unless it is
+ignored, as with nohup) complete the requests in flight, make everything durable, and end with status 0.
 
-With --tls-certificates the server speaks TLS, and its URIs begin with nbds. A service manager may pass the
-socket, and one named "control" (systemd socket activation); then --socket, --listen and --control are
-not used.
+With --tls-certificates the server uses TLS, and its URIs begin with nbds. A service manager may pass the socket, and
+one named "control" (systemd socket activation); then --socket, --listen and --control are not used.
 
-With --control PATH the server can be asked and told things while it runs: see status, snapshot, drop and
-merge.`,
+With --control PATH a running server accepts commands: see status, snapshot, drop, grow and merge.`,
 		Example: `  dmsnap serve disk.img
-  dmsnap serve disk.img before=disk.cow --export-origin --socket /run/dmsnap.sock --control /run/dmsnap.ctl
+  dmsnap serve disk.img before=disk.cow --export-origin --socket nbd.sock --control server.sock
   dmsnap serve disk.img a.cow b.cow --create --listen 127.0.0.1:10809`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
-			// A reader of our output that went away is no reason to leave our clients alone.
+			// A closed output pipe must not end the server.
 			signal.Ignore(syscall.SIGPIPE)
 			return o.run(ctx, args[0], args[1:], c.OutOrStdout(), c.ErrOrStderr())
 		},
@@ -96,18 +93,18 @@ merge.`,
 	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
 	f.BoolVar(&o.exportOrigin, "export-origin", false, `serve the origin as "origin"`)
 	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
-	f.BoolVar(&o.create, "create", false, "make COW files and stores that are not there")
-	f.Var(&o.store, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
-	f.Var(&o.sync, "sync", "when a write is safe from a crash: at a flush, like a disk with a cache, or always, a snapshot's before it is answered")
-	f.Var(&o.onFull, "on-full", "what becomes of writes that need room in a COW that has none: they fail, pause until there is some, or invalidate the snapshot as the kernel does")
-	f.Var(&o.grow, "grow", "make a COW file that is full longer by this much at a time (default: leave it)")
-	f.Var(&o.growMax, "grow-max", "make it no longer than this")
-	f.StringVar(&o.certificates, "tls-certificates", "", "speak TLS, with server-cert.pem and server-key.pem of this folder; clients need a certificate of its ca-cert.pem, where there is one")
-	f.Var(&o.tls, "tls", "with --tls-certificates: require it of every client, or allow it")
-	f.UintVar(&o.maxConnections, "max-connections", 0, "turn clients away beyond so many (default: no limit)")
-	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "hang up on clients that ask nothing for so long, e.g. 10m (default: never)")
-	f.Var(&o.chunkSize, "chunk-size", "size of a chunk of stores that are made (default 4KiB)")
-	f.BoolVar(&o.force, "force", false, "make missing stores and scratch space over whatever the COW devices hold, and serve an origin that is too short for its store, or files that are mounted or held by other devices")
+	f.BoolVar(&o.create, "create", false, "create missing COW files and stores")
+	f.Var(&o.store, "store", "P, PO (a full COW refuses writes and the snapshot stays valid) or N (in memory)")
+	f.Var(&o.sync, "sync", "when a write is durable: at a flush, like a disk with a write cache, or always, before a write to a snapshot is acknowledged")
+	f.Var(&o.onFull, "on-full", "what to do when the COW device is full: writes fail, pause until there is space, or invalidate the snapshot as the kernel does")
+	f.Var(&o.grow, "grow", "when a COW file is full, make it longer by this size (default: never)")
+	f.Var(&o.growMax, "grow-max", "maximum size for --grow")
+	f.StringVar(&o.certificates, "tls-certificates", "", "use TLS with server-cert.pem and server-key.pem of this folder; if it has ca-cert.pem, clients require a certificate signed by it")
+	f.Var(&o.tls, "tls", "with --tls-certificates: require TLS of every client, or allow it")
+	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
+	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
+	f.Var(&o.chunkSize, "chunk-size", "chunk size of created stores (default 4KiB)")
+	f.BoolVar(&o.force, "force", false, "create stores and scratch space over existing content, and serve an origin that is too short for its store, or files that are mounted or used by other devices")
 	addRaw(f, &o.raw)
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
@@ -195,7 +192,7 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 	return list
 }
 
-// exportName is what the snapshot on a path is called unless told otherwise.
+// exportName is the default name of the snapshot on a path.
 func exportName(path string) string {
 	base := strings.ToValidUTF8(filepath.Base(path), "_") // names of exports are UTF-8
 	if name := strings.TrimSuffix(base, filepath.Ext(base)); name != "" {
@@ -204,8 +201,8 @@ func exportName(path string) string {
 	return base
 }
 
-// run serves until ctx ends, or a listener fails. What is refused leaves nothing behind: what can be checked is
-// checked first, then the origin is opened, then the sockets are made, and COW files last.
+// run serves until ctx ends or a listener fails. A refused serve leaves no file: all checks come first, then the origin
+// is opened, then the sockets are made, and COW files last.
 func (o *serveOptions) run(ctx context.Context, originPath string, cows []string, stdout, stderr io.Writer) (err error) {
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
 		return err
@@ -260,7 +257,7 @@ func (o *serveOptions) open(originPath string, log func(string)) (s *server.Serv
 	return server.Open(originPath, opts)
 }
 
-// attach exports the origin, if it is to be, and attaches the snapshots, all or none.
+// attach exports the origin, if requested, and attaches the snapshots, all or none.
 func (o *serveOptions) attach(s *server.Server, originPath string, cows []string) error {
 	if o.exportOrigin {
 		if err := s.ExportOrigin(); err != nil {
@@ -269,12 +266,12 @@ func (o *serveOptions) attach(s *server.Server, originPath string, cows []string
 	}
 	err := s.AttachAll(o.attachments(originPath, cows))
 	if errors.Is(err, store.ErrOriginTooSmall) {
-		err = fmt.Errorf("%w; --force serves it all the same", err)
+		err = fmt.Errorf("%w; --force serves it nevertheless", err)
 	}
 	return advise(err)
 }
 
-// checkListeners refuses addresses on which nobody can listen, or that clients can't use.
+// checkListeners checks the addresses before anything is opened.
 func (o *serveOptions) checkListeners(originPath string, passed map[string]net.Listener) error {
 	if passed["nbd"] == nil {
 		if err := o.checkListener(originPath); err != nil {
@@ -334,7 +331,7 @@ func (o *serveOptions) listener(originPath string) (net.Listener, error) {
 	return l, nil
 }
 
-// printable is a name as it is shown to people: quoted where it would tear the line or the terminal.
+// printable is a name as it is printed: quoted if it has spaces or control characters.
 func printable(name string) string {
 	if q := strconv.Quote(name); q != `"`+name+`"` || strings.Contains(name, " ") {
 		return q
@@ -342,8 +339,8 @@ func printable(name string) string {
 	return name
 }
 
-// newLog returns a function that writes lines to w without ever making its caller wait: lines are
-// dropped when w takes none. end writes those that are left.
+// newLog returns a function that writes lines to w and never blocks: lines are dropped while w is blocked. end writes
+// the remaining ones.
 func newLog(w io.Writer) (log func(string), end func()) {
 	lines := make(chan string, 64)
 	quit, done := make(chan struct{}), make(chan struct{})
@@ -374,7 +371,7 @@ func newLog(w io.Writer) (log func(string), end func()) {
 			close(quit)
 			select {
 			case <-done:
-			case <-time.After(time.Second): // w is stuck; what it says is not worth waiting for
+			case <-time.After(time.Second): // w is blocked
 			}
 		}
 }

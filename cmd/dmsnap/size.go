@@ -9,8 +9,8 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// sizeUnits are the suffixes of a size: s for sectors, powers of 1024, and, as GNU tools have it, powers of
-// 1000 where a plain B follows. Letters may be of either case.
+// sizeUnits are the suffixes of a size: s for sectors, powers of 1024, and, as in GNU tools, powers of 1000 with a plain
+// B. Case is ignored.
 var sizeUnits = map[string]int64{
 	"": 1, "b": 1, "s": ondisk.SectorSize,
 	"k": 1 << 10, "ki": 1 << 10, "kib": 1 << 10, "kb": 1e3,
@@ -60,7 +60,7 @@ func (f *sizeFlag) Set(s string) (err error) {
 
 func (f *sizeFlag) Type() string { return "SIZE" }
 
-// chunkSectors reads f as a chunk size and returns sectors; the default one when it was not given.
+// chunkSectors returns f as a chunk size in sectors; the default if it was not given.
 func (f *sizeFlag) chunkSectors() (uint32, error) {
 	if !f.set {
 		return ondisk.DefaultChunkSectors, nil
@@ -72,7 +72,7 @@ func (f *sizeFlag) chunkSectors() (uint32, error) {
 	return sectors, nil
 }
 
-// bytesText says a number of bytes as a person reads it: "1.5 GiB".
+// bytesText formats a number of bytes: "1.5 GiB".
 func bytesText(n int64) string {
 	if n < 1<<10 {
 		return fmt.Sprintf("%d bytes", n)

@@ -18,11 +18,10 @@ func newSnapshot() *cobra.Command {
 	var kind storeFlag
 	c := &cobra.Command{
 		Use:   "snapshot --control PATH NAME COW",
-		Short: "Attach a snapshot to an origin that is being served",
-		Long: `Attach a snapshot to the origin of a running server, while clients write to it. From the moment the
-verb ends, NAME shows the origin as it was then, and every later write to the origin is preserved in
-COW first.`,
-		Example: `  dmsnap snapshot --control /run/dmsnap.ctl monday monday.cow --create`,
+		Short: "Attach a snapshot to a served origin",
+		Long: `Attach a snapshot to the origin of a running server, while clients write to it. When the command ends, NAME shows the
+current content of the origin, and every later write to the origin is first preserved in COW.`,
+		Example: `  dmsnap snapshot --control ctl.sock monday monday.cow --create`,
 		Args:    cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
 			if _, err := chunkSize.chunkSectors(); err != nil {
@@ -31,7 +30,7 @@ COW first.`,
 			if create && args[1] == standardOutput {
 				return newfile.ErrStandardOutput
 			}
-			cow, err := filepath.Abs(args[1]) // the server may work in another folder
+			cow, err := filepath.Abs(args[1]) // the server may have another working directory
 			if err != nil {
 				return err
 			}
@@ -40,7 +39,7 @@ COW first.`,
 			s, err := api.NewClient(control).Attach(ctx, api.AttachRequest{
 				Name: args[0], COW: cow, Create: create, Force: force, ChunkSize: chunkSize.bytes, Store: kind.String()})
 			if e := (*api.Error)(nil); errors.As(err, &e) && (e.Code == api.CodeNotEmpty || e.Code == api.CodeOriginTooSmall) {
-				err = fmt.Errorf("%w; --force attaches it all the same", err)
+				err = fmt.Errorf("%w; --force attaches it nevertheless", err)
 			}
 			if err != nil {
 				return err
@@ -52,11 +51,11 @@ COW first.`,
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&control, "control", "", "the server's control socket")
-	f.BoolVar(&create, "create", false, "make the COW file, or the store on it, when there is none")
-	f.BoolVar(&force, "force", false, "make the store over whatever the COW holds, and attach one that is of a longer disk")
-	f.Var(&chunkSize, "chunk-size", "size of a chunk of a store that is made (default 4KiB)")
-	f.Var(&kind, "store", "P, PO (a full COW refuses writes instead of ending the snapshot) or N (in memory)")
+	f.StringVar(&control, "control", "", "control socket of the server")
+	f.BoolVar(&create, "create", false, "create the COW file, or the store on it, if missing")
+	f.BoolVar(&force, "force", false, "create the store over existing content, and attach a store of a longer disk")
+	f.Var(&chunkSize, "chunk-size", "chunk size of a created store (default 4KiB)")
+	f.Var(&kind, "store", "P, PO (a full COW refuses writes and the snapshot stays valid) or N (in memory)")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
 	c.MarkFlagRequired("control")
 	return c

@@ -17,12 +17,12 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// fileStatus is what status says of a COW device that is looked at from outside.
+// fileStatus is the status of a store, read from its COW device.
 type fileStatus struct {
 	Path string `json:"path"`
 	api.Figures
 	Version uint32 `json:"version"`
-	InUse   bool   `json:"in_use"` // some program has it open for writing
+	InUse   bool   `json:"in_use"` // another program has it open for writing
 }
 
 func newStatus() *cobra.Command {
@@ -30,23 +30,22 @@ func newStatus() *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
 		Use:   "status {COW | --control PATH}",
-		Short: "Tell how a snapshot fares",
-		Long: `Tell how a snapshot fares: the kernel's status text and the figures behind it. Nothing is written.
+		Short: "Show the status of a snapshot or a server",
+		Long: `Show the status of a snapshot: the status text of the kernel and the figures behind it. Nothing is written.
 
-With COW the store on that file or device is read, also while it is served; what its server has not
-made durable yet does not show. With --control the server is asked about its origin, all its snapshots
-and a merge.
+With COW, the store on that file or device is read, also while it is served; changes that its server has not yet
+made durable are not shown. With --control, the server reports its origin, all its snapshots and the merge.
 
 States: ok, invalid, failed, overflow, merging, merge-failed.`,
 		Example: `  dmsnap status disk.cow
   dmsnap status --json disk.cow
-  dmsnap status --control /run/dmsnap.ctl`,
+  dmsnap status --control ctl.sock`,
 		Args: func(c *cobra.Command, args []string) error {
 			if control != "" && len(args) > 0 {
 				return errors.New("either COW or --control PATH, not both")
 			}
 			if control == "" && len(args) != 1 {
-				return errors.New("one COW is needed, or --control PATH")
+				return errors.New("one COW is required, or --control PATH")
 			}
 			return nil
 		},
@@ -64,12 +63,12 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 			return st.print(c.OutOrStdout())
 		},
 	}
-	c.Flags().StringVar(&control, "control", "", "ask the server with this control socket")
+	c.Flags().StringVar(&control, "control", "", "control socket of a running server")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }
 
-// statusOf reads the store on path, as it is on disk.
+// statusOf returns the status of the store on path, as it is on disk.
 func statusOf(path string) (fileStatus, error) {
 	cow, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
 	if err != nil {
@@ -88,7 +87,7 @@ func statusOf(path string) (fileStatus, error) {
 	return s, nil
 }
 
-// statusOfStore is the status that a snapshot of this store would have.
+// statusOfStore is the status of a snapshot with this store.
 func statusOfStore(st *store.Store) snapshot.Status {
 	look := snapshot.Status{Target: snapshot.TargetSnapshot, State: snapshot.StateOK,
 		ChunkSectors: st.Layout().ChunkSectors, Exceptions: st.Len(), Usage: st.Usage()}
@@ -98,9 +97,8 @@ func statusOfStore(st *store.Store) snapshot.Status {
 	return look
 }
 
-// openWhileWritten loads a store that its owner may be writing to. Such a store is sound at every
-// moment, but reading takes longer than a moment: what was read early may not fit what was read late.
-// So what can't be is looked at again.
+// openWhileWritten loads a store. With written, which says that it has a writer, damage is retried: the store on disk is
+// loadable at every instant, but parts read at different instants may not match.
 func openWhileWritten(cow block.Device, written bool) (st *store.Store, err error) {
 	tries := 1
 	if written {
@@ -114,7 +112,7 @@ func openWhileWritten(cow block.Device, written bool) (st *store.Store, err erro
 		if st, err = store.OpenToRead(cow); !errors.As(err, &corrupt) {
 			return st, err
 		}
-		block.Refresh(cow) // it may have grown; when that can't be told, the old size stands
+		block.Refresh(cow) // it may have grown; after an error the old size is used
 	}
 	return nil, err
 }
@@ -134,13 +132,13 @@ func (s fileStatus) print(w io.Writer) error {
 func printFigures(w io.Writer, f api.Figures) {
 	fmt.Fprintf(w, "  dmsetup\t%s\n", f.Dmsetup)
 	if f.Full {
-		fmt.Fprintf(w, "  full\twrites that need room fail or wait; see dmsnap grow\n")
+		fmt.Fprintf(w, "  full\twrites that require space fail or wait; see dmsnap grow\n")
 	}
 	if f.Error != "" {
 		fmt.Fprintf(w, "  error\t%s\n", f.Error)
 	}
 	if f.Unmarked {
-		fmt.Fprintf(w, "  unmarked\tthe COW device could not be marked invalid: don't use it as a snapshot again\n")
+		fmt.Fprintf(w, "  unmarked\tthe COW device could not be marked invalid: do not use it as a snapshot again\n")
 	}
 	fmt.Fprintf(w, "  chunk\t%s (%d sectors)\n", bytesText(int64(f.ChunkSectors)*ondisk.SectorSize), f.ChunkSectors)
 	fmt.Fprintf(w, "  exceptions\t%d\n", f.Exceptions)

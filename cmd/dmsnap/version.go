@@ -7,8 +7,8 @@ import (
 	"github.com/spf13/cobra"
 )
 
-// version is the release, set at build time by -ldflags "-X main.version=…"; where it is empty the module's
-// own version stands in.
+// version is the release, set at build time by -ldflags "-X main.version=…". If it is empty, the version of the module is
+// used.
 var version string
 
 // versionInfo is what version prints as JSON.
@@ -46,10 +46,11 @@ func readVersion() versionInfo {
 func newVersion() *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use:     "version",
-		Short:   "Tell which dmsnap this is",
-		Example: "  dmsnap version --json",
-		Args:    cobra.NoArgs,
+		Use:   "version",
+		Short: "Show the version of dmsnap",
+		Example: `  dmsnap version
+  dmsnap version --json`,
+		Args: cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
 			v := readVersion()
 			if asJSON {
