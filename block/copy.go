@@ -106,6 +106,28 @@ func copyData(dst Device, to int64, src Device, from, n int64, how Sparse, after
 	})
 }
 
+// ReadSparse fills p from byte off of src. Its holes are not read where p has at least 128 KiB.
+func ReadSparse(src Device, p []byte, off int64) error {
+	for len(p) > 0 {
+		extents := []Extent{{Length: int64(len(p))}}
+		if len(p) >= askForBig {
+			var err error
+			if extents, err = Extents(src, off, int64(len(p))); err != nil {
+				return err
+			}
+		}
+		for _, e := range extents {
+			if e.Flags&ReadsZero != 0 {
+				clear(p[:e.Length])
+			} else if _, err := src.ReadAt(p[:e.Length], off); err != nil {
+				return err
+			}
+			p, off = p[e.Length:], off+e.Length
+		}
+	}
+	return nil
+}
+
 // WriteSparse writes p at off, its zeros as holes as far as how says and dst can; see [Copy].
 func WriteSparse(dst Device, p []byte, off int64, how Sparse) error {
 	for whole := true; len(p) > 0; whole = false {

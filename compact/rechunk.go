@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -77,8 +78,8 @@ func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
 	return c.differs, nil
 }
 
-// read fills b with what the snapshot shows at byte off, and with zeros behind the end of the disk. It returns
-// how many of these bytes are the origin's.
+// read fills b with what the snapshot shows at byte off, and with zeros behind the end of the disk. Holes are not read.
+// It returns how many of these bytes are the origin's.
 func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
 	inside := int64(0)
 	if off >= 0 { // else the last chunk overlaps the largest offset that there is
@@ -88,13 +89,15 @@ func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
 		clear(b[inside:])
 		b = b[:inside]
 	}
-	for at := off; at < off+int64(len(b)); {
-		_, _, n, stored := p.view.Place(at, off+int64(len(b))-at)
+	for len(b) > 0 {
+		_, _, n, stored := p.view.Place(off, int64(len(b)))
 		if !stored {
 			origins += n
 		}
-		at += n
+		if err := block.ReadSparse(p.view, b[:n], off); err != nil {
+			return origins, err
+		}
+		b, off = b[n:], off+n
 	}
-	_, err = p.view.ReadAt(b, off)
-	return origins, err
+	return origins, nil
 }

@@ -35,14 +35,14 @@ func (p *Plan) Fresh(ctx context.Context, dst block.Device) error {
 		es := p.kept[i : i+n]
 		i += n
 		b := buf[:int64(n)*c]
-		if _, err := p.dev.ReadAt(b, p.l.COWOffset(es[0].New)); err == nil {
+		if err := block.ReadSparse(p.dev, b, p.l.COWOffset(es[0].New)); err == nil {
 			if err := copyIn(st, es, b); err != nil {
 				return err
 			}
 			kept = append(kept, es...)
 		} else {
 			for _, e := range es { // one that is bad takes no other with it
-				if _, err := p.dev.ReadAt(b[:c], p.l.COWOffset(e.New)); err != nil {
+				if err := block.ReadSparse(p.dev, b[:c], p.l.COWOffset(e.New)); err != nil {
 					p.dropped[e.Old] = check.Unreadable
 					continue
 				}

@@ -14,10 +14,9 @@
 package rescue
 
 import (
-	"bytes"
 	"context"
+	"errors"
 	"fmt"
-	"io"
 	"iter"
 	"math"
 
@@ -248,19 +247,15 @@ func join(ranges []Range, x Range) []Range {
 	return append(ranges, x)
 }
 
-const (
-	copyBytes = 1 << 20  // read at once
-	holeBytes = 64 << 10 // a stretch that is longer may have holes that are worth looking for
-	zeroBytes = 4096     // zeros of this size and alignment are left out
-)
+const copyBytes = 1 << 20 // read at once around a sector that can't be read
 
 // Write writes the best that can be had of the snapshot to out, which reads as zeros and is as long as Size,
-// and returns what each part is worth. Sectors that can't be read are lost, and left out. Holes are not read. progress,
-// where not nil, is called with how many bytes are done.
+// and returns what each part is worth. It writes in ascending order. Sectors that can't be read are lost, and left out.
+// Holes are not read. progress, where not nil, is called with how many bytes are done.
 //
 // Errors: those of writing, and ctx's.
-func (r *Rescue) Write(ctx context.Context, out io.WriterAt, progress func(done int64)) ([]Range, error) {
-	w := &writer{ctx: ctx, out: out, progress: progress, size: r.Size(), buf: make([]byte, copyBytes)}
+func (r *Rescue) Write(ctx context.Context, out block.Device, progress func(done int64)) ([]Range, error) {
+	w := &writer{ctx: ctx, out: out, progress: progress, size: r.Size()}
 	for s := range r.stretches() {
 		if err := w.stretch(s); err != nil {
 			return nil, err
@@ -272,58 +267,56 @@ func (r *Rescue) Write(ctx context.Context, out io.WriterAt, progress func(done 
 // A writer writes stretches to out.
 type writer struct {
 	ctx         context.Context
-	out         io.WriterAt
+	out         block.Device
 	progress    func(done int64)
 	size, shown int64
-	buf         []byte
+	buf         []byte // of part
 	ranges      []Range
 }
 
 // stretch writes s, but for its holes.
 func (w *writer) stretch(s stretch) error {
 	for s.off < s.end {
-		extents := []block.Extent{{Length: s.end - s.off}}
-		if s.end-s.off > holeBytes {
-			if known, err := block.Extents(s.dev, s.at, s.end-s.off); err == nil {
-				extents = known
-			} else { // reads tell where the error is
-				extents[0].Length = min(s.end-s.off, copyBytes)
-			}
+		err := block.Copy(w.out, s.off, s.dev, s.at, s.end-s.off, block.IntoZeros, func(n int64) error {
+			w.ranges = join(w.ranges, Range{s.off, n, s.class})
+			s.off, s.at = s.off+n, s.at+n
+			w.show(s.off)
+			return context.Cause(w.ctx)
+		})
+		var failed *block.CopyError
+		switch {
+		case err == nil:
+			return nil // all of it
+		case !errors.As(err, &failed):
+			return err
+		case failed.Op != "read":
+			return failed.Err
 		}
-		for _, e := range extents {
-			for end := s.off + e.Length; s.off < end; {
-				if w.ctx.Err() != nil {
-					return context.Cause(w.ctx)
-				}
-				n := end - s.off
-				if e.Flags&block.ReadsZero != 0 {
-					w.ranges = join(w.ranges, Range{s.off, n, s.class})
-				} else {
-					n = min(n, copyBytes)
-					if err := w.part(s, n); err != nil {
-						return err
-					}
-				}
-				s.off, s.at = s.off+n, s.at+n
-				w.show(s.off)
-			}
+		n := min(s.end-s.off, copyBytes)
+		if err := w.part(s, n); err != nil {
+			return err
 		}
+		s.off, s.at = s.off+n, s.at+n
+		w.show(s.off)
 	}
-	return nil
+	return context.Cause(w.ctx)
 }
 
-// part writes the first n bytes of s.
+// part writes the first n bytes of s, where something can't be read.
 func (w *writer) part(s stretch, n int64) error {
+	if w.buf == nil {
+		w.buf = make([]byte, copyBytes)
+	}
 	for _, part := range readParts(s.dev, w.buf[:n], s.at) {
 		x := Range{s.off + part.Off, part.Length, s.class}
 		if part.Class == Lost {
 			x.Class = Lost
-		} else if err := writeSparse(w.out, w.buf[part.Off:part.Off+part.Length], x.Off); err != nil {
+		} else if err := block.WriteSparse(w.out, w.buf[part.Off:part.Off+part.Length], x.Off, block.IntoZeros); err != nil {
 			return err
 		}
 		w.ranges = join(w.ranges, x)
 	}
-	return nil
+	return context.Cause(w.ctx)
 }
 
 // show calls progress, at most once for so much as is read at once.
@@ -349,33 +342,6 @@ func readParts(dev block.Device, p []byte, off int64) (parts []Range) {
 		parts = join(parts, Range{i, n, c})
 	}
 	return parts
-}
-
-var zeros [zeroBytes]byte
-
-// writeSparse writes p but for aligned blocks of zeros.
-func writeSparse(out io.WriterAt, p []byte, off int64) error {
-	for len(p) > 0 {
-		n := 0
-		for zero := isZero(p, off); n < len(p) && isZero(p[n:], off+int64(n)) == zero; {
-			n += piece(p[n:], off+int64(n))
-		}
-		if !isZero(p, off) {
-			if _, err := out.WriteAt(p[:n], off); err != nil {
-				return err
-			}
-		}
-		p, off = p[n:], off+int64(n)
-	}
-	return nil
-}
-
-// piece is how much of p, at byte off, lies in the block it begins in.
-func piece(p []byte, off int64) int { return int(min(zeroBytes-off%zeroBytes, int64(len(p)))) }
-
-func isZero(p []byte, off int64) bool {
-	n := piece(p, off)
-	return bytes.Equal(p[:n], zeros[:n])
 }
 
 // Totals adds up the bytes of each class.

@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"image/color"
 	"io"
-	"os"
 	"path/filepath"
 	"strings"
 
@@ -148,7 +147,7 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 		ranges = r.Plan()
 	} else {
 		bar := newProgress(c.ErrOrStderr(), "rescue")
-		ranges, err = o.writeImage(ctx, c, r, args, func(out io.WriterAt) ([]rescue.Range, error) {
+		ranges, err = o.writeImage(ctx, c, r, args, func(out block.Device) ([]rescue.Range, error) {
 			return r.Write(ctx, out, func(done int64) { bar.show(done, r.Size()) })
 		})
 		bar.end()
@@ -175,7 +174,7 @@ func (o *rescueOptions) checkMap(args []string) error {
 
 // writeImage has fill write the image to OUT.
 func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *rescue.Rescue, args []string,
-	fill func(io.WriterAt) ([]rescue.Range, error)) (ranges []rescue.Range, err error) {
+	fill func(block.Device) ([]rescue.Range, error)) (ranges []rescue.Range, err error) {
 	if args[2] == standardOutput {
 		err = writeImageToStandardOutput(ctx, c, args[:2], r.Size(), func(out block.Device) error {
 			ranges, err = fill(out)
@@ -183,10 +182,7 @@ func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *res
 		})
 		return ranges, err
 	}
-	err = writeOutput(args[2], o.force, args[:2], func(f *os.File) error {
-		if err := f.Truncate(r.Size()); err != nil {
-			return err
-		}
+	err = writeOutputDevice(args[2], o.force, args[:2], r.Size(), func(f *block.File) error {
 		ranges, err = fill(f)
 		return err
 	})
