@@ -57,7 +57,7 @@ func TestCompactVerb(t *testing.T) {
 		wantSame(t, p.dir, before)
 	}
 	for _, c := range []struct{ args, say string }{
-		{"--chunk-size 2KiB", "if the disk ends between byte 1048576 and byte 1052672, make it again with --origin"},
+		{"--chunk-size 2KiB", "if the disk ends between byte 1048576 and byte 1052672, run this again with --origin"},
 		{"--origin ORIGIN --drop-unchanged", "0 bytes unchanged and dropped"},
 		{"--origin ORIGIN --chunk-size 8KiB", "filled from the origin"},
 	} {

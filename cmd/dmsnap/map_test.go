@@ -63,7 +63,7 @@ func TestMapOfAFragmentedStore(t *testing.T) {
 	if want := (fragmentation{Runs: 5, MeanBytes: 4096, LongestBytes: 4096, Neighbours: 1, Jumps: 1, Percent: 100}); m.Fragmentation != want {
 		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
 	}
-	if text := mustRun(t, "map", p.cow); !strings.Contains(text, "14 chunks handed out") || !strings.Contains(text, "U") {
+	if text := mustRun(t, "map", p.cow); !strings.Contains(text, "14 chunks allocated and used by no exception") || !strings.Contains(text, "U") {
 		t.Errorf("it draws\n%s", text)
 	}
 }

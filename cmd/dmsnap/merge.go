@@ -160,7 +160,7 @@ func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Devic
 	}})
 	bar.end()
 	if i := (interrupted{}); errors.As(err, &i) {
-		err = fmt.Errorf("%w; nothing is lost: merge again to go on", err)
+		err = fmt.Errorf("%w; nothing is lost: run the merge again to continue", err)
 	}
 	return work, err
 }

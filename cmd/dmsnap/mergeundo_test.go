@@ -56,7 +56,7 @@ func TestMergeUndo(t *testing.T) {
 	}
 	wantSame(t, p.dir, files)
 	out := mustRun(t, "merge", p.origin, p.cow, "--undo", undo)
-	if !strings.Contains(out, "to take it back: dmsnap merge "+p.origin+" "+undo) {
+	if !strings.Contains(out, "to undo the merge: dmsnap merge "+p.origin+" "+undo) {
 		t.Errorf("it said %q", out)
 	}
 	wantContent(t, p.origin, shown)
@@ -101,7 +101,7 @@ func TestMergeUndoRefuses(t *testing.T) {
 	refused(undo, "not the undo store of this merge", "--force")
 	os.Remove(undo)
 	mustRun(t, "create", p.origin, undo)
-	refused(undo, "not made by a merge", "take another name")
+	refused(undo, "not made by a merge", "choose another name")
 
 	held := openFile(t, undo, true)
 	files := digests(t, p.dir)

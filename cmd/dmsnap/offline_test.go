@@ -169,8 +169,8 @@ func TestOfflineUsage(t *testing.T) {
 	before := digests(t, p.dir)
 	for _, c := range []struct{ args, say string }{
 		{"check COW --level bad", "note, warning or error"},
-		{"check COW --chunk-size 3k", "power of 2"},
-		{"check COW --origin COW", "cannot be the same"},
+		{"check COW --chunk-size 3k", "power of two"},
+		{"check COW --origin COW", "is the origin device"},
 		{"check COW --origin missing", "missing"},
 		{"dump COW --format xml", "text or json"},
 		{"dump COW --pack --json", "pack"},
@@ -179,19 +179,19 @@ func TestOfflineUsage(t *testing.T) {
 		{"repair COW", "COW and NEWCOW"},
 		{"repair COW --in-place", "--undo FILE"},
 		{"repair COW OUT --in-place --undo OUT", "no NEWCOW"},
-		{"repair COW OUT --undo OUT", "goes with --in-place"},
-		{"repair COW --undo-apply OUT --in-place", "nothing else"},
+		{"repair COW OUT --undo OUT", "requires --in-place"},
+		{"repair COW --undo-apply OUT --in-place", "no other option"},
 		{"repair COW --undo-apply missing", "missing"},
 		{"repair COW OUT --chunk-size 7", "512-byte sectors"},
 		{"compact COW", "COW and NEWCOW"},
-		{"compact COW OUT --chunk-size 3k", "power of 2"},
+		{"compact COW OUT --chunk-size 3k", "power of two"},
 		{"compact COW OUT --chunk-size 64k", "--origin ORIGIN"},
 		{"compact COW OUT --drop-unchanged", "--origin ORIGIN"},
 		{"compact COW OUT --origin missing", "missing"},
-		{"compact COW OUT --origin COW", "cannot be the same"},
+		{"compact COW OUT --origin COW", "is the origin device"},
 		{"compact COW OUT --punch", "no NEWCOW"},
-		{"compact COW --punch --force", "no other option"},
-		{"compact COW --punch --chunk-size 4k", "no other option"},
+		{"compact COW --punch --force", "only with --json"},
+		{"compact COW --punch --chunk-size 4k", "only with --json"},
 	} {
 		t.Run(c.args, func(t *testing.T) {
 			dmsnap(p.with(strings.Fields(c.args))...).wantRefused(t, c.say)

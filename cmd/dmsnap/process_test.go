@@ -255,7 +255,7 @@ func TestInterruptedWork(t *testing.T) {
 	m := launch(t, "merge", p.origin, p.cow)
 	m.Process.Signal(syscall.SIGINT)
 	// So early a signal may come before anybody listens for it (-1), in the middle, or not at all.
-	if status := m.end(t); status != -1 && status != exitDone && (status != 130 || !strings.Contains(m.stderr.String(), "merge again to go on")) {
+	if status := m.end(t); status != -1 && status != exitDone && (status != 130 || !strings.Contains(m.stderr.String(), "run the merge again to continue")) {
 		t.Errorf("merge: status %d, %s", status, &m.stderr)
 	}
 	mustRun(t, "merge", p.origin, p.cow)

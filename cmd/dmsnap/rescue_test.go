@@ -67,7 +67,7 @@ func TestRescue(t *testing.T) {
 	}
 
 	again := filepath.Join(p.dir, "again.cow")
-	if said := mustRun(t, "rescue", "--revalidate", p.cow, again); !strings.Contains(said, "has 24 KiB as the snapshot showed them; all else") {
+	if said := mustRun(t, "rescue", "--revalidate", p.cow, again); !strings.Contains(said, "24 KiB are certain; all other ranges") {
 		t.Errorf("it did not say what that means: %q", said)
 	}
 	if st := mustJSON[fileStatus](t, "status", again); !st.Valid || st.Exceptions != 6 {
@@ -80,7 +80,7 @@ func TestRescue(t *testing.T) {
 	// In place, and back.
 	undo := filepath.Join(p.dir, "undo")
 	invalid, sound := digest(readFile(t, p.cow)), digest(readFile(t, again))
-	if said := mustRun(t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", undo); !strings.Contains(said, "all else") || !strings.Contains(said, "--undo-apply "+undo) {
+	if said := mustRun(t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", undo); !strings.Contains(said, "all other ranges") || !strings.Contains(said, "--undo-apply "+undo) {
 		t.Errorf("it said %q", said)
 	}
 	inPlace := readFile(t, p.cow)
@@ -110,7 +110,7 @@ func TestRescue(t *testing.T) {
 	dmsnap("rescue", p.origin, p.cow).wantRefused(t, "OUT")
 	dmsnap("rescue", "--revalidate", p.cow, "--in-place").wantRefused(t, "--undo FILE")
 	dmsnap("rescue", "--revalidate", p.cow, again, "--in-place", "--undo", undo+"2").wantRefused(t, "no NEWCOW")
-	dmsnap("rescue", p.origin, p.cow, "--in-place", "--undo", undo+"2").wantRefused(t, "goes with --revalidate")
+	dmsnap("rescue", p.origin, p.cow, "--in-place", "--undo", undo+"2").wantRefused(t, "requires --revalidate")
 	dmsnap("rescue", "--revalidate", p.cow, "--in-place", "--undo", undo).wantRefused(t, undo, "exists", "--force")
 	dmsnap("rescue", "--revalidate", p.cow, "--in-place", "--undo", p.cow, "--force").wantRefused(t, "same file")
 	wantSame(t, p.dir, before)

@@ -175,7 +175,7 @@ func TestSnapshotAndDropWhileClientsWrite(t *testing.T) {
 	dmsnap("snapshot", "--control", r.control, "monday", monday).wantRefused(t, `"monday" is taken`)
 	dmsnap("snapshot", "--control", r.control, "origin", monday).wantRefused(t, `"origin" is taken`)
 	dmsnap("snapshot", "--control", r.control, "other", monday).wantRefused(t, monday, "in use")
-	dmsnap("snapshot", "--control", r.control, "other", p.origin).wantRefused(t, "cannot be the same")
+	dmsnap("snapshot", "--control", r.control, "other", p.origin).wantRefused(t, "is the origin device")
 	dmsnap("snapshot", "--control", r.control, "other", filepath.Join(p.dir, "none")).wantRefused(t, "no such file")
 	if out := mustRun(t, "drop", "--control", r.control, "monday"); out != "monday dropped\n" {
 		t.Errorf("drop said %q", out)
@@ -319,7 +319,7 @@ func TestLiveMergePausedDroppedAndResumed(t *testing.T) {
 	}
 	dmsnap("drop", "--control", r.control, "disk").wantRefused(t, "is being merged")
 	dmsnap("merge", "--control", r.control, "other").wantRefused(t, "one merge at a time")
-	dmsnap("merge", "--control", r.control, "other", "--resume").wantRefused(t, "the merge is of disk")
+	dmsnap("merge", "--control", r.control, "other", "--resume").wantRefused(t, "the current merge is of disk")
 	dmsnap("snapshot", "--control", r.control, "new", filepath.Join(p.dir, "new.cow"), "--create").wantRefused(t, "being merged")
 
 	// The server ends in the middle; served again, the snapshot is right and the merge goes on.
