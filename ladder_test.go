@@ -23,11 +23,14 @@ var floors = map[string]int{
 	"writeback":         2,
 	"internal/chunkmap": 2, "internal/gate": 2,
 	"internal/newfile": 2,
+	"source/mapped":    2,
+	"source/partition": 3,
 	"store":            3,
 	"snapshot":         4,
 	"check":            4, "dump": 4, "diff": 4, "internal/picture": 4, "internal/undo": 4,
 	"nbd/wire": 4, "image": 4,
-	"nbd": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
+	"source/lvm": 4,
+	"nbd":        5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5,
 	"server":     6,
 	"cmd/dmsnap": 7,
@@ -38,7 +41,7 @@ var floors = map[string]int{
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.
-var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "image", "cowfile", "server", "server/api"}
+var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
 
 // forbidden: imports that the ladder alone would allow, with the reason.
 var forbidden = map[[2]string]string{
