@@ -2,6 +2,7 @@ package block
 
 import (
 	"io"
+	"math"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -107,8 +108,11 @@ func (f *File) DropCache(off, n int64) error {
 	}
 	defer f.life.RUnlock()
 	start := off / cacheUnit * cacheUnit
-	end := (off + n + cacheUnit - 1) / cacheUnit * cacheUnit
-	err := retry(func() error { return unix.Fadvise(f.fd, start, end-start, unix.FADV_DONTNEED) })
+	n = (off - start + n + cacheUnit - 1) / cacheUnit * cacheUnit
+	if n < 0 || n > math.MaxInt64-start {
+		n = 0 // up to the end of the file
+	}
+	err := retry(func() error { return unix.Fadvise(f.fd, start, n, unix.FADV_DONTNEED) })
 	if err != nil && !unsupported(err) && err != unix.ESPIPE && err != unix.EINVAL {
 		return f.errorAt("drop cache", off, err)
 	}
@@ -161,6 +165,10 @@ func (f *File) wholeBlocks(off, n int64) (start, end int64) {
 // the first one.
 const fileExtents = 16
 
+// knownExtents is the size in bytes of the longest file whose extents are asked for: Linux' tmpfs says that a file whose
+// last page ends behind 2^63 has no data.
+const knownExtents = math.MaxInt64 - 4095
+
 // Extents tells data from holes; see [Extenter]. Space that was reserved and never written counts as a
 // hole. A block special file is all data. A call returns at most 16 extents.
 func (f *File) Extents(off, n int64) ([]Extent, error) {
@@ -171,7 +179,7 @@ func (f *File) Extents(off, n int64) ([]Extent, error) {
 	if n == 0 {
 		return nil, nil
 	}
-	if f.special {
+	if f.special || f.Size() > knownExtents {
 		return []Extent{{Length: n}}, nil
 	}
 	var list []Extent

@@ -450,8 +450,11 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 
 // lay lays the dirty bytes of len(p) bytes at off over p. d.mu is held.
 func (d *Device) lay(p []byte, off int64) {
+	if len(p) == 0 {
+		return
+	}
 	end := off + int64(len(p))
-	for at := off / blockSize; at*blockSize < end; at++ {
+	for at := off / blockSize; at <= (end-1)/blockSize; at++ {
 		for _, b := range []*dirtyBlock{d.leaving[at], d.dirty[at]} { // the newer one last
 			if b == nil {
 				continue
@@ -537,7 +540,10 @@ func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 	case at*blockSize > off:
 		return d.forward.Extents(off, at*blockSize-off)
 	}
-	return []block.Extent{{Length: min(n, end*blockSize-off)}}, nil
+	if end > (off+n-1)/blockSize { // the last block may end behind the largest offset
+		return []block.Extent{{Length: n}}, nil
+	}
+	return []block.Extent{{Length: end*blockSize - off}}, nil
 }
 
 // Flush makes durable all that was written before the call: it writes out, and flushes the device beneath. After a

@@ -107,11 +107,14 @@ func (c *PageCache) fail(err error) {
 	c.failed, c.told = err, false
 }
 
+// touches reports whether page k has a byte of a range.
+func touches(k, off, n int64) bool { return n > 0 && off/cachePage <= k && k <= (off+n-1)/cachePage }
+
 // dirty lists the dirty pages of a range in order. mu is held.
 func (c *PageCache) dirty(off, n int64) []int64 {
 	var list []int64
 	for _, k := range slices.Sorted(maps.Keys(c.pages)) {
-		if c.pages[k].dirty && k*cachePage < off+n && off < (k+1)*cachePage {
+		if c.pages[k].dirty && touches(k, off, n) {
 			list = append(list, k)
 		}
 	}
@@ -212,10 +215,11 @@ func (f *CachedFile) ReadAt(p []byte, off int64) (int, error) {
 		return n, err
 	}
 	end := off + int64(len(p))
-	for k := off / cachePage; k*cachePage < end; k++ {
+	for k := off / cachePage; touches(k, off, end-off); k++ {
 		if page := c.pages[k]; page != nil {
-			from, to := max(off, k*cachePage), min(end, (k+1)*cachePage)
-			copy(p[from-off:to-off], page.data[from-k*cachePage:])
+			start := k * cachePage
+			from, to := max(off-start, 0), min(end-start, cachePage)
+			copy(p[start+from-off:], page.data[from:to])
 		}
 	}
 	return n, nil
@@ -301,7 +305,7 @@ func (f *CachedFile) DropCache(off, n int64) error {
 	f.cache.mu.Lock()
 	defer f.cache.mu.Unlock()
 	for k, p := range f.cache.pages {
-		if !p.dirty && k*cachePage < off+n && off < (k+1)*cachePage {
+		if !p.dirty && touches(k, off, n) {
 			delete(f.cache.pages, k)
 		}
 	}

@@ -102,10 +102,22 @@ func (q *Quota) take(off, n int64) error {
 
 // giveBack makes the whole blocks of a range holes. mu is held.
 func (q *Quota) giveBack(off, n int64) {
-	for b := (off + quotaBlock - 1) / quotaBlock; (b+1)*quotaBlock <= off+n; b++ {
+	first, end := off/quotaBlock+min(1, off%quotaBlock), (off+n)/quotaBlock
+	give := func(b int64) {
 		if q.taken[b] {
 			delete(q.taken, b)
 			q.pool.take(-1)
+		}
+	}
+	if end-first < int64(len(q.taken)) {
+		for b := first; b < end; b++ {
+			give(b)
+		}
+		return
+	}
+	for b := range q.taken {
+		if first <= b && b < end {
+			give(b)
 		}
 	}
 }
