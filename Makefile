@@ -72,7 +72,7 @@ race: ## the tests under the race detector (needs a C compiler)
 
 .PHONY: interop
 interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)
-	$(GO) test -count=1 -v -run 'Interop' ./nbd ./test/interop
+	$(GO) test -count=1 -v -run 'Interop' ./nbd ./source/qcow2 ./test/interop
 
 .PHONY: test-kernel
 test-kernel: ## a running Linux kernel as judge (Debian's user-mode-linux); RUN=name, DMSNAP_SEED=n
@@ -88,7 +88,7 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits
-	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./internal/... ./cmd/dmsnap ./test/interop
+	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./source/... ./internal/... ./cmd/dmsnap ./test/interop
 	DMSNAP_DEEP=1 DMSNAP_E2E_TIME=$${DMSNAP_E2E_TIME:-2h} $(GO) test -count=1 -timeout 5h -v ./test/e2e/...
 
 .PHONY: release
