@@ -13,17 +13,26 @@ import (
 
 func newExport() *cobra.Command {
 	var force, raw bool
+	var format imageFormat
 	c := &cobra.Command{
 		Use:   "export ORIGIN COW OUT",
-		Short: "Write the content of a snapshot to a raw image",
+		Short: "Write the content of a snapshot to a raw or qcow2 image",
 		Long: `Write the content of the snapshot in COW to OUT, a sparse raw image; "-" is standard output.
+
+With --format qcow2, OUT is a qcow2 image. With --backing BASE it is an overlay that has only what the store has: BASE
+must have the content of ORIGIN, or be ORIGIN. The name is written to the image as it is given.
 
 OUT gets its name when it is complete and durable, never before. An existing file is replaced only with --force.
 An invalid snapshot is refused.`,
 		Example: `  dmsnap export disk.img disk.cow old.img
-  dmsnap export disk.img disk.cow - | zstd > old.img.zst`,
+  dmsnap export disk.img disk.cow - | zstd > old.img.zst
+  dmsnap export disk.img disk.cow old.qcow2 --format qcow2 --compress
+  dmsnap export disk.img disk.cow changes.qcow2 --format qcow2 --backing disk.img`,
 		Args: cobra.ExactArgs(3),
 		RunE: func(c *cobra.Command, args []string) (err error) {
+			if err := format.check(args[2]); err != nil {
+				return err
+			}
 			if args[2] == standardOutput {
 				if err := checkNoTerminal(c, "redirect it"); err != nil {
 					return err
@@ -38,6 +47,9 @@ An invalid snapshot is refused.`,
 			defer stop()
 			bar := newProgress(c.ErrOrStderr(), "export")
 			defer bar.end()
+			if format.format == "qcow2" {
+				return format.write(ctx, args, force, snap, bar)
+			}
 			if args[2] == standardOutput {
 				return writeImageToStandardOutput(ctx, c, args[:2], snap.Size(), func(out block.Device) error {
 					return copyImage(ctx, out, snap, bar)
@@ -51,6 +63,7 @@ An invalid snapshot is refused.`,
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
 	addRaw(c.Flags(), &raw)
+	format.add(c.Flags())
 	return c
 }
 

@@ -52,6 +52,7 @@ func bigKit(t *testing.T) *kit {
 	mustRun(t, k.expand("dump --data COW --output TEXT")...)
 	mustRun(t, k.expand("dump --pack COW --output PACK")...)
 	mustRun(t, k.expand("repair FIXED --in-place --undo UNDO")...)
+	mustRun(t, k.expand("export ORIGIN COW OVERLAY --format qcow2 --backing ORIGIN")...)
 	return k
 }
 

@@ -65,7 +65,7 @@ var template = sync.OnceValues(func() (files map[string][]byte, err error) {
 	if err := os.WriteFile(k.path["FIXED"], bad, 0o600); err != nil {
 		return nil, err
 	}
-	for _, args := range []string{"dump COW --output TEXT", "dump --pack COW --output PACK", "repair FIXED --in-place --undo UNDO"} {
+	for _, args := range []string{"dump COW --output TEXT", "dump --pack COW --output PACK", "repair FIXED --in-place --undo UNDO", "export ORIGIN COW OVERLAY --format qcow2 --backing ORIGIN"} {
 		if err := doneBy(k.call(args)); err != nil {
 			return nil, err
 		}

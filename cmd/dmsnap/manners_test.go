@@ -38,6 +38,8 @@ var callings = []calling{
 	{args: "drop disk --control CONTROL", served: true, json: true},
 	{args: "export ORIGIN COW OUT", quiet: true},
 	{args: "export ORIGIN COW -"},
+	{args: "export ORIGIN COW OUT --format qcow2 --backing ORIGIN", quiet: true},
+	{args: "import OVERLAY OUT --origin ORIGIN", json: true},
 	{args: "diff ORIGIN COW", status: exitNo, json: true},
 	{args: "diff --verify ORIGIN COW COW2", status: exitNo, json: true},
 	{args: "diff --format ranges ORIGIN COW", status: exitNo},
@@ -72,7 +74,7 @@ var callings = []calling{
 }
 
 var (
-	inputNames  = []string{"ORIGIN", "COW", "COW2", "BAD", "INVALID", "FIXED", "NOISE", "TEXT", "PACK", "UNDO"}
+	inputNames  = []string{"ORIGIN", "COW", "COW2", "BAD", "INVALID", "FIXED", "NOISE", "TEXT", "PACK", "UNDO", "OVERLAY"}
 	outputNames = []string{"OUT", "ALSO"}
 )
 

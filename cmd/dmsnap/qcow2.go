@@ -1,0 +1,224 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/source/qcow2"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// imageFormat holds the options of export that say which format OUT has.
+type imageFormat struct {
+	format      string
+	backing     string
+	clusterSize sizeFlag
+	compress    string
+}
+
+func (o *imageFormat) add(f *pflag.FlagSet) {
+	f.StringVar(&o.format, "format", "raw", "format of OUT: raw or qcow2")
+	f.StringVar(&o.backing, "backing", "", "qcow2: write an overlay on this backing file, a path relative to OUT's folder")
+	f.Var(&o.clusterSize, "cluster-size", "qcow2: size of a cluster, 512 to 2MiB (default: with --backing the chunk size, else 64KiB)")
+	f.StringVar(&o.compress, "compress", "", "qcow2: compress clusters, by deflate or zstd")
+	f.Lookup("compress").NoOptDefVal = qcow2.Deflate.String()
+}
+
+// check refuses options that do not fit together.
+func (o *imageFormat) check(out string) error {
+	switch {
+	case o.format != "raw" && o.format != "qcow2":
+		return fmt.Errorf("--format %s: must be raw or qcow2", o.format)
+	case o.format == "raw" && (o.backing != "" || o.clusterSize.set || o.compress != ""):
+		return errors.New("--backing, --cluster-size and --compress require --format qcow2")
+	case o.compress != "" && o.compress != qcow2.Deflate.String() && o.compress != qcow2.Zstd.String():
+		return fmt.Errorf("--compress=%s: must be deflate or zstd", o.compress)
+	case o.format == "qcow2" && out == standardOutput:
+		return errors.New("a qcow2 image is not written in order: it can't be written to standard output")
+	}
+	return nil
+}
+
+// write writes the qcow2 image of a snapshot.
+func (o *imageFormat) write(ctx context.Context, args []string, force bool, snap *store.View, bar *progressBar) error {
+	e := qcow2.ExportOptions{
+		ClusterSize: o.clusterSize.bytes, Compress: o.compress != "",
+		Progress: func(reached int64) error {
+			bar.show(reached, snap.Size())
+			return context.Cause(ctx)
+		},
+	}
+	if o.compress == qcow2.Zstd.String() {
+		e.Compression = qcow2.Zstd
+	}
+	inputs := args[:2]
+	if o.backing != "" {
+		base := o.backing
+		if !filepath.IsAbs(base) {
+			base = filepath.Join(filepath.Dir(args[2]), base)
+		}
+		format, err := backingFormat(base, args[0], snap.Size())
+		if err != nil {
+			return fmt.Errorf("--backing: %w", err)
+		}
+		inputs = []string{args[0], args[1], base}
+		e.Backing, e.BackingFormat, e.BackingSize = o.backing, format, snap.Size()
+		e.Stored = func(off, n int64) (bool, int64) {
+			_, _, follow, stored := snap.Place(off, n)
+			return stored, follow
+		}
+		if !o.clusterSize.set {
+			e.ClusterSize = min(snap.Store().Layout().ChunkBytes(), 2<<20)
+		}
+	}
+	return writeOutput(args[2], force, inputs, func(f *os.File) error { return qcow2.Export(f, snap, e) })
+}
+
+// backingFormat returns the format of a backing file, whose disk must have the size of the origin.
+func backingFormat(path, originPath string, size int64) (string, error) {
+	base, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+	if err != nil {
+		return "", err
+	}
+	defer base.Close()
+	origin, err := openDevice(originPath, block.Options{ReadOnly: true, Lock: block.LockNone})
+	if err != nil {
+		return "", err
+	}
+	defer origin.Close()
+	format, has := "raw", base.Size()
+	if !block.Same(base, origin) { // the origin's own bytes are the disk, whatever they look like
+		c, err := image.Probe(base)
+		if err != nil {
+			return "", about(path, err)
+		}
+		if c.Name == "qcow2" {
+			info, err := qcow2.ReadInfo(base)
+			if err != nil {
+				return "", about(path, err)
+			}
+			format, has = "qcow2", info.Size
+		} else if err := cowfile.CheckOrigin(path, base, false); err != nil {
+			return "", err
+		}
+	}
+	if has != size {
+		return "", fmt.Errorf("%s: a disk of %d bytes, the origin has %d: its content must be that of the origin", path, has, size)
+	}
+	return format, nil
+}
+
+// imported is what import prints as JSON.
+type imported struct {
+	Path         string `json:"path"`
+	ChunkSectors uint32 `json:"chunk_sectors"`
+	Exceptions   uint64 `json:"exceptions"`
+}
+
+func newImport() *cobra.Command {
+	var o struct {
+		origin    string
+		chunkSize sizeFlag
+		force     bool
+		raw       bool
+		json      bool
+	}
+	c := &cobra.Command{
+		Use:   "import OVERLAY COW --origin BASE",
+		Short: "Make a snapshot store from a qcow2 overlay",
+		Long: `Make a snapshot store over the raw disk BASE from OVERLAY, a qcow2 image whose backing file has the content of BASE.
+The store has an exception for each chunk of which the overlay has a part, zeros included; OVERLAY is not changed.
+
+BASE stands for the backing file: the one that OVERLAY names is not opened. Both must have the same size. COW gets its
+name when it is complete and durable. An existing file is replaced only with --force.`,
+		Example: `  dmsnap export disk.img disk.cow old.qcow2 --format qcow2 --backing disk.img
+  dmsnap import old.qcow2 again.cow --origin disk.img`,
+		Args: cobra.ExactArgs(2),
+		RunE: func(c *cobra.Command, args []string) error {
+			if o.origin == "" {
+				return errors.New("--origin BASE is required")
+			}
+			sectors, err := o.chunkSize.chunkSectors()
+			if err != nil {
+				return err
+			}
+			l, err := ondisk.NewLayout(sectors)
+			if err != nil {
+				return err
+			}
+			origin, err := openOrigin(o.origin, block.Options{ReadOnly: true}, o.raw)
+			if err != nil {
+				return err
+			}
+			defer origin.Close()
+			if err := store.CheckBlockSize(l, origin); err != nil {
+				return about(o.origin, err)
+			}
+			file, err := openDevice(args[0], block.Options{ReadOnly: true})
+			if err != nil {
+				return err
+			}
+			defer file.Close()
+			overlay, err := openOverlay(file, origin)
+			if err != nil {
+				return about(args[0], err)
+			}
+			ctx, stop := untilSignal()
+			defer stop()
+			bar := newProgress(c.ErrOrStderr(), "import")
+			defer bar.end()
+			made := imported{Path: args[1], ChunkSectors: sectors}
+			size := int64(l.ChunksNeeded(l.Chunks(origin.Size(), true))) * l.ChunkBytes()
+			err = writeOutputDevice(args[1], o.force, []string{args[0], o.origin}, size, func(dst *block.File) error {
+				st, err := store.Create(dst, l, true)
+				if err != nil {
+					return err
+				}
+				made.Exceptions, err = qcow2.Import(ctx, st, overlay, func(reached int64) { bar.show(reached, origin.Size()) })
+				return err
+			})
+			if err != nil {
+				return err
+			}
+			bar.end()
+			if o.json {
+				return printJSON(c, made)
+			}
+			return printf(c, "%s: %d exceptions of %s\n", made.Path, made.Exceptions, bytesText(l.ChunkBytes()))
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.origin, "origin", "", "the raw disk that the store is for (required)")
+	f.Var(&o.chunkSize, "chunk-size", "size of a chunk, a power of two from 512 to 1GiB (default 4KiB)")
+	f.BoolVar(&o.force, "force", false, "replace COW if it exists")
+	f.BoolVar(&o.raw, "raw", false, "BASE's own bytes are the disk, although it looks like an image of another format")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	return c
+}
+
+// openOverlay opens the image in file over origin.
+func openOverlay(file, origin block.Device) (*qcow2.Image, error) {
+	info, err := qcow2.ReadInfo(file)
+	if err != nil {
+		return nil, err
+	}
+	switch {
+	case info.Backing == "":
+		return nil, errors.New("it has no backing file: it is not an overlay")
+	case info.BackingFormat != "" && info.BackingFormat != "raw":
+		return nil, fmt.Errorf("its backing file has the format %q: BASE is a raw disk", info.BackingFormat)
+	case info.Size != origin.Size():
+		return nil, fmt.Errorf("its disk has %d bytes, BASE has %d", info.Size, origin.Size())
+	}
+	return qcow2.Open(file, qcow2.Options{Backing: func(string, string) (block.Device, error) { return origin, nil }})
+}
