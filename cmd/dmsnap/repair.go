@@ -184,7 +184,7 @@ const maxLines = 20
 func (res repairResult) print(out io.Writer, wasClean bool) error {
 	w := bufio.NewWriter(out) // keeps the first error for Flush
 	state := "sound now"
-	if wasClean {
+	if wasClean && len(res.Lost) == 0 {
 		state = "nothing was wrong"
 	}
 	fmt.Fprintf(w, "%s: %s: kept %s in %s\n", res.Path, state, bytesText(res.KeptBytes), plural(uint64(len(res.Kept)), "range"))
