@@ -33,6 +33,7 @@ const (
 type Driver struct {
 	loop     *loop
 	progress func(Progress)
+	complete func() error    // nil, or Options.Completed
 	ctx      context.Context // canceled by Stop: no step waits for room any more
 	cancel   context.CancelFunc
 	ended    chan struct{} // closed when the goroutine has ended
@@ -46,7 +47,7 @@ type Driver struct {
 // Start drives m, which must have been resumed, until it is complete or Stop is called. Stop must be
 // called in the end, so that the Driver's goroutine ends.
 func Start(m *snapshot.Merging, o Options) *Driver {
-	d := &Driver{loop: newLoop(m, o), progress: o.Progress, state: Running,
+	d := &Driver{loop: newLoop(m, o), progress: o.Progress, complete: o.Completed, state: Running,
 		ended: make(chan struct{}), changed: make(chan struct{})}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go d.run()
@@ -70,7 +71,11 @@ func (d *Driver) run() {
 		case done:
 			// The race considered: Stop between the last step and here. The merge is complete all the
 			// same, and says so.
-			d.move(Done, d.loop.m.Close(), Running, Paused, Stopped)
+			err := d.loop.m.Close()
+			if err == nil && d.complete != nil {
+				err = d.complete()
+			}
+			d.move(Done, err, Running, Paused, Stopped)
 			return
 		case rest > 0:
 			d.rest(rest)

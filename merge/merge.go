@@ -9,6 +9,7 @@
 //     beforehand what it would do, and writes nothing.
 //   - [WriteUndo] keeps what Offline is going to overwrite in a store that takes the merge back, and
 //     [CheckUndo] knows it again.
+//   - [Begin] makes the side file that says that an offline merge is not complete, [ReadSideFile] finds it.
 //   - [Driver] merges in the background while the origin is in use: pause, resume, wait, stop.
 //   - [Run] is the plain loop, for whoever has a Merging of their own.
 //
@@ -47,6 +48,10 @@ type Options struct {
 	// Progress is called before the first step and after each, from the goroutine that makes the
 	// steps. It should return soon.
 	Progress func(Progress)
+
+	// Completed is called once by Offline and by a Driver when everything is merged, durable and closed; the merge is
+	// complete when it returns, with its error.
+	Completed func() error
 }
 
 // Progress is how far a merge is. Total counts the exceptions that were there when the driving began.

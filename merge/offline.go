@@ -71,7 +71,10 @@ func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, er
 	if err == nil {
 		err = finishLabel(m)
 	}
-	return w, errors.Join(err, m.Close())
+	if err = errors.Join(err, m.Close()); err == nil && o.Completed != nil {
+		err = o.Completed()
+	}
+	return w, err
 }
 
 // load makes the merge of two devices without starting it.

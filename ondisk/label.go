@@ -84,19 +84,47 @@ const (
 )
 
 // Encode puts t in a store's first sector.
-func (t ChangeLabel) Encode(sector []byte) {
-	b := sector[ChangeLabelAt:][:ChangeLabelBytes]
-	copy(b, changeLabelMagic)
-	copy(b[16:], t.ID[:])
-	binary.LittleEndian.PutUint32(b[32:], crc32.Checksum(b[:32], castagnoli))
-}
+func (t ChangeLabel) Encode(sector []byte) { encodeID(sector[ChangeLabelAt:], changeLabelMagic, t.ID) }
 
 // DecodeChangeLabel reads the label of a store's first sector; ok is false where there is none.
 func DecodeChangeLabel(sector []byte) (t ChangeLabel, ok bool) {
-	b := sector[ChangeLabelAt:][:ChangeLabelBytes]
-	if string(b[:16]) != changeLabelMagic || binary.LittleEndian.Uint32(b[32:]) != crc32.Checksum(b[:32], castagnoli) {
-		return t, false
+	t.ID, ok = decodeID(sector[ChangeLabelAt:], changeLabelMagic)
+	return t, ok
+}
+
+// A MergeLabel ties a store to the side file of the origin that it is being merged into, which has the same id.
+//
+//	384     magic, 16 bytes
+//	400     id, 16 bytes, random
+//	416     CRC-32C of the 32 bytes before it, 4
+type MergeLabel struct{ ID [16]byte }
+
+const (
+	mergeLabelAt    = 384
+	mergeLabelMagic = "dmsnap merge id1"
+)
+
+// Encode puts t in a store's first sector.
+func (t MergeLabel) Encode(sector []byte) { encodeID(sector[mergeLabelAt:], mergeLabelMagic, t.ID) }
+
+// DecodeMergeLabel reads the label of a store's first sector; ok is false where there is none.
+func DecodeMergeLabel(sector []byte) (t MergeLabel, ok bool) {
+	t.ID, ok = decodeID(sector[mergeLabelAt:], mergeLabelMagic)
+	return t, ok
+}
+
+// encodeID writes a label of a magic and an id.
+func encodeID(b []byte, magic string, id [16]byte) {
+	copy(b, magic)
+	copy(b[16:], id[:])
+	binary.LittleEndian.PutUint32(b[32:], crc32.Checksum(b[:32], castagnoli))
+}
+
+// decodeID reads what encodeID wrote.
+func decodeID(b []byte, magic string) (id [16]byte, ok bool) {
+	if string(b[:16]) != magic || binary.LittleEndian.Uint32(b[32:]) != crc32.Checksum(b[:32], castagnoli) {
+		return id, false
 	}
-	copy(t.ID[:], b[16:])
-	return t, true
+	copy(id[:], b[16:])
+	return id, true
 }

@@ -105,6 +105,9 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 	if err := cowfile.CheckDifferent(s.path, a.path); err != nil {
 		return nil, undo, err
 	}
+	if half := s.half.Load(); half != nil && !a.force && (a.needs() != nothingNew || a.store == snapshot.Transient) {
+		return nil, undo, half.Refuse() // before anything is made
+	}
 	if a.create {
 		if undo, err = s.createCOW(a); err != nil {
 			return nil, undo, err
@@ -123,7 +126,11 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 		}
 		return cow, undo, nil
 	}
-	if err := cowfile.CheckStore(a.path, cow); err != nil {
+	err = cowfile.CheckStore(a.path, cow)
+	if half := s.half.Load(); err == nil && half != nil && !a.force {
+		err = block.WithPath(a.path, half.Check(cow))
+	}
+	if err != nil {
 		cow.Close()
 		return nil, undo, err
 	}

@@ -14,6 +14,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -113,6 +114,8 @@ func codeOf(err error) api.Code {
 		return api.CodeNotEmpty
 	case errors.Is(err, store.ErrOriginTooSmall):
 		return api.CodeOriginTooSmall
+	case errors.Is(err, merge.ErrUnfinished):
+		return api.CodeUnfinished
 	}
 	return api.CodeFailed
 }

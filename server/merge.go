@@ -71,10 +71,24 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 		}
 		return api.Merge{}, err
 	}
+	opts := s.opts.Merge
+	if half := s.half.Load(); half != nil && half.Check(v.cow) == nil {
+		opts.Completed = func() error { return s.endOffline(half, v.cow) }
+	}
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
-	v.merge = &liveMerge{name, m, merge.Start(m, s.opts.Merge)}
+	v.merge = &liveMerge{name, m, merge.Start(m, opts)}
 	s.merging = v.merge
 	return v.merge.status(), nil
+}
+
+// endOffline ends what an offline merge had begun, when a live one has completed it.
+func (s *Server) endOffline(half *merge.SideFile, cow *block.File) error {
+	if err := half.End(s.path, cow); err != nil {
+		return err
+	}
+	now, err := merge.ReadSideFile(s.path)
+	s.half.Store(now) // without mu, whose owner may wait for the driver
+	return err
 }
 
 // currentMerge returns the merge under way or the last one.

@@ -35,6 +35,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -67,7 +68,7 @@ var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
 // Options are how a disk is served. The zero value is usable.
 type Options struct {
 	ReadOnly bool              // open everything read-only; every export is
-	Force    bool              // serve an origin that the kernel uses, too: mounted, or held by another device
+	Force    bool              // serve an origin that the kernel uses, too: mounted, or held by another device; or that is half merged
 	Raw      bool              // the origin's bytes are the disk, whatever they look like
 	Sync     snapshot.SyncMode // when a write to a snapshot is durable
 	OnFull   FullPolicy
@@ -95,6 +96,7 @@ type Server struct {
 	path   string // of the origin
 	file   *block.File
 	origin *snapshot.Origin
+	half   atomic.Pointer[merge.SideFile] // of an offline merge into the origin that is not complete, or nil
 	opts   Options
 	nbd    *nbd.Server
 
@@ -151,13 +153,20 @@ func Open(path string, o Options) (*Server, error) {
 			return nil, err
 		}
 	}
+	half, err := merge.ReadSideFile(path)
+	if err != nil && !(o.Force && errors.Is(err, merge.ErrUnfinished)) {
+		f.Close()
+		return nil, err
+	}
 	var opts []snapshot.OriginOption
 	if o.Sync == snapshot.SyncFlush {
 		opts = append(opts, snapshot.WriteBack(writeBackLimit, writeBackDelay))
 	}
 	opts = append(opts, snapshot.WriteBackNotify(func(err error) { o.Log(writeBackText(err)) }))
 	origin := snapshot.NewOrigin(originDevice(f), opts...)
-	return &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}, nil
+	s := &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}
+	s.half.Store(half)
+	return s, nil
 }
 
 // originDevice is the device of an origin. Tests put a failing one over it.

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -14,6 +15,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -29,7 +31,8 @@ type inspection struct {
 	InUse   bool          `json:"in_use"` // another program has it open for writing
 	Details []detail      `json:"details"`
 	Store   *storeFacts   `json:"store,omitempty"`
-	Beside  []storeBeside `json:"beside"` // stores with names made from that of this disk
+	Merging *mergeBeside  `json:"merging,omitempty"` // of an origin: the offline merge into it that is not complete
+	Beside  []storeBeside `json:"beside"`            // stores with names made from that of this disk
 	Next    []nextStep    `json:"next"`
 
 	kind image.Kind
@@ -72,6 +75,26 @@ type storeHeader struct {
 	Valid        uint32 `json:"valid"`
 	Version      uint32 `json:"version"`
 	ChunkSectors uint32 `json:"chunk_sectors"`
+}
+
+// mergeBeside is an incomplete offline merge, by its side file.
+type mergeBeside struct {
+	SideFile   string `json:"side_file"`
+	COW        string `json:"cow"`
+	TakingBack bool   `json:"taking_back"`     // cow is the undo store of an earlier merge
+	Error      string `json:"error,omitempty"` // why the side file can't be read
+}
+
+// mergeInto reads the side file of an origin.
+func mergeInto(path string) *mergeBeside {
+	half, err := merge.ReadSideFile(path)
+	switch {
+	case errors.Is(err, merge.ErrUnfinished):
+		return &mergeBeside{SideFile: merge.SideFilePath(path), Error: err.Error()}
+	case half == nil: // or the origin can't be found again
+		return nil
+	}
+	return &mergeBeside{SideFile: half.Path(), COW: half.COW(), TakingBack: half.TakingBack()}
 }
 
 // storeBeside is a store found by a name made from that of the disk.
@@ -146,6 +169,7 @@ func inspect(ctx context.Context, path string) (*inspection, error) {
 	} else {
 		i.Beside = storesBeside(path, dev.Size())
 	}
+	i.Merging = mergeInto(path)
 	i.Next = i.next()
 	return i, nil
 }
@@ -222,6 +246,11 @@ func (i *inspection) print(w io.Writer) error {
 	}
 	if i.Store != nil {
 		i.Store.print(t)
+	}
+	if m := i.Merging; m != nil && m.Error != "" {
+		fmt.Fprintf(t, "  merging\t%s\n", printable(m.Error))
+	} else if m != nil {
+		fmt.Fprintf(t, "  merging\tan offline merge of %s is not complete (%s): this disk alone is a mixture\n", printable(m.COW), printable(m.SideFile))
 	}
 	for _, b := range i.Beside {
 		fmt.Fprintf(t, "  beside it\t%s: a store, %s, %s\n", b.Path, b.State, plural(b.Exceptions, "exception"))

@@ -53,6 +53,9 @@ interruption, run the same command again: a FILE that belongs to this merge is u
 FILE is refused, or replaced with --force. Undoing an incomplete merge loses the chunks of COW that were already
 merged, unless it is done with an --undo of its own.
 
+Until the merge is complete, the file ORIGIN.merging beside ORIGIN says so: inspect shows it, and serving ORIGIN with
+another COW, or merging another COW into it, is refused without --force. A block device has no such file.
+
 --dry-run shows how much there is to merge, in how many ranges, the size of an undo store, and an estimate of the
 time, from reading a part of COW: too short if that part is cached.
 
@@ -89,7 +92,7 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 	f := c.Flags()
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "show what would be merged, write nothing")
 	f.StringVar(&o.undo, "undo", "", "save what is overwritten in this store")
-	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices")
+	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices, and into an origin with an incomplete merge of another COW")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge a served snapshot, in the server with this control socket")
@@ -139,23 +142,75 @@ func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow 
 	if err != nil {
 		return work, about(inputs[1], err)
 	}
+	half, err := o.sideFile(inputs[0], cow)
+	if err != nil {
+		return work, about(inputs[1], advise(err))
+	}
 	if o.dryRun {
 		return work, o.estimate(origin, cow, inputs, res)
+	}
+	var begun *merge.SideFile
+	if half != nil {
+		// An undo store is known by a label that making an undo store of its own replaces: it is noted before.
+		if err := o.checkUndo(origin, cow, inputs); err != nil {
+			return work, err
+		}
+		if begun, err = o.begin(c, inputs, cow); err != nil {
+			return work, err
+		}
 	}
 	if o.undo != "" {
 		kept, err := o.keep(ctx, c, origin, cow, work.UndoBytes, inputs)
 		if err != nil {
+			if begun != nil {
+				err = errors.Join(err, begun.Cancel(inputs[0]))
+			}
 			return work, err
 		}
 		defer kept.Close() // nothing is written to it
 	}
-	work, err = mergeDevices(ctx, c, origin, cow)
+	if half == nil && work.Chunks > 0 {
+		if begun, err = o.begin(c, inputs, cow); err != nil {
+			return work, err
+		}
+	}
+	var completed func() error
+	if begun != nil {
+		if err := begun.Undo(inputs[0], cow); err != nil {
+			return work, about(inputs[0], err)
+		}
+		completed = func() error { return about(inputs[0], begun.End(inputs[0], cow)) }
+	}
+	work, err = mergeDevices(ctx, c, origin, cow, completed)
 	return work, about(inputs[1], err)
 }
 
-func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device) (merge.Work, error) {
+// sideFile returns the side file that an earlier part of this merge has left beside the origin, or nil. One of another
+// merge refuses this one, unless forced.
+func (o *offlineMerge) sideFile(originPath string, cow block.Device) (*merge.SideFile, error) {
+	half, err := merge.ReadSideFile(originPath)
+	if err == nil && half != nil {
+		err = half.Check(cow)
+	}
+	if o.force && errors.Is(err, merge.ErrUnfinished) {
+		return nil, nil
+	}
+	return half, err
+}
+
+// begin writes the side file. If none can be made, it prints a warning and returns nil.
+func (o *offlineMerge) begin(c *cobra.Command, inputs []string, cow block.Device) (*merge.SideFile, error) {
+	begun, err := merge.Begin(inputs[0], inputs[1], cow, o.force)
+	if errors.Is(err, merge.ErrNoSideFile) {
+		fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, inputs[0])
+		return nil, nil
+	}
+	return begun, about(inputs[1], err)
+}
+
+func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device, completed func() error) (merge.Work, error) {
 	bar := newProgress(c.ErrOrStderr(), "merge")
-	work, err := merge.Offline(ctx, origin, cow, merge.Options{Progress: func(p merge.Progress) {
+	work, err := merge.Offline(ctx, origin, cow, merge.Options{Completed: completed, Progress: func(p merge.Progress) {
 		bar.show(p.MergedBytes(), p.TotalBytes())
 	}})
 	bar.end()

@@ -79,6 +79,11 @@ func (o *offlineMerge) estimate(origin, cow block.Device, inputs []string, res *
 		return about(inputs[1], err)
 	}
 	res.Seconds = takes.Seconds()
+	return o.checkUndo(origin, cow, inputs)
+}
+
+// checkUndo refuses an undo store that a merge would refuse. It writes nothing.
+func (o *offlineMerge) checkUndo(origin, cow block.Device, inputs []string) error {
 	if o.undo == "" {
 		return nil
 	}

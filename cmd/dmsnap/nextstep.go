@@ -37,6 +37,9 @@ func (i *inspection) next() []nextStep {
 // nextForDisk returns the commands for a disk, which can be an origin.
 func (i *inspection) nextForDisk() []nextStep {
 	steps := []nextStep{}
+	if m := i.Merging; m != nil && m.COW != "" {
+		return append(steps, nextStep{command("merge", i.Path, m.COW), "to complete the merge that has begun"})
+	}
 	for _, b := range i.Beside {
 		switch {
 		case b.InUse:

@@ -10,6 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -59,6 +60,8 @@ func advise(err error) error {
 	var notRaw *image.NotRawError
 	var notEmpty *image.NotEmptyError
 	switch {
+	case errors.Is(err, merge.ErrUnfinished):
+		return fmt.Errorf("%w; --force goes on all the same", err)
 	case errors.Is(err, ondisk.ErrNoStore):
 		return fmt.Errorf("%w; create one with dmsnap create", err)
 	case errors.As(err, &notRaw):

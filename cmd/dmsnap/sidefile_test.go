@@ -1,0 +1,132 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/merge"
+)
+
+// halfMerged kills merges of p until one has written its side file and is not complete.
+func halfMerged(t *testing.T, p pair, more ...string) {
+	t.Helper()
+	for delay := 16 * time.Millisecond; ; delay += delay / 4 {
+		m := launch(t, append([]string{"merge", p.origin, p.cow}, more...)...)
+		time.Sleep(delay) // a moment is what this is about
+		m.Process.Kill()
+		if m.end(t) == exitDone {
+			t.Skip("the merge was never killed in time")
+		}
+		if s, err := merge.ReadSideFile(p.origin); err == nil && s != nil && s.COW() == p.cow {
+			return
+		}
+	}
+}
+
+// mergingBeside is what inspect shows of the merge into an origin, whatever the origin holds.
+func mergingBeside(t *testing.T, origin string) *mergeBeside {
+	t.Helper()
+	var i inspection
+	if o := dmsnap("inspect", origin, "--json"); o.status == exitTrouble {
+		t.Fatalf("inspect: %s", o.stderr)
+	} else if err := json.Unmarshal([]byte(o.out), &i); err != nil {
+		t.Fatal(err)
+	}
+	text := dmsnap("inspect", origin).out
+	if i.Merging != nil != strings.Contains(text, ".merging") {
+		t.Errorf("inspect as text: %s", text)
+	}
+	return i.Merging
+}
+
+// A killed offline merge leaves a side file: the origin is refused with any other COW, and taken with the same one,
+// also when that was moved; at the end the side file is gone.
+func TestMergeKilledLeavesASideFile(t *testing.T) {
+	p, shown := bigPair(t)
+	other := filepath.Join(p.dir, "other.cow")
+	mustRun(t, "create", p.origin, other)
+	halfMerged(t, p)
+	if m := mergingBeside(t, p.origin); m == nil || m.COW != p.cow || m.SideFile != p.origin+".merging" {
+		t.Errorf("inspect: %+v", m)
+	}
+	moved := filepath.Join(p.dir, "moved.cow")
+	if err := os.Rename(p.cow, moved); err != nil {
+		t.Fatal(err)
+	}
+	files := digests(t, p.dir)
+	dmsnap("merge", p.origin, other).wantRefused(t, "not complete", p.cow, ".merging", "--force")
+	dmsnap("merge", "-n", p.origin, other).wantRefused(t, "not complete", p.cow)
+	dmsnap("serve", p.origin, other).wantRefused(t, "not complete", p.cow, "--force")
+	dmsnap("serve", p.origin).wantRefused(t, "not complete", p.cow, "--force") // would make one
+	dmsnap("serve", p.origin, p.cow, "--store", "N", "--create").wantRefused(t, "not complete", "--force")
+	wantSame(t, p.dir, files)
+	mustRun(t, "merge", p.origin, moved)
+	wantContent(t, p.origin, shown)
+	if s, err := merge.ReadSideFile(p.origin); s != nil || err != nil {
+		t.Errorf("after the merge: %v, %v", s, err)
+	}
+	mustRun(t, "merge", p.origin, other)
+}
+
+// An undo store takes back a merge that was killed, without force, and the side file goes when the origin is whole.
+func TestKilledMergeTakenBack(t *testing.T) {
+	p, _ := bigPair(t)
+	before := p.withContent(t)
+	undo, again := filepath.Join(p.dir, "undo.cow"), filepath.Join(p.dir, "again.cow")
+	halfMerged(t, p, "--undo", undo)
+	if _, err := os.Stat(undo); err != nil {
+		t.Fatal(err)
+	}
+	halfBack := p
+	halfBack.cow = undo
+	halfMerged(t, halfBack, "--undo", again)
+	if m := mergingBeside(t, p.origin); m == nil || m.COW != undo || !m.TakingBack {
+		t.Errorf("inspect: %+v", m)
+	}
+	dmsnap("merge", p.origin, p.cow).wantRefused(t, "not complete", undo)
+	mustRun(t, "merge", p.origin, undo, "--undo", again)
+	wantContent(t, p.origin, before)
+	if m := mergingBeside(t, p.origin); m != nil {
+		t.Errorf("inspect afterwards: %+v", m)
+	}
+}
+
+// A side file that is damaged refuses, and can be overridden.
+func TestSideFileDamaged(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	writeFile(t, p.origin+".merging", []byte("{"))
+	dmsnap("merge", p.origin, p.cow).wantRefused(t, "not complete", ".merging", "--force")
+	dmsnap("serve", p.origin, p.cow).wantRefused(t, "not complete", "--force")
+	if m := mergingBeside(t, p.origin); m == nil || m.Error == "" {
+		t.Errorf("inspect: %+v", m)
+	}
+	mustRun(t, "merge", p.origin, p.cow, "--force")
+	wantContent(t, p.origin, shown)
+	if _, err := os.Stat(p.origin + ".merging"); !os.IsNotExist(err) {
+		t.Error("the side file is left", err)
+	}
+}
+
+// A live merge continues an offline one, and the side file is removed when it is complete.
+func TestLiveMergeEndsAnOfflineOne(t *testing.T) {
+	p, shown := bigPair(t)
+	halfMerged(t, p)
+	r := start(t, p, serveOptions{exportOrigin: true}, "disk="+p.cow)
+	other := filepath.Join(p.dir, "other.cow")
+	dmsnap("snapshot", "--control", r.control, "other", other, "--create").wantRefused(t, "not complete", p.cow, "--force")
+	if _, err := os.Stat(other); !os.IsNotExist(err) {
+		t.Error("the refused snapshot left its file", err)
+	}
+	mustRun(t, "merge", "--control", r.control, "disk", "--wait")
+	if m := mergingBeside(t, p.origin); m != nil {
+		t.Errorf("inspect after the merge: %+v", m)
+	}
+	mustRun(t, "snapshot", "--control", r.control, "other", other, "--create")
+	r.stop()
+	wantContent(t, p.origin, shown)
+}

@@ -1,0 +1,320 @@
+package merge
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/internal/undo"
+	"github.com/dmsnap/dmsnap/ondisk"
+)
+
+// ErrUnfinished reports an origin that an offline merge of another COW device has begun to change and not completed:
+// the origin alone is a mixture.
+var ErrUnfinished = errors.New("an offline merge into this origin is not complete")
+
+// ErrNoSideFile reports an origin beside which no side file can be made: a block device, or a file in a folder that
+// can't be written to or has no room.
+var ErrNoSideFile = errors.New("no side file can be made beside the origin")
+
+const (
+	sideFileSuffix = ".merging"
+	sideFileBytes  = 64 << 10 // bounds what is read of one
+)
+
+// A SideFile says that an offline merge into an origin is under way. It is the file ORIGIN.merging beside the origin,
+// behind symbolic links, and is there, durably, from before the first byte of the origin changes until the last one is
+// durable. Whoever calls its methods has the origin locked as a writer; [ReadSideFile] may be called at any time.
+//
+// The COW device that is merged is known again by a random id in its first sector (ondisk.MergeLabel), wherever it has
+// been moved. So is an undo store of the merge (by its ondisk.UndoLabel), which takes the merge back.
+type SideFile struct {
+	path string
+	old  *sideFileBody // before Begin; nil where there was none
+	now  sideFileBody
+}
+
+// sideFileBody is the content of a side file.
+type sideFileBody struct {
+	About string `json:"about"` // for a person who opens it
+	COW   string `json:"cow"`   // the path as it was; for messages only
+	ID    string `json:"id"`    // of COW's MergeLabel
+
+	// Undo are the ids of the undo stores of this merge.
+	Undo []undoStore `json:"undo,omitempty"`
+	// Back is the undo store that is being merged, to take the merge back.
+	Back *takingBack `json:"taking_back,omitempty"`
+}
+
+type undoStore struct {
+	ID    string `json:"id"`
+	Whole bool   `json:"whole"` // it was made before the merge began
+}
+
+type takingBack struct {
+	COW   string `json:"cow"`
+	ID    string `json:"id"` // of its MergeLabel
+	Whole bool   `json:"whole"`
+}
+
+const sideFileAbout = "dmsnap: an offline merge into the disk beside this file is not complete. Merge again to continue it."
+
+// sideFilePath is where the side file of an origin is, or ErrNoSideFile for a device.
+func sideFilePath(origin string) (string, error) {
+	at, err := filepath.EvalSymlinks(origin)
+	if err != nil {
+		return "", err
+	}
+	info, err := os.Stat(at)
+	switch {
+	case err != nil:
+		return "", err
+	case !info.Mode().IsRegular():
+		return "", fmt.Errorf("%w: %s is not a regular file", ErrNoSideFile, origin)
+	}
+	return at + sideFileSuffix, nil
+}
+
+// SideFilePath is where the side file of an origin is, or would be; "" for a device.
+func SideFilePath(origin string) string {
+	path, _ := sideFilePath(origin)
+	return path
+}
+
+// ReadSideFile returns the side file of an origin, nil where there is none. One that can't be read, or is damaged, is
+// ErrUnfinished.
+func ReadSideFile(origin string) (*SideFile, error) {
+	path, err := sideFilePath(origin)
+	if errors.Is(err, ErrNoSideFile) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w, it seems: %w", ErrUnfinished, err)
+	}
+	defer f.Close()
+	s := &SideFile{path: path}
+	b, err := io.ReadAll(io.LimitReader(f, sideFileBytes))
+	if err == nil {
+		err = json.Unmarshal(b, &s.now)
+	}
+	if err == nil && (s.now.COW == "" || len(s.now.ID) != 2*len(ondisk.MergeLabel{}.ID)) {
+		err = errors.New("not the content of a side file")
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w, it seems: side file %s: %w; remove that file if no merge was cut short", ErrUnfinished, path, err)
+	}
+	return s, nil
+}
+
+// Path is the path of the side file.
+func (s *SideFile) Path() string { return s.path }
+
+// COW is where the COW device was that is merged, or the undo store, if the merge is being taken back.
+func (s *SideFile) COW() string {
+	if s.now.Back != nil {
+		return s.now.Back.COW
+	}
+	return s.now.COW
+}
+
+// TakingBack reports whether an undo store is merged to take an earlier merge back.
+func (s *SideFile) TakingBack() bool { return s.now.Back != nil }
+
+// Refuse returns the error for a COW device that does not belong to the merge.
+func (s *SideFile) Refuse() error {
+	return fmt.Errorf("%w: that of %s. Merge that one first, it continues; if this was done by other means, or the origin was replaced, remove %s",
+		ErrUnfinished, s.COW(), s.path)
+}
+
+// Check returns ErrUnfinished for a store that does not belong to the merge: the origin is a mixture to it. The store
+// that is being merged belongs to it, and so do its undo stores.
+func (s *SideFile) Check(cow block.Device) error {
+	merging, undos, err := s.read(cow)
+	if err != nil {
+		return err
+	}
+	if s.now.Back != nil && merging == s.now.Back.ID || s.now.Back == nil && merging == s.now.ID || s.undoStore(undos) != nil {
+		return nil
+	}
+	return s.Refuse()
+}
+
+// read returns the ids of a store's labels: as one that is merged, and as an undo store. "" is none.
+func (s *SideFile) read(cow block.Device) (merging, undos string, err error) {
+	var b [ondisk.SectorSize]byte
+	if _, err := cow.ReadAt(b[:], 0); err != nil {
+		return "", "", fmt.Errorf("read header: %w", err)
+	}
+	if t, ok := ondisk.DecodeMergeLabel(b[:]); ok {
+		merging = hex.EncodeToString(t.ID[:])
+	}
+	if t, ok := ondisk.DecodeUndoLabel(b[:]); ok && t.Undo {
+		undos = hex.EncodeToString(t.ID[:])
+	}
+	return merging, undos, nil
+}
+
+// undoStore finds an undo store of the merge by its id.
+func (s *SideFile) undoStore(id string) *undoStore {
+	if i := slices.IndexFunc(s.now.Undo, func(u undoStore) bool { return u.ID == id }); i >= 0 {
+		return &s.now.Undo[i]
+	}
+	return nil
+}
+
+// Begin makes the side file durable, for a merge of cow into the origin, with the id in cow's first sector before it.
+// With a side file that is there cow's merge continues, or is taken back, or cow is refused (ErrUnfinished, nothing is
+// changed) unless replace is set. ErrNoSideFile: none can be made.
+// It is called before the first byte of the origin is written.
+func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, error) {
+	path, err := sideFilePath(origin)
+	if err != nil {
+		return nil, err
+	}
+	s, err := ReadSideFile(origin)
+	if s != nil {
+		err = s.Check(cow)
+	}
+	switch {
+	case err != nil && !(replace && errors.Is(err, ErrUnfinished)):
+		return nil, err
+	case err != nil || s == nil:
+		s = &SideFile{path: path}
+	default:
+		old := s.now
+		s.old = &old
+	}
+	if full, err := filepath.Abs(cowPath); err == nil {
+		cowPath = full
+	}
+	return s, s.begin(origin, cowPath, cow)
+}
+
+func (s *SideFile) begin(origin, cowPath string, cow block.Device) error {
+	merging, undos, err := s.read(cow)
+	if err != nil {
+		return err
+	}
+	u := s.undoStore(undos)
+	switch {
+	case s.old == nil:
+		id, err := label(cow)
+		if err != nil {
+			return err
+		}
+		s.now = sideFileBody{About: sideFileAbout, COW: cowPath, ID: id}
+	case s.now.Back != nil && merging == s.now.Back.ID:
+		back := *s.now.Back
+		back.COW = cowPath
+		s.now.Back = &back
+	case u != nil:
+		id, err := label(cow)
+		if err != nil {
+			return err
+		}
+		s.now.Back = &takingBack{COW: cowPath, ID: id, Whole: u.Whole}
+	default:
+		s.now.COW = cowPath
+	}
+	return s.write(origin)
+}
+
+// label gives a store a new id, durably.
+func label(cow block.Device) (string, error) {
+	var t ondisk.MergeLabel
+	rand.Read(t.ID[:])
+	return hex.EncodeToString(t.ID[:]), undo.ChangeFirst(cow, t.Encode)
+}
+
+// Undo notes that the undo store of cow's merge is there, durably and before the merge goes on, so that it is known
+// when it is merged. It does nothing while a merge is taken back: an undo store of that is of no use to this origin
+// before it is complete, and then there is no side file.
+func (s *SideFile) Undo(origin string, cow block.Device) error {
+	t, ok, err := readLabel(cow)
+	if err != nil || !ok || s.now.Back != nil {
+		return err
+	}
+	id := hex.EncodeToString(t.ID[:])
+	if s.undoStore(id) != nil {
+		return nil
+	}
+	s.now.Undo = append(slices.Clone(s.now.Undo), undoStore{ID: id, Whole: s.old == nil})
+	return s.write(origin)
+}
+
+// write makes the side file durable, as readable as the origin is.
+func (s *SideFile) write(origin string) error {
+	b, err := json.MarshalIndent(s.now, "", "  ")
+	if err != nil {
+		panic(err) // strings
+	}
+	info, err := os.Stat(origin)
+	if err != nil {
+		return err
+	}
+	err = newfile.Write(s.path, newfile.Options{Replace: true}, func(f *os.File) error {
+		if err := f.Chmod(info.Mode()&0o444 | 0o600); err != nil {
+			return err
+		}
+		_, err := f.Write(append(b, '\n'))
+		return err
+	})
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENAMETOOLONG) || block.IsNoSpace(err) {
+		err = fmt.Errorf("%w: %w", ErrNoSideFile, err)
+	}
+	return err
+}
+
+// Cancel makes the side file what it was before Begin: nothing of the origin was changed since.
+func (s *SideFile) Cancel(origin string) error {
+	if s.old == nil {
+		return s.remove()
+	}
+	s.now = *s.old
+	return s.write(origin)
+}
+
+// End removes the side file, durably, when the merge of cow is complete and durable. After an undo store that was made
+// when the merge had begun it stays: the origin is as it was when that undo store was made.
+func (s *SideFile) End(origin string, cow block.Device) error {
+	merging, undos, err := s.read(cow)
+	if err != nil {
+		return err
+	}
+	whole := true
+	if u := s.undoStore(undos); u != nil {
+		whole = u.Whole
+	} else if s.now.Back != nil && merging == s.now.Back.ID {
+		whole = s.now.Back.Whole
+	}
+	if !whole {
+		s.now.Back = nil
+		return s.write(origin)
+	}
+	return s.remove()
+}
+
+func (s *SideFile) remove() error {
+	if err := os.Remove(s.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return block.SyncDirectory(filepath.Dir(s.path))
+}

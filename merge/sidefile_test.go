@@ -1,0 +1,98 @@
+package merge_test
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/merge"
+)
+
+// sideOrigin is a file that side files are made beside; what it holds is of no matter to them.
+func sideOrigin(t *testing.T) string {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "disk")
+	if err := os.WriteFile(path, make([]byte, 4096), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Cut after any operation on the devices: whenever the origin has changed, and until the merge is durable, the side file
+// is there, refuses another store, and lets this one continue.
+func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
+	errCut := errors.New("cut off")
+	for n := 0; ; n++ {
+		w, other, path := newWorld(t, 20, 8), newWorld(t, 20, 8), sideOrigin(t)
+		before := string(w.origin.Bytes())
+		left := n
+		cut := func(op blocktest.Op) error {
+			if op.Kind == blocktest.Read {
+				return nil
+			}
+			if left--; left < 0 {
+				return errCut
+			}
+			if op.Kind == blocktest.Write && op.Device == "origin" {
+				if s, err := merge.ReadSideFile(path); s == nil || err != nil {
+					t.Fatalf("the origin is written to, and the side file is %v, %v", s, err)
+				}
+			}
+			return nil
+		}
+		offline := func(origin, cow block.Device) error {
+			s, err := merge.Begin(path, "cow", cow, false)
+			if err != nil {
+				return err
+			}
+			_, err = merge.Offline(t.Context(), origin, cow, merge.Options{Window: 4 * chunk,
+				Completed: func() error { return s.End(path, cow) }})
+			return err
+		}
+		err := offline(blocktest.NewFaulty(w.origin, func(op blocktest.Op) error { op.Device = "origin"; return cut(op) }), blocktest.NewFaulty(w.cow, cut))
+		half, readErr := merge.ReadSideFile(path)
+		if readErr != nil {
+			t.Fatal(readErr)
+		}
+		if err == nil {
+			if half != nil || n < 10 {
+				t.Fatalf("complete after %d operations: %v", n, half)
+			}
+			return
+		}
+		if !errors.Is(err, errCut) {
+			t.Fatalf("cut after %d operations: %v", n, err)
+		}
+		if half == nil && string(w.origin.Bytes()) != before {
+			t.Fatalf("cut after %d operations: a mixture without a side file", n)
+		}
+		if half != nil {
+			if err := half.Check(other.cow); !errors.Is(err, merge.ErrUnfinished) {
+				t.Fatalf("another store: %v", err)
+			}
+			if _, err := merge.Begin(path, "other", other.cow, false); !errors.Is(err, merge.ErrUnfinished) {
+				t.Fatalf("another store: %v", err)
+			}
+		}
+		if err := offline(w.origin, w.cow); err != nil {
+			t.Fatalf("after a cut at operation %d: %v", n, err)
+		}
+		if half, err := merge.ReadSideFile(path); half != nil || err != nil {
+			t.Fatalf("complete: %v, %v", half, err)
+		}
+		w.wantMerged(t)
+	}
+}
+
+// An origin that is no regular file has no side file.
+func TestNoSideFileOfADevice(t *testing.T) {
+	if s, err := merge.ReadSideFile("/dev/null"); s != nil || err != nil {
+		t.Errorf("%v, %v", s, err)
+	}
+	if _, err := merge.Begin("/dev/null", "cow", newWorld(t, 20, 8).cow, false); !errors.Is(err, merge.ErrNoSideFile) {
+		t.Errorf("%v", err)
+	}
+}
