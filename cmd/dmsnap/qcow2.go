@@ -13,6 +13,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
@@ -44,7 +45,7 @@ func (o *imageFormat) check(out string) error {
 	case o.compress != "" && o.compress != qcow2.Deflate.String() && o.compress != qcow2.Zstd.String():
 		return fmt.Errorf("--compress=%s: must be deflate or zstd", o.compress)
 	case o.format == "qcow2" && out == standardOutput:
-		return errors.New("a qcow2 image is not written in order: it can't be written to standard output")
+		return fmt.Errorf("a qcow2 image is not written in order: %w", newfile.ErrStandardOutput)
 	}
 	return nil
 }
