@@ -1,5 +1,9 @@
-// Package check looks for everything that can be wrong with an exception store, and says what follows
-// from it.
+// Package check finds every problem that an exception store can have. It only reads.
+//
+//	report, err := check.Run(ctx, cow, check.Options{})
+//	for _, f := range report.Findings {
+//		fmt.Println(f) // "DS015 error: area 0 slot 2, byte 0x1020: origin chunk …"
+//	}
 //
 // Opening a store (package store) stops at the first thing that can't be, as it should. Here nothing is
 // believed: the areas are read raw, one after the other, to the end mark and beyond it, and every slot is
@@ -14,7 +18,7 @@
 // said to be. It reads metadata alone, never the data. Memory is a bit for each chunk on both sides, at
 // most 512 MiB for sensible sizes, whatever the device says.
 //
-// [Options.Each] hears of every slot, so that repairing and rescuing judge slots as checking does.
+// [Options.Each] is called for every slot, so that repairing and rescuing judge slots as checking does.
 package check
 
 import (

@@ -1,5 +1,9 @@
-// Package diff tells where two views of a disk differ: a snapshot from its origin, or two snapshots of one
+// Package diff reports where two views of a disk differ: a snapshot from its origin, or two snapshots of one
 // origin from each other.
+//
+//	d, err := diff.New(origin, st)
+//	for e := range d.Extents() { ... }              // may differ: from the exceptions alone
+//	for e, err := range d.Verified(ctx) { ... }     // bytes compared
 //
 // What an exception store knows costs nothing to ask: a chunk without an exception reads from the origin,
 // so two views that both have none there are the same. Where one has an exception they may differ:
@@ -14,7 +18,7 @@
 // both kept the same old chunk. Verified reads what Extents names, and nothing else, and tells such places
 // apart to the sector.
 //
-// A store maps chunks of its own size (specification 2.4), so everything here is in bytes of the disk; two
+// A store maps chunks of its own size (docs/spec/dm-snapshot.md §2.4), so everything here is in bytes of the disk; two
 // stores need not have one chunk size. The last chunk ends where the origin does.
 package diff
 

@@ -1,12 +1,22 @@
-// Package merge drives a merge to its end.
+// Package merge merges the store of a snapshot into its origin, offline or while the origin is in use.
+//
+//	work, err := merge.Offline(ctx, origin, cow, merge.Options{})
+//
+//	m, err := vm1.BeginMerge()           // in use: vm1 is a *snapshot.Snapshot
+//	d := merge.Start(m, merge.Options{})
+//	defer d.Stop()
+//	err = d.Wait(ctx)
+//
+// Guarantees: an exception is dropped after its data is durable on the origin. A merge that was stopped or killed
+// continues when it is started again.
 //
 // A merge copies the exceptions of a snapshot's store into the origin, the last ones first, and drops
-// each from the store once its data is durable on the origin (specification section 7). One
+// each from the store once its data is durable on the origin (docs/spec/dm-snapshot.md §7). One
 // [snapshot.Merging.Step] does that for one window of exceptions and can be cut off anywhere; this
 // package has the loops around it:
 //
-//   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] tells
-//     beforehand what it would do, and writes nothing.
+//   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] reports
+//     what it would do, and writes nothing.
 //   - [WriteUndo] keeps what Offline is going to overwrite in a store that takes the merge back, and
 //     [CheckUndo] knows it again.
 //   - [Begin] makes the side file that says that an offline merge is not complete, [ReadSideFile] finds it.

@@ -1,4 +1,13 @@
-// Package nbd serves block devices over the network block device protocol, and is a client of it.
+// Package nbd has a server and a client of the network block device protocol.
+//
+//	s := nbd.NewServer(nbd.Options{})
+//	err := s.Add(nbd.Export{Name: "disk", Device: dev})
+//	err = s.Serve(ctx, listener) // until ctx ends
+//
+//	c, err := nbd.Dial(ctx, "nbd://localhost/disk") // c is a block.Device
+//
+// Guarantees: a change is acknowledged after the device returned; a flush covers every write acknowledged before it.
+// Memory is bounded whatever a peer sends.
 //
 // A [Server] holds exports, each a [block.Device] under a name, and serves them on any number of
 // listeners. Exports come and go while it serves. The protocol is that of the published document: fixed
@@ -10,14 +19,14 @@
 // Requests of one connection run concurrently and are answered in any order. A connection has a few
 // workers, as many as its load asks for. One of them at a time reads; when it has a request it lets the
 // next one read and carries the request out itself, so that nothing is handed over, and a request that
-// takes long (a read from disk, a flush, a write held back by a merge) holds up nobody behind it. A change whose error is
+// takes long (a read from disk, a flush, a write held back by a merge) delays no other request. A change whose error is
 // a [block.RetryLater] waits in the server, and is given up when its connection ends.
 // Replies that meet leave in one system call.
 //
 // # Three kinds of fault
 //
 // What a client may not ask is refused in one place (validate) and the connection goes on. A peer that
-// has lost step with the protocol is hung up on. What a device can't do becomes an error number in one
+// violates the protocol is disconnected. What a device can't do becomes an error number in one
 // switch (errno.go).
 //
 // # Bounds

@@ -1,4 +1,9 @@
-// Package rescue gets out of a snapshot what can still be had, and says what it is worth.
+// Package rescue recovers data from an invalid or damaged snapshot, and classifies every byte of it.
+//
+//	r, err := rescue.Open(ctx, origin, cow, rescue.Options{})
+//	ranges, err := r.Write(ctx, out, nil) // out: a device of r.Size() bytes that reads as zeros
+//
+// Guarantee: Open and Write never write to the origin or the COW device.
 //
 // When a COW device was full, Linux marks its store invalid and refuses everything, though nothing of what
 // the store holds was lost: an exception that is in an area has its data on the device, written before it.

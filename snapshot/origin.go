@@ -1,16 +1,20 @@
-// Package snapshot is the engine: device-mapper's targets snapshot, snapshot-origin and
-// snapshot-merge as three devices (specification sections 5–7).
+// Package snapshot is the engine: device-mapper's targets snapshot, snapshot-origin and snapshot-merge as three devices
+// (docs/spec/dm-snapshot.md §5, §6, §7).
 //
-//   - [Origin] is a disk whose past is preserved. Before a write changes it, what each snapshot shows
-//     there is copied to that snapshot's COW device.
-//   - [Snapshot] shows the origin as it was when the snapshot was activated, plus what was written to
-//     the snapshot.
-//   - [Merging] is an origin into which a snapshot is being merged back, while both are in use.
+//	origin := snapshot.NewOrigin(disk)
+//	vm1, err := origin.Attach(cow, snapshot.Options{}) // loads the store, or creates one in an empty COW device
+//	_, err = origin.WriteAt(p, off)                    // vm1 keeps showing the old data
+//	merging, err := vm1.BeginMerge()                   // package merge drives it
 //
-// Origin and Snapshot are a [block.Device] with its optional abilities; requests to a Merging go to its Origin.
-// Writes to the disk beneath an Origin that go past it aren't noticed.
+//   - [Origin] is a disk with snapshots. Before a write changes it, the old data is copied to the COW device of each
+//     snapshot.
+//   - [Snapshot] shows the origin as it was when the snapshot was activated, plus the writes to the snapshot.
+//   - [Merging] is an origin into which a snapshot is being merged, while both are in use.
 //
-// # What a caller may rely on
+// Origin and Snapshot are a [block.Device] with its optional abilities; requests to a Merging go to its Origin. All writes
+// to the disk must go through the Origin: others are not noticed.
+//
+// # Guarantees
 //
 //   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a
 //     crash at any point: the exception is durable before the write reaches the origin.

@@ -1,12 +1,20 @@
-// Package store keeps exceptions: which origin chunk of a snapshot lives in which chunk of a COW
-// device.
+// Package store keeps exceptions: which origin chunk of a snapshot is stored in which chunk of a COW
+// device. It copies no data and never accesses an origin; package snapshot does.
 //
-// A persistent store keeps them on the COW device in the kernel's format (specification sections 2–4),
-// a transient one in memory only (5.14). A [Store] hands out chunks ([Store.Reserve]), takes exceptions
-// whose data has been written ([Reservation.Commit]), makes them durable in the order in which they
-// were reserved ([Store.Sync]), gives the last ones back for merging ([Store.LastRun],
-// [Store.DropLast]) and can be made invalid for good ([Store.Invalidate]). It never touches an origin
-// and never copies data: package snapshot does.
+//	st, err := store.Create(cow, layout, false) // or store.Open(cow)
+//	r, err := st.Reserve(5, 1)                  // a COW chunk for origin chunk 5
+//	_, err = cow.WriteAt(data, layout.COWOffset(r.New))
+//	err = r.Commit()                            // Lookup finds it
+//	err = st.Sync()                             // durable, together with its data
+//
+// A persistent store is in the kernel's format (docs/spec/dm-snapshot.md §2), a transient one is in memory only.
+//
+// # Guarantees
+//
+//   - The store on disk can be loaded at every instant, by dmsnap and by the kernel.
+//   - After Sync returns nil, every exception committed before the call survives a crash.
+//   - After a failed metadata write or flush the store refuses writes with [ErrFailed]. Lookups continue to work.
+//   - A store that was made invalid ([Store.Invalidate]) stays invalid.
 //
 // # Life of an exception
 //
