@@ -29,6 +29,6 @@
 // and the names of NBD exports are extended, never renamed or removed.
 //
 // There is no tagged release yet: exported Go names may change until the first one. From v1.0.0 on, the exported names
-// of all packages outside internal/, test/, bench/ and demo/ follow semantic versioning. Texts of errors and of log lines are not part of
-// the interface: compare errors with errors.Is and errors.As.
+// of all packages outside internal/, test/, bench/ and demo/ follow semantic versioning. Texts of errors and of log lines
+// are not part of the interface: compare errors with errors.Is and errors.As.
 package dmsnap

@@ -17,6 +17,7 @@ const module = "github.com/dmsnap/dmsnap"
 // floors is the ladder of ARCHITECTURE.md: a package imports packages of lower floors only, of its own
 // floor none but those listed in sees.
 var floors = map[string]int{
+	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
 	"block":            1, "ondisk": 1,
 	"block/blocktest":   2,

@@ -6,6 +6,8 @@
 //	_, err = origin.WriteAt(p, off)                    // vm1 keeps showing the old data
 //	merging, err := vm1.BeginMerge()                   // package merge drives it
 //
+// The three types:
+//
 //   - [Origin] is a disk with snapshots. Before a write changes it, the old data is copied to the COW device of each
 //     snapshot.
 //   - [Snapshot] shows the origin as it was when the snapshot was activated, plus the writes to the snapshot.
