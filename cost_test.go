@@ -71,7 +71,7 @@ func TestCostOfOfflineTasks(t *testing.T) {
 				return err
 			}
 			runs := 0
-			for range st.Exceptions().All() {
+			for range st.Exceptions() {
 				runs++
 			}
 			if runs != writes {

@@ -241,7 +241,7 @@ func TestBigStores(t *testing.T) {
 			t.Fatal(err)
 		}
 		runs := 0
-		for range s.Exceptions().All() {
+		for range s.Exceptions() {
 			runs++
 		}
 		if s.Len() != n || scattered != (runs > n/2) {

@@ -60,7 +60,7 @@ func FuzzCleanOpens(f *testing.F) {
 			t.Fatalf("%d exceptions in the store, %d counted", st.Len(), r.Exceptions)
 		}
 		p := make([]byte, st.Layout().ChunkBytes())
-		for run := range st.Exceptions().All() {
+		for run := range st.Exceptions() {
 			for i := range run.Count {
 				if _, err := dev.ReadAt(p, st.Layout().COWOffset(run.New+ondisk.COWChunk(i))); err != nil {
 					t.Fatal(err)

@@ -133,7 +133,7 @@ func open(ctx context.Context, cow block.Device, bearable check.Severity) (*stor
 // measure counts what the new store will have at most, and what it needs of the origin.
 func (p *Plan) measure() {
 	stored := int64(0)
-	for r := range p.old.Exceptions().All() {
+	for r := range p.old.Exceptions() {
 		from, to := p.bytesOf(span{r.Old, r.Count}, p.old.Layout())
 		stored += to - from
 	}
@@ -182,6 +182,6 @@ func (p *Plan) EndUnknown() bool {
 
 // LastStored is where the last stored chunk begins on the disk, and how long it is, in bytes.
 func (p *Plan) LastStored() (off, length int64) {
-	last, _ := p.old.Exceptions().Max()
+	last, _ := p.old.LastOrigin()
 	return p.old.Layout().OriginOffset(last), p.old.Layout().ChunkBytes()
 }

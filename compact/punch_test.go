@@ -32,7 +32,7 @@ func unusedSectors(t *testing.T, cow block.Device) []bool {
 	for k := range st.Len()/l.SlotsPerArea() + 1 {
 		used[l.AreaChunk(k)] = true
 	}
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		for i := range r.Count {
 			used[r.New+ondisk.COWChunk(i)] = true
 		}

@@ -28,7 +28,7 @@ func (p *Plan) bytesOf(s span, l ondisk.Layout) (from, to int64) {
 func (p *Plan) spans() iter.Seq[span] {
 	return func(yield func(span) bool) {
 		var last span
-		for r := range p.old.Exceptions().All() {
+		for r := range p.old.Exceptions() {
 			from, to := p.bytesOf(span{r.Old, r.Count}, p.old.Layout())
 			s := span{first: p.to.OriginChunkAt(from)}
 			s.count = uint64(p.to.OriginChunkAt(to-1)-s.first) + 1

@@ -182,7 +182,7 @@ func wantDense(t *testing.T, cow block.Device) *store.Store {
 		t.Fatal(err)
 	}
 	n := uint64(0)
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		for i := range r.Count {
 			if want := st.Layout().DataChunk(n); r.New+ondisk.COWChunk(i) != want {
 				t.Fatalf("origin chunk %d is in chunk %d, not %d", r.Old+ondisk.OriginChunk(i), r.New+ondisk.COWChunk(i), want)

@@ -128,7 +128,7 @@ func exceptions(v *store.View) iter.Seq[Extent] {
 			return
 		}
 		l := v.Store().Layout()
-		for r := range v.Store().Exceptions().All() {
+		for r := range v.Store().Exceptions() {
 			off, end := l.OriginRange(r.Old, r.Count, v.Size())
 			if !yield(Extent{Off: off, Length: end - off}) {
 				return

@@ -37,7 +37,7 @@ func workOf(st *store.Store, size int64) Work {
 	l := st.Layout()
 	w := Work{ChunkSectors: l.ChunkSectors, Chunks: st.Len(), UndoBytes: int64(l.ChunksNeeded(st.Len())) << l.Shift()}
 	var end ondisk.OriginChunk // of the run before
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		w.Runs++
 		if w.Runs == 1 || r.Old != end {
 			w.Ranges++

@@ -69,7 +69,7 @@ func fillUndo(ctx context.Context, origin block.Device, from, st *store.Store, p
 		return err
 	}
 	fill := store.NewFiller(st, undoPiece)
-	for r := range from.Exceptions().All() {
+	for r := range from.Exceptions() {
 		if progress != nil {
 			progress(p)
 		}
@@ -151,7 +151,7 @@ func checkLabels(origin block.Device, from, st *store.Store) error {
 
 // checkCovers wants an exception in undo for each of from.
 func checkCovers(undo, from *store.Store) error {
-	for r := range from.Exceptions().All() {
+	for r := range from.Exceptions() {
 		for old, left := r.Old, r.Count; left > 0; {
 			_, n, mapped := undo.LookupRun(old, left)
 			if !mapped {

@@ -55,7 +55,7 @@ func consecutive(c uint32, n, old uint64) []pair {
 func TestC090WorkedExamples(t *testing.T) {
 	d := consecutive(1, 64, 100)
 	run := func(old ondisk.OriginChunk, new ondisk.COWChunk, n uint64) store.Run {
-		return store.Run{Old: old, New: new, N: n}
+		return store.Run{Old: old, New: new, Count: n}
 	}
 	for _, c := range []struct {
 		name  string
@@ -81,7 +81,7 @@ func TestC090WorkedExamples(t *testing.T) {
 						t.Fatalf("step %d: %v, %v; want %v", i+1, got, err, want)
 					}
 				}
-				dropLast(t, s, want.N)
+				dropLast(t, s, want.Count)
 				if c.after != nil {
 					if got := s.Usage().Allocated / uint64(s.Layout().ChunkSectors); got != c.after[i] {
 						t.Errorf("step %d: next_free %d, want %d", i+1, got, c.after[i])
@@ -89,7 +89,7 @@ func TestC090WorkedExamples(t *testing.T) {
 				}
 				checkStore(t, dev)
 			}
-			if got, err := s.LastRun(); err != nil || got.N != 0 {
+			if got, err := s.LastRun(); err != nil || got.Count != 0 {
 				t.Errorf("at the end: %v, %v", got, err)
 			}
 		})

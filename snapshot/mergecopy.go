@@ -25,9 +25,9 @@ const earlyBytes = 8 << 20
 // long needs none of that.
 func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 	for len(runs) > 0 {
-		k, bytes := 1, int64(runs[0].N)<<l.Shift()
+		k, bytes := 1, int64(runs[0].Count)<<l.Shift()
 		for bytes < scratch.Most && k < len(runs) {
-			next := int64(runs[k].N) << l.Shift()
+			next := int64(runs[k].Count) << l.Shift()
 			if next >= scratch.Most || bytes+next > gatherBytes {
 				break
 			}
@@ -78,15 +78,15 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 		start, first := end, byCOW[i].New
 		for next := first; i < len(byCOW) && byCOW[i].New == next; i++ {
 			at[next] = end
-			end += int64(byCOW[i].N) << l.Shift()
-			next += ondisk.COWChunk(byCOW[i].N)
+			end += int64(byCOW[i].Count) << l.Shift()
+			next += ondisk.COWChunk(byCOW[i].Count)
 		}
 		if _, err := m.cow.ReadAt(buf[start:end], l.COWOffset(first)); err != nil {
 			return &block.CopyError{Op: "read", Err: err}
 		}
 	}
 	if err := m.writeGathered(l, runs, func(r store.Run) []byte {
-		return buf[at[r.New]:][:int64(r.N)<<l.Shift()]
+		return buf[at[r.New]:][:int64(r.Count)<<l.Shift()]
 	}); err != nil {
 		return err
 	}
@@ -100,7 +100,7 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(store.Run) []byte) error {
 	return scratch.With(scratch.Most, func(joined []byte) error {
 		for len(runs) > 0 {
-			p, k, n := content(runs[0]), 1, runs[0].N
+			p, k, n := content(runs[0]), 1, runs[0].Count
 			for k < len(runs) && runs[k].Old == runs[0].Old+ondisk.OriginChunk(n) {
 				q := content(runs[k])
 				if len(p)+len(q) > scratch.Most {
@@ -110,10 +110,10 @@ func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(
 					p = append(joined[:0], p...)
 				}
 				p = append(p, q...)
-				n += runs[k].N
+				n += runs[k].Count
 				k++
 			}
-			off, size := m.originRange(l, store.Run{Old: runs[0].Old, N: n})
+			off, size := m.originRange(l, store.Run{Old: runs[0].Old, Count: n})
 			if err := block.WriteSparse(m.origin.dev, p[:size], off, block.LongHoles); err != nil {
 				return &block.CopyError{Op: "write", Err: err}
 			}

@@ -229,7 +229,7 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	}
 	spans := make([]gate.Span, len(runs))
 	for i, r := range runs {
-		spans[i] = span(r.Old, r.N)
+		spans[i] = span(r.Old, r.Count)
 	}
 	owned := m.gate.Own(spans...)
 	defer owned.Release()
@@ -270,7 +270,7 @@ func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk
 
 // originRange is where a run goes: cut at the origin's end, which the last chunk may overlap.
 func (m *Merging) originRange(l ondisk.Layout, r store.Run) (off, n int64) {
-	off, end := l.OriginRange(r.Old, r.N, m.origin.dev.Size())
+	off, end := l.OriginRange(r.Old, r.Count, m.origin.dev.Size())
 	return off, end - off
 }
 
@@ -280,10 +280,10 @@ func lastWindow(st *store.Store, max uint64) ([]ondisk.Exception, error) {
 		return st.Last(max)
 	}
 	r, err := st.LastRun()
-	if err != nil || r.N == 0 {
+	if err != nil || r.Count == 0 {
 		return nil, err
 	}
-	return st.Last(r.N)
+	return st.Last(r.Count)
 }
 
 // runsByOrigin sorts a window by origin chunk and joins what is consecutive on both sides.
@@ -291,10 +291,10 @@ func runsByOrigin(window []ondisk.Exception) []store.Run {
 	slices.SortFunc(window, func(a, b ondisk.Exception) int { return cmp.Compare(a.Old, b.Old) })
 	var runs []store.Run
 	for _, e := range window {
-		if k := len(runs) - 1; k >= 0 && runs[k].Old+ondisk.OriginChunk(runs[k].N) == e.Old && runs[k].New+ondisk.COWChunk(runs[k].N) == e.New {
-			runs[k].N++
+		if k := len(runs) - 1; k >= 0 && runs[k].Old+ondisk.OriginChunk(runs[k].Count) == e.Old && runs[k].New+ondisk.COWChunk(runs[k].Count) == e.New {
+			runs[k].Count++
 		} else {
-			runs = append(runs, store.Run{Old: e.Old, New: e.New, N: 1})
+			runs = append(runs, store.Run{Old: e.Old, New: e.New, Count: 1})
 		}
 	}
 	return runs

@@ -10,16 +10,16 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Run is a stretch of exceptions consecutive on both sides: origin chunks Old, Old+1, … live in COW
+// A Run is a stretch of Count exceptions consecutive on both sides: origin chunks Old, Old+1, … live in COW
 // chunks New, New+1, ….
 type Run struct {
-	Old ondisk.OriginChunk
-	New ondisk.COWChunk
-	N   uint64
+	Old   ondisk.OriginChunk
+	New   ondisk.COWChunk
+	Count uint64
 }
 
 // LastRun returns the stretch that the kernel would merge next (prepare_merge, specification 4.1): the
-// last exception and those before it, in the same area, that lead up to it on both sides. N is 0 when
+// last exception and those before it, in the same area, that lead up to it on both sides. Count is 0 when
 // the store is empty. It changes nothing, so a failed call can be repeated.
 func (s *Store) LastRun() (Run, error) {
 	s.syncing.Lock()
@@ -34,8 +34,8 @@ func (s *Store) LastRun() (Run, error) {
 			return Run{}, err
 		}
 		for i := len(part) - 1; i >= 0; i-- {
-			if e := part[i]; r.N == 0 || e.Old+1 == r.Old && e.New+1 == r.New {
-				r = Run{e.Old, e.New, r.N + 1}
+			if e := part[i]; r.Count == 0 || e.Old+1 == r.Old && e.New+1 == r.New {
+				r = Run{e.Old, e.New, r.Count + 1}
 			} else {
 				return r, nil
 			}

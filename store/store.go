@@ -48,6 +48,7 @@ package store
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"math"
 	"sync"
 	"sync/atomic"
@@ -179,8 +180,20 @@ func (s *Store) LookupRun(old ondisk.OriginChunk, limit uint64) (new ondisk.COWC
 // origin may not be overwritten beneath an exception before it is.
 func (s *Store) Durable(new ondisk.COWChunk) bool { return uint64(new) < s.durableBelow.Load() }
 
-// Exceptions returns the committed exceptions in ascending order of their origin chunks.
-func (s *Store) Exceptions() *chunkmap.Map { return &s.exceptions }
+// Exceptions yields the committed exceptions in ascending order of their origin chunks, joined to runs as long as they
+// go. Exceptions that are committed or dropped meanwhile may be among them or not.
+func (s *Store) Exceptions() iter.Seq[Run] {
+	return func(yield func(Run) bool) {
+		for r := range s.exceptions.All() {
+			if !yield(Run(r)) {
+				return
+			}
+		}
+	}
+}
+
+// LastOrigin returns the largest origin chunk that has an exception, or false when there is none.
+func (s *Store) LastOrigin() (ondisk.OriginChunk, bool) { return s.exceptions.Max() }
 
 // Len is the number of committed exceptions.
 func (s *Store) Len() uint64 { return s.exceptions.Len() }

@@ -574,7 +574,7 @@ func FuzzOpen(f *testing.F) {
 			return
 		}
 		taken := make(map[ondisk.COWChunk]bool)
-		for r := range s.Exceptions().All() {
+		for r := range s.Exceptions() {
 			for i := range r.Count {
 				new := r.New + ondisk.COWChunk(i)
 				if taken[new] || !s.Layout().IsData(new) || s.Layout().COWOffset(new+1) > mem.Size() {

@@ -105,7 +105,7 @@ func TestView(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		for x := range st.Exceptions().All() {
+		for x := range st.Exceptions() {
 			off, end := l.OriginRange(x.Old, x.Count, size)
 			p := make([]byte, end-off)
 			if _, err := stored.ReadAt(p, off); err != nil || !bytes.Equal(p, want[off:end]) {

@@ -13,7 +13,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/internal/chunkmap"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -93,7 +92,7 @@ type listedRun struct {
 	Length       int64  `json:"length"`        // bytes, whole chunks
 }
 
-func runOf(l ondisk.Layout, r chunkmap.Run) listedRun {
+func runOf(l ondisk.Layout, r store.Run) listedRun {
 	return listedRun{uint64(r.Old), uint64(r.New), r.Count, l.OriginOffset(r.Old), l.COWOffset(r.New), int64(r.Count) << l.Shift()}
 }
 
@@ -104,7 +103,7 @@ func listJSON(ctx context.Context, w io.Writer, path string, st *store.Store) er
 	}
 	fmt.Fprintf(w, "%s,\"runs\":", head[:len(head)-1])
 	runs := jsonList{w: w}
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
@@ -123,7 +122,7 @@ func listText(ctx context.Context, w io.Writer, path string, st *store.Store) er
 	const row = "%14v  %23v  %23v  %s\n"
 	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
 	runs := uint64(0)
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}

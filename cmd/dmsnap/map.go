@@ -93,7 +93,7 @@ func fragmentationOf(ctx context.Context, st *store.Store) (f fragmentation, err
 	var old ondisk.OriginChunk // after the last run, on both sides
 	var new ondisk.COWChunk
 	longest := uint64(0)
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		if ctx.Err() != nil {
 			return f, context.Cause(ctx)
 		}
@@ -172,7 +172,7 @@ func (o *mapOptions) checkOutputs(inputs []string) error {
 // sizeDisk finds how large the disk is, by the origin or by the last exception.
 func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 	if o.origin == "" {
-		if last, ok := st.Exceptions().Max(); ok {
+		if last, ok := st.LastOrigin(); ok {
 			_, m.DiskBytes = st.Layout().OriginRange(last, 1, math.MaxInt64)
 		}
 		return nil
@@ -190,7 +190,7 @@ func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
 
 // pastEnd is the part of a stored last chunk that is after the end of the disk.
 func (m *mapResult) pastEnd(st *store.Store) int64 {
-	last, ok := st.Exceptions().Max()
+	last, ok := st.LastOrigin()
 	if !ok {
 		return 0
 	}
@@ -305,7 +305,7 @@ func diskStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	l := st.Layout()
 	s := picture.NewStrip(m.DiskBytes, cells, picture.Class{Name: "as the origin", Letter: '.', Colour: mapGround},
 		picture.Class{Name: "in COW", Letter: 'c', Colour: mapData})
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		s.Add(l.OriginOffset(r.Old), int64(r.Count)<<l.Shift(), 1)
 	}
 	return s
@@ -322,7 +322,7 @@ func cowStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
 	for area := range m.MetadataSectors/uint64(l.ChunkSectors) - 1 {
 		s.Add(l.COWOffset(l.AreaChunk(area)), l.ChunkBytes(), metadata)
 	}
-	for r := range st.Exceptions().All() {
+	for r := range st.Exceptions() {
 		s.Add(l.COWOffset(r.New), int64(r.Count)<<l.Shift(), data)
 	}
 	// The rest of the allocated part is unused. Its place within a cell is not shown.

@@ -45,7 +45,7 @@ func TestRepairedStores(t *testing.T) {
 				t.Errorf("the kernel says %q, want %q", got, usage)
 			}
 			want := k.get("disk", 0, 256*c*512)
-			for run := range st.Exceptions().All() {
+			for run := range st.Exceptions() {
 				n := int64(run.Count) * c * 512
 				if _, err := cow.ReadAt(want[int64(run.Old)*c*512:][:n], st.Layout().COWOffset(run.New)); err != nil {
 					t.Fatal(err)
