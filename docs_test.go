@@ -106,3 +106,87 @@ func TestProtocolTableComplete(t *testing.T) {
 		}
 	}
 }
+
+// TestReadmeSnippetIsAnExample: the Go code in README.md is that of a runnable example, without its indentation.
+func TestReadmeSnippetIsAnExample(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	example, err := os.ReadFile("snapshot/example_files_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, snippet, _ := strings.Cut(string(readme), "```go\n")
+	snippet, _, found := strings.Cut(snippet, "```")
+	if code := regexp.MustCompile(`(?m)^\t`).ReplaceAllString(string(example), ""); !found || !strings.Contains(code, snippet) {
+		t.Errorf("the code in README.md is not in snapshot/example_files_test.go:\n%s", snippet)
+	}
+	if n := strings.Count(string(readme), "\n"); n > 150 {
+		t.Errorf("README.md has %d lines, want at most 150", n)
+	}
+}
+
+// TestDecisionsAreNumbered: the pages in docs/decisions are numbered from 1 on, each number once, with the number in the
+// title; the pages that are named elsewhere exist.
+func TestDecisionsAreNumbered(t *testing.T) {
+	pages, err := filepath.Glob("docs/decisions/*.md")
+	if err != nil || len(pages) == 0 {
+		t.Fatalf("%v, %v", pages, err)
+	}
+	index, err := os.ReadFile("docs/README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, page := range pages { // sorted
+		if !strings.Contains(string(index), "(decisions/"+filepath.Base(page)+")") {
+			t.Errorf("%s is not in docs/README.md", page)
+		}
+		b, err := os.ReadFile(page)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := fmt.Sprintf("%04d-", i+1); !strings.HasPrefix(filepath.Base(page), want) {
+			t.Errorf("%s: want number %s", page, want)
+		}
+		if want := fmt.Sprintf("# %d. ", i+1); !strings.HasPrefix(string(b), want) {
+			t.Errorf("%s: the title does not begin with %q", page, want)
+		}
+	}
+	named := regexp.MustCompile(`decisions/\d{4}-[a-z-]+\.md`)
+	err = filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if ext := filepath.Ext(path); err != nil || d.IsDir() || ext != ".go" && ext != ".md" {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, name := range named.FindAllString(string(b), -1) {
+			if _, err := os.Stat(filepath.Join("docs", name)); err != nil {
+				t.Errorf("%s names %s: %v", path, name, err)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLinksResolve: relative links in the documents name files that exist.
+func TestLinksResolve(t *testing.T) {
+	link := regexp.MustCompile(`\]\(([^)#:]+)(?:#[^)]*)?\)`)
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		if err != nil || d.IsDir() || filepath.Ext(path) != ".md" {
+			return err
+		}
+		b, err := os.ReadFile(path)
+		for _, m := range link.FindAllStringSubmatch(string(b), -1) {
+			if _, err := os.Stat(filepath.Join(filepath.Dir(path), m[1])); err != nil {
+				t.Errorf("%s: %v", path, err)
+			}
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}

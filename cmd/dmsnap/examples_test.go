@@ -113,6 +113,7 @@ func TestExamples(t *testing.T) {
 					at = filepath.Join(dir, "offline")
 				}
 				c := shell(at, script)
+				c.WaitDelay = 5 * time.Second
 				kill := time.AfterFunc(10*time.Second, func() { c.Process.Kill() })
 				out, err := c.CombinedOutput()
 				kill.Stop()

@@ -5,7 +5,7 @@
 // it may itself be cut and started again.
 //
 // An undo file is applied to the store that it was made for, or to a copy of it, and to nothing else
-// (docs/decisions/0004-undo-formats.md). Mark puts a random id, which the file has too, into the store's first
+// (docs/decisions/0006-undo-formats.md). Mark puts a random id, which the file has too, into the store's first
 // sector (ondisk.ChangeLabel); it is the first thing that changes and the last thing that is put back. And
 // each sector must be as it was before the change, or as the change makes it: what somebody wrote since is not
 // lost. An undo file is a line of text, a line of JSON, records, and a checksum:
