@@ -21,7 +21,6 @@ type metadata struct {
 	volumes    []*volume // in the order of the text, ties included
 	byName     map[string]*volume
 	err        error // why no volume can be read
-	warnings   []string
 	text       string
 	attributes []string // words that say whose the group is
 }
