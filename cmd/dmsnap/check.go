@@ -65,6 +65,8 @@ the remedy.
 A store in use is refused. With --live-read it is checked nevertheless; a write in progress may then be reported
 as a problem.
 
+COW may be the address of a snapshot volume of LVM in a disk: DISK#VG/SNAP.
+
 Exit status: 0 no problem was found, 1 problems were found, 2 trouble.`,
 		Example: `  dmsnap check disk.cow
   dmsnap check disk.cow --origin disk.img
@@ -107,13 +109,18 @@ func (f *sizeFlag) orHeader() (uint32, error) {
 	return f.chunkSectors()
 }
 
-// openToRead opens a device for reading. One that has a writer is refused, unless live is set.
-func openToRead(path string, live bool) (*block.File, error) {
+// openToRead opens an address for reading. A disk that has a writer is refused, unless live is set.
+func openToRead(path string, live bool) (openDisk, error) { return openReading(path, live, false) }
+
+// openStoreDevice is openToRead for a store: of a snapshot volume the COW volume.
+func openStoreDevice(path string, live bool) (openDisk, error) { return openReading(path, live, true) }
+
+func openReading(path string, live, asStore bool) (openDisk, error) {
 	lock := block.LockRead
 	if live {
 		lock = block.LockShared
 	}
-	f, err := openDevice(path, block.Options{ReadOnly: true, Lock: lock})
+	f, err := openAddress(path, block.Options{ReadOnly: true, Lock: lock}, asStore)
 	if errors.Is(err, block.ErrInUse) && !live {
 		err = fmt.Errorf("%w; --live-read reads it nevertheless", err)
 	}
@@ -138,7 +145,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 		defer origin.Close()
 		opts.Origin = origin
 	}
-	cow, err := openToRead(path, o.liveRead)
+	cow, err := openStoreDevice(path, o.liveRead)
 	if err != nil {
 		return err
 	}
@@ -147,7 +154,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "check")
 	opts.Progress = bar.show
-	r, err := checkDevice(ctx, cow, opts, o.liveRead && block.HasWriter(path))
+	r, err := checkDevice(ctx, cow, opts, o.liveRead && block.HasWriter(fileOf(path)))
 	bar.end()
 	if err != nil {
 		return about(path, err)

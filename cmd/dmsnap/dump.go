@@ -34,6 +34,8 @@ func newDump() *cobra.Command {
 zero. dmsnap restore makes a store from it, with the same metadata byte for byte. The data is not included, so the
 text can be given to others; it does show which chunks were changed.
 
+COW may be the address of a snapshot volume of LVM in a disk: DISK#VG/SNAP.
+
 --pack writes the same compressed, for a bug report. --data adds the data chunks.
 
 If parts of the metadata can't be read, the dump marks them and has the rest; the exit status is 2.`,
@@ -86,7 +88,7 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 			return err
 		}
 	}
-	cow, err := openToRead(path, o.liveRead)
+	cow, err := openStoreDevice(path, o.liveRead)
 	if err != nil {
 		return err
 	}

@@ -87,6 +87,9 @@ func TestExamples(t *testing.T) {
 	for _, v := range append(root.Commands(), root) {
 		t.Run(v.Name(), func(t *testing.T) {
 			dir := exampleFolder(t)
+			if strings.Contains(v.Example, "vm.img#") {
+				writeLVMImage(t, filepath.Join(dir, "vm.img"))
+			}
 			if strings.Contains(v.Example, "--control ctl.sock") {
 				defer serveExample(t, dir, "dmsnap serve disk.img vm1.cow --export-origin --socket nbd.sock --control ctl.sock")()
 				if v.Name() == "merge" || v.Name() == "grow" || v.Name() == "status" { // its other lines use disk.img offline

@@ -4,10 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -15,9 +17,12 @@ func newExport() *cobra.Command {
 	var force, raw bool
 	var format imageFormat
 	c := &cobra.Command{
-		Use:   "export ORIGIN COW OUT",
-		Short: "Write the content of a snapshot to a raw or qcow2 image",
+		Use:   "export {ORIGIN COW | ADDRESS} OUT",
+		Short: "Write the content of a snapshot, a logical volume or a partition to a raw or qcow2 image",
 		Long: `Write the content of the snapshot in COW to OUT, a sparse raw image; "-" is standard output.
+
+ADDRESS is a part of a disk: DISK#p2 is partition 2, DISK#vg/snap a logical volume as it is when it is active,
+DISK#vg/base:real an origin without a merge into it, and DISK#vg/snap:cow a COW volume.
 
 With --format qcow2, OUT is a qcow2 image. With --backing BASE it is an overlay that has only what the store has: BASE
 must have the content of ORIGIN, or be ORIGIN. The name is written to the image as it is given.
@@ -27,18 +32,20 @@ An invalid snapshot is refused.`,
 		Example: `  dmsnap export disk.img disk.cow old.img
   dmsnap export disk.img disk.cow - | zstd > old.img.zst
   dmsnap export disk.img disk.cow old.qcow2 --format qcow2 --compress
-  dmsnap export disk.img disk.cow changes.qcow2 --format qcow2 --backing disk.img`,
-		Args: cobra.ExactArgs(3),
+  dmsnap export disk.img disk.cow changes.qcow2 --format qcow2 --backing disk.img
+  dmsnap export 'vm.img#vg0/later' later.img`,
+		Args: cobra.RangeArgs(2, 3),
 		RunE: func(c *cobra.Command, args []string) (err error) {
-			if err := format.check(args[2]); err != nil {
+			inputs, output := args[:len(args)-1], args[len(args)-1]
+			if err := format.check(output); err != nil {
 				return err
 			}
-			if args[2] == standardOutput {
+			if output == standardOutput {
 				if err := checkNoTerminal(c, "redirect it"); err != nil {
 					return err
 				}
 			}
-			snap, closeAll, err := openSnapshot(args[0], args[1], raw)
+			from, closeAll, err := openExported(inputs, raw)
 			if err != nil {
 				return err
 			}
@@ -48,17 +55,17 @@ An invalid snapshot is refused.`,
 			bar := newProgress(c.ErrOrStderr(), "export")
 			defer bar.end()
 			if format.format == "qcow2" {
-				return format.write(ctx, args, force, snap, bar)
+				return format.write(ctx, inputs, output, force, from, bar)
 			}
-			if args[2] == standardOutput {
-				return writeImageToStandardOutput(ctx, c, args[:2], snap.Size(), func(out block.Device) error {
-					return copyImage(ctx, out, snap, bar)
+			if output == standardOutput {
+				return writeImageToStandardOutput(ctx, c, inputs, from.Size(), func(out block.Device) error {
+					return copyImage(ctx, out, from, bar)
 				})
 			}
-			err = writeOutputDevice(args[2], force, args[:2], snap.Size(), func(out *block.File) error {
-				return copyImage(ctx, out, snap, bar)
+			err = writeOutputDevice(output, force, inputs, from.Size(), func(out *block.File) error {
+				return copyImage(ctx, out, from, bar)
 			})
-			return imageAdvice(err, "dmsnap export ORIGIN COW -")
+			return imageAdvice(err, "dmsnap export "+strings.Join(inputs, " ")+" -")
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
@@ -67,8 +74,27 @@ An invalid snapshot is refused.`,
 	return c
 }
 
+// openExported opens what export writes: of an origin and a COW the snapshot, or a part of a disk.
+func openExported(inputs []string, raw bool) (block.Device, func() error, error) {
+	if len(inputs) == 2 {
+		return openSnapshot(inputs[0], inputs[1], raw)
+	}
+	a, err := address.Parse(inputs[0])
+	if err != nil {
+		return nil, nil, err
+	}
+	if a.Plain() {
+		return nil, nil, fmt.Errorf("%s is a whole disk: ORIGIN COW OUT are required, or the address of a part of a disk (%s#p1, %s#VG/LV)", a, a, a)
+	}
+	dev, err := openAddress(inputs[0], block.Options{ReadOnly: true}, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	return dev, dev.Close, nil
+}
+
 // openSnapshot opens the view of a snapshot. A snapshot that can't be read completely is refused.
-func openSnapshot(originPath, cowPath string, raw bool) (*store.View, func() error, error) {
+func openSnapshot(originPath, cowPath string, raw bool) (block.Device, func() error, error) {
 	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true}, raw)
 	if err != nil {
 		return nil, nil, err
@@ -91,10 +117,10 @@ func viewOf(origin, cow block.Device) (*store.View, error) {
 	return store.NewView(origin, st)
 }
 
-// copyImage copies what the snapshot shows to out, which reads as zeros or takes what is written in order.
-func copyImage(ctx context.Context, out block.Device, snap block.Device, bar *progressBar) error {
-	size, done := snap.Size(), int64(0)
-	return block.Copy(out, 0, snap, 0, size, block.IntoZeros, func(n int64) error {
+// copyImage copies a device to out, which reads as zeros or takes what is written in order.
+func copyImage(ctx context.Context, out, from block.Device, bar *progressBar) error {
+	size, done := from.Size(), int64(0)
+	return block.Copy(out, 0, from, 0, size, block.IntoZeros, func(n int64) error {
 		done += n
 		bar.show(done, size)
 		return context.Cause(ctx)

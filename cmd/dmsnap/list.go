@@ -25,6 +25,8 @@ func newList() *cobra.Command {
 		Long: `List the exceptions of the store in COW: which chunks of the origin are stored in which chunks of COW, in the order
 of the origin. Chunks that are consecutive on both sides form one line, a run. Nothing is written.
 
+COW may be the address of a snapshot volume of LVM in a disk: DISK#VG/SNAP.
+
 dmsnap dump shows the same store slot by slot, as it is on disk, sound or damaged.`,
 		Example: `  dmsnap list disk.cow
   dmsnap list --json disk.cow`,
@@ -56,14 +58,14 @@ const largestDisk = math.MaxInt64
 
 // openStoreToRead loads a store that is valid and complete. A store that has a writer is refused, unless live is set;
 // then the result is the state of the disk a moment ago.
-func openStoreToRead(path string, live bool) (*block.File, *store.Store, error) {
-	cow, err := openToRead(path, live)
+func openStoreToRead(path string, live bool) (openDisk, *store.Store, error) {
+	cow, err := openStoreDevice(path, live)
 	if err != nil {
 		return nil, nil, err
 	}
 	var st *store.Store
 	if err = checkStore(path, cow); err == nil {
-		st, err = openWhileWritten(cow, live && block.HasWriter(path))
+		st, err = openWhileWritten(cow, live && block.HasWriter(fileOf(path)))
 	}
 	if err == nil {
 		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))

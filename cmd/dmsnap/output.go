@@ -30,17 +30,17 @@ func withOutputAdvice(err error) error {
 
 // checkOutput makes the checks of writeOutput before there is any work.
 func checkOutput(path string, force bool, inputs []string) error {
-	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: inputs}))
+	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}))
 }
 
 // writeOutput writes the output file of a verb with --force.
 func writeOutput(path string, force bool, inputs []string, fill func(*os.File) error) error {
-	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: inputs}, fill))
+	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}, fill))
 }
 
 // writeOutputDevice is writeOutput for a file that is filled as a device.
 func writeOutputDevice(path string, force bool, inputs []string, size int64, fill func(*block.File) error) error {
-	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: inputs}, size, fill))
+	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}, size, fill))
 }
 
 // writePicture has fill write a map to a file or to standard output.
@@ -114,7 +114,7 @@ func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func(
 		return nil, fmt.Errorf("standard output: %w", err)
 	}
 	defer dev.Close()
-	for _, in := range inputs {
+	for _, in := range filesOf(inputs) {
 		i, err := block.Open(in, block.Options{ReadOnly: true, Lock: block.LockNone})
 		if err != nil {
 			continue // not a disk, so not the same one

@@ -51,28 +51,31 @@ func (o *imageFormat) check(out string) error {
 }
 
 // write writes the qcow2 image of a snapshot.
-func (o *imageFormat) write(ctx context.Context, args []string, force bool, snap *store.View, bar *progressBar) error {
+func (o *imageFormat) write(ctx context.Context, inputs []string, output string, force bool, from block.Device, bar *progressBar) error {
 	e := qcow2.ExportOptions{
 		ClusterSize: o.clusterSize.bytes, Compress: o.compress != "",
 		Progress: func(reached int64) error {
-			bar.show(reached, snap.Size())
+			bar.show(reached, from.Size())
 			return context.Cause(ctx)
 		},
 	}
 	if o.compress == qcow2.Zstd.String() {
 		e.Compression = qcow2.Zstd
 	}
-	inputs := args[:2]
 	if o.backing != "" {
+		snap, isSnapshot := from.(*store.View)
+		if !isSnapshot {
+			return errors.New("--backing: ORIGIN COW OUT are required: what an overlay holds is what a COW holds")
+		}
 		base := o.backing
 		if !filepath.IsAbs(base) {
-			base = filepath.Join(filepath.Dir(args[2]), base)
+			base = filepath.Join(filepath.Dir(output), base)
 		}
-		format, err := backingFormat(base, args[0], snap.Size())
+		format, err := backingFormat(base, inputs[0], snap.Size())
 		if err != nil {
 			return fmt.Errorf("--backing: %w", err)
 		}
-		inputs = []string{args[0], args[1], base}
+		inputs = []string{inputs[0], inputs[1], base}
 		e.Backing, e.BackingFormat, e.BackingSize = o.backing, format, snap.Size()
 		e.Stored = func(off, n int64) (bool, int64) {
 			_, _, follow, stored := snap.Place(off, n)
@@ -82,7 +85,7 @@ func (o *imageFormat) write(ctx context.Context, args []string, force bool, snap
 			e.ClusterSize = min(snap.Store().Layout().ChunkBytes(), 2<<20)
 		}
 	}
-	return writeOutput(args[2], force, inputs, func(f *os.File) error { return qcow2.Export(f, snap, e) })
+	return writeOutput(output, force, inputs, func(f *os.File) error { return qcow2.Export(f, from, e) })
 }
 
 // backingFormat returns the format of a backing file, whose disk must have the size of the origin.

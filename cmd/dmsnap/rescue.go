@@ -120,12 +120,12 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 	if err := checkOrigin(args[0], origin, o.raw); err != nil {
 		return err
 	}
-	cow, err := openToRead(args[1], o.liveRead)
+	cow, err := openStoreDevice(args[1], o.liveRead)
 	if err != nil {
 		return err
 	}
 	defer cow.Close()
-	look := rescue.Options{Live: o.liveRead && (block.HasWriter(args[0]) || block.HasWriter(args[1]))}
+	look := rescue.Options{Live: o.liveRead && (block.HasWriter(fileOf(args[0])) || block.HasWriter(fileOf(args[1])))}
 	if o.chunkSize.set {
 		if look.ChunkSectors, err = o.chunkSize.chunkSectors(); err != nil {
 			return err

@@ -36,6 +36,8 @@ func newStatus() *cobra.Command {
 With COW, the store on that file or device is read, also while it is served; changes that its server has not yet
 made durable are not shown. With --control, the server reports its origin, all its snapshots and the merge.
 
+COW may be the address of a snapshot volume of LVM in a disk: DISK#VG/SNAP.
+
 States: ok, invalid, failed, overflow, merging, merge-failed.`,
 		Example: `  dmsnap status disk.cow
   dmsnap status --json disk.cow
@@ -70,7 +72,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 
 // statusOf returns the status of the store on path, as it is on disk.
 func statusOf(path string) (fileStatus, error) {
-	cow, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+	cow, err := openAddress(path, block.Options{ReadOnly: true, Lock: block.LockShared}, true)
 	if err != nil {
 		return fileStatus{}, err
 	}
@@ -78,7 +80,7 @@ func statusOf(path string) (fileStatus, error) {
 	if err := checkStore(path, cow); err != nil {
 		return fileStatus{}, err
 	}
-	s := fileStatus{Path: path, InUse: block.HasWriter(path)}
+	s := fileStatus{Path: path, InUse: block.HasWriter(fileOf(path))}
 	st, err := openWhileWritten(cow, s.InUse)
 	if err != nil {
 		return s, about(path, err)

@@ -1,0 +1,126 @@
+// Package address opens disks by addresses, which may name a part of a disk:
+//
+//	PATH                      a file or a block device
+//	PATH#pN                   partition N, numbered as Linux does
+//	PATH#VG/LV                a logical volume as it is when it is active; of a snapshot what it shows
+//	PATH#VG/LV:real           an origin beneath its snapshots
+//	PATH#VG/LV:cow            the COW volume of a snapshot
+//	PATH#VGUUID/LV            where two groups have one name
+//
+// The last # splits; a file that exists by the whole name is meant itself. Devices do not own the file beneath.
+package address
+
+import (
+	"fmt"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/source/partition"
+)
+
+// An Address is an address, parsed.
+type Address struct {
+	Path      string
+	Partition int    // 0: none
+	Group     string // name or UUID; empty: none
+	Volume    string
+	Layer     lvm.Layer
+}
+
+// Parse parses an address. A name of a file that exists is the address of that file whatever is in it.
+func Parse(s string) (Address, error) {
+	i := strings.LastIndexByte(s, '#')
+	if i < 0 {
+		return Address{Path: s}, nil
+	}
+	if _, err := os.Lstat(s); err == nil {
+		return Address{Path: s}, nil
+	}
+	a, part := Address{Path: s[:i]}, s[i+1:]
+	malformed := func(what string) (Address, error) {
+		return Address{}, fmt.Errorf("address %q: %s", s, what)
+	}
+	if a.Path == "" {
+		return malformed("no path in front of #")
+	}
+	if group, volume, is := strings.Cut(part, "/"); is {
+		a.Group, a.Volume = group, volume
+		if name, layer, is := strings.Cut(volume, ":"); is {
+			a.Volume, a.Layer = name, lvm.Layer(layer)
+			if a.Layer != lvm.Real && a.Layer != lvm.COW {
+				return malformed(fmt.Sprintf("there is no layer %q: only real and cow", layer))
+			}
+		}
+		if a.Group == "" || a.Volume == "" || strings.Contains(a.Volume, "/") {
+			return malformed("VG/LV must follow #")
+		}
+		return a, nil
+	}
+	number, is := strings.CutPrefix(part, "p")
+	n, err := strconv.ParseUint(number, 10, 16)
+	if !is || err != nil || n == 0 || number[0] == '0' {
+		return malformed("pN or VG/LV must follow #, and no file has this name")
+	}
+	a.Partition = int(n)
+	return a, nil
+}
+
+// Plain reports whether a is the whole of a file or device.
+func (a Address) Plain() bool { return a.Partition == 0 && a.Group == "" }
+
+// String is the address as text.
+func (a Address) String() string {
+	switch {
+	case a.Partition != 0:
+		return fmt.Sprintf("%s#p%d", a.Path, a.Partition)
+	case a.Group == "":
+		return a.Path
+	case a.Layer != lvm.Active:
+		return fmt.Sprintf("%s#%s/%s:%s", a.Path, a.Group, a.Volume, a.Layer)
+	}
+	return fmt.Sprintf("%s#%s/%s", a.Path, a.Group, a.Volume)
+}
+
+// Store returns the address for a use that needs an exception store: of a snapshot volume, its COW volume.
+func (a Address) Store() Address {
+	if a.Group != "" && a.Layer == lvm.Active {
+		a.Layer = lvm.COW
+	}
+	return a
+}
+
+// Open returns what a names on disk, the device at a.Path. Further disks may hold physical volumes of the group. An error
+// names the address.
+func Open(a Address, disk block.Device, further ...lvm.Disk) (block.Device, error) {
+	dev, err := open(a, disk, further)
+	return dev, block.WithPath(a.String(), err)
+}
+
+func open(a Address, disk block.Device, further []lvm.Disk) (block.Device, error) {
+	if a.Partition != 0 {
+		table, err := partition.Read(disk, 0)
+		if err != nil {
+			return nil, err
+		}
+		return table.Open(a.Partition)
+	}
+	if a.Group == "" {
+		return disk, nil
+	}
+	set, err := lvm.Scan(append([]lvm.Disk{{Name: a.Path, Dev: disk}}, further...), 0)
+	if err != nil {
+		return nil, err
+	}
+	group, err := set.Group(a.Group)
+	if err != nil {
+		return nil, err
+	}
+	volume, err := group.Volume(a.Volume)
+	if err != nil {
+		return nil, err
+	}
+	return volume.Open(a.Layer)
+}
