@@ -31,7 +31,7 @@ var floors = map[string]int{
 	"check":            4, "dump": 4, "diff": 4, "internal/picture": 4, "internal/undo": 4,
 	"nbd/wire": 4, "image": 4,
 	"source/lvm": 4, "source/qcow2": 4,
-	"nbd": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
+	"nbd": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
 	"server":     6,
 	"cmd/dmsnap": 7,
@@ -42,13 +42,17 @@ var floors = map[string]int{
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.
-var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
+var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
 
 // forbidden: imports that the ladder alone would allow, with the reason.
 var forbidden = map[[2]string]string{
 	{"nbd", "snapshot"}:        "a transport sees block.Device, whatever is behind it",
 	{"nbd", "store"}:           "a transport sees block.Device, whatever is behind it",
 	{"nbd", "ondisk"}:          "a transport sees block.Device, whatever is behind it",
+	{"vhost", "snapshot"}:      "a transport sees block.Device, whatever is behind it",
+	{"vhost", "store"}:         "a transport sees block.Device, whatever is behind it",
+	{"vhost", "ondisk"}:        "a transport sees block.Device, whatever is behind it",
+	{"vhost", "nbd"}:           "a transport needs no other",
 	{"nbd/wire", "block"}:      "the protocol's bytes need no device",
 	{"nbd/wire", "snapshot"}:   "the protocol's bytes need no device",
 	{"merge", "nbd"}:           "merging is not a matter of transport",

@@ -1,0 +1,368 @@
+package vhost_test
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+	"unsafe"
+
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/vhost"
+)
+
+// The guest's memory: addresses that differ between guest and front-end, so that a mix-up is found.
+const (
+	gpa     = 0x10000000
+	ua      = 0x7f0000000000
+	memSize = 8 << 20
+	descOff = 0x0
+	availAt = 0x2000
+	usedAt  = 0x3000
+	tableAt = 0x4000 // indirect tables, 64 bytes each
+	headAt  = 0x8000 // headers and statuses, 64 bytes each
+	dataAt  = 0x10000
+	slot    = 64 << 10 // bytes of data of a request
+	size    = 64       // of the ring
+)
+
+const (
+	allFeatures = 1<<2 | 1<<6 | 1<<9 | 1<<11 | 1<<12 | 1<<13 | 1<<14 | 1<<28 | 1<<29 | 1<<30 | 1<<32
+	allProtocol = 0x9229
+)
+
+// A frontend is a front-end with a driver on one ring.
+type frontend struct {
+	t    testing.TB
+	c    *net.UnixConn
+	fd   int
+	mem  []byte
+	kick int
+	call int
+
+	mu       sync.Mutex
+	features uint64
+	avail    uint16
+	seen     uint16
+	free     []uint16
+	waiting  [size]chan struct{}
+	cond     *sync.Cond
+	dead     atomic.Bool
+}
+
+func serve(t testing.TB, dev block.Device, change func(e *vhost.Export)) (s *vhost.Server, path string) {
+	t.Helper()
+	s = vhost.NewServer(t.TempDir(), vhost.Options{Log: func(line string) { t.Log(line) }})
+	e := vhost.Export{Name: "a", Device: dev, CanTrim: true}
+	if change != nil {
+		change(&e)
+	}
+	if err := s.Add(e); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithCancel(context.Background())
+		cancel()
+		s.Serve(ctx)
+	})
+	return s, s.Path("a")
+}
+
+func dial(t testing.TB, path string) *frontend {
+	t.Helper()
+	c, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := &frontend{t: t, c: c}
+	f.cond = sync.NewCond(&f.mu)
+	f.fd, err = unix.MemfdCreate("guest", 0)
+	if err == nil {
+		err = unix.Ftruncate(f.fd, memSize)
+	}
+	if err == nil {
+		f.mem, err = unix.Mmap(f.fd, 0, memSize, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.newEvents()
+	for i := range size {
+		f.free = append(f.free, uint16(i))
+	}
+	t.Cleanup(f.close)
+	return f
+}
+
+func (f *frontend) newEvents() {
+	f.kick, _ = unix.Eventfd(0, unix.EFD_NONBLOCK)
+	f.call, _ = unix.Eventfd(0, 0)
+}
+
+func (f *frontend) close() {
+	if f.dead.Swap(true) {
+		return
+	}
+	f.c.Close()
+	f.mu.Lock()
+	f.cond.Broadcast()
+	f.mu.Unlock()
+	unix.Close(f.fd)
+	unix.Close(f.kick)
+	unix.Close(f.call)
+}
+
+func le(v ...any) (b []byte) {
+	for _, x := range v {
+		b, _ = binary.Append(b, binary.LittleEndian, x)
+	}
+	return b
+}
+
+// send sends a message; flags 9 asks for an acknowledgement.
+func (f *frontend) send(req, flags uint32, payload []byte, fds ...int) error {
+	b := append(le(req, flags, uint32(len(payload))), payload...)
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	_, _, err := f.c.WriteMsgUnix(b, oob, nil)
+	return err
+}
+
+// reply reads a reply and its descriptor.
+func (f *frontend) reply(req uint32) (payload []byte, fd int, err error) {
+	f.c.SetReadDeadline(time.Now().Add(20 * time.Second))
+	var head [12]byte
+	oob := make([]byte, 64)
+	n, oobn, _, _, err := f.c.ReadMsgUnix(head[:], oob)
+	if err == nil && n < 12 {
+		err = io.EOF
+	}
+	if err != nil {
+		return nil, -1, err
+	}
+	if got := binary.LittleEndian.Uint32(head[0:]); got != req || binary.LittleEndian.Uint32(head[4:]) != 5 {
+		return nil, -1, fmt.Errorf("reply header % x to request %d", head, req)
+	}
+	fd = -1
+	if oobn > 0 {
+		list, _ := unix.ParseSocketControlMessage(oob[:oobn])
+		fds, _ := unix.ParseUnixRights(&list[0])
+		fd = fds[0]
+	}
+	payload = make([]byte, binary.LittleEndian.Uint32(head[8:]))
+	_, err = io.ReadFull(f.c, payload)
+	return payload, fd, err
+}
+
+// get sends a request that has a reply.
+func (f *frontend) get(req uint32, payload []byte) []byte {
+	f.t.Helper()
+	if err := f.send(req, 1, payload); err != nil {
+		f.t.Fatal(err)
+	}
+	b, _, err := f.reply(req)
+	if err != nil {
+		f.t.Fatalf("request %d: %v", req, err)
+	}
+	return b
+}
+
+// try sends a request and returns whether it was acknowledged as done.
+func (f *frontend) try(req uint32, payload []byte, fds ...int) bool {
+	f.t.Helper()
+	if err := f.send(req, 9, payload, fds...); err != nil {
+		f.t.Fatal(err)
+	}
+	b, _, err := f.reply(req)
+	if err != nil || len(b) != 8 {
+		f.t.Fatalf("request %d: % x, %v", req, b, err)
+	}
+	return binary.LittleEndian.Uint64(b) == 0
+}
+
+func (f *frontend) set(req uint32, payload []byte, fds ...int) {
+	f.t.Helper()
+	if !f.try(req, payload, fds...) {
+		f.t.Fatalf("request %d was refused", req)
+	}
+}
+
+// negotiate does what QEMU does before it starts a device.
+func (f *frontend) negotiate(features uint64) {
+	f.t.Helper()
+	offered := binary.LittleEndian.Uint64(f.get(1, nil))
+	f.features = features & offered
+	f.get(15, nil)
+	f.set(16, le(uint64(allProtocol)))
+	f.set(3, nil)
+	f.set(2, le(f.features))
+	f.set(37, le(uint64(0), uint64(gpa), uint64(memSize), uint64(ua), uint64(0)), f.fd)
+}
+
+// start starts ring 0 at a base.
+func (f *frontend) start(base uint16) {
+	f.t.Helper()
+	f.set(13, le(uint64(0)), f.call)
+	f.set(8, le(uint32(0), uint32(size)))
+	f.set(10, le(uint32(0), uint32(base)))
+	f.set(9, le(uint32(0), uint32(0), uint64(ua+descOff), uint64(ua+usedAt), uint64(ua+availAt), uint64(0)))
+	f.set(18, le(uint32(0), uint32(1)))
+	f.set(12, le(uint64(0)), f.kick)
+}
+
+func (f *frontend) u32(off int) *uint32 { return (*uint32)(unsafe.Pointer(&f.mem[off])) }
+
+// put writes a descriptor.
+func (f *frontend) put(at, i int, addr uint64, n uint32, flags, next uint16) {
+	copy(f.mem[at+16*i:], le(addr, n, flags, next))
+}
+
+// offer makes a head available and kicks. The caller holds mu.
+func (f *frontend) offer(head uint16) {
+	binary.LittleEndian.PutUint16(f.mem[availAt+4+2*int(f.avail%size):], head)
+	f.avail++
+	atomic.StoreUint32(f.u32(availAt), uint32(f.avail)<<16)
+	unix.Write(f.kick, le(uint64(1)))
+}
+
+// poll takes completions out of the used ring.
+func (f *frontend) poll() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for used := uint16(atomic.LoadUint32(f.u32(usedAt)) >> 16); f.seen != used; f.seen++ {
+		head := binary.LittleEndian.Uint32(f.mem[usedAt+4+8*int(f.seen%size):])
+		if ch := f.waiting[head]; ch != nil {
+			close(ch)
+			f.waiting[head] = nil
+		}
+	}
+	// used_event: a call for the next one
+	binary.LittleEndian.PutUint16(f.mem[availAt+4+2*size:], f.seen)
+}
+
+var errGone = errors.New("the back-end is gone")
+
+// do executes a request through an indirect table and returns its status. data is read from or written to.
+func (f *frontend) do(kind uint32, sector uint64, data []byte, write bool) (status byte, err error) {
+	f.mu.Lock()
+	for len(f.free) == 0 && !f.dead.Load() {
+		f.cond.Wait()
+	}
+	if f.dead.Load() {
+		f.mu.Unlock()
+		return 0, errGone
+	}
+	head := f.free[len(f.free)-1]
+	f.free = f.free[:len(f.free)-1]
+	done := make(chan struct{})
+	f.waiting[head] = done
+	h, d, tab := headAt+64*int(head), dataAt+slot*int(head), tableAt+64*int(head)
+	copy(f.mem[h:], le(kind, uint32(16388), sector))
+	f.mem[h+32] = 0xff
+	var flags uint16
+	if write {
+		copy(f.mem[d:], data)
+	} else {
+		flags = 2
+	}
+	n := 2
+	f.put(tab, 0, gpa+uint64(h), 16, 1, 1)
+	if len(data) > 0 {
+		f.put(tab, 1, gpa+uint64(d), uint32(len(data)), flags|1, 2)
+		n = 3
+	}
+	f.put(tab, n-1, gpa+uint64(h)+32, 1, 2, 0)
+	f.put(descOff, int(head), gpa+uint64(tab), uint32(16*n), 4, 0)
+	f.offer(head)
+	f.mu.Unlock()
+
+	for deadline := time.Now().Add(20 * time.Second); ; {
+		f.poll()
+		select {
+		case <-done:
+			if !write {
+				copy(data, f.mem[d:])
+			}
+			status = f.mem[h+32]
+			f.mu.Lock()
+			f.free = append(f.free, head)
+			f.cond.Signal()
+			f.mu.Unlock()
+			return status, nil
+		case <-time.After(20 * time.Microsecond):
+		}
+		if time.Now().After(deadline) {
+			return 0, errors.New("no completion in 20 s")
+		}
+	}
+}
+
+// A client is a front-end as a block.Device.
+type client struct {
+	*frontend
+	size int64
+}
+
+func connect(t testing.TB, path string) *client {
+	f := dial(t, path)
+	f.negotiate(allFeatures)
+	f.start(0)
+	b := f.get(24, append(le(uint32(0), uint32(8), uint32(0)), make([]byte, 8)...))
+	return &client{f, 512 * int64(binary.LittleEndian.Uint64(b[12:]))}
+}
+
+func (c *client) Size() int64 { return c.size }
+
+func (c *client) ok(status byte, err error) error {
+	switch {
+	case err != nil:
+		return err
+	case status != 0:
+		return fmt.Errorf("status %d: %w", status, syscall.EIO)
+	}
+	return nil
+}
+
+// sectors calls do with the sectors around a range, as kernels do for users of a disk; change says that they are written.
+func (c *client) transfer(op string, p []byte, off int64, write bool) (int, error) {
+	if err := block.CheckRange(op, off, int64(len(p)), c.size); err != nil {
+		return 0, err
+	}
+	for done := 0; done < len(p); {
+		at := off + int64(done)
+		from := at &^ 511
+		n := min(int64(slot), (off+int64(len(p))+511)&^511-from)
+		b := make([]byte, n)
+		if !write || from < at || from+n > off+int64(len(p)) {
+			if err := c.ok(c.do(0, uint64(from/512), b, false)); err != nil {
+				return done, err
+			}
+		}
+		if write {
+			m := copy(b[at-from:], p[done:])
+			if err := c.ok(c.do(1, uint64(from/512), b, true)); err != nil {
+				return done, err
+			}
+			done += m
+		} else {
+			done += copy(p[done:], b[at-from:])
+		}
+	}
+	return len(p), nil
+}
+
+func (c *client) ReadAt(p []byte, off int64) (int, error)  { return c.transfer("read", p, off, false) }
+func (c *client) WriteAt(p []byte, off int64) (int, error) { return c.transfer("write", p, off, true) }
+func (c *client) Flush() error                             { return c.ok(c.do(4, 0, nil, false)) }

@@ -1,0 +1,255 @@
+package vhost
+
+import (
+	"encoding/binary"
+	"errors"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// Request types and statuses (§7.2).
+const (
+	reqIn          = 0
+	reqOut         = 1
+	reqFlush       = 4
+	reqGetID       = 8
+	reqDiscard     = 11
+	reqWriteZeroes = 13
+
+	statusOK     = 0
+	statusIOErr  = 1
+	statusUnsupp = 2
+)
+
+const (
+	idSize       = 20
+	unmapAllowed = 1 // flag of a write-zeroes segment
+
+	pieceSize          = 1 << 20  // bytes that are in private memory at a time
+	maxDiscardSectors  = 2 << 20  // 1 GiB
+	maxZeroesSectors   = 64 << 10 // 32 MiB: they may have to be written
+	maxInFlight        = 1024     // requests of a ring that are fetched at a time
+	maxExecuting       = 16       // requests of a session that use the device at a time
+	drainTimeout       = 5 * time.Second
+	controlSendTimeout = 10 * time.Second
+)
+
+var (
+	errUnsupported = errors.New("unsupported request")
+	errInvalid     = errors.New("invalid request")
+	errAbandoned   = errors.New("the front-end is gone")
+	errDrained     = errors.New("the ring is stopped")
+)
+
+// Data goes through private memory: a device may look at it twice, and must not fault while it holds a lock.
+var (
+	smallPieces = sync.Pool{New: func() any { b := make([]byte, 64<<10); return &b }}
+	largePieces = sync.Pool{New: func() any { b := make([]byte, pieceSize); return &b }}
+)
+
+// withPiece calls do with n bytes of private memory, n ≤ pieceSize.
+func withPiece(n uint64, do func(p []byte) error) error {
+	pool := &largePieces
+	if n <= 64<<10 {
+		pool = &smallPieces
+	}
+	b := pool.Get().(*[]byte)
+	defer pool.Put(b)
+	return do((*b)[:n])
+}
+
+// execute executes a request and writes its status. It returns the number of bytes for the used element, and false when
+// the request was abandoned: it stays in flight. It runs under guard.
+func (s *session) execute(c *chain) (written uint32, ok bool) {
+	in := c.in.total()
+	if in == 0 {
+		s.errors.Add(1)
+		return 0, true // there is nowhere to put a status
+	}
+	data, err := s.executeHeader(c, in-1)
+	status := byte(statusOK)
+	switch {
+	case err == errAbandoned:
+		return 0, false
+	case errors.Is(err, errUnsupported):
+		status = statusUnsupp
+	case err != nil:
+		status = statusIOErr
+	}
+	if err != nil {
+		s.errors.Add(1)
+		data = 0
+	}
+	if !c.in.write(c.table, in-1, []byte{status}) {
+		return 0, true
+	}
+	if data == in-1 && in <= 1<<31 {
+		return uint32(in), true
+	}
+	return 0, true // an underestimate is allowed (§6.2)
+}
+
+// executeHeader reads the request's header and executes it. room is the number of writable bytes before the status. It
+// returns how many of them were written, from the first on.
+func (s *session) executeHeader(c *chain, room uint64) (written uint64, err error) {
+	out := c.out.total()
+	var head [16]byte
+	if c.bad != nil || out < uint64(len(head)) || !c.out.read(c.table, 0, head[:]) {
+		return 0, errInvalid
+	}
+	kind, sector := binary.LittleEndian.Uint32(head[0:]), binary.LittleEndian.Uint64(head[8:])
+	payload := out - uint64(len(head))
+	switch kind {
+	case reqIn:
+		return room, s.transfer(c, sector, room, false)
+	case reqOut:
+		return 0, s.transfer(c, sector, payload, true)
+	case reqFlush:
+		return 0, s.do(func() error { return s.export.Device.Flush() })
+	case reqGetID:
+		id := make([]byte, idSize)
+		copy(id, s.export.ID)
+		id = id[:min(room, idSize)]
+		if !c.in.write(c.table, 0, id) {
+			return 0, errInvalid
+		}
+		return uint64(len(id)), nil
+	case reqDiscard, reqWriteZeroes:
+		return 0, s.ranges(c, kind, payload)
+	}
+	return 0, errUnsupported
+}
+
+// transfer reads or writes n bytes at a sector, piece by piece.
+func (s *session) transfer(c *chain, sector, n uint64, write bool) error {
+	dev := s.export.Device
+	if n == 0 || n > 1<<32 || n%uint64(s.blockSize()) != 0 || !s.inside(sector, n/block.SectorSize) {
+		return errInvalid
+	}
+	if write && s.export.ReadOnly {
+		return block.ErrReadOnly
+	}
+	for done := uint64(0); done < n; {
+		m := min(n-done, pieceSize)
+		off := int64(sector*block.SectorSize + done)
+		err := s.do(func() error {
+			return withPiece(m, func(p []byte) error {
+				if write {
+					if !c.out.read(c.table, 16+done, p) {
+						return errInvalid
+					}
+					if s.writeThrough() {
+						return block.WriteDurable(dev, p, off)
+					}
+					_, err := dev.WriteAt(p, off)
+					return err
+				}
+				if _, err := dev.ReadAt(p, off); err != nil {
+					return err
+				}
+				if !c.in.write(c.table, done, p) {
+					return errInvalid
+				}
+				return nil
+			})
+		})
+		if err != nil {
+			return err
+		}
+		done += m
+	}
+	return nil
+}
+
+// ranges discards or zeroes the range of a request's segment.
+func (s *session) ranges(c *chain, kind uint32, payload uint64) error {
+	if kind == reqDiscard && s.features&featDiscard == 0 || kind == reqWriteZeroes && s.features&featWriteZeroes == 0 {
+		return errUnsupported
+	}
+	var seg [16]byte // max_discard_seg and max_write_zeroes_seg are 1
+	if payload != uint64(len(seg)) || !c.out.read(c.table, 16, seg[:]) {
+		return errInvalid
+	}
+	sector, count, flags := binary.LittleEndian.Uint64(seg[0:]), binary.LittleEndian.Uint32(seg[8:]), binary.LittleEndian.Uint32(seg[12:])
+	limit, known := uint32(maxDiscardSectors), uint32(0)
+	if kind == reqWriteZeroes {
+		limit, known = maxZeroesSectors, unmapAllowed
+	}
+	perBlock := uint64(s.blockSize() / block.SectorSize)
+	switch {
+	case flags&^known != 0:
+		return errUnsupported
+	case s.export.ReadOnly:
+		return block.ErrReadOnly
+	case count > limit || !s.inside(sector, uint64(count)) || sector%perBlock != 0 || uint64(count)%perBlock != 0:
+		return errInvalid
+	}
+	dev := s.export.Device
+	off, n := int64(sector)*block.SectorSize, int64(count)*block.SectorSize
+	return s.do(func() error {
+		var err error
+		if kind == reqDiscard {
+			err = block.Discard(dev, off, n)
+		} else {
+			var f block.ZeroFlags
+			if flags&unmapAllowed == 0 {
+				f = block.KeepAllocated
+			}
+			err = block.Zero(dev, off, n, f)
+		}
+		if err == nil && s.writeThrough() {
+			err = dev.Flush()
+		}
+		return err
+	})
+}
+
+// inside reports whether count sectors from sector on are in the device.
+func (s *session) inside(sector, count uint64) bool {
+	size := uint64(s.export.Device.Size()) / block.SectorSize
+	return count <= size && sector <= size-count
+}
+
+func (s *session) blockSize() int { return block.BlockSize(s.export.Device) }
+
+// do uses the device, as one of maxExecuting, and again as long as it says that the change may be possible later
+// (block.RetryLater). While it waits it holds neither memory nor one of the places. A request that waits is abandoned
+// with its session, so that it can't follow later writes of the same guest; it fails when its ring is being stopped for longer
+// than drainTimeout.
+func (s *session) do(change func() error) error {
+	for {
+		select {
+		case s.executing <- struct{}{}:
+		case <-s.gone:
+			return errAbandoned
+		}
+		err := func() error {
+			defer func() { <-s.executing }()
+			return change()
+		}()
+		changed := block.CanRetry(err)
+		if changed == nil {
+			if err != nil && err != errInvalid {
+				s.log("%v", err)
+			}
+			return err
+		}
+		again := time.NewTimer(block.RetryInterval)
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-s.gone:
+		case <-s.drained():
+		}
+		again.Stop()
+		select {
+		case <-s.gone:
+			return errAbandoned
+		case <-s.drained():
+			return errors.Join(errDrained, err)
+		default:
+		}
+	}
+}

@@ -1,0 +1,442 @@
+package vhost
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Descriptor flags.
+const (
+	descNext     = 1
+	descWrite    = 2
+	descIndirect = 4
+)
+
+const (
+	segMax         = 126  // data segments of a request, as the config space says
+	maxDescriptors = 1024 // of one chain
+)
+
+// fenceWord is what fence changes.
+var fenceWord atomic.Uint32
+
+// fence is a full memory barrier: Go's atomic read-modify-write operations are sequentially consistent.
+func fence() { fenceWord.Add(1) }
+
+// A ring is what the front-end set up for one virtqueue. The control goroutine alone uses it.
+type ring struct {
+	size                    uint32
+	descUA, usedUA, availUA uint64
+	addressed               bool
+	base                    uint16 // the next available entry
+	kick                    *os.File
+	call, err               *signal
+	enabled, started        bool
+
+	running *queue // nil while stopped
+}
+
+// A signal is a descriptor of the front-end that takes 8 bytes: an eventfd or a socket. Its methods may be called
+// concurrently.
+type signal struct {
+	mu sync.Mutex
+	fd int // -1: none
+}
+
+// replace takes over fd and closes the one before.
+func (s *signal) replace(fd int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd >= 0 {
+		unix.Close(s.fd)
+	}
+	s.fd = fd
+}
+
+// send signals without blocking. A signal that is pending already is enough.
+func (s *signal) send() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.fd >= 0 {
+		unix.Write(s.fd, []byte{1, 0, 0, 0, 0, 0, 0, 0})
+	}
+}
+
+// checkSignal refuses descriptors that could block, and makes the others non-blocking.
+func checkSignal(fd int) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	switch st.Mode & unix.S_IFMT {
+	case 0, unix.S_IFSOCK, unix.S_IFIFO: // 0: an eventfd
+		return unix.SetNonblock(fd, true)
+	}
+	return errors.New("a notification descriptor is no eventfd, socket or pipe")
+}
+
+// A queue is a running ring. One goroutine fetches requests; each is executed by its own goroutine.
+type queue struct {
+	s     *session
+	index int
+	table *table // of the ring's own parts
+	n     uint16
+	kick  *os.File
+	call  *signal
+	err   *signal
+
+	eventIdx, indirect bool
+
+	desc, avail, used []byte
+
+	stop     chan struct{} // closed: fetch no more
+	fetching sync.WaitGroup
+	requests sync.WaitGroup
+	room     chan struct{} // a token for each request in flight
+
+	lastAvail uint16 // of the fetching goroutine while it runs
+
+	mu       sync.Mutex // guards what follows, and the used ring
+	usedIdx  uint16
+	notified uint16 // used.idx at the last decision to signal
+	busy     []bool // by head: in flight
+	inflight inflight
+	broken   error
+}
+
+// newQueue translates the addresses of a ring and reads its state. resume are the heads that were in flight when an
+// earlier back-end ended.
+func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []uint16, err error) {
+	n := uint64(r.size)
+	q = &queue{s: s, index: index, table: s.table.acquire(), n: uint16(n), kick: r.kick, call: r.call, err: r.err,
+		eventIdx: s.features&featEventIdx != 0, indirect: s.features&featIndirect != 0,
+		stop: make(chan struct{}), room: make(chan struct{}, min(n, maxInFlight)), busy: make([]bool, n),
+		inflight: inflight{area: area}}
+	t := q.table
+	defer func() {
+		if err != nil {
+			t.release()
+		}
+	}()
+	for _, part := range []struct {
+		mem     *[]byte
+		ua, len uint64
+		align   uintptr
+	}{{&q.desc, r.descUA, 16 * n, 16}, {&q.avail, r.availUA, 6 + 2*n, 2}, {&q.used, r.usedUA, 6 + 8*n, 4}} {
+		if *part.mem, err = q.table.ring(part.ua, part.len); err != nil {
+			return nil, nil, err
+		}
+		if !aligned(*part.mem, part.align) {
+			return nil, nil, fmt.Errorf("ring part at %#x is not aligned to %d bytes", part.ua, part.align)
+		}
+	}
+	fault := guard(s.shared(q.table), func() {
+		q.usedIdx = load16(q.used, 2)
+		q.notified = q.usedIdx
+		resume, err = q.inflight.recover(q.n, q.usedIdx)
+	})
+	if err = errors.Join(err, fault); err != nil {
+		return nil, nil, err
+	}
+	q.lastAvail = r.base
+	if area != nil {
+		// The base that a front-end sends after a crash is the used index, and says nothing of what was fetched (§4.3).
+		q.lastAvail = q.usedIdx + uint16(len(resume))
+	}
+	return q, resume, nil
+}
+
+// start begins to serve the queue, at first what was in flight.
+func (q *queue) start(resume []uint16) {
+	q.kick.SetReadDeadline(time.Time{})
+	q.fetching.Go(func() {
+		err := q.resume(resume)
+		if err == nil {
+			err = q.fetchLoop()
+		}
+		switch {
+		case err == errFault:
+			q.s.fail(err)
+		case err != nil:
+			q.fail(err)
+		}
+	})
+}
+
+// stopFetching ends the fetching goroutine, and leaves the requests in flight.
+func (q *queue) stopFetching() {
+	close(q.stop)
+	q.kick.SetReadDeadline(time.Unix(1, 0))
+	q.fetching.Wait()
+}
+
+// finish waits for the requests in flight and gives up the memory.
+func (q *queue) finish() {
+	q.requests.Wait()
+	q.table.release()
+}
+
+// fail stops the queue because the driver broke the rules; the session goes on (§9.1).
+func (q *queue) fail(err error) {
+	q.mu.Lock()
+	first := q.broken == nil
+	q.broken = err
+	q.mu.Unlock()
+	if first {
+		q.s.log("ring %d stopped: %v", q.index, err)
+		q.err.send()
+	}
+}
+
+// fetchLoop executes what the driver makes available until the queue is stopped.
+func (q *queue) fetchLoop() error {
+	for {
+		more, err := q.fetch()
+		if err != nil {
+			return err
+		}
+		select {
+		case <-q.stop:
+			return nil
+		default:
+		}
+		if more {
+			continue
+		}
+		var b [8]byte
+		if _, err := q.kick.Read(b[:]); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+			if errors.Is(err, io.EOF) {
+				return errors.New("the kick descriptor was closed")
+			}
+			return fmt.Errorf("kick: %w", err)
+		}
+	}
+}
+
+// fetch takes all available requests and starts them. It reports true when there may be more, and false when the driver
+// will kick for the next one.
+func (q *queue) fetch() (more bool, err error) {
+	idx, err := q.available()
+	if err != nil {
+		return false, err
+	}
+	for idx != q.lastAvail {
+		select {
+		case q.room <- struct{}{}:
+		case <-q.stop:
+			return false, nil
+		}
+		c, err := q.next()
+		if err != nil {
+			<-q.room
+			return false, err
+		}
+		q.run(c)
+	}
+	idx, err = q.armKick()
+	return idx != q.lastAvail, err
+}
+
+// available returns the driver's index.
+func (q *queue) available() (idx uint16, err error) {
+	err = guard(q.table.has, func() { idx = load16(q.avail, 2) })
+	if err == nil && idx-q.lastAvail > q.n {
+		err = fmt.Errorf("available index %d is more than %d entries after %d", idx, q.n, q.lastAvail)
+	}
+	return idx, err
+}
+
+// armKick asks for a kick at the next request, and returns the driver's index after that (§6.3).
+func (q *queue) armKick() (idx uint16, err error) {
+	err = guard(q.table.has, func() {
+		if q.eventIdx {
+			store16(q.used, 4+8*int(q.n), q.lastAvail)
+		}
+		fence()
+		idx = load16(q.avail, 2)
+	})
+	return idx, err
+}
+
+// next fetches one request.
+func (q *queue) next() (c *chain, err error) {
+	fault := guard(q.s.shared(q.table), func() {
+		head := load16(q.avail, 4+2*int(q.lastAvail&(q.n-1)))
+		if err = q.begin(head); err != nil {
+			return
+		}
+		q.lastAvail++
+		c, err = q.parse(head)
+	})
+	if fault != nil {
+		return nil, fault
+	}
+	return c, err
+}
+
+// resume starts what was in flight when an earlier back-end ended.
+func (q *queue) resume(heads []uint16) error {
+	for _, head := range heads {
+		select {
+		case q.room <- struct{}{}:
+		case <-q.stop:
+			return nil // still marked in the in-flight area
+		}
+		var c *chain
+		var err error
+		fault := guard(q.s.shared(q.table), func() {
+			q.mu.Lock()
+			q.busy[head] = true
+			q.mu.Unlock()
+			c, err = q.parse(head)
+		})
+		if err = errors.Join(fault, err); err != nil {
+			<-q.room
+			if fault != nil {
+				return fault
+			}
+			return err
+		}
+		q.run(c)
+	}
+	return nil
+}
+
+// begin marks a head as in flight.
+func (q *queue) begin(head uint16) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	switch {
+	case head >= q.n:
+		return fmt.Errorf("available descriptor %d is outside a ring of %d", head, q.n)
+	case q.busy[head]:
+		return fmt.Errorf("descriptor %d is made available while it is in flight", head)
+	}
+	q.busy[head] = true
+	q.inflight.begin(head)
+	return nil
+}
+
+// A chain is a request's buffers, with the memory that they are in.
+type chain struct {
+	head    uint16
+	out, in segments // device-readable and device-writable
+	bad     error    // the buffers break a rule that the request can be answered about
+	table   *table
+}
+
+// parse reads the descriptors of a head. An error means that the driver is broken; what is wrong with this request alone
+// is in chain.bad. Each descriptor is copied once, and the copy is checked and used.
+func (q *queue) parse(head uint16) (*chain, error) {
+	c := &chain{head: head}
+	list, count := q.desc, uint32(q.n) // the table that descriptors are taken from
+	limit := min(max(uint32(q.n), segMax+2), maxDescriptors)
+	d := new([16]byte)
+	nested := false
+	c.table = q.s.currentTable()
+	err := func() error {
+		for i, seen := uint32(head), uint32(0); ; {
+			if i >= count {
+				return fmt.Errorf("descriptor %d is outside a table of %d", i, count)
+			}
+			if seen++; seen > limit {
+				return fmt.Errorf("a chain has more than %d descriptors", limit)
+			}
+			copy(d[:], list[16*i:])
+			addr, size := binary.LittleEndian.Uint64(d[0:]), uint64(binary.LittleEndian.Uint32(d[8:]))
+			flags, next := binary.LittleEndian.Uint16(d[12:]), uint32(binary.LittleEndian.Uint16(d[14:]))
+			if flags&descIndirect != 0 {
+				switch {
+				case !q.indirect || nested || flags&descNext != 0:
+					return errors.New("an indirect descriptor where none may be")
+				case size == 0 || size%16 != 0 || size/16 > uint64(limit):
+					return fmt.Errorf("an indirect table of %d bytes", size)
+				}
+				copied := make([]byte, size)
+				if !(segments{{addr, size}}).read(c.table, 0, copied) {
+					return fmt.Errorf("an indirect table at %#x is outside of memory", addr)
+				}
+				list, count, nested, i = copied, uint32(size/16), true, 0
+				seen--
+				continue
+			}
+			switch {
+			case flags&descWrite != 0:
+				c.in = append(c.in, segment{addr, size})
+			case len(c.in) > 0:
+				c.bad = errors.New("a readable buffer follows a writable one")
+			default:
+				c.out = append(c.out, segment{addr, size})
+			}
+			if flags&descNext == 0 {
+				return nil
+			}
+			i = next
+		}
+	}()
+	if err != nil {
+		c.table.release()
+		return nil, err
+	}
+	if c.out.total() > 1<<32 || c.in.total() > 1<<32 {
+		c.bad = errors.New("a request is longer than 4 GiB")
+	}
+	return c, nil
+}
+
+// run executes a request on its own goroutine.
+func (q *queue) run(c *chain) {
+	q.requests.Go(func() {
+		defer func() { <-q.room }()
+		defer c.table.release()
+		fault := guard(q.s.shared(q.table, c.table), func() {
+			if written, ok := q.s.execute(c); ok {
+				q.complete(c.head, written)
+			}
+		})
+		if fault != nil {
+			q.s.fail(fault)
+		}
+	})
+}
+
+// complete puts a head into the used ring, and signals where the driver asked for it (§6.3).
+func (q *queue) complete(head uint16, written uint32) {
+	if q.push(head, written) {
+		q.call.send()
+	}
+}
+
+// push writes the used element and reports whether the driver wants a signal.
+func (q *queue) push(head uint16, written uint32) bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.broken != nil && q.inflight.area == nil {
+		return false // the driver is broken; it resets the ring
+	}
+	q.inflight.completing(head)
+	slot := 4 + 8*int(q.usedIdx&(q.n-1))
+	store32(q.used, slot, uint32(head))
+	store32(q.used, slot+4, written)
+	q.busy[head] = false
+	q.usedIdx++
+	store32(q.used, 0, uint32(q.usedIdx)<<16) // flags are 0
+	q.inflight.completed(head, q.usedIdx)
+	fence()
+
+	old := q.notified
+	q.notified = q.usedIdx
+	if !q.eventIdx {
+		return load16(q.avail, 0)&1 == 0
+	}
+	event := load16(q.avail, 4+2*int(q.n))
+	return q.usedIdx-event-1 < q.usedIdx-old
+}

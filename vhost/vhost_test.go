@@ -1,0 +1,425 @@
+package vhost_test
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"net"
+	"os"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/vhost"
+)
+
+func TestConformance(t *testing.T) {
+	blocktest.Run(t, func(t *testing.T) block.Device {
+		_, path := serve(t, block.NewMemory(1<<20), nil)
+		return connect(t, path)
+	})
+}
+
+// want executes a request and checks its status.
+func (c *client) want(status byte, kind uint32, sector uint64, data []byte, write bool) {
+	c.t.Helper()
+	if got, err := c.do(kind, sector, data, write); err != nil || got != status {
+		c.t.Fatalf("request %d at sector %d: status %d (%v), not %d", kind, sector, got, err, status)
+	}
+}
+
+func TestRequests(t *testing.T) {
+	dev := block.NewMemory(1 << 20)
+	_, path := serve(t, dev, func(e *vhost.Export) { e.ID = "serial-0123456789-0123456789" })
+	c := connect(t, path)
+	last := uint64(1<<20/512 - 1)
+	p := blocktest.Pattern(4096, 1)
+	c.want(0, 1, last-7, p, true)
+	got := make([]byte, 4096)
+	c.want(0, 0, last-7, got, false)
+	if !bytes.Equal(got, p) {
+		t.Fatal("other data")
+	}
+	for _, sector := range []uint64{last - 6, last + 1, 1 << 55, 1<<64 - 1, 1<<64 - 8} {
+		c.want(1, 0, sector, got, false)
+		c.want(1, 1, sector, got, true)
+	}
+	c.want(1, 0, 0, nil, false)
+	c.want(1, 1, 0, got[:100], true)
+	c.want(2, 3, 0, nil, false)
+	c.want(2, 99, 0, got, true)
+	c.want(0, 4, 77, nil, false)
+	id := make([]byte, 20)
+	c.want(0, 8, 0, id, false)
+	if string(id) != "serial-0123456789-01" {
+		t.Fatalf("serial number %q", id)
+	}
+	c.want(0, 13, 0, le(last-7, uint32(4), uint32(0)), true)
+	c.want(0, 0, last-7, got, false)
+	if !bytes.Equal(got[:2048], make([]byte, 2048)) || !bytes.Equal(got[2048:], p[2048:]) {
+		t.Fatal("WRITE_ZEROES zeroed something else")
+	}
+	c.want(0, 11, 0, le(last-7, uint32(8), uint32(0)), true)
+	c.want(2, 11, 0, le(last-7, uint32(8), uint32(1)), true) // unmap is no flag of DISCARD
+	c.want(2, 13, 0, le(last-7, uint32(8), uint32(2)), true)
+	c.want(1, 13, 0, le(last, uint32(8), uint32(0)), true)
+	c.want(1, 13, 0, le(uint64(1<<64-1), uint32(8), uint32(0)), true)
+	c.want(1, 11, 0, make([]byte, 32), true) // two segments
+}
+
+func TestReadOnly(t *testing.T) {
+	dev := block.NewMemory(1 << 16)
+	_, path := serve(t, dev, func(e *vhost.Export) { e.ReadOnly = true })
+	c := connect(t, path)
+	c.want(1, 1, 0, blocktest.Pattern(512, 1), true)
+	c.want(2, 13, 0, le(uint64(0), uint32(8), uint32(0)), true)
+	got := make([]byte, 512)
+	c.want(0, 0, 0, got, false)
+	if !bytes.Equal(got, make([]byte, 512)) {
+		t.Fatal("a read-only export was written")
+	}
+}
+
+// A write is durable when it completes where the driver has no write cache, or turned it off; else after a flush.
+func TestWriteThrough(t *testing.T) {
+	dev := blocktest.NewCrash(make([]byte, 1<<16))
+	_, path := serve(t, dev, nil)
+	c := connect(t, path)
+	p := blocktest.Pattern(512, 1)
+	durable := func(sector int) bool { return bytes.Equal(dev.Durable()[512*sector:][:512], p) }
+	c.want(0, 1, 0, p, true)
+	if durable(0) {
+		t.Fatal("durable without a flush: the test shows nothing")
+	}
+	c.set(25, append(le(uint32(32), uint32(1), uint32(0)), 0))
+	if !durable(0) {
+		t.Fatal("turning the write cache off did not flush")
+	}
+	if b := c.get(24, append(le(uint32(32), uint32(1), uint32(0)), 0)); b[12] != 0 {
+		t.Fatal("writeback is still 1")
+	}
+	c.want(0, 1, 1, p, true)
+	if !durable(1) {
+		t.Fatal("a write is not durable with the write cache off")
+	}
+	for _, bad := range [][]byte{append(le(uint32(31), uint32(1), uint32(0)), 0), append(le(uint32(32), uint32(1), uint32(0)), 2), le(uint32(32), uint32(0), uint32(0))} {
+		if c.try(25, bad) {
+			t.Fatalf("SET_CONFIG % x was accepted", bad)
+		}
+	}
+
+	dev2 := blocktest.NewCrash(make([]byte, 1<<16))
+	_, path = serve(t, dev2, nil)
+	f := dial(t, path)
+	f.negotiate(allFeatures &^ (1<<9 | 1<<11 | 1<<29)) // as firmware: neither FLUSH nor CONFIG_WCE, no event index
+	f.start(0)
+	c = &client{f, 1 << 16}
+	c.want(0, 1, 0, p, true)
+	if !bytes.Equal(dev2.Durable()[:512], p) {
+		t.Fatal("firmware's write is not durable")
+	}
+}
+
+// inflightFD asks for in-flight memory and sets it.
+func (f *frontend) inflightFD() (fd int, payload []byte) {
+	f.t.Helper()
+	if err := f.send(31, 1, le(uint64(0), uint64(0), uint16(1), uint16(size), uint32(0))); err != nil {
+		f.t.Fatal(err)
+	}
+	payload, fd, err := f.reply(31)
+	if err != nil || fd < 0 {
+		f.t.Fatal(err)
+	}
+	f.set(32, payload, fd)
+	return fd, payload
+}
+
+// After a back-end ended with a request in flight, the next one executes it once, and goes on behind it, whatever base
+// the front-end sends.
+func TestReconnectResumesInFlight(t *testing.T) {
+	release := make(chan struct{})
+	held := make(chan struct{}, 8)
+	mem := block.NewMemory(1 << 20)
+	dev := blocktest.NewFaulty(mem, func(op blocktest.Op) error {
+		if op.Kind == blocktest.Write && op.Off == 4096 {
+			select {
+			case <-release:
+			default:
+				return full{release, held}
+			}
+		}
+		return nil
+	})
+	_, path := serve(t, dev, nil)
+	f := dial(t, path)
+	f.negotiate(allFeatures)
+	fd, payload := f.inflightFD()
+	defer unix.Close(fd)
+	f.start(0)
+	c := &client{f, 1 << 20}
+	p := blocktest.Pattern(4096, 3)
+	for range 7 {
+		c.want(0, 1, 0, p, true)
+	}
+	done := make(chan error, 1)
+	go func() {
+		done <- c.ok(c.do(1, 8, p, true))
+	}()
+	<-held // it was fetched, and waits for room
+	f.c.Close()
+
+	// The same guest with a new connection.
+	conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	close(release)
+	f.c = conn
+	f.negotiate(allFeatures)
+	f.set(32, payload, fd)
+	f.start(7)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	for range 100 {
+		c.want(0, 1, 16, p, true)
+	}
+	f.poll()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.seen != f.avail {
+		t.Fatalf("%d completions of %d requests", f.seen, f.avail)
+	}
+	got := make([]byte, 4096)
+	mem.ReadAt(got, 4096)
+	if !bytes.Equal(got, p) {
+		t.Fatal("the request in flight was lost")
+	}
+}
+
+// full is a block.RetryLater.
+type full struct{ ch, held chan struct{} }
+
+func (full) Error() string { return "no room" }
+func (e full) Retry() <-chan struct{} {
+	select {
+	case e.held <- struct{}{}:
+	default:
+	}
+	return e.ch
+}
+
+// A driver that breaks the rules loses its ring, not the control socket, and another front-end is served afterwards.
+func TestHostileRings(t *testing.T) {
+	for name, attack := range map[string]func(f *frontend){
+		"head outside": func(f *frontend) { f.offer(size) },
+		"index jumps":  func(f *frontend) { f.avail += size + 1; f.offer(0) },
+		"loop": func(f *frontend) {
+			f.put(descOff, 0, gpa+headAt, 16, 1, 1)
+			f.put(descOff, 1, gpa+headAt, 16, 1, 0)
+			f.offer(0)
+		},
+		"next outside": func(f *frontend) { f.put(descOff, 0, gpa+headAt, 16, 1, size); f.offer(0) },
+		"nested indirect": func(f *frontend) {
+			f.put(descOff, 0, gpa+tableAt, 16, 4, 0)
+			f.put(tableAt, 0, gpa+tableAt, 16, 4, 0)
+			f.offer(0)
+		},
+		"huge table":    func(f *frontend) { f.put(descOff, 0, gpa+tableAt, 0xfffffff0, 4, 0); f.offer(0) },
+		"table wraps":   func(f *frontend) { f.put(descOff, 0, 1<<64-16, 32, 4, 0); f.offer(0) },
+		"table outside": func(f *frontend) { f.put(descOff, 0, 0, 32, 4, 0); f.offer(0) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, path := serve(t, block.NewMemory(1<<20), nil)
+			f := dial(t, path)
+			f.negotiate(allFeatures)
+			errfd, _ := unix.Eventfd(0, 0)
+			defer unix.Close(errfd)
+			f.set(14, le(uint64(0)), errfd)
+			f.start(0)
+			f.mu.Lock()
+			attack(f)
+			f.mu.Unlock()
+			fds := []unix.PollFd{{Fd: int32(errfd), Events: unix.POLLIN}}
+			if n, _ := unix.Poll(fds, 10000); n != 1 {
+				t.Fatal("the error descriptor was not signalled")
+			}
+			f.get(11, le(uint32(0), uint32(0)))
+			f.close()
+			connect(t, path).want(0, 0, 0, make([]byte, 512), false)
+		})
+	}
+}
+
+// A buffer outside of memory fails the request, and nothing is read or written there.
+func TestBuffersOutside(t *testing.T) {
+	_, path := serve(t, block.NewMemory(1<<20), nil)
+	c := connect(t, path)
+	for i, bad := range []struct {
+		addr uint64
+		n    uint32
+	}{{0, 512}, {gpa + memSize - 256, 512}, {1<<64 - 256, 512}, {gpa + dataAt, 1<<32 - 512}, {ua + dataAt, 512}} {
+		c.mu.Lock()
+		copy(c.mem[headAt:], le(uint32(0), uint32(0), uint64(0)))
+		c.mem[headAt+32] = 0xff
+		c.put(descOff, 0, gpa+headAt, 16, 1, 1)
+		c.put(descOff, 1, bad.addr, bad.n, 3, 2)
+		c.put(descOff, 2, gpa+headAt+32, 1, 2, 0)
+		done := make(chan struct{})
+		c.waiting[0] = done
+		c.offer(0)
+		c.mu.Unlock()
+		for end := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
+			c.poll()
+			select {
+			case <-done:
+			default:
+				if time.Now().Before(end) {
+					continue
+				}
+				t.Fatal("no completion")
+			}
+			break
+		}
+		if c.mem[headAt+32] != 1 {
+			t.Fatalf("case %d: status %d", i, c.mem[headAt+32])
+		}
+	}
+	c.want(0, 0, 0, make([]byte, 512), false)
+}
+
+// A front-end that truncates its memory loses its connection; the server goes on.
+func TestTruncatedMemory(t *testing.T) {
+	_, path := serve(t, block.NewMemory(1<<20), nil)
+	for _, left := range []int64{0, usedAt, headAt} {
+		c := connect(t, path)
+		c.mu.Lock()
+		c.put(descOff, 0, gpa+headAt, 16, 1, 1)
+		c.put(descOff, 1, gpa+headAt+32, 1, 2, 0)
+		c.mu.Unlock()
+		c.get(11, le(uint32(0), uint32(0)))
+		c.mu.Lock()
+		c.offer(0)
+		c.mu.Unlock()
+		unix.Ftruncate(c.fd, left)
+		c.send(12, 1, le(uint64(0)), c.kick)
+		c.c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := c.c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Fatalf("memory of %d bytes is left: the connection was not closed (%v)", left, err)
+		}
+		c.close()
+	}
+	connect(t, path).want(0, 0, 0, make([]byte, 512), false)
+}
+
+// Messages that break the rules are refused, or end the connection; no descriptor is left.
+func TestHostileMessages(t *testing.T) {
+	_, path := serve(t, block.NewMemory(1<<20), nil)
+	connect(t, path).close()
+	open := func() int { l, _ := os.ReadDir("/proc/self/fd"); return len(l) }
+	settle := func(want int) {
+		for end := time.Now().Add(10 * time.Second); open() > want; time.Sleep(time.Millisecond) {
+			if time.Now().After(end) {
+				t.Fatalf("%d descriptors are open, not %d", open(), want)
+			}
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+	before := open()
+	region := func(g, n, u, off uint64) []byte { return le(uint64(0), g, n, u, off) }
+	for i, m := range []struct {
+		req     uint32
+		payload []byte
+		fds     int
+	}{
+		{2, le(uint64(1) << 34), 0}, {16, le(uint64(1) << 63), 0}, {37, region(0, 0, 0, 0), 1}, {37, region(gpa, 4096, 0, 0), 1},
+		{37, region(0, 1<<50, 0, 0), 1}, {37, region(0, 4096, 0, 1<<40), 1}, {37, region(1<<64-4096, 8192, 0, 0), 1},
+		{37, region(0, 4096, 0, 0), 0}, {37, region(0, 4096, 0, 0), 2}, {5, le(uint32(9), uint32(0)), 1},
+		{8, le(uint32(1), uint32(3)), 0}, {8, le(uint32(1), uint32(65536)), 0}, {8, le(uint32(4), uint32(2)), 0},
+		{10, le(uint32(1<<31), uint32(0)), 0}, {12, le(uint64(255)), 1}, {12, le(uint64(1)), 1}, {12, le(uint64(1 << 8)), 0},
+		{12, le(uint64(1)), 0}, {3, nil, 1}, {21, nil, 1}, {6, make([]byte, 16), 1}, {77, nil, 0}, {2, le(uint32(0)), 0},
+		{32, le(uint64(1<<62), uint64(0), uint16(1), uint16(64)), 1}, {32, le(uint64(64), uint64(0), uint16(1), uint16(64)), 1},
+	} {
+		f := dial(t, path)
+		f.negotiate(allFeatures)
+		var fds []int
+		for range m.fds {
+			fds = append(fds, f.fd)
+		}
+		if f.try(m.req, m.payload, fds...) {
+			t.Errorf("message %d (request %d) was accepted", i, m.req)
+		}
+		f.get(1, nil) // the connection goes on
+		f.close()
+	}
+	for _, raw := range [][]byte{le(uint32(1), uint32(2), uint32(0)), le(uint32(1), uint32(5), uint32(0)), le(uint32(1), uint32(1), uint32(1<<32-1)), le(uint32(77), uint32(1), uint32(0))} {
+		f := dial(t, path)
+		f.c.Write(raw)
+		f.c.SetReadDeadline(time.Now().Add(10 * time.Second))
+		if _, err := f.c.Read(make([]byte, 1)); err == nil || errors.Is(err, os.ErrDeadlineExceeded) {
+			t.Errorf("% x did not end the connection", raw)
+		}
+		f.close()
+	}
+	settle(before)
+}
+
+// FuzzRing lets the fuzzer write the ring, its tables and headers.
+func FuzzRing(f *testing.F) {
+	f.Add([]byte{0, 0, 1, 0}, uint16(1))
+	f.Add(binary.LittleEndian.AppendUint64(nil, gpa+headAt), uint16(3))
+	f.Fuzz(func(t *testing.T, p []byte, n uint16) {
+		if len(p) > headAt+4096 {
+			return
+		}
+		_, path := serve(t, block.NewMemory(1<<20), nil)
+		c := dial(t, path)
+		c.negotiate(allFeatures)
+		copy(c.mem, p)
+		c.mem[availAt+2], c.mem[availAt+3] = byte(n), byte(n>>8)
+		c.start(0)
+		c.get(11, le(uint32(0), uint32(0)))
+		c.close()
+		connect(t, path).want(0, 0, 0, make([]byte, 512), false)
+	})
+}
+
+// FuzzMessages sends bytes instead of messages.
+func FuzzMessages(f *testing.F) {
+	f.Add(le(uint32(1), uint32(1), uint32(0)))
+	f.Add(le(uint32(24), uint32(1), uint32(16), uint32(0), uint32(4), uint32(0), uint32(0)))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		_, path := serve(t, block.NewMemory(1<<20), nil)
+		c := dial(t, path)
+		c.send(1, 1, nil, c.fd)
+		c.c.Write(p)
+		c.close()
+		connect(t, path).want(0, 0, 0, make([]byte, 512), false)
+	})
+}
+
+// A server that ends leaves a socket alone that another one has put in the place of its own.
+func TestCloseSparesSocketsOfOthers(t *testing.T) {
+	dir := t.TempDir()
+	s := vhost.NewServer(dir, vhost.Options{})
+	if err := s.Add(vhost.Export{Name: "a", Device: block.NewMemory(1 << 20)}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(s.Path("a"), s.Path("a")+".was"); err != nil {
+		t.Fatal(err)
+	}
+	other, err := net.Listen("unix", s.Path("a"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if err := s.Remove(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Lstat(s.Path("a")); err != nil {
+		t.Errorf("the other server's socket: %v", err)
+	}
+}
