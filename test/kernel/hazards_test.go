@@ -81,18 +81,23 @@ func (k *kernel) until(name, text string) {
 }
 
 // ourMergeFailedAndRetried does the same in the engine: the COW device fails as decide says until the
-// merge has failed, and then works again.
+// merge has failed, and then works again. After a failed flush the devices are opened again, as the error demands.
 func ourMergeFailedAndRetried(t *testing.T, b images, decide blocktest.Decide) images {
 	t.Helper()
 	disk, cow := block.MemoryFrom(b.disk), block.MemoryFrom(b.cows[0])
-	faulty := blocktest.NewFaulty(cow, nil)
-	m, err := snapshot.NewOrigin(disk).LoadMerge(faulty, snapshot.Options{})
-	if err != nil {
-		t.Fatal(err)
+	open := func() (*snapshot.Merging, *blocktest.Faulty) {
+		faulty := blocktest.NewFaulty(cow, nil)
+		m, err := snapshot.NewOrigin(disk).LoadMerge(faulty, snapshot.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := m.Resume(); err != nil {
+			t.Fatal(err)
+		}
+		return m, faulty
 	}
-	if err := m.Resume(); err != nil {
-		t.Fatal(err)
-	}
+	m, faulty := open()
+	var err error
 	faulty.Set(decide)
 	for err == nil && m.Status().Exceptions > 0 {
 		_, err = m.Step(0)
@@ -102,7 +107,13 @@ func ourMergeFailedAndRetried(t *testing.T, b images, decide blocktest.Decide) i
 	}
 	faulty.Set(nil)
 	for n := uint64(1); n > 0; {
-		if n, err = m.Step(0); err != nil {
+		n, err = m.Step(0)
+		if errors.Is(err, snapshot.ErrReopen) {
+			m.Close()
+			m, _ = open()
+			n, err = m.Step(0)
+		}
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
