@@ -38,7 +38,7 @@ func TestUndoFileOfAnotherStore(t *testing.T) {
 		}
 		dmsnap("repair", k.path[c.store], "--undo-apply", own).wantRefused(t, own, "not of this store")
 
-		// A copy is as good as the store itself.
+		// A copy of the store is accepted like the store itself.
 		writeFile(t, k.path["COW"], changed)
 		os.Truncate(k.path["COW"], int64(len(changed)))
 		mustRun(t, "repair", k.path["COW"], "--undo-apply", own)
