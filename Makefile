@@ -65,10 +65,11 @@ check-format:
 	@out=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
 	 if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi
 
+# The race detector sleeps a second at the end of every process, unless told otherwise; many tests start processes.
 .PHONY: race
 race: ## the tests under the race detector (needs a C compiler)
 	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
-	 $(GO) test -race $(TESTED)
+	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m $(TESTED)
 
 .PHONY: interop
 interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)

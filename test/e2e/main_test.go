@@ -34,6 +34,10 @@ var scratch string
 const janitorOf = "DMSNAP_E2E_JANITOR"
 
 func TestMain(m *testing.M) {
+	if raceEnabled && os.Getenv("GORACE") == "" {
+		// The race detector sleeps a second at the end of every process, and the tests end hundreds.
+		os.Setenv("GORACE", "atexit_sleep_ms=10")
+	}
 	faultfs.Main()
 	if dir := os.Getenv(janitorOf); dir != "" {
 		cleanUp(dir)
