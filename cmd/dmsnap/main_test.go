@@ -8,9 +8,11 @@ import (
 	"math/rand/v2"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -22,6 +24,10 @@ import (
 var buildFolder string
 
 func TestMain(m *testing.M) {
+	if signal.Ignored(syscall.SIGHUP) {
+		// By nohup(1). The programs that the tests start would ignore it too; a handled signal they get at its default.
+		signal.Notify(make(chan os.Signal, 1), syscall.SIGHUP)
+	}
 	var err error
 	if buildFolder, err = os.MkdirTemp("", "dmsnap-test-"); err != nil {
 		fmt.Fprintln(os.Stderr, err)
