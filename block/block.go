@@ -1,20 +1,32 @@
-// Package block is the ground floor: a fixed number of bytes that can be read, written and made
-// durable.
+// Package block has the disks that everything else in dmsnap works on: a fixed number of bytes that can be read, written
+// and made durable.
 //
-// Everything above it, exception stores, snapshots, block servers, sees disks only through [Device],
-// four methods that every implementer keeps. What some devices can do beyond that (write durably in
-// one step, zero or discard a range, tell where holes are, grow) is asked for by small interfaces,
-// and the functions of this package ([WriteDurable], [Zero], [Discard], [Extents], [Grow], …) fall
-// back to something correct where a device lacks the ability. Callers use the functions, never a
-// type assertion of their own: a device that stands over another one embeds [Forward], has all the
-// methods, and answers [ErrUnsupported] or [ErrNotFast] for what the device beneath lacks.
+//	disk, err := block.Open("disk.img", block.Options{}) // or block.NewMemory(size)
+//	if err != nil {
+//		return err
+//	}
+//	defer disk.Close()
+//	_, err = disk.WriteAt(p, off)
+//	err = disk.Flush() // now p survives a crash
 //
-// The package has three devices: [Memory], regular files and block special files ([Open]). Package
-// blocktest has the suite that each device passes, and devices that record, fail and crash.
+// Exception stores, snapshots and block servers use disks only through [Device], an interface of four methods. What some
+// devices can do beyond that (write durably in one step, zero or discard a range, report holes, grow) is in small optional
+// interfaces, and the functions of this package ([WriteDurable], [Zero], [Discard], [Extents], [Grow], …) fall back to a
+// correct substitute where a device lacks the ability. Callers use the functions, never a type assertion of their own: a
+// device that is stacked on another device embeds [Forward], has all the methods, and answers [ErrUnsupported] or
+// [ErrNotFast] for what the underlying device lacks.
 //
-// Errors: a range outside a device is a [*RangeError] and touches nothing; a write to a device opened
-// for reading is [ErrReadOnly]; a file that is open elsewhere in a way that excludes ours is
-// [ErrInUse]. What the operating system said is wrapped, so errors.Is(err, syscall.ENOSPC) works.
+// The package has three devices: [Memory], regular files and block special files ([Open]). Package blocktest has the suite
+// that each device passes, and devices that record, fail and crash.
+//
+// # Guarantees
+//
+//   - A device may be used concurrently. An access outside [0, Size) is a [*RangeError] and changes nothing.
+//   - After a Flush that succeeded, every write that returned before it is durable. After a failed Flush, every later one
+//     fails.
+//   - A file is locked against other programs while it is open (see [LockMode]); a conflict is [ErrInUse].
+//   - A write to a device opened for reading is [ErrReadOnly]. Errors of the operating system are wrapped, so
+//     errors.Is(err, syscall.ENOSPC) works.
 package block
 
 import (
@@ -37,8 +49,8 @@ const SectorSize = 512
 // and io.EOF is never among them. WriteAt does not keep or change p. Two concurrent writes to
 // overlapping ranges leave one, the other, or a mix by sectors.
 //
-// Flush makes durable every write that returned before Flush was called. After a failed Flush the
-// state of those writes is unknown for good: a device that failed a Flush fails every later one.
+// Flush makes durable every write that returned before Flush was called. After a failed Flush the state of those writes
+// is unknown and stays unknown: a device that failed a Flush fails every later one.
 //
 // Size is in bytes and cheap. It never shrinks, and grows only through [Refresh] or [Grow].
 type Device interface {
@@ -48,11 +60,11 @@ type Device interface {
 	Size() int64
 }
 
-// ErrReadOnly reports a change asked of a device that was opened for reading.
+// ErrReadOnly reports a change to a device that was opened for reading.
 var ErrReadOnly = errors.New("device is read-only")
 
-// ErrInUse reports a file that is open elsewhere (in dmsnap, in qemu, in this process, or, for a block
-// special file, in the kernel) in a way that excludes the use asked for.
+// ErrInUse reports a file that is open elsewhere (in dmsnap, in qemu, in this process, or, for a block special file, in
+// the kernel) in a way that excludes the requested use.
 var ErrInUse = errors.New("already in use")
 
 // ErrNotFast reports that a range can't be zeroed any faster than by writing zeros (see [OnlyFast]).
@@ -107,8 +119,8 @@ func WriteDurable(dev Device, p []byte, off int64) error {
 	return dev.Flush()
 }
 
-// An EarlyFlusher can begin to write to the disk what was written to a range, and go on at once. Nothing is durable
-// by that, and no error is told: Flush, which has less to do afterwards, is told it all.
+// An EarlyFlusher can begin to write to the disk what was written to a range, and return at once. That makes nothing
+// durable and returns no error: a later Flush, which has less to do then, returns it.
 type EarlyFlusher interface {
 	BeginFlush(off, n int64)
 }
@@ -124,7 +136,7 @@ func BeginFlush(dev Device, off, n int64) {
 type ZeroFlags uint8
 
 const (
-	// KeepAllocated asks that the space stays reserved: the range must not become a hole.
+	// KeepAllocated keeps the space reserved: the range must not become a hole.
 	KeepAllocated ZeroFlags = 1 << iota
 	// OnlyFast asks for ErrNotFast, with nothing changed, when zeroing would take as long as
 	// writing zeros.
@@ -192,20 +204,20 @@ func Allocate(dev Device, off, n int64) (can bool, err error) {
 	return true, err
 }
 
-// IsNoSpace reports whether err says that a file system is full, a quota used up or a file as long as
-// it may be: what an operator mends by making room.
+// IsNoSpace reports whether err says that a file system is full, a quota used up or a file as long as it may be: what
+// an operator fixes by making room.
 func IsNoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
 }
 
-// A Discarder can give back the space of a range, whose content is undefined afterwards (each sector
-// may read as before, or as zeros). It is advice: success promises nothing about space.
+// A Discarder can give back the space of a range, whose content is undefined afterwards (each sector may read as
+// before, or as zeros). It is a hint: success does not guarantee that space was freed.
 type Discarder interface {
 	Discard(off, n int64) error
 }
 
-// Discard tells dev that the content of n bytes at off is no longer needed. Without the ability it
-// checks the range and does nothing.
+// Discard declares that the content of n bytes at off is no longer needed. Without the ability it checks the range and
+// does nothing.
 func Discard(dev Device, off, n int64) error {
 	if err := CheckRange("discard", off, n, dev.Size()); err != nil {
 		return err
@@ -216,7 +228,7 @@ func Discard(dev Device, off, n int64) error {
 	return nil
 }
 
-// ExtentFlags say what is known of a range. The values are those of NBD's base:allocation context.
+// ExtentFlags describe a range. The values are those of NBD's base:allocation context.
 type ExtentFlags uint32
 
 const (
@@ -230,9 +242,8 @@ type Extent struct {
 	Flags  ExtentFlags
 }
 
-// An Extenter knows where its holes are. The extents returned start at off, follow each other without
-// a gap, and cover at least one byte and at most n; an implementer may stop early, and neighbours
-// may share flags.
+// An Extenter knows where its holes are. The extents returned start at off, follow each other without a gap, and cover
+// at least one byte and at most n; an implementer may stop early, and adjacent extents may have the same flags.
 type Extenter interface {
 	Extents(off, n int64) ([]Extent, error)
 }
@@ -251,15 +262,15 @@ func Extents(dev Device, off, n int64) ([]Extent, error) {
 // A Resizer is a device whose size may change while it is open: a file made longer by truncate(1), a
 // logical volume that was extended, or by Grow itself.
 type Resizer interface {
-	// Refresh looks the size up again and returns it. A device that became smaller keeps its
-	// old Size: reads past the new end fail as the operating system lets them.
+	// Refresh looks up the size again and returns it. A device that became smaller keeps its old Size: reads past the
+	// new end fail as the operating system lets them.
 	Refresh() (int64, error)
 	// Grow makes the device at least size bytes long, the new part reading as zeros. A device that
 	// can't be made longer by its user (a block special file) returns ErrFixedSize.
 	Grow(size int64) error
 }
 
-// Refresh returns the size of dev after looking it up anew, where the device can change.
+// Refresh returns the size of dev after looking it up again, where the device can change.
 func Refresh(dev Device) (int64, error) {
 	if r, ok := dev.(Resizer); ok {
 		return r.Refresh()
@@ -284,7 +295,7 @@ type GrowReporter interface {
 	CanGrow() bool
 }
 
-// CanGrow reports whether Grow may make dev longer. True promises nothing: there may be no space.
+// CanGrow reports whether Grow may make dev longer. True is no guarantee: there may be no space.
 func CanGrow(dev Device) bool {
 	if g, ok := dev.(GrowReporter); ok {
 		return g.CanGrow()
@@ -293,10 +304,9 @@ func CanGrow(dev Device) bool {
 	return ok
 }
 
-// A CacheDropper can drop what the system keeps in memory of a range and holds to be on the disk, so that a later read
-// returns what is there. Content that still waits to be written stays. After a failed flush Linux goes on
-// showing what was written and will never be on the disk: whoever decides by what was found after a restart
-// drops it first.
+// A CacheDropper can drop clean cached pages of a range, so that a later read returns what is on the disk. Dirty pages
+// stay. After a failed flush, Linux keeps returning data from its cache that was never written to the disk. Code that
+// makes a decision from what it reads after a restart drops the cache first.
 type CacheDropper interface {
 	DropCache(off, n int64) error
 }
@@ -312,8 +322,8 @@ func DropCache(dev Device, off, n int64) error {
 	return nil
 }
 
-// A BlockSizer knows its logical block size in bytes, a power of two, at least 512. Chunks must be a
-// multiple of it (specification 2.3).
+// A BlockSizer knows its logical block size in bytes, a power of two, at least 512. Chunks must be a multiple of it
+// (docs/spec/dm-snapshot.md §2.3).
 type BlockSizer interface {
 	BlockSize() int
 }
@@ -326,8 +336,8 @@ func BlockSize(dev Device) int {
 	return SectorSize
 }
 
-// An Identifier can tell which disk it stands for, so that two openings of one disk are recognised.
-// The empty string says that it is not known; such a device is the same as no other.
+// An Identifier knows the identity of its disk, so that two open devices of one disk are recognised. The empty string
+// means unknown; such a device is never the same as another one.
 type Identifier interface {
 	Identity() string
 }
@@ -343,8 +353,8 @@ func Same(a, b Device) bool {
 	return x != "" && x == Identity(b)
 }
 
-// Identity returns the identity of dev: what it says itself, else its address when it is a pointer, else
-// the empty string. It is for comparing devices that are in use at the same time.
+// Identity returns the identity of dev: what it returns itself, else its address when it is a pointer, else the empty
+// string. It is for comparing devices that are in use at the same time.
 func Identity(dev Device) string {
 	v := reflect.ValueOf(dev)
 	if !v.IsValid() || v.Kind() == reflect.Pointer && v.IsNil() {
@@ -359,7 +369,7 @@ func Identity(dev Device) string {
 	return ""
 }
 
-// WithPath puts a path in front of an error that does not name it as its place.
+// WithPath adds the path to an error that does not name it already.
 func WithPath(path string, err error) error {
 	if err == nil || strings.Contains(" "+err.Error(), " "+path+":") {
 		return err

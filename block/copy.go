@@ -6,8 +6,8 @@ import (
 	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
-// A Sparse says which zeros [Copy] and [WriteSparse] write as data. The others become holes where the target can
-// have them: they take no space there.
+// A Sparse says which zeros [Copy] and [WriteSparse] write as data. Other zeros become holes, which take no space,
+// where the target supports them.
 type Sparse uint8
 
 const (
@@ -24,7 +24,7 @@ const (
 const (
 	holeBlock = 4096      // zeros are looked for in blocks of this size and alignment, as file systems have them
 	longHole  = 16 << 10  // least run of zeros that is a hole with LongHoles
-	askForBig = 128 << 10 // least stretch for which the source is asked where its holes are
+	askForBig = 128 << 10 // least range for which the source is asked where its holes are
 )
 
 // A CopyError says which side of a [Copy] failed.
@@ -36,14 +36,14 @@ type CopyError struct {
 func (e *CopyError) Error() string { return e.Op + ": " + e.Err.Error() }
 func (e *CopyError) Unwrap() error { return e.Err }
 
-// Copy copies n bytes of src, from byte from on, to byte to of dst. Stretches that read as zeros stay or become
-// holes as far as how says and dst can; what dst held there reads as zeros in any case. Holes of src are not read.
+// Copy copies n bytes of src, from byte from on, to byte to of dst. Ranges that read as zeros stay or become holes as
+// far as how says and dst can; what dst held there reads as zeros in any case. Holes of src are not read.
 //
 // after, where not nil, is called after each piece with its length, which is bounded for data and not for holes. An
 // error of it ends the copy and is returned as it is. Other errors are a *CopyError; part of the range may be copied
 // then. Nothing is durable before dst is flushed.
 //
-// The caller sees to it that nobody changes the range of src meanwhile. Ranges of one device must not overlap.
+// The caller must make sure that the range of src does not change meanwhile. Ranges of one device must not overlap.
 func Copy(dst Device, to int64, src Device, from, n int64, how Sparse, after func(n int64) error) error {
 	for n > 0 {
 		extents := []Extent{{Length: n}}
@@ -82,7 +82,7 @@ func copyHole(dst Device, to, n int64, how Sparse, after func(int64) error) erro
 	return after(n)
 }
 
-// copyData is Copy of a stretch that is read.
+// copyData is Copy of a range that is read.
 func copyData(dst Device, to int64, src Device, from, n int64, how Sparse, after func(int64) error) error {
 	return scratch.With(min(n, scratch.Most), func(b []byte) error {
 		for n > 0 {
@@ -147,8 +147,8 @@ func WriteSparse(dst Device, p []byte, off int64, how Sparse) error {
 	return nil
 }
 
-// zeroRun returns how many bytes of p, which belongs at byte off, are to be written alike: as a hole, or as data up
-// to where the next hole is worth it. whole says that p is all that is written.
+// zeroRun returns how many bytes of p, which belongs at byte off, to write in the same way: as a hole, or as data up to
+// the next hole that is worth a call. whole: p is the whole range to write.
 func zeroRun(p []byte, off int64, how Sparse, whole bool) (zero bool, n int64) {
 	size := int64(len(p))
 	if whole && isZero(p) {
@@ -198,8 +198,8 @@ func isZero(p []byte) bool {
 	return true
 }
 
-// zeroWithin is Zero for space that may be reserved. Where a file system is so full that it can't even note a hole,
-// zeros are written into that space.
+// zeroWithin is Zero for space that may be reserved. Where a file system is too full to record a hole, zeros are
+// written into the reserved space.
 func zeroWithin(dst Device, off, n int64) error {
 	err := Zero(dst, off, n, 0)
 	if IsNoSpace(err) {

@@ -14,7 +14,7 @@ import (
 
 var sparseModes = []block.Sparse{block.LongHoles, block.AllHoles, block.IntoZeros}
 
-// patchwork is n bytes of stretches of zeros and of data, of all sizes and alignments.
+// patchwork is n bytes of ranges of zeros and of data, of all sizes and alignments.
 func patchwork(rng *rand.Rand, n int) []byte {
 	p := make([]byte, n)
 	for at := 0; at < n; {

@@ -10,7 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// countingDevice counts reads. Everything else goes to the device beneath, the abilities included.
+// countingDevice counts reads. Everything else goes to the underlying device, the abilities included.
 type countingDevice struct {
 	block.Forward
 	reads atomic.Int64

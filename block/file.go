@@ -14,8 +14,8 @@ import (
 // File is a regular file or a block special file. It implements all the optional abilities of this
 // package. Its methods may be called concurrently.
 //
-// Size is the exact size in bytes. A regular file may end within a sector; what that means is for
-// the layers above to say (a COW device leaves the rest unused, an origin would lose bytes).
+// Size is the exact size in bytes. A regular file may end within a sector; the layers above decide what that means (a
+// COW device leaves the rest unused, an origin would lose bytes).
 type File struct {
 	path     string
 	readOnly atomic.Bool
@@ -25,21 +25,21 @@ type File struct {
 	lock     LockMode
 	locked   bool
 	backing  int // descriptor that locks the file behind a loop device; -1: none
-	lockFD   int // whose locks are f's, when it is not fd; -1: none. See AllowWrites
+	lockFD   int // descriptor that has f's locks when fd has not; -1: none. See AllowWrites
 
 	// life is held for reading by each call that uses fd, and for writing by Close: a descriptor's
 	// number may be another file's as soon as it is closed.
 	life   sync.RWMutex
 	fd     int // -1 when closed
 	size   atomic.Int64
-	grow   sync.Mutex                // Grow looks at the size and changes it in one
+	grow   sync.Mutex                // makes Grow's check and change of the size one step
 	syncs  sync.RWMutex              // see synced
 	failed atomic.Pointer[error]     // the first failure to make something durable
-	lacks  [numAbilities]atomic.Bool // what the file system refused to do before
+	lacks  [numAbilities]atomic.Bool // what the file system refused before
 }
 
-// ability is something that not all file systems, block devices and kernels can do. The first refusal
-// is remembered, so that later calls don't ask again.
+// ability is something that not all file systems, block devices and kernels can do. The first refusal is remembered, so
+// that later calls do not try again.
 type ability int
 
 const (
@@ -124,9 +124,9 @@ func (f *File) writeBy(p []byte, off int64, pwrite func([]byte, int64) (int, err
 	return len(p), nil
 }
 
-// Flush makes durable every write that returned before the call (fdatasync). After a failure each
-// later Flush and WriteDurableAt returns the same error: the kernel reports lost writes once, and a
-// second attempt that succeeds says nothing about them.
+// Flush makes durable every write that returned before the call (fdatasync). After a failure each later Flush and
+// WriteDurableAt returns the same error: the kernel reports lost writes only once, so a second attempt that succeeds is
+// no proof that they are durable.
 func (f *File) Flush() error {
 	if err := f.enter("flush", 0, 0); err != nil {
 		return err
@@ -142,7 +142,7 @@ func (f *File) datasync() error {
 	return nil
 }
 
-// BeginFlush makes the kernel begin to write a range (sync_file_range). A write that fails by it fails a later Flush.
+// BeginFlush makes the kernel begin to write a range (sync_file_range). A write error is returned by a later Flush.
 func (f *File) BeginFlush(off, n int64) {
 	if f.enter("flush", off, n) != nil {
 		return
@@ -193,8 +193,8 @@ func (f *File) writeDurable(p []byte, off int64, dsync func([]byte, int64) (int,
 	return noSpace
 }
 
-// canWrite tells which half of a durable write of p lacked space: it reports whether a plain write takes any byte of
-// p, or fails otherwise. Then making durable was what failed, and bytes that were written before may be lost too.
+// canWrite finds out which half of a durable write of p lacked space. It returns true when a plain write accepts any
+// byte of p, or fails for another reason: then the flush lacked space, and earlier writes may be lost too.
 func (f *File) canWrite(p []byte, off int64) bool {
 	for {
 		n, err := unix.Pwrite(f.fd, p, off)
@@ -204,12 +204,11 @@ func (f *File) canWrite(p []byte, off int64) bool {
 	}
 }
 
-// synced runs a call that makes something durable, unless one failed before, and notes its failure.
+// synced runs a call that makes something durable, unless one failed before, and records its failure.
 //
-// The race considered: the kernel reports a lost write once per open file. When two such calls run
-// at the same time one of them may be told of a write that the other answers for, and the other
-// succeeds. So a call that succeeded waits until all calls that ran beside it have noted what they
-// were told, and then looks.
+// The race considered: the kernel reports a lost write once per open file. When two such calls run at the same time,
+// one of them may get the report of a write that the other is responsible for, and the other succeeds. So a call that
+// succeeded waits until all concurrent calls have recorded their results, and then checks for a failure.
 func (f *File) synced(call func() error) error {
 	if err := f.failed.Load(); err != nil {
 		return *err

@@ -16,22 +16,21 @@ import (
 type Options struct {
 	ReadOnly bool
 	Lock     LockMode
-	// Used lets a file be opened for writing that the kernel uses itself; see CheckUnused. What is mounted or held as
-	// a block special file is refused all the same.
+	// Used lets a file be opened for writing that the kernel uses itself; see CheckUnused. A block special file that is
+	// mounted or otherwise claimed is still refused.
 	Used bool
 }
 
-// Open opens a regular file or a block special file as a device. Anything else is an error that says
-// what the path is. A file in use in a way that excludes the use asked for is [ErrInUse]; a block
-// special file opened for writing that the kernel uses itself (mounted, part of a volume group) is
-// too.
+// Open opens a regular file or a block special file as a device. Anything else is an error that names the kind of file.
+// A file in use in a way that excludes the use asked for is [ErrInUse]; a block special file opened for writing that
+// the kernel uses itself (mounted, part of a volume group) is too.
 func Open(path string, o Options) (*File, error) {
 	lock, err := o.lockMode()
 	if err != nil {
 		return nil, fmt.Errorf("open %s: %w", path, err)
 	}
-	// The kind decides how to open: opening a FIFO blocks, opening a tape winds it, and a block
-	// special file wants O_EXCL.
+	// The kind of file decides how to open it: opening a FIFO blocks, opening a tape rewinds it, and a block special
+	// file wants O_EXCL.
 	var before unix.Stat_t
 	if err := retry(func() error { return unix.Stat(path, &before) }); err != nil {
 		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
@@ -68,7 +67,7 @@ func Open(path string, o Options) (*File, error) {
 	return f, nil
 }
 
-// CheckNewFile returns an error when a new regular file at path would be in the folder of device nodes: a mistyped
+// CheckNewFile returns an error when a new regular file at path would be in the directory of device nodes: a mistyped
 // /dev/NAME would become a file in memory. Other file systems mounted below /dev, such as /dev/shm, are accepted.
 func CheckNewFile(path string) error {
 	const devices = "/dev"
@@ -77,7 +76,7 @@ func CheckNewFile(path string) error {
 		folder, err = filepath.EvalSymlinks(folder)
 	}
 	if err != nil {
-		return nil // whoever makes the file meets this error
+		return nil // creating the file returns this error
 	}
 	if folder != devices && !strings.HasPrefix(folder, devices+"/") {
 		return nil
@@ -89,9 +88,9 @@ func CheckNewFile(path string) error {
 	return &fs.PathError{Op: "create", Path: path, Err: errors.New("no such device, and no regular file is made in " + devices)}
 }
 
-// Create makes a new sparse regular file of size bytes, readable and writable for its owner only, and
-// opens it for writing. A path that exists already, as whatever, is an error wrapping fs.ErrExist. When
-// Create returns, the file and its name are durable.
+// Create makes a new sparse regular file of size bytes, readable and writable for its owner only, and opens it for
+// writing. A path that exists already, of whatever kind, is an error wrapping fs.ErrExist. When Create returns, the
+// file and its name are durable.
 func Create(path string, size int64) (*File, error) {
 	if size < 0 {
 		return nil, fmt.Errorf("create %s: size of %d bytes", path, size)
@@ -109,15 +108,14 @@ func Create(path string, size int64) (*File, error) {
 		return f, nil
 	}
 	unix.Close(fd)
-	// The name is removed for tidiness only; a program that found the new file at once and holds
-	// it keeps it.
+	// Removing the name is only cleanup; a program that has opened the new file meanwhile keeps it.
 	if !errors.Is(err, ErrInUse) {
 		os.Remove(path)
 	}
 	return nil, err
 }
 
-// fill does what Create does to the new and empty file.
+// fill makes the new, empty file size bytes long and durable, for Create.
 func (f *File) fill(size int64) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(f.fd, &st); err != nil {
@@ -180,9 +178,9 @@ func (f *File) prepare(before unix.Stat_t, lock LockMode) error {
 }
 
 // AllowWrites makes a file that was opened with ReadOnly and LockRead one that is open for writing, with LockWrite,
-// without a moment in which another could write to it. The kernel checks permissions now. After an error (ErrInUse while
-// others read what must not change beneath them; EACCES, EROFS) the file is open for reading as before. Calls under way
-// are waited for. On a file that is open for writing it does nothing.
+// without a window in which another program could write to it. The kernel checks permissions now. After an error
+// (ErrInUse while others read it and exclude writers; EACCES, EROFS) the file is open for reading as before. Calls
+// under way are waited for. On a file that is open for writing it does nothing.
 func (f *File) AllowWrites() error {
 	f.life.Lock()
 	defer f.life.Unlock()
@@ -202,7 +200,7 @@ func (f *File) AllowWrites() error {
 		f.downgrade(f.fd)
 		return err
 	}
-	// The locks are the old descriptor's, and would go with it.
+	// The old descriptor has the locks; closing it would release them.
 	f.lockFD, f.fd = f.fd, fd
 	f.lock = LockWrite
 	f.readOnly.Store(false)
@@ -225,7 +223,7 @@ func (f *File) upgrade() error {
 	return nil
 }
 
-// downgrade takes upgrade back; fd has the file's locks.
+// downgrade reverts upgrade; fd has the file's locks.
 func (f *File) downgrade(fd int) {
 	if f.locked {
 		releaseLocks(fd, writerLocks)
@@ -235,8 +233,8 @@ func (f *File) downgrade(fd int) {
 	}
 }
 
-// DenyWrites takes AllowWrites back, for a file that was not written to since. On a file that is open for reading it
-// does nothing.
+// DenyWrites reverts AllowWrites, for a file that was not written to since. On a file that is open for reading it does
+// nothing.
 func (f *File) DenyWrites() error {
 	f.life.Lock()
 	defer f.life.Unlock()
@@ -259,7 +257,7 @@ func (f *File) DenyWrites() error {
 	return nil
 }
 
-// reopen opens the file that f.fd leads to once more, for writing. A path may lead to another one by now.
+// reopen opens the file of f.fd again, for writing. Its path may be that of another file by now.
 func (f *File) reopen() (int, error) {
 	mode := unix.O_RDWR
 	if f.special {
@@ -290,7 +288,7 @@ func (f *File) reopen() (int, error) {
 	return fd, nil
 }
 
-// checkKind says why a file of this mode is no device.
+// checkKind returns an error for a file of a kind that can't be a device.
 func checkKind(mode uint32) error {
 	switch mode & unix.S_IFMT {
 	case unix.S_IFREG, unix.S_IFBLK:

@@ -197,8 +197,8 @@ func (f *File) Extents(off, n int64) ([]Extent, error) {
 		if err != nil {
 			return nil, err
 		}
-		// The race considered: data that was at off a moment ago may be punched out by now. Half a
-		// block called data does no harm, standing still would.
+		// The race considered: data that was at off a moment ago may be punched out by now. Half a block reported as
+		// data does no harm; a scan that makes no progress would.
 		hole = max(hole, min(off+SectorSize, end))
 		list = append(list, Extent{Length: hole - off})
 		off = hole

@@ -17,8 +17,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// folders are where files are tested: the ordinary file system of temporary files, and one in memory,
-// which has other abilities (no FALLOC_FL_ZERO_RANGE).
+// directories are where files are tested: the ordinary file system of temporary files, and one in memory, which has
+// other abilities (no FALLOC_FL_ZERO_RANGE).
 func folders(t *testing.T) map[string]string {
 	list := map[string]string{"temporary folder": t.TempDir()}
 	if dir, err := os.MkdirTemp("/dev/shm", "dmsnap-test-"); err == nil {

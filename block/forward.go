@@ -1,7 +1,7 @@
 package block
 
-// A Forward passes every call on to a device beneath it, the optional abilities included. A device that
-// stands over another one embeds a Forward and overrides what it changes:
+// A Forward passes every call on to an underlying device, the optional abilities included. A device that is stacked on
+// another device embeds a Forward and overrides what it changes:
 //
 //	type counted struct {
 //		block.Forward
@@ -15,21 +15,21 @@ package block
 //
 //	dev := &counted{Forward: block.NewForward(disk)}
 //
-// What the device beneath lacks is answered so that the functions of this package fall back on the
-// device that embeds the Forward: [Zero] writes zeros by its WriteAt, [WriteDurable] uses its WriteAt and
-// Flush. What the device beneath has is called directly. So a device that changes what is written, or
-// where, overrides WriteAt, WriteDurableAt, WriteLastAt, ZeroAt, Discard and Allocate; one that changes what is read
-// overrides ReadAt and Extents; one that is another disk than the one beneath overrides Identity.
+// What the underlying device lacks is answered so that the functions of this package fall back on the device that
+// embeds the Forward: [Zero] writes zeros by its WriteAt, [WriteDurable] uses its WriteAt and Flush. What the
+// underlying device has is called directly. So a device that changes what is written, or where, overrides WriteAt,
+// WriteDurableAt, WriteLastAt, ZeroAt, Discard and Allocate; one that changes what is read overrides ReadAt and
+// Extents; one that represents a disk of its own overrides Identity.
 //
-// A Forward adds nothing: errors, concurrency and guarantees are those of the device beneath. Closing is
-// not an ability: who opened the device beneath closes it. The zero Forward is not usable.
+// A Forward adds nothing: errors, concurrency and guarantees are those of the underlying device. A Forward has no
+// Close: the code that opened the underlying device closes it. The zero Forward is not usable.
 type Forward struct {
 	dev    Device
 	holder Holder
 }
 
-// A Holder supplies the device beneath a Forward call by call, where it may be replaced between calls.
-// Its methods may be called concurrently, also several times before a Release.
+// A Holder supplies the underlying device of a Forward for each call, where it may be replaced between calls. Its
+// methods may be called concurrently, also several times before a Release.
 type Holder interface {
 	// Acquire returns the device for one call, and keeps it in place until Release.
 	Acquire() Device
@@ -39,10 +39,10 @@ type Holder interface {
 // NewForward returns a Forward to dev.
 func NewForward(dev Device) Forward { return Forward{dev: dev} }
 
-// NewHeldForward returns a Forward to whatever device h supplies.
+// NewHeldForward returns a Forward to the device that h supplies.
 func NewHeldForward(h Holder) Forward { return Forward{holder: h} }
 
-// acquire returns the device beneath; release must follow.
+// acquire returns the underlying device; release must follow.
 func (f Forward) acquire() Device {
 	if f.holder != nil {
 		return f.holder.Acquire()
@@ -56,31 +56,31 @@ func (f Forward) release() {
 	}
 }
 
-// ReadAt reads from the device beneath.
+// ReadAt reads from the underlying device.
 func (f Forward) ReadAt(p []byte, off int64) (int, error) {
 	defer f.release()
 	return f.acquire().ReadAt(p, off)
 }
 
-// WriteAt writes to the device beneath.
+// WriteAt writes to the underlying device.
 func (f Forward) WriteAt(p []byte, off int64) (int, error) {
 	defer f.release()
 	return f.acquire().WriteAt(p, off)
 }
 
-// Flush flushes the device beneath.
+// Flush flushes the underlying device.
 func (f Forward) Flush() error {
 	defer f.release()
 	return f.acquire().Flush()
 }
 
-// Size is that of the device beneath.
+// Size is that of the underlying device.
 func (f Forward) Size() int64 {
 	defer f.release()
 	return f.acquire().Size()
 }
 
-// WriteDurableAt writes durably to the device beneath, or is ErrUnsupported.
+// WriteDurableAt writes durably to the underlying device, or is ErrUnsupported.
 func (f Forward) WriteDurableAt(p []byte, off int64) error {
 	defer f.release()
 	if d, ok := f.acquire().(DurableWriter); ok {
@@ -89,7 +89,7 @@ func (f Forward) WriteDurableAt(p []byte, off int64) error {
 	return ErrUnsupported
 }
 
-// WriteLastAt writes durably to the device beneath, whatever failed there before, or is ErrUnsupported.
+// WriteLastAt writes durably to the underlying device, whatever failed there before, or is ErrUnsupported.
 func (f Forward) WriteLastAt(p []byte, off int64) error {
 	defer f.release()
 	if d, ok := f.acquire().(LastWriter); ok {
@@ -98,13 +98,13 @@ func (f Forward) WriteLastAt(p []byte, off int64) error {
 	return ErrUnsupported
 }
 
-// BeginFlush begins to write a range to the disk, where the device beneath can.
+// BeginFlush begins to write a range to the disk, where the underlying device can.
 func (f Forward) BeginFlush(off, n int64) {
 	defer f.release()
 	BeginFlush(f.acquire(), off, n)
 }
 
-// ZeroAt zeroes a range of the device beneath by its own means, or is ErrNotFast.
+// ZeroAt zeroes a range of the underlying device by its own means, or is ErrNotFast.
 func (f Forward) ZeroAt(off, n int64, flags ZeroFlags) error {
 	defer f.release()
 	if z, ok := f.acquire().(Zeroer); ok {
@@ -113,7 +113,7 @@ func (f Forward) ZeroAt(off, n int64, flags ZeroFlags) error {
 	return ErrNotFast
 }
 
-// Allocate reserves space on the device beneath, or is ErrNotFast.
+// Allocate reserves space on the underlying device, or is ErrNotFast.
 func (f Forward) Allocate(off, n int64) error {
 	defer f.release()
 	if a, ok := f.acquire().(Allocator); ok {
@@ -122,49 +122,49 @@ func (f Forward) Allocate(off, n int64) error {
 	return ErrNotFast
 }
 
-// Discard discards a range of the device beneath, where it can.
+// Discard discards a range of the underlying device, where it can.
 func (f Forward) Discard(off, n int64) error {
 	defer f.release()
 	return Discard(f.acquire(), off, n)
 }
 
-// Extents returns the extents of the device beneath; all is data where it does not know.
+// Extents returns the extents of the underlying device; all is data where it does not know.
 func (f Forward) Extents(off, n int64) ([]Extent, error) {
 	defer f.release()
 	return Extents(f.acquire(), off, n)
 }
 
-// DropCache drops what is cached of a range of the device beneath.
+// DropCache drops what is cached of a range of the underlying device.
 func (f Forward) DropCache(off, n int64) error {
 	defer f.release()
 	return DropCache(f.acquire(), off, n)
 }
 
-// Refresh looks up the size of the device beneath.
+// Refresh looks up the size of the underlying device.
 func (f Forward) Refresh() (int64, error) {
 	defer f.release()
 	return Refresh(f.acquire())
 }
 
-// Grow makes the device beneath longer, or is ErrFixedSize.
+// Grow makes the underlying device longer, or is ErrFixedSize.
 func (f Forward) Grow(size int64) error {
 	defer f.release()
 	return Grow(f.acquire(), size)
 }
 
-// CanGrow reports whether the device beneath may be made longer.
+// CanGrow reports whether the underlying device may be made longer.
 func (f Forward) CanGrow() bool {
 	defer f.release()
 	return CanGrow(f.acquire())
 }
 
-// BlockSize is the logical block size of the device beneath.
+// BlockSize is the logical block size of the underlying device.
 func (f Forward) BlockSize() int {
 	defer f.release()
 	return BlockSize(f.acquire())
 }
 
-// Identity is that of the device beneath: its address when it has none but is a pointer, else empty.
+// Identity is that of the underlying device: its address when it has none but is a pointer, else empty.
 func (f Forward) Identity() string {
 	defer f.release()
 	return Identity(f.acquire())

@@ -2,12 +2,12 @@ package block
 
 import "errors"
 
-// A LastWriter can make one more write durable after a Flush has failed, past the failure that it keeps
-// otherwise. WriteLastAt writes p at off and flushes, whatever failed before. Success says that p is
-// durable, and nothing about any other write: a device that failed a Flush goes on failing every Flush
-// and WriteDurableAt. ErrUnsupported, with nothing changed, says that the device has no such means.
+// A LastWriter can make one more write durable after a Flush has failed, although every other flush goes on failing.
+// WriteLastAt writes p at off and flushes, whatever failed before. Success says that p is durable, and nothing about
+// any other write: a device that failed a Flush still fails every later Flush and WriteDurableAt. ErrUnsupported, with
+// nothing changed, means that the device can't do this.
 //
-// It is for the one thing worth writing to a device that is given up: a mark that says so.
+// It is for the mark that declares a failed device invalid.
 type LastWriter interface {
 	WriteLastAt(p []byte, off int64) error
 }
@@ -26,18 +26,18 @@ func WriteLast(dev Device, p []byte, off int64) error {
 	return dev.Flush()
 }
 
-// WriteLastAt writes p at off by pwrite and fdatasync, also after a failed Flush, which stays failed: the
-// kernel reports lost writes once to each open file, so this fdatasync answers for p.
+// WriteLastAt writes p at off by pwrite and fdatasync, also after a failed Flush, which stays failed: the kernel
+// reports lost writes once to each open file, so this fdatasync reports on p.
 func (f *File) WriteLastAt(p []byte, off int64) error {
 	if err := f.enterChange("write", off, int64(len(p))); err != nil {
 		return err
 	}
 	defer f.life.RUnlock()
-	// A Flush under way may take the report of a failure of p: none runs beside this write.
+	// A concurrent Flush could consume the kernel's report of a failure of p, so none may run during this write.
 	f.syncs.Lock()
 	defer f.syncs.Unlock()
 	var err error
-	for range 2 { // the first failure may be the report of an older write, after which p is written anew
+	for range 2 { // the first failure may be the report of an older write, after which p is written again
 		if _, err = f.write(p, off); err != nil {
 			return err
 		}

@@ -15,9 +15,8 @@ import (
 // LockMode says what a [File] shares with other users of the same file: dmsnap, qemu's programs, and
 // other Files of this process.
 //
-// The locks are advisory open-file-description locks on single bytes, the ones that qemu's programs
-// take and look for (docs/decisions/0001-locks.md). They go with the descriptor, also when the
-// process is killed.
+// The locks are advisory open-file-description locks on single bytes, the ones that qemu's programs take and look for
+// (docs/decisions/0001-locks.md). They end with the descriptor, also when the process is killed.
 type LockMode int
 
 const (
@@ -25,30 +24,29 @@ const (
 	LockDefault LockMode = iota
 	// LockWrite excludes other writers, and readers that exclude writers.
 	LockWrite
-	// LockRead excludes writers and lets other readers be.
+	// LockRead excludes writers and admits other readers.
 	LockRead
-	// LockShared reads whatever others do, except those that share nothing. What is read may
-	// change from one call to the next.
+	// LockShared reads while others write, except those that admit no reader. What is read may change from one call to
+	// the next.
 	LockShared
 	// LockNone takes no locks and looks for none.
 	LockNone
 )
 
-// The bytes of a file that stand for uses of it. Whoever uses a file in way w read-locks byte
-// usesByte+w; whoever can't bear that others use it in way w read-locks byte bearsNotByte+w. Both look
-// for the other kind of lock after taking their own, so that of two that come at the same time at
-// least one sees the other.
+// The bytes of a file that represent uses of it. A program that uses a file in way w read-locks byte usesByte+w; one
+// that excludes use w by others read-locks byte excludesByte+w. Both test for the other kind of lock after taking their
+// own, so that of two programs that start at the same time at least one finds the other.
 const (
 	usesByte     = 100
-	bearsNotByte = 200
+	excludesByte = 200
 
 	useRead   = 0 // expects what it reads to be consistent
 	useWrite  = 1
 	useResize = 3
 )
 
-// lockPlan is the ways of use and the ways not borne of a LockMode.
-type lockPlan struct{ uses, bearsNot []int64 }
+// lockPlan has the uses of a LockMode, and the uses by others that it excludes.
+type lockPlan struct{ uses, excludes []int64 }
 
 var lockPlans = map[LockMode]lockPlan{
 	LockWrite:  {[]int64{useRead, useWrite, useResize}, []int64{useWrite, useResize}},
@@ -56,7 +54,7 @@ var lockPlans = map[LockMode]lockPlan{
 	LockShared: {[]int64{useRead}, nil},
 }
 
-// lockMode resolves LockDefault and refuses a writer that lets others write.
+// lockMode resolves LockDefault and refuses a writer that admits other writers.
 func (o Options) lockMode() (LockMode, error) {
 	switch {
 	case o.Lock == LockDefault && o.ReadOnly:
@@ -78,10 +76,10 @@ func lockFile(fd int, path string, mode LockMode) (held bool, err error) {
 	plan := lockPlans[mode]
 	var take, look []int64
 	for _, w := range plan.uses {
-		take, look = append(take, usesByte+w), append(look, bearsNotByte+w)
+		take, look = append(take, usesByte+w), append(look, excludesByte+w)
 	}
-	for _, w := range plan.bearsNot {
-		take, look = append(take, bearsNotByte+w), append(look, usesByte+w)
+	for _, w := range plan.excludes {
+		take, look = append(take, excludesByte+w), append(look, usesByte+w)
 	}
 	return takeLocks(fd, path, take, look)
 }
@@ -91,14 +89,14 @@ var writerLocks = []int64{usesByte + useWrite, usesByte + useResize}
 
 // upgradeLocks makes the locks of LockRead those of LockWrite; after an error they are as before.
 func upgradeLocks(fd int, path string) error {
-	_, err := takeLocks(fd, path, writerLocks, []int64{bearsNotByte + useWrite, bearsNotByte + useResize})
+	_, err := takeLocks(fd, path, writerLocks, []int64{excludesByte + useWrite, excludesByte + useResize})
 	if err != nil {
 		releaseLocks(fd, writerLocks)
 	}
 	return err
 }
 
-// releaseLocks gives locks back.
+// releaseLocks releases the locks on some bytes.
 func releaseLocks(fd int, bytes []int64) {
 	for _, b := range bytes {
 		l := byteLock(unix.F_UNLCK, b)
@@ -106,7 +104,7 @@ func releaseLocks(fd int, bytes []int64) {
 	}
 }
 
-// takeLocks takes locks on some bytes, and looks for those of others on other ones. held is false, without an error,
+// takeLocks takes locks on some bytes, and tests for locks of others on other bytes. held is false, without an error,
 // where the file system has no locks.
 func takeLocks(fd int, path string, take, look []int64) (held bool, err error) {
 	for _, b := range take {
@@ -116,14 +114,14 @@ func takeLocks(fd int, path string, take, look []int64) (held bool, err error) {
 		case noLocks(err):
 			return false, nil
 		case err == unix.EAGAIN || err == unix.EACCES:
-			// Someone write-locked the byte, or the whole file.
+			// Another program write-locked the byte, or the whole file.
 			return false, inUse(fd, path, "")
 		case err != nil:
 			return false, &fs.PathError{Op: "lock", Path: path, Err: err}
 		}
 	}
 	for _, b := range look {
-		// A write lock would meet any lock there is; it is only asked about, never taken.
+		// A write lock conflicts with any other lock. It is only tested for, never taken.
 		l := byteLock(unix.F_WRLCK, b)
 		if err := retry(func() error { return unix.FcntlFlock(uintptr(fd), unix.F_OFD_GETLK, &l) }); err != nil {
 			return false, &fs.PathError{Op: "lock", Path: path, Err: err}
@@ -135,13 +133,13 @@ func takeLocks(fd int, path string, take, look []int64) (held bool, err error) {
 	return true, nil
 }
 
-// conflicts says what a lock of somebody else on a byte means for us.
+// conflicts is what another program's lock on a byte means for this one.
 var conflicts = map[int64]string{
 	usesByte + useWrite:      "it is being written",
 	usesByte + useResize:     "it may be resized",
-	bearsNotByte + useRead:   "it must not be read now",
-	bearsNotByte + useWrite:  "it must not be written now",
-	bearsNotByte + useResize: "it must not be resized now",
+	excludesByte + useRead:   "it must not be read now",
+	excludesByte + useWrite:  "it must not be written now",
+	excludesByte + useResize: "it must not be resized now",
 }
 
 func byteLock(kind int16, at int64) unix.Flock_t {
@@ -154,7 +152,7 @@ func noLocks(err error) bool {
 	return unsupported(err) || err == unix.ENOLCK || err == unix.EINVAL
 }
 
-// inUse is the error for a conflict: whose, as far as can be known, and what about.
+// inUse is the error for a lock conflict. It names the other process where that is known.
 func inUse(fd int, path, why string) error {
 	s := ""
 	if who := holders(fd); len(who) > 0 {
@@ -166,9 +164,9 @@ func inUse(fd int, path, why string) error {
 	return fmt.Errorf("%s: %w%s", path, ErrInUse, s)
 }
 
-// holders names the processes that hold locks on the file: "qemu-nbd (process 4242)". The kernel does
-// not tell the owner of an open-file-description lock, since it has none; but each process's
-// descriptors can be looked through, as far as we may see them. fd itself is left out.
+// holders names the processes that hold locks on the file: "qemu-nbd (process 4242)". An open-file-description lock has
+// no owner that the kernel could report, but the descriptors of each process can be searched, as far as permissions
+// allow. fd itself is left out.
 func holders(fd int) []string {
 	var st unix.Stat_t
 	if unix.Fstat(fd, &st) != nil {
@@ -213,8 +211,8 @@ func holdsLock(process, file string, self bool, fd int) bool {
 }
 
 // HasWriter reports whether a program holds the lock of one that writes to the file at path
-// (docs/decisions/0001-locks.md); false also where that can't be found out. It takes no lock: one taken to find out,
-// however short, could turn a program away that is starting just now.
+// (docs/decisions/0001-locks.md); false also where that is unknown. It takes no lock: even a short one could make a
+// program fail that is starting at that moment.
 func HasWriter(path string) bool {
 	fd, err := openDescriptor(path, unix.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {

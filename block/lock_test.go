@@ -16,7 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestMain lets the test binary be the other process: it opens a file, says so, and holds it until its
+// TestMain runs the test binary as the other process: it opens a file, prints that, and keeps it open until its
 // standard input ends.
 func TestMain(m *testing.M) {
 	path := os.Getenv("DMSNAP_TEST_HOLD")
@@ -40,7 +40,7 @@ var (
 	none   = block.Options{Lock: block.LockNone}
 )
 
-// check opens and closes a file and compares what it was told.
+// check opens and closes a file and compares the result.
 func check(t *testing.T, path, beside string, o block.Options, inUse bool) {
 	t.Helper()
 	f, err := block.Open(path, o)
@@ -150,7 +150,7 @@ func TestLocksOfAnotherProcess(t *testing.T) {
 	check(t, path, "a process that reads", reader, false)
 	stop()
 
-	// A process that is killed leaves nothing.
+	// A process that is killed leaves no locks.
 	cmd, stop = hold()
 	check(t, path, "a process that writes", writer, true)
 	cmd.Process.Kill()
@@ -253,7 +253,7 @@ func startQEMUNBD(t *testing.T, args []string) (stop func()) {
 		if fd < 0 {
 			return
 		}
-		// A signal that comes while it starts to wait can be lost in it, so it is sent until it is heard.
+		// A signal that arrives while the program starts to wait can be lost, so it is sent until it takes effect.
 		for {
 			unix.PidfdSendSignal(fd, unix.SIGTERM, nil, 0)
 			n, err := unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 200)

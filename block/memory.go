@@ -6,8 +6,8 @@ import (
 	"sync/atomic"
 )
 
-// memoryPage is the unit in which a Memory takes and gives back RAM, in bytes. Small, because chunks
-// of 4 KiB scattered over a large device are the usual content.
+// memoryPage is the unit in which a Memory takes and gives back RAM, in bytes. It is small because chunks of 4 KiB
+// scattered over a large device are the usual content.
 const memoryPage = 4096
 
 // memoryShards is the number of locks over which the pages of a Memory are spread, so that accesses
@@ -17,9 +17,9 @@ const memoryShards = 64
 // Memory is a device in RAM. Pages that were never written take no space and read as zeros, so that a
 // device of 1 TiB costs nothing until it is used.
 //
-// All methods may be called concurrently. A write is atomic within a page of 4096 bytes and not
-// beyond. Flush has nothing to do: a Memory lives as long as its process, and [blocktest.Crash] is
-// the device that forgets.
+// All methods may be called concurrently. A write is atomic within a page of 4096 bytes and not beyond. Flush has
+// nothing to do: the content of a Memory is lost with its process; [blocktest.Crash] is the device that simulates a
+// power cut.
 //
 // [blocktest.Crash]: https://pkg.go.dev/github.com/dmsnap/dmsnap/block/blocktest#Crash
 type Memory struct {
@@ -123,7 +123,7 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// WriteDurableAt is WriteAt: nothing in RAM is more durable than the rest.
+// WriteDurableAt is WriteAt: RAM knows no difference.
 func (m *Memory) WriteDurableAt(p []byte, off int64) error {
 	_, err := m.WriteAt(p, off)
 	return err
@@ -198,7 +198,7 @@ const memoryExtentPages = 1 << 16
 // jumpAfter is how many pages of a hole Extents looks at one by one.
 const jumpAfter = 256
 
-// Extents tells written pages from pages that were never written or were dropped. A call looks at no
+// Extents reports written pages as data, and pages that were never written or were dropped as holes. A call looks at no
 // more than 256 MiB of written pages; a longer hole ends it.
 func (m *Memory) Extents(off, n int64) ([]Extent, error) {
 	if err := CheckRange("extents", off, n, m.Size()); err != nil {

@@ -7,17 +7,17 @@ import (
 )
 
 // A RetryLater is the error of a change (WriteAt, WriteDurableAt, ZeroAt, Discard) that can't be made now and may be
-// possible later: the space that it needs is missing, say, and its owner wants writers to wait. The device itself does
-// not wait, so that whoever asked can give up at any time, and holds nothing meanwhile. Parts of the change may have
-// been made; to make it again does no harm. Retry returns a channel that is closed when it is worth trying again, or nil
-// when it never is.
+// possible later: for example because space is missing and the policy is that writers wait. The device itself does not
+// wait, so that the caller can give up at any time and holds no lock meanwhile. Parts of the change may have been made;
+// it is safe to repeat it. Retry returns a channel that is closed when it is worth trying again, or nil when it never
+// is.
 type RetryLater interface {
 	error
 	Retry() <-chan struct{}
 }
 
-// RetryInterval is how long to wait for the channel of a RetryLater before trying all the same: nobody tells when
-// another program made room.
+// RetryInterval is how long to wait for the channel of a RetryLater before trying anyway: there is no notification when
+// another program makes room.
 const RetryInterval = time.Second
 
 // CanRetry returns the channel of a RetryLater in err, or nil.

@@ -49,7 +49,7 @@ func TestBlockSpecialFile(t *testing.T) {
 	}
 }
 
-// A device grows beneath us as a logical volume does, and two special files are one device.
+// A device grows while it is open, as a logical volume does, and two special files are one device.
 func TestBlockSpecialFileChanges(t *testing.T) {
 	path := backing(t, 320<<10)
 	dev := testhost.Loop(t, path, 512)
@@ -92,7 +92,7 @@ func TestBlockSpecialFileChanges(t *testing.T) {
 	}
 }
 
-// What a disk can't take in is seen by Flush, once by the kernel's account and for good by ours.
+// Flush reports what a disk failed to write: the kernel once, File always.
 func TestFlushOfABrokenDisk(t *testing.T) {
 	dir := testhost.Mount(t, "tmpfs", "tmpfs", "size=256k")
 	path := filepath.Join(dir, "backing")

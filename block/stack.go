@@ -13,7 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// stack is what the kernel tells of block devices that lie on others, and of who uses them.
+// stack reads from the kernel which block devices lie on others, and what uses them.
 type stack struct {
 	sys              string // where sysfs is mounted
 	mountInfo, swaps string // files
@@ -22,50 +22,50 @@ type stack struct {
 
 var kernelStack = stack{"/sys", "/proc/self/mountinfo", "/proc/swaps", 16}
 
-// A stretch is a part of a disk, by the disk's identity.
-type stretch struct {
+// A range is a part of a disk, by the disk's identity.
+type extent struct {
 	disk     string
 	from, to int64 // bytes
 	exact    bool  // all of it is used; otherwise an unknown part
 }
 
 // Overlap reports whether a change of one file can change the other: the same disk, also as a whole and its partition,
-// a loop device and the file behind it, a device-mapper or RAID device and what it lies on. What the kernel does not
-// tell (without /sys) does not overlap.
+// a loop device and the file behind it, a device-mapper or RAID device and what it lies on. What can't be found out
+// (without /sys) counts as not overlapping.
 func Overlap(a, b *File) bool { return kernelStack.overlap(a.identity, b.identity) }
 
 func (k stack) overlap(a, b string) bool {
 	if a == b {
 		return true
 	}
-	whole := func(id string) stretch { return stretch{id, 0, math.MaxInt64, true} }
+	whole := func(id string) extent { return extent{id, 0, math.MaxInt64, true} }
 	x, y := append(k.below(a), whole(a)), append(k.below(b), whole(b))
-	return slices.ContainsFunc(x, func(p stretch) bool {
-		return slices.ContainsFunc(y, func(q stretch) bool {
+	return slices.ContainsFunc(x, func(p extent) bool {
+		return slices.ContainsFunc(y, func(q extent) bool {
 			return p.disk == q.disk && p.from < q.to && q.from < p.to && (p.exact && q.exact || p.disk == a || q.disk == b)
 		})
 	})
 }
 
 // below returns what a disk lies on, all the way down.
-func (k stack) below(disk string) []stretch {
-	return k.descend(stretch{disk, 0, math.MaxInt64, true}, k.depth)
+func (k stack) below(disk string) []extent {
+	return k.descend(extent{disk, 0, math.MaxInt64, true}, k.depth)
 }
 
-func (k stack) descend(s stretch, depth int) (list []stretch) {
+func (k stack) descend(s extent, depth int) (list []extent) {
 	dir := k.dir(s.disk)
 	if dir == "" || depth == 0 {
 		return nil
 	}
-	add := func(under stretch) {
+	add := func(under extent) {
 		list = append(append(list, under), k.descend(under, depth-1)...)
 	}
-	move := func(disk string, start, size int64) stretch {
+	move := func(disk string, start, size int64) extent {
 		to := size
 		if s.to < size {
 			to = s.to
 		}
-		return stretch{disk, start + s.from, start + to, s.exact}
+		return extent{disk, start + s.from, start + to, s.exact}
 	}
 	size := k.number(dir+"/size") * SectorSize
 	if disk := k.whole(dir); disk != "" {
@@ -78,13 +78,13 @@ func (k stack) descend(s stretch, depth int) (list []stretch) {
 	slaves, _ := filepath.Glob(dir + "/slaves/*")
 	for _, slave := range slaves {
 		if id := k.device(slave); id != "" {
-			add(stretch{id, 0, math.MaxInt64, false})
+			add(extent{id, 0, math.MaxInt64, false})
 		}
 	}
 	return list
 }
 
-// dir is the folder of a block device in sysfs, "" where there is none.
+// dir is the directory of a block device in sysfs, "" where there is none.
 func (k stack) dir(disk string) string {
 	number, special := strings.CutPrefix(disk, specialPrefix)
 	if !special {
@@ -97,7 +97,7 @@ func (k stack) dir(disk string) string {
 	return dir
 }
 
-// device is the identity of the block device whose folder in sysfs is dir.
+// device is the identity of the block device whose directory in sysfs is dir.
 func (k stack) device(dir string) string {
 	if number := k.text(dir + "/dev"); number != "" {
 		return specialPrefix + number
@@ -126,8 +126,8 @@ func (k stack) number(path string) int64 {
 	return n
 }
 
-// users says who else uses a disk: what is mounted, swap space, and devices that lie on it, on it or on its partitions.
-// With toRead, file systems that are mounted read-only don't count.
+// users lists the other users of a disk and of its partitions: mounts, swap space, and devices that lie on it. With
+// toRead, file systems that are mounted read-only don't count.
 func (k stack) users(disk string, toRead bool) (list []string) {
 	dir := k.dir(disk)
 	if dir == "" {
@@ -164,7 +164,7 @@ func (k stack) claims(dir string, toRead bool) []string {
 	return append(list, k.loopUsers(disk, toRead)...)
 }
 
-// loopUsers are the users of loop devices over a disk. A loop device that nobody uses is no user.
+// loopUsers are the users of loop devices over a disk. An unused loop device does not count.
 func (k stack) loopUsers(disk string, toRead bool) (list []string) {
 	loops, _ := filepath.Glob(k.sys + "/block/loop*/loop/backing_file")
 	for _, l := range loops {
@@ -196,7 +196,7 @@ func (k stack) mounted(disk string, toRead bool) (points []string) {
 	return points
 }
 
-// swapping says so when a disk is used as swap space.
+// swapping lists the use of a disk as swap space.
 func (k stack) swapping(disk string) []string {
 	for fields := range k.lines(k.swaps) {
 		if strings.HasPrefix(fields[0], "/") && identityOf(fields[0]) == disk {
@@ -241,9 +241,9 @@ func identityOfStat(st *unix.Stat_t) string {
 	return fmt.Sprintf("file %d:%d", st.Dev, st.Ino)
 }
 
-// CheckUnused returns ErrInUse when the kernel uses f, or a part of it, itself: a file system on it is mounted, it is
-// swap space, or held by another device (LVM, RAID); also by way of a loop device. To a File that is open for reading,
-// file systems that are mounted read-only are no matter.
+// CheckUnused returns ErrInUse when the kernel itself uses f or a part of it: a file system on it is mounted, it is
+// swap space, or it belongs to another device (LVM, RAID); also through a loop device. For a File that is open for
+// reading, file systems that are mounted read-only do not count.
 func (f *File) CheckUnused() error {
 	users := kernelStack.users(f.identity, f.ReadOnly())
 	if len(users) == 0 {

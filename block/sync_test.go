@@ -140,15 +140,14 @@ func TestDurableWriteOnAFullFileSystem(t *testing.T) {
 	}
 }
 
-// The kernel tells one of two syncs at the same time of a lost write; neither may succeed, in whichever
-// order they return.
+// The kernel reports a lost write to one of two concurrent syncs; neither may succeed, in whichever order they return.
 func TestFailureIsSeenByTheSyncBeside(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "x"), 8192)
 	told, goOn := make(chan struct{}), make(chan struct{})
 	results := make(chan error, 2)
 	go func() {
 		results <- f.Synced(func() error {
-			close(told) // the kernel has told this one
+			close(told) // the kernel has reported to this one
 			<-goOn
 			return syscall.EIO
 		})

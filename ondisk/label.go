@@ -5,11 +5,11 @@ import (
 	"hash/crc32"
 )
 
-// Undo labels stand in the first sector of a store, behind the header, where the format has no meaning for it and
-// the kernel does not look (specification 2.2). The sector is replaced whole or not at all. A kernel that marks
-// the store invalid zeroes them.
+// Undo labels are in the first sector of a store, after the header, in bytes that the format leaves unused and the
+// kernel does not read (docs/spec/dm-snapshot.md §2.2). The sector is replaced whole or not at all. A kernel that marks
+// the store invalid overwrites them with zeros.
 
-// An UndoLabel ties a store that is merged to the undo store that takes the merge back. Both have it.
+// An UndoLabel links a store that is merged with the undo store that reverts the merge. Both stores carry it.
 //
 //	256     magic, 16 bytes
 //	272     id, 16 bytes, random
@@ -67,15 +67,15 @@ func DecodeUndoLabel(sector []byte) (t UndoLabel, ok bool) {
 	return t, true
 }
 
-// A ChangeLabel ties a store that is changed in place to the undo file that takes the change back, which has the
-// same id.
+// A ChangeLabel links a store that is changed in place with the undo file that reverts the change, which has the same
+// id.
 //
 //	320     magic, 16 bytes
 //	336     id, 16 bytes, random
 //	352     CRC-32C of the 32 bytes before it, 4
 type ChangeLabel struct{ ID [16]byte }
 
-// Where a ChangeLabel stands in the first sector of a store.
+// Position of a ChangeLabel in the first sector of a store.
 const (
 	ChangeLabelAt    = 320
 	ChangeLabelBytes = 36
@@ -92,7 +92,7 @@ func DecodeChangeLabel(sector []byte) (t ChangeLabel, ok bool) {
 	return t, ok
 }
 
-// A MergeLabel ties a store to the side file of the origin that it is being merged into, which has the same id.
+// A MergeLabel links a store with the side file of the origin that it is being merged into, which has the same id.
 //
 //	384     magic, 16 bytes
 //	400     id, 16 bytes, random
@@ -113,7 +113,7 @@ func DecodeMergeLabel(sector []byte) (t MergeLabel, ok bool) {
 	return t, ok
 }
 
-// encodeID writes a label of a magic and an id.
+// encodeID writes a label that consists of a magic and an id.
 func encodeID(b []byte, magic string, id [16]byte) {
 	copy(b, magic)
 	copy(b[16:], id[:])

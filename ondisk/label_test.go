@@ -6,7 +6,7 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Both labels fit beside each other and the header, and one damaged byte makes a label none.
+// The labels and the header do not overlap, and a label with one damaged byte is not recognised.
 func TestLabels(t *testing.T) {
 	sector := make([]byte, ondisk.SectorSize)
 	if _, ok := ondisk.DecodeUndoLabel(sector); ok {

@@ -5,8 +5,8 @@ import (
 	"math/bits"
 )
 
-// A Layout is the arithmetic of a store with a given chunk size (specification 2.4). The zero value is
-// not usable; see [NewLayout].
+// A Layout is the arithmetic of a store with a given chunk size (docs/spec/dm-snapshot.md §2.4). The zero value is not
+// usable; see [NewLayout].
 //
 // With E slots an area, area k is COW chunk 1 + k·(E+1), and a chunk m > 0 is an area exactly when
 // m mod (E+1) is 1.
@@ -14,7 +14,8 @@ type Layout struct {
 	ChunkSectors uint32
 }
 
-// NewLayout returns the layout for a chunk of so many sectors, or why there is none.
+// NewLayout returns the layout for chunks of chunkSectors sectors. An invalid chunk size is an error; see
+// [CheckChunkSectors].
 func NewLayout(chunkSectors uint32) (Layout, error) {
 	if err := CheckChunkSectors(chunkSectors); err != nil {
 		return Layout{}, fmt.Errorf("%w: %d sectors", err, chunkSectors)
@@ -56,14 +57,14 @@ func (l Layout) DataChunk(n uint64) COWChunk {
 	return COWChunk(n + 2 + n/l.SlotsPerArea())
 }
 
-// ChunksNeeded is the number of chunks of the smallest COW device that can hold n exceptions and stay
-// valid: the header, n data chunks, and an area for the slot after the last (specification 2.4).
+// ChunksNeeded is the number of chunks of the smallest COW device that can hold n exceptions and stay valid: the
+// header, n data chunks, and an area for the slot after the last (docs/spec/dm-snapshot.md §2.4).
 func (l Layout) ChunksNeeded(n uint64) uint64 {
 	return n + 2 + n/l.SlotsPerArea()
 }
 
-// Room is the number of exceptions that a COW device of so many chunks can hold and stay valid: the most for
-// which ChunksNeeded says no more.
+// Room is the number of exceptions that a COW device of the given number of chunks can hold and stay valid: the largest
+// n whose ChunksNeeded fits.
 func (l Layout) Room(chunks uint64) uint64 {
 	if chunks < uint64(FirstDataChunk) {
 		return 0
@@ -72,8 +73,8 @@ func (l Layout) Room(chunks uint64) uint64 {
 	return left/(e+1)*e + min(left%(e+1), e-1)
 }
 
-// Chunks is the number of chunks of a device of size bytes; with a short one at its end counted
-// (an origin), or not (a COW device, whose last part of a chunk is never used).
+// Chunks is the number of chunks of a device of size bytes; a short chunk at the end is counted for an origin
+// (countShort), and not for a COW device, which never uses it.
 func (l Layout) Chunks(size int64, countShort bool) uint64 {
 	n := uint64(size) >> l.Shift()
 	if countShort && size&(l.ChunkBytes()-1) != 0 {
@@ -85,8 +86,8 @@ func (l Layout) Chunks(size int64, countShort bool) uint64 {
 // OriginOffset is the first byte of origin chunk n. n must be less than 2^63 >> Shift.
 func (l Layout) OriginOffset(n OriginChunk) int64 { return int64(n) << l.Shift() }
 
-// OriginRange is where the bytes of count chunks from first on are, cut at end: the end of the origin, whose last chunk
-// may overlap it, or of a request. first begins at or before end. Nothing overflows, whatever count is and however
+// OriginRange is the byte range of count chunks from first on, cut at end: the end of the origin, whose last chunk may
+// extend past it, or of a request. first begins at or before end. Nothing overflows, whatever count is and however
 // large the origin.
 func (l Layout) OriginRange(first OriginChunk, count uint64, end int64) (from, to int64) {
 	from = l.OriginOffset(first)
@@ -102,7 +103,7 @@ func (l Layout) COWOffset(m COWChunk) int64 { return int64(m) << l.Shift() }
 // OriginChunkAt is the origin chunk in which byte off ≥ 0 lies.
 func (l Layout) OriginChunkAt(off int64) OriginChunk { return OriginChunk(uint64(off) >> l.Shift()) }
 
-// A Slot is where an exception is kept: the address that errors speak of.
+// A Slot is the address of an exception on disk, as errors give it.
 type Slot struct {
 	Area  uint64
 	Index uint64 // 0 ≤ Index < SlotsPerArea

@@ -1,7 +1,12 @@
-// Package ondisk is the persistent exception store's format: its bytes and its arithmetic. It does no
-// I/O and imports the standard library alone.
+// Package ondisk has the format of persistent exception stores: its bytes and its arithmetic. It does no I/O and imports
+// the standard library alone.
 //
-// A COW device is a row of chunks. All numbers are little-endian (specification section 2):
+//	h := ondisk.DecodeHeader(sector)         // the first sector of a COW device
+//	err := h.Check()                         // ErrNoStore, or a *CorruptError that names the place
+//	l, err := ondisk.NewLayout(h.ChunkSectors)
+//	off := l.SlotOffset(ondisk.Slot{Area: 0, Index: 3})
+//
+// A COW device is a row of chunks. All numbers are little-endian (docs/spec/dm-snapshot.md §2):
 //
 //	COW chunk 0                header
 //	COW chunk 1                metadata area 0: E slots of 16 bytes
@@ -9,12 +14,15 @@
 //	COW chunk E+2              metadata area 1
 //	...
 //
-// A chunk is c sectors of 512 bytes; C = 512·c bytes; an area is one chunk and holds E = C/16 = 32·c
-// slots. The exceptions end at the first slot whose new chunk is 0. Nothing carries a checksum or a
-// generation, so the order of writes is all that keeps a store sound; package store decides it.
+// A chunk is c sectors of 512 bytes; C = 512·c bytes; an area is one chunk and holds E = C/16 = 32·c slots. The exceptions
+// end at the first slot whose new chunk is 0. Nothing carries a checksum or a generation, so a store is kept consistent by
+// the order of writes alone, which package store decides.
 //
-// Two kinds of chunk number never mix: [OriginChunk] counts chunks of the origin ("old" in the
-// format), [COWChunk] chunks of the COW device ("new").
+// There are two types of chunk number, so that they are not mixed up: [OriginChunk] counts chunks of the origin ("old" in
+// the format), [COWChunk] chunks of the COW device ("new").
+//
+// Guarantees: decoding accepts any bytes and never panics; what can't be is reported by the Check functions. Offsets
+// do not overflow for any valid layout and device size.
 package ondisk
 
 import (
@@ -23,15 +31,16 @@ import (
 	"fmt"
 )
 
-// Sizes and values of the format (specification 2.2–2.5). They are on disks and may never change.
+// Sizes and values of the format (docs/spec/dm-snapshot.md §2.2–2.5). They are part of the on-disk format and must not
+// change.
 const (
 	SectorSize = 512
-	HeaderSize = 16 // bytes of chunk 0 that mean something
+	HeaderSize = 16 // used bytes of chunk 0
 	SlotSize   = 16
 	Magic      = 0x70416e53 // "SnAp"
 	Version    = 1
 
-	// FirstDataChunk is the first chunk a new store hands out: after the header and area 0.
+	// FirstDataChunk is the first chunk that a new store allocates: the one after the header and area 0.
 	FirstDataChunk COWChunk = 2
 
 	// MinChunkSectors and MaxChunkSectors bound the chunk size, which is a power of two: 512 bytes
@@ -39,7 +48,7 @@ const (
 	MinChunkSectors = 1
 	MaxChunkSectors = 2097152
 
-	// KernelDefaultChunkSectors is what a table with chunk size 0 means (specification 2.3);
+	// KernelDefaultChunkSectors is what a table with chunk size 0 means (docs/spec/dm-snapshot.md §2.3);
 	// DefaultChunkSectors is what LVM and dmsnap create.
 	KernelDefaultChunkSectors = 32
 	DefaultChunkSectors       = 8
@@ -80,7 +89,7 @@ func (h Header) Encode(b []byte) {
 	binary.LittleEndian.PutUint32(b[12:], h.ChunkSectors)
 }
 
-// DecodeHeader reads the first HeaderSize bytes of b. It judges nothing; see [Header.Check].
+// DecodeHeader reads the first HeaderSize bytes of b. It does not validate them; see [Header.Check].
 func DecodeHeader(b []byte) Header {
 	return Header{
 		Magic:        binary.LittleEndian.Uint32(b[0:]),
@@ -93,9 +102,9 @@ func DecodeHeader(b []byte) Header {
 // ErrNoStore reports a header whose magic is zero: a fresh COW device without a store.
 var ErrNoStore = errors.New("no exception store")
 
-// Check returns ErrNoStore for a zero magic, a *CorruptError for one this package can't read, else
-// nil. The order of the tests is the kernel's (specification 2.6): a store of another version is
-// refused even when it is marked invalid.
+// Check returns ErrNoStore for a zero magic, a *CorruptError for one this package can't read, else nil. The order of
+// the tests is the kernel's (docs/spec/dm-snapshot.md §2.6): a store of another version is refused even when it is
+// marked invalid.
 func (h Header) Check() error {
 	switch {
 	case h.Magic == 0:
@@ -135,7 +144,7 @@ func DecodeException(b []byte) Exception {
 // chunk says.
 func (e Exception) IsEnd() bool { return e.New == 0 }
 
-// A CorruptError says that bytes on a disk can't be what the format demands, and where.
+// A CorruptError reports bytes on a disk that violate the format, and where they are.
 type CorruptError struct {
 	Place string // "header, byte 0x0" or "area 3 slot 17, byte 0x1a10"
 	What  string // what was found there and what was expected
@@ -143,15 +152,15 @@ type CorruptError struct {
 
 func (e *CorruptError) Error() string { return e.Place + ": " + e.What }
 
-// Why a chunk size is refused, for the reasons that the kernel has (specification 2.3).
+// Errors for an invalid chunk size, with the kernel's reasons (docs/spec/dm-snapshot.md §2.3).
 var (
 	ErrChunkNotPowerOf2 = errors.New("chunk size is not a power of two")
 	ErrChunkNotBlocks   = errors.New("chunk size is not a multiple of the device's block size")
 	ErrChunkTooHigh     = errors.New("chunk size is too large")
 )
 
-// CheckChunkSectors reports why sectors can't be a chunk size, in the kernel's order: 0 is no power of
-// two.
+// CheckChunkSectors returns an error unless sectors is a valid chunk size. The checks are in the kernel's order: 0 is
+// not a power of two.
 func CheckChunkSectors(sectors uint32) error {
 	if sectors == 0 || sectors&(sectors-1) != 0 {
 		return ErrChunkNotPowerOf2
@@ -162,12 +171,12 @@ func CheckChunkSectors(sectors uint32) error {
 	return nil
 }
 
-// ChunkSectors returns a chunk size of bytes in sectors, or an error that says why no chunk can have it.
+// ChunkSectors converts a chunk size in bytes to sectors. An invalid chunk size is an error.
 func ChunkSectors(bytes int64) (uint32, error) {
 	if bytes < 0 || bytes%SectorSize != 0 {
 		return 0, fmt.Errorf("%d bytes are not a whole number of %d-byte sectors", bytes, SectorSize)
 	}
-	// No larger number fits the check's argument, and none is any less too high.
+	// Larger numbers do not fit the argument of the check, and are too high just as well.
 	sectors := uint32(min(bytes/SectorSize, 1<<31))
 	if err := CheckChunkSectors(sectors); err != nil {
 		return 0, fmt.Errorf("%w: %d bytes (a power of two from 512 to 1 GiB)", err, bytes)

@@ -69,7 +69,7 @@ func TestHeaderCheck(t *testing.T) {
 	}
 }
 
-// TestLayoutPins holds the arithmetic against figures worked out by hand from the format's picture.
+// TestLayoutPins compares the arithmetic with figures calculated by hand from the layout of the format.
 func TestLayoutPins(t *testing.T) {
 	for _, c := range []struct {
 		sectors uint32

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-// FuzzLayout: where chunks and slots are on disks of any size agrees with numbers that can't overflow.
+// FuzzLayout: the positions of chunks and slots on disks of any size agree with big integers, which can't overflow.
 func FuzzLayout(f *testing.F) {
 	for _, size := range []int64{0, 1, 512, 16 << 40, 1<<62 + 512, math.MaxInt64 - 511, math.MaxInt64} {
 		for _, shift := range []uint8{0, 3, 11, 21} {

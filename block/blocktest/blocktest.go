@@ -1,20 +1,24 @@
-// Package blocktest is for tests of and with block devices.
+// Package blocktest has what tests of and with block devices need: a conformance suite, and devices that record
+// operations, fail, block and lose power.
 //
-// [Run] is the conformance suite: every device of the project passes it, be it memory, a file, a
-// snapshot or a block server's client. Then there are devices that stand between the code under test
-// and a real one:
+//	func TestDevice(t *testing.T) {
+//		blocktest.Run(t, func(t *testing.T) block.Device { return mydevice.New(64 << 10) })
+//	}
 //
-//   - A [Recorder] writes down each operation, in one order for all the devices of a [Log]. What must
-//     be durable before what is then a matter of comparing lines.
-//   - A [Faulty] fails operations of the test's choice, or holds one until the test lets it go, which
-//     makes a race happen on purpose.
-//   - A [PageCache] does what Linux does when a flush fails: what was written can be read, is clean, and not on the disk.
+//	dev := blocktest.NewFaulty(block.NewMemory(1<<20), blocktest.FailNth(3, syscall.EIO)) // the third operation fails
+//
+// [Run] is the conformance suite: every device of the project passes it, be it memory, a file, a snapshot or the client of
+// a block server. [RunForward] checks a device that is stacked on another one: it passes on every optional ability. The
+// devices, each of which embeds a block.Forward, so that they can be stacked:
+//
+//   - A [Recorder] records each operation, in one order for all the devices of a [Log]. Tests of the order of writes
+//     compare its lines.
+//   - A [Faulty] fails chosen operations, or holds one until the test releases it, which makes a race reproducible.
+//   - A [PageCache] does what Linux does when a flush fails: written data can be read, is clean, and is not on the disk.
 //   - A [Pool] is a file system that becomes full for all of its files at once.
-//   - A [Crash] keeps what was written and not flushed apart, and shows all the disks that a power cut
-//     could leave behind: see [Power].
+//   - A [Crash] keeps data that was not flushed apart, and yields all the disks that a power cut could leave; see [Power].
 //
-// They can be put on top of each other: each embeds a block.Forward. [RunForward] checks that a device of
-// that kind passes on every ability of the device beneath it.
+// Guarantees: all of them may be used concurrently, and every random choice is made from a seed that the test passes.
 package blocktest
 
 import (

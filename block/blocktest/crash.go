@@ -13,7 +13,7 @@ import (
 //
 // The disk it assumes is a usual one with a volatile cache:
 //
-//   - A sector of 512 bytes is written whole or not at all. A longer write is so many sectors, each on
+//   - A sector of 512 bytes is written whole or not at all. A longer write is a number of such sectors, each on
 //     its own.
 //   - A write that was not flushed may or may not be on the disk, whatever else is: the disk writes its
 //     cache in the order it likes. Of several such writes to one sector each may be the one that is
@@ -39,7 +39,7 @@ type sectorWrite struct {
 	data   []byte // the whole sector; never changed
 }
 
-// A Crash is a device in memory that tells what is durable from what is not. Its methods may be called
+// A Crash is a device in memory that keeps apart what is durable and what is not. Its methods may be called
 // concurrently.
 type Crash struct {
 	power   *Power
@@ -211,8 +211,8 @@ func (c *Crash) cache(off, n int64, fill func(to []byte)) {
 	}
 }
 
-// settle makes the sectors that match durable, with their newest content. Their older versions go with
-// it: a cache does not write back what was overwritten after it was told to keep the new.
+// settle makes the sectors that match durable, with their newest content. Their older versions are dropped: a cache
+// does not write back data that was overwritten.
 func (c *Crash) settle(match func(sector int64) bool) {
 	p := c.power
 	p.writes = slices.DeleteFunc(p.writes, func(w sectorWrite) bool {

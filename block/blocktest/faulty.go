@@ -24,9 +24,8 @@ type Faulty struct {
 	failed error // of the first Flush or durable write that failed
 }
 
-// Decide says what becomes of an operation: nil passes it on, an error fails it without touching the
-// device, and a *[ShortError] fails it halfway. It may be called concurrently, and may block, which
-// delays that operation alone.
+// Decide decides the result of an operation: nil passes it on, an error fails it without touching the device, and a
+// *[ShortError] fails it halfway. It may be called concurrently, and may block, which delays that operation alone.
 type Decide func(op Op) error
 
 // A ShortError fails an operation after part of it was done.
@@ -54,7 +53,7 @@ func FailNth(n int, err error) Decide {
 	}
 }
 
-// FailFrom fails the n-th operation and all that follow: a disk that died.
+// FailFrom fails the n-th operation and all that follow: a disk that has failed.
 func FailFrom(n int, err error) Decide {
 	return func(op Op) error {
 		if op.N >= n {
@@ -108,8 +107,8 @@ type Hold struct {
 	once    sync.Once
 }
 
-// Hold stops the first operation that begins after it and that match accepts, before it touches the
-// device beneath. match must not call the Faulty. Use it as
+// Hold stops the first operation that begins after it and that match accepts, before it touches the underlying device.
+// match must not call the Faulty. Use it as
 //
 //	h := dev.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Read && op.Overlaps(0, 4096) })
 //	defer h.Release()
@@ -180,7 +179,7 @@ func short(err error, n int64) int64 {
 	return 0
 }
 
-// ReadAt reads from the device beneath.
+// ReadAt reads from the underlying device.
 func (f *Faulty) ReadAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("read", off, int64(len(p)), f.Size()); err != nil {
 		return 0, err
@@ -195,7 +194,7 @@ func (f *Faulty) ReadAt(p []byte, off int64) (int, error) {
 	return f.Forward.ReadAt(p, off)
 }
 
-// WriteAt writes to the device beneath.
+// WriteAt writes to the underlying device.
 func (f *Faulty) WriteAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
 		return 0, err
@@ -215,9 +214,8 @@ func (f *Faulty) writePart(p []byte, off int64, err error) (int, error) {
 	return n, err
 }
 
-// WriteDurableAt writes durably to the device beneath. The part that a ShortError leaves behind is not
-// durable. A lack of space beneath, for p itself, fails no Flush; an ENOSPC that is decided here is one of making
-// durable.
+// WriteDurableAt writes durably to the underlying device. The part that a ShortError leaves behind is not durable. A
+// lack of space beneath, for p itself, fails no Flush; an ENOSPC that is decided here is one of making durable.
 func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
 		return err
@@ -230,7 +228,7 @@ func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 		}
 		err = block.WriteDurable(f.Forward, p, off)
 		if block.IsNoSpace(err) {
-			if _, again := f.Forward.WriteAt(p, off); block.IsNoSpace(again) { // as block.File tells it
+			if _, again := f.Forward.WriteAt(p, off); block.IsNoSpace(again) { // as block.File finds out
 				noSpace = err
 				return nil
 			}
@@ -243,9 +241,9 @@ func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 	return noSpace
 }
 
-// synced admits an operation that makes something durable. It returns the first failure of such an operation, if
-// there was one, else what call returns, which is told what was decided. An operation that is refused because the
-// device is read-only fails no other.
+// synced admits an operation that makes something durable. It returns the first failure of such an operation, if there
+// was one, else what call returns, which is passed what was decided. An operation that is refused because the device is
+// read-only fails no other.
 func (f *Faulty) synced(op Op, call func(decided error) error) error {
 	decided := f.admit(op)
 	if errors.Is(decided, block.ErrReadOnly) {
@@ -266,7 +264,7 @@ func (f *Faulty) synced(op Op, call func(decided error) error) error {
 	return f.failed // also of one that failed beside this one
 }
 
-// Flush flushes the device beneath.
+// Flush flushes the underlying device.
 func (f *Faulty) Flush() error {
 	return f.synced(Op{Kind: Flush}, func(err error) error {
 		if err != nil {
@@ -276,7 +274,7 @@ func (f *Faulty) Flush() error {
 	})
 }
 
-// ZeroAt zeroes a range of the device beneath, by writing where it has no other way.
+// ZeroAt zeroes a range of the underlying device, by writing where it has no other way.
 func (f *Faulty) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := block.CheckRange("zero", off, n, f.Size()); err != nil {
 		return err
@@ -292,7 +290,7 @@ func (f *Faulty) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	return block.Zero(f.Forward, off, n, flags)
 }
 
-// Discard discards a range of the device beneath.
+// Discard discards a range of the underlying device.
 func (f *Faulty) Discard(off, n int64) error {
 	if err := block.CheckRange("discard", off, n, f.Size()); err != nil {
 		return err
@@ -303,7 +301,7 @@ func (f *Faulty) Discard(off, n int64) error {
 	return block.Discard(f.Forward, off, n)
 }
 
-// Grow makes the device beneath longer.
+// Grow makes the underlying device longer.
 func (f *Faulty) Grow(size int64) error {
 	if err := f.admit(Op{Kind: Grow, Len: size}); err != nil {
 		return err

@@ -11,13 +11,13 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// RunForward checks that a device which stands over another one passes on all that is beneath: each
-// method of block.Forward arrives once with the same arguments, and its result comes back. Beneath a device
-// without abilities the functions of package block must fall back as they do for that device.
+// RunForward checks that a device which is stacked on another device passes on all that is beneath: each method of
+// block.Forward arrives once with the same arguments, and its result comes back. Beneath a device without abilities the
+// functions of package block must fall back as they do for that device.
 //
-// wrap returns the device under test over beneath; it arranges for its end with t.Cleanup. changes names the
-// methods that it changes on purpose ("Discard", "Grow"), which are left out; a name that is no method of
-// block.Forward panics, and whoever changes WriteAt changes what else writes.
+// wrap returns the device under test over beneath; it closes it with t.Cleanup. changes names the methods that it
+// changes on purpose ("Discard", "Grow"), which are left out; a name that is no method of block.Forward panics, and a
+// change of WriteAt implies the other methods that write.
 func RunForward(t *testing.T, wrap func(t *testing.T, beneath block.Device) block.Device, changes ...string) {
 	for _, name := range changes {
 		if !slices.ContainsFunc(forwardCalls, func(c forwardCall) bool { return c.method == name }) {
@@ -50,7 +50,7 @@ func RunForward(t *testing.T, wrap func(t *testing.T, beneath block.Device) bloc
 	}
 }
 
-// forwardSize is the size of the devices beneath, in bytes.
+// forwardSize is the size of the underlying devices, in bytes.
 const forwardSize = 256 << 10
 
 // able is a device with every ability, each of which answers as no fallback would. It notes what is called.
@@ -168,13 +168,13 @@ func (a *able) Identity() string {
 	return "able"
 }
 
-// A forwardCall is one method of block.Forward: how to call it so that the device beneath is to see want, and
+// A forwardCall is one method of block.Forward: how to call it so that the underlying device is to see want, and
 // whether its result is the able device's.
 type forwardCall struct {
 	method string
 	want   string
 	call   func(dev block.Device) error
-	fails  bool // the call returns the error of the device beneath
+	fails  bool // the call returns the error of the underlying device
 }
 
 var forwardCalls = []forwardCall{

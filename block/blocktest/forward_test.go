@@ -54,7 +54,7 @@ func TestForwardPassesOn(t *testing.T) {
 	}
 }
 
-// While a call is under way the device beneath is not replaced.
+// While a call is under way the underlying device is not replaced.
 func TestHeldForwardHolds(t *testing.T) {
 	beneath := blocktest.NewFaulty(block.NewMemory(4096), nil)
 	s := newSwapped(beneath)

@@ -33,7 +33,7 @@ type versionPlace struct {
 	version int // as chosen, so > 0
 }
 
-// Cut cuts the power at this moment, in thought: the devices go on.
+// Cut returns the state after a power cut at this moment. The devices themselves continue.
 func (p *Power) Cut() *Cut {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
@@ -78,11 +78,10 @@ func (x *Cut) Count(limit int) int {
 // Choices say which of the possible disks [Cut.Images] shows. The zero value shows the systematic
 // ones.
 type Choices struct {
-	// All shows every possible choice, each once and nothing else, where there are at most so many.
-	// 0 means 64.
+	// All shows every possible choice, each once and nothing else, where there are at most that many. 0 means 64.
 	All int
-	// Limit bounds each systematic series (prefixes, sectors left out, sectors alone) to so many
-	// members, evenly spaced. 0 means no bound.
+	// Limit bounds each systematic series (prefixes, sectors left out, sectors alone) to that many members, evenly
+	// spaced. 0 means no bound.
 	Limit int
 	// Random is the number of random choices shown after the systematic ones, drawn with Seed.
 	Random int

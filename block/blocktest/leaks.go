@@ -9,8 +9,8 @@ import (
 	"time"
 )
 
-// RunAll runs the tests of a package and fails when goroutines are left after the last one: whatever was
-// started must have been ended. It is m.Run for TestMain, and returns the exit status.
+// RunAll runs the tests of a package and fails when goroutines are left after the last one: each test must end the
+// goroutines that it started. It is m.Run for TestMain, and returns the exit status.
 func RunAll(m *testing.M) int {
 	status := m.Run()
 	if left := leftGoroutines(5 * time.Second); status == 0 && left != "" {

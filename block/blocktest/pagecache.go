@@ -18,10 +18,10 @@ const cacheRun = 256 << 10
 // it does when the disk fails is what Linux does (fsync(2), and the file systems' documentation):
 //
 //   - A write changes pages in memory and succeeds. The pages are dirty.
-//   - A flush writes the dirty pages to the disk. A page that can't be written becomes clean all the same: reads go on
+//   - A flush writes the dirty pages to the disk. A page that can't be written becomes clean anyway: reads go on
 //     showing it, no later flush writes it, and it is gone when the page is dropped or the power fails.
 //   - Each failure is reported once to each open file that was there, by its next flush, and to the next file opened
-//     if nobody was told. The flush after that succeeds.
+//     if it was not reported. The flush after that succeeds.
 //   - A process that opens the file later reads what is cached, written to the disk or not.
 //
 // So a flush that succeeds after one that failed says nothing, and what was found on opening may not be on the disk.
@@ -35,7 +35,7 @@ type PageCache struct {
 
 	failures int   // counted
 	failed   error // the last one
-	told     bool  // to some open file
+	reported bool  // to some open file
 }
 
 // page is what memory has of a page. Without one, memory has what the disk has.
@@ -63,7 +63,7 @@ func (c *PageCache) Open() *CachedFile {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	f := &CachedFile{Forward: block.NewForward(c.disk), cache: c, seen: c.failures}
-	if c.failed != nil && !c.told {
+	if c.failed != nil && !c.reported {
 		f.seen--
 	}
 	return f
@@ -104,7 +104,7 @@ func (c *PageCache) admit(op Op) error {
 // fail notes a failure for those who have the file open. mu is held.
 func (c *PageCache) fail(err error) {
 	c.failures++
-	c.failed, c.told = err, false
+	c.failed, c.reported = err, false
 }
 
 // touches reports whether page k has a byte of a range.
@@ -121,8 +121,8 @@ func (c *PageCache) dirty(off, n int64) []int64 {
 	return list
 }
 
-// writePages writes the dirty pages of a range to the disk, neighbours together. Afterwards they are clean, written or
-// not. mu is held.
+// writePages writes the dirty pages of a range to the disk, adjacent ones together. Afterwards they are clean, written
+// or not. mu is held.
 func (c *PageCache) writePages(off, n int64) {
 	list := c.dirty(off, n)
 	for len(list) > 0 {
@@ -192,16 +192,16 @@ func (c *PageCache) change(off, n int64, fill func(part []byte, at int64)) error
 type CachedFile struct {
 	block.Forward
 	cache *PageCache
-	seen  int // of the cache's failures, those that this file was told or did not see happen
+	seen  int // of the cache's failures, those that were reported to this file or are older than it
 }
 
-// report returns the failure that f was not told yet. The cache's mu is held.
+// report returns the failure that was not reported to f yet. The cache's mu is held.
 func (f *CachedFile) report() error {
 	c := f.cache
 	if f.seen == c.failures {
 		return nil
 	}
-	f.seen, c.told = c.failures, true
+	f.seen, c.reported = c.failures, true
 	return c.failed
 }
 
@@ -266,7 +266,7 @@ func (f *CachedFile) WriteLastAt(p []byte, off int64) error {
 	return err
 }
 
-// Flush flushes all pages. It fails when a write failed that this file was not told of.
+// Flush flushes all pages. It fails when a write failed that was not reported to this file yet.
 func (f *CachedFile) Flush() error {
 	f.cache.mu.Lock()
 	defer f.cache.mu.Unlock()

@@ -53,14 +53,14 @@ func TestPageCacheAfterAFailedFlush(t *testing.T) {
 				t.Errorf("the next flush: %v", err)
 			}
 			if err := other.Flush(); !errors.Is(err, syscall.EIO) {
-				t.Errorf("the other file was not told: %v", err)
+				t.Errorf("the failure was not reported to the other file: %v", err)
 			}
 			if err := other.Flush(); err != nil {
-				t.Errorf("the other file was told twice: %v", err)
+				t.Errorf("reported twice to the other file: %v", err)
 			}
-			later := c.Open() // everybody was told
+			later := c.Open() // the failure was reported to every open file
 			if err := later.Flush(); err != nil {
-				t.Errorf("a later file was told: %v", err)
+				t.Errorf("reported to a later file: %v", err)
 			}
 			wantText(t, later, 5000, "new")
 			wantText(t, disk, 5000, "old")
@@ -84,7 +84,7 @@ func TestPageCacheTellsTheNextOpener(t *testing.T) {
 	c.WriteBack()
 	c.Set(nil)
 	if err := c.Open().Flush(); !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("nobody was told, and then %v", err)
+		t.Errorf("reported to nobody, and then %v", err)
 	}
 	if err := c.Open().Flush(); err != nil {
 		t.Error(err)

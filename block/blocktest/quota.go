@@ -19,7 +19,7 @@ type Pool struct {
 	taken int64 // blocks, by all files; may be more than size
 }
 
-// NewPool returns a file system with so many bytes of space.
+// NewPool returns a file system with size bytes of space.
 func NewPool(size int64) *Pool { return &Pool{size: size / quotaBlock} }
 
 // SetSize changes how much space there is: somebody deleted a file, or wrote one.
@@ -36,7 +36,7 @@ func (p *Pool) Free() int64 {
 	return max(0, p.size-p.taken) * quotaBlock
 }
 
-// take takes so many blocks, all or none; fewer than none gives back.
+// take allocates the blocks, all or none; a negative number frees them.
 func (p *Pool) take(blocks int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -65,7 +65,7 @@ type Quota struct {
 	taken map[int64]bool
 }
 
-// NewQuota returns dev as the only file of a Pool of so many bytes.
+// NewQuota returns dev as the only file of a Pool of limit bytes.
 func NewQuota(dev block.Device, limit int64, canAllocate bool) *Quota {
 	return NewPool(limit).Sparse(dev, canAllocate)
 }

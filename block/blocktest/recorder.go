@@ -29,7 +29,7 @@ func (l *Log) Ops() []Op {
 	return l.copy()
 }
 
-// Take returns the operations so far and forgets them, in one step. The numbering goes on.
+// Take returns the operations so far and forgets them, in one step. The numbering continues.
 func (l *Log) Take() []Op {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -115,7 +115,7 @@ func (r *Recorder) record(op Op, data []byte, call func() error) error {
 	return err
 }
 
-// ReadAt reads from the device beneath.
+// ReadAt reads from the underlying device.
 func (r *Recorder) ReadAt(p []byte, off int64) (n int, err error) {
 	err = r.record(Op{Kind: Read, Off: off, Len: int64(len(p))}, nil, func() error {
 		n, err = r.Forward.ReadAt(p, off)
@@ -124,7 +124,7 @@ func (r *Recorder) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// WriteAt writes to the device beneath.
+// WriteAt writes to the underlying device.
 func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
 	err = r.record(Op{Kind: Write, Off: off, Len: int64(len(p))}, p, func() error {
 		n, err = r.Forward.WriteAt(p, off)
@@ -133,34 +133,34 @@ func (r *Recorder) WriteAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// WriteDurableAt writes durably to the device beneath; it is one operation, also where that device
-// needs a write and a flush.
+// WriteDurableAt writes durably to the underlying device; it is one operation, also where that device needs a write and
+// a flush.
 func (r *Recorder) WriteDurableAt(p []byte, off int64) error {
 	return r.record(Op{Kind: WriteDurable, Off: off, Len: int64(len(p))}, p, func() error {
 		return block.WriteDurable(r.Forward, p, off)
 	})
 }
 
-// Flush flushes the device beneath.
+// Flush flushes the underlying device.
 func (r *Recorder) Flush() error {
 	return r.record(Op{Kind: Flush}, nil, r.Forward.Flush)
 }
 
-// ZeroAt zeroes a range of the device beneath, by writing where it has no other way.
+// ZeroAt zeroes a range of the underlying device, by writing where it has no other way.
 func (r *Recorder) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	return r.record(Op{Kind: Zero, Off: off, Len: n, Flags: flags}, nil, func() error {
 		return block.Zero(r.Forward, off, n, flags)
 	})
 }
 
-// Discard discards a range of the device beneath.
+// Discard discards a range of the underlying device.
 func (r *Recorder) Discard(off, n int64) error {
 	return r.record(Op{Kind: Discard, Off: off, Len: n}, nil, func() error {
 		return block.Discard(r.Forward, off, n)
 	})
 }
 
-// Grow makes the device beneath longer.
+// Grow makes the underlying device longer.
 func (r *Recorder) Grow(size int64) error {
 	return r.record(Op{Kind: Grow, Len: size}, nil, func() error { return r.Forward.Grow(size) })
 }

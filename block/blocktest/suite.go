@@ -14,9 +14,9 @@ import (
 // a terabyte too.
 const suiteWindow = 192 << 10
 
-// Run checks that a device keeps the contract of block.Device and of the abilities it has. open
-// returns a new device each time, of at least 64 KiB and whole sectors, with any content, writable;
-// it arranges for its end with t.Cleanup, which must bear a device that was closed already.
+// Run checks that a device keeps the contract of block.Device and of the abilities it has. open returns a new device
+// each time, of at least 64 KiB and whole sectors, with any content, writable; it closes it with t.Cleanup, where a
+// device that is closed already must be no error.
 //
 // The part about closing runs where the device is an io.Closer, the one about growing where block.CanGrow says
 // so.

@@ -9,7 +9,7 @@ import (
 )
 
 // RunFailedFlush checks what a device does after a failed Flush or durable write: every later one fails with the same
-// error and makes nothing durable, everything else goes on. open returns a device of zeros of at least 64 KiB, and a
+// error and makes nothing durable, everything else works. open returns a device of zeros of at least 64 KiB, and a
 // function that makes one Flush, or one durable write at byte 8192, fail with an error and returns what it returned.
 // block.File and Faulty behave alike.
 func RunFailedFlush(t *testing.T, open func(t *testing.T) (dev block.Device, fail func(Kind, error) error)) {

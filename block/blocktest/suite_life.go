@@ -152,7 +152,7 @@ func testClose(t *testing.T, dev block.Device) {
 	}
 	p := Pattern(4096, 17)
 	write(t, dev, 0, p)
-	// Close beside calls under way: each of them does its work or says that the device is closed.
+	// Close beside calls under way: each of them does its work or returns that the device is closed.
 	together(5, func(i int) {
 		if i == 0 {
 			if err := c.Close(); err != nil {

@@ -3,7 +3,7 @@ package scratch
 
 import "sync"
 
-// Most is the size of the largest buffer, in bytes: longer stretches are copied in pieces.
+// Most is the size of the largest buffer, in bytes: longer ranges are copied in pieces.
 const Most = 1 << 20
 
 // Two sizes of buffers, so that many small writers don't hold a mebibyte each.
