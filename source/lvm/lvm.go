@@ -12,7 +12,9 @@
 // hold the letters, digits and signs that LVM allows; other strings may hold anything, so quote them.
 //
 // Linear and striped volumes, origins beneath their snapshots and COW volumes can be written. Mirrors, views, what a pvmove
-// moves, and groups that are exported, locked or shared can only be read.
+// moves, and groups that are exported, locked or shared can only be read. A write to an origin changes its snapshots unless they
+// preserve what it overwrites: [Volume.OpenOrigin] returns them all. A group that is active on this host, which
+// [Group.CheckInactive] finds out, must not be written to.
 //
 // The format, and what a reader refuses, is in docs/spec/lvm2.md.
 package lvm

@@ -34,7 +34,8 @@ func (g *Group) resolve(v *volume, level int) *resolution {
 		return &resolution{err: fmt.Errorf("volumes refer to volumes in more than %d levels", maxLevels)}
 	}
 	v.resolving = true
-	r := &resolution{writable: v.writable && !v.locked && !v.pvmove, levels: 1}
+	// The permission of a snapshot is that of what it shows: the kernel writes to the COW volume all the same.
+	r := &resolution{writable: (v.writable || v.snapshot != nil) && !v.locked && !v.pvmove, levels: 1}
 	r.err = v.err
 	if r.err == nil && v.tie != nil {
 		r.err = fmt.Errorf("%q has no data", v.name)
