@@ -9,7 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// benchChunks is how many exceptions a benchmark's store takes before it is made anew.
+// benchChunks is how many exceptions a benchmark's store takes before it is made again.
 const benchChunks = 256 << 10
 
 // room is a COW device in memory with room for n exceptions of 4 KiB; only what is written is there.

@@ -7,9 +7,8 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Filler adds chunks to a store that nobody else uses. Its chunks follow each other whatever their
-// origin chunks are, so that it gathers scattered ones to large writes; where there is a stretch of zeros
-// the device gets no space, if it can be without.
+// A Filler adds chunks to a store that nothing else uses. It stores them one after the other, so that it combines
+// scattered origin chunks to large writes. Ranges of zeros become holes where the device supports them.
 type Filler struct {
 	st      *Store
 	buf     []byte        // gathered
@@ -17,16 +16,16 @@ type Filler struct {
 	waiting []Reservation // whose last bytes are in buf
 }
 
-// NewFiller returns a Filler that writes at most so many bytes at once.
+// NewFiller returns a Filler that writes at most together bytes at once.
 func NewFiller(st *Store, together int) *Filler {
 	return &Filler{st: st, buf: make([]byte, 0, together)}
 }
 
-// Add adds the origin chunks old, old+1, … of which none has an exception yet. read gives their content: it
-// fills p with what stands at byte off of the origin. They are in the store after the next Flush.
+// Add adds the origin chunks old, old+1, … of which none has an exception yet. read gives their content: it fills p
+// with the bytes at off of the origin. They are in the store after the next Flush.
 //
-// Errors: those of Reserve, ErrFull among them, of the device and of read. The store is of no use to a Filler
-// any more after one.
+// Errors: those of Reserve, ErrFull among them, of the device and of read. After an error the Filler must not be used
+// again.
 func (f *Filler) Add(old ondisk.OriginChunk, count uint64, read func(p []byte, off int64) error) error {
 	for count > 0 {
 		r, err := f.st.Reserve(old, count)

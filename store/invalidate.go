@@ -8,16 +8,16 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Invalidate gives the store up permanently: from now on it refuses everything but lookups, and its
-// header on disk says valid = 0, durably, when Invalidate returns nil (specification 6.1, H5). why is
-// kept in Err; that of the first call counts.
+// Invalidate makes the store invalid, permanently: from now on it refuses everything but lookups, and its header on
+// disk has valid = 0, durably, when Invalidate returns nil (docs/spec/dm-snapshot.md §6.1 and hazard H5). Err returns
+// why; the first call's counts.
 //
-// The mark is tried whatever failed on the device before: see block.WriteLast. An error says that it could
-// not be made durable: memory refuses all the same, and the disk may still hold a valid store. A later call
-// tries the mark again, until one succeeded.
+// The mark is tried whatever failed on the device before: see block.WriteLast. An error means that it could not be made
+// durable: the store in memory is invalid anyway, and the disk may still hold a valid one. A later call tries the mark
+// again, until one succeeded.
 //
-// The header has a buffer of its own and a place that no Sync writes to, so it needs no order with
-// rounds under way (the lesson of 8.1 #6).
+// The header is written from its own buffer to a place that no Sync writes to, so it needs no ordering with rounds in
+// flight (docs/spec/dm-snapshot.md §8.1, number 6).
 func (s *Store) Invalidate(why error) error {
 	s.mu.Lock()
 	first := !errors.Is(s.err, ErrInvalid)
@@ -34,8 +34,8 @@ func (s *Store) Invalidate(why error) error {
 	h := s.header
 	h.Valid = 0
 	if first {
-		// The kernel writes the whole chunk, zeros behind the header. They say nothing, and the mark does
-		// not depend on them.
+		// The kernel writes the whole chunk, with zeros after the header. They have no meaning, and the mark does not
+		// depend on them.
 		b := metaBlock(s.layout)
 		block.Zero(s.dev, b, s.layout.ChunkBytes()-b, 0)
 	}
@@ -60,13 +60,13 @@ func writeMark(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
 	return nil
 }
 
-// Settle makes durable what the store was found to be, by writing it again: the end of the exceptions, or the mark that
-// says invalid. A flush alone is not enough for what Open read: after a failed flush the operating system may show it
-// for clean while it is not on the disk. A store that wrote its end itself, durably, since it was opened is settled.
+// Settle makes durable what Open read, by writing it again: the end of the exceptions, or the mark of an invalid store.
+// A flush alone is not enough: after a failed flush the operating system may show data as clean that is not on the
+// disk. A store that wrote its end itself, durably, since it was opened needs nothing.
 //
-// Whoever says that a merge is complete, or lets an origin change without regard to an invalid store, calls it before.
+// Call it before reporting that a merge is complete, and before an origin changes without regard to an invalid store.
 // Nothing may be reserved or committed and not yet durable. On a device that was opened for reading it does nothing and
-// succeeds. Another error is the store's Err from now on (ErrFailed), unless that is ErrInvalid.
+// succeeds. Any other error becomes the store's Err (ErrFailed), unless that is ErrInvalid.
 func (s *Store) Settle() error {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
@@ -104,7 +104,7 @@ func (s *Store) settleHeader() error {
 	return block.WriteDurable(s.dev, buf, 0)
 }
 
-// settleEnd writes the block with the end mark as memory has it, and zeros behind it.
+// settleEnd writes the block with the end mark from memory, and zeros after it.
 func (s *Store) settleEnd() error {
 	if err := s.scrubTail(); err != nil {
 		return err

@@ -10,17 +10,17 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Run is a stretch of Count exceptions consecutive on both sides: origin chunks Old, Old+1, … live in COW
-// chunks New, New+1, ….
+// A Run is Count exceptions that are consecutive on both sides: origin chunks Old, Old+1, … are stored in COW chunks
+// New, New+1, ….
 type Run struct {
 	Old   ondisk.OriginChunk
 	New   ondisk.COWChunk
 	Count uint64
 }
 
-// LastRun returns the stretch that the kernel would merge next (prepare_merge, specification 4.1): the
-// last exception and those before it, in the same area, that lead up to it on both sides. Count is 0 when
-// the store is empty. It changes nothing, so a failed call can be repeated.
+// LastRun returns the run that the kernel would merge next (prepare_merge, docs/spec/dm-snapshot.md §4.1): the last
+// exception and those before it, in the same area, that lead up to it on both sides. Count is 0 when the store is
+// empty. It changes nothing, so a failed call can be repeated.
 func (s *Store) LastRun() (Run, error) {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
@@ -49,9 +49,9 @@ func (s *Store) LastRun() (Run, error) {
 // Last returns, in slot order, the last exceptions of the store: at most max ≥ 1, fewer only when the
 // store holds fewer. It changes nothing.
 //
-// What it reads is held against memory: an exception that is on disk but not in memory, or twice, is a
-// *ondisk.CorruptError, so that neither a damaged area nor a device that lies once can make a merge
-// copy or drop the wrong chunk.
+// What it reads is compared with memory: an exception that is on disk but not in memory, or twice, is a
+// *ondisk.CorruptError, so that neither a damaged area nor a single wrong read can make a merge copy or drop the wrong
+// chunk.
 func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
@@ -79,8 +79,8 @@ func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
 	return all, checkDistinct(all)
 }
 
-// checkDistinct refuses two exceptions for one origin chunk, which memory can't have: each is known to it,
-// and one of the slots was not what the device said.
+// checkDistinct refuses two exceptions for one origin chunk, which can't both be in memory: one of the slots was read
+// wrong.
 func checkDistinct(all []ondisk.Exception) error {
 	byOld := slices.Clone(all)
 	slices.SortFunc(byOld, func(a, b ondisk.Exception) int { return cmp.Compare(a.Old, b.Old) })
@@ -109,8 +109,8 @@ func (s *Store) mergeable() error {
 	return nil
 }
 
-// stepBack returns p, or the end of the area before it when nothing is used in p's area (specification
-// 4.1 step 1). ok is false at the very beginning.
+// stepBack returns p, or the end of the area before it when nothing is used in p's area (docs/spec/dm-snapshot.md §4.1
+// step 1). ok is false at the first slot of the store.
 func (s *Store) stepBack(p position) (q position, ok bool) {
 	if p.index > 0 {
 		return p, true
@@ -121,8 +121,8 @@ func (s *Store) stepBack(p position) (q position, ok bool) {
 	return position{p.area - 1, s.layout.SlotsPerArea()}, true
 }
 
-// back returns the position n ≥ 1 slots before p, all of them in one area. Like the kernel's counters it
-// stays in an area that it empties.
+// back returns the position n ≥ 1 slots before p, all of them in one area. Like the kernel's counters it stays in an
+// area that becomes empty.
 func (s *Store) back(p position, n uint64) position {
 	p, _ = s.stepBack(p)
 	return position{p.area, p.index - n}
@@ -151,7 +151,7 @@ func (s *Store) readBack(p position, max uint64) ([]ondisk.Exception, error) {
 	return exceptions, nil
 }
 
-// checkKnown refuses an exception that was read again and isn't the one in memory.
+// checkKnown refuses an exception that was read again and differs from the one in memory.
 func (s *Store) checkKnown(e ondisk.Exception, at ondisk.Slot) error {
 	if m, ok := s.exceptions.Get(e.Old); !ok || m != e.New {
 		return &ondisk.CorruptError{Place: s.layout.Place(at),
@@ -160,20 +160,20 @@ func (s *Store) checkKnown(e ondisk.Exception, at ondisk.Slot) error {
 	return nil
 }
 
-// DropLast removes the last exceptions, merged as Last returned them, which the caller has copied to the
-// origin and made durable there (commit_merge, specification 4.2): their slots become zero on disk, durably,
-// and only then numbers and memory follow. The first slot cleared ends the exceptions, so that a torn
-// clear leaves either an exception that was merged, and may be merged again, or void slots.
+// DropLast removes the last exceptions, merged as Last returned them, which the caller has copied to the origin and
+// made durable there (commit_merge, docs/spec/dm-snapshot.md §4.2): their slots become zero on disk, durably, and only
+// then the numbers in memory change. The first slot cleared ends the exceptions, so that a torn clear leaves either an
+// exception that was merged, and may be merged again, or void slots.
 //
-// The slots are read again and must say what Last said, or it is a *ondisk.CorruptError: with a device that
-// lies about one read, be it that one or this, even by giving out another slot of the same store, no
-// exception is dropped that was not merged.
+// The slots are read again and must hold what Last returned, or it is a *ondisk.CorruptError: if the device returns
+// wrong data for one of the two reads, even another slot of the same store, no exception is dropped that was not
+// merged.
 //
-// Afterwards the next chunk is counted as if all that is left had been committed in order (4.2 step 4);
-// it is a figure for the status line, nothing may be reserved any more.
+// Afterwards the next chunk is counted as if all that is left had been committed in order (docs/spec/dm-snapshot.md
+// §4.2, step 4); the number is only for the status line, since nothing may be reserved any more.
 //
-// A failed read changes nothing and may be tried again. After a failed write or flush the store
-// refuses (ErrFailed): reopen it and go on.
+// A failed read changes nothing and may be tried again. After a failed write or flush the store refuses writes
+// (ErrFailed): open it again to continue.
 func (s *Store) DropLast(merged []ondisk.Exception) error {
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
@@ -184,7 +184,7 @@ func (s *Store) DropLast(merged []ondisk.Exception) error {
 	if n == 0 || n > s.exceptions.Len() {
 		panic(fmt.Sprintf("store: drop of %d exceptions out of %d", n, s.exceptions.Len()))
 	}
-	stretches, end, gone, err := s.dropPlan(n)
+	runs, end, gone, err := s.dropPlan(n)
 	if err != nil {
 		return err
 	}
@@ -198,7 +198,7 @@ func (s *Store) DropLast(merged []ondisk.Exception) error {
 	if err != nil {
 		return err
 	}
-	if err := s.clearSlots(stretches, end, tail); err != nil {
+	if err := s.clearSlots(runs, end, tail); err != nil {
 		return s.fail(fmt.Errorf("%w: clear merged exceptions: %w", ErrFailed, err))
 	}
 	s.durable, s.tail, s.settled = end, tail, true
@@ -212,15 +212,15 @@ func (s *Store) DropLast(merged []ondisk.Exception) error {
 	return nil
 }
 
-// stretch is a row of used slots in one area.
-type stretch struct {
+// range is a row of used slots in one area.
+type slotRun struct {
 	area     uint64
 	from, to uint64
 }
 
 // dropPlan finds the slots of the last n exceptions, last area first, the position before them, and
 // what they hold.
-func (s *Store) dropPlan(n uint64) (stretches []stretch, end position, gone []ondisk.Exception, err error) {
+func (s *Store) dropPlan(n uint64) (runs []slotRun, end position, gone []ondisk.Exception, err error) {
 	end = s.durable
 	for n > 0 {
 		part, err := s.readBack(end, n)
@@ -231,16 +231,16 @@ func (s *Store) dropPlan(n uint64) (stretches []stretch, end position, gone []on
 			return nil, end, nil, errors.New("fewer exceptions on disk than in memory")
 		}
 		q := s.back(end, uint64(len(part)))
-		st := stretch{q.area, q.index, q.index + uint64(len(part))}
-		if k := len(stretches); k > 0 && stretches[k-1].area == st.area {
-			stretches[k-1].from = st.from
+		st := slotRun{q.area, q.index, q.index + uint64(len(part))}
+		if k := len(runs); k > 0 && runs[k-1].area == st.area {
+			runs[k-1].from = st.from
 		} else {
-			stretches = append(stretches, st)
+			runs = append(runs, st)
 		}
 		gone = append(part, gone...)
 		end, n = q, n-uint64(len(part))
 	}
-	return stretches, end, gone, nil
+	return runs, end, gone, nil
 }
 
 // slotAfter is the slot i slots after p.
@@ -249,9 +249,9 @@ func (s *Store) slotAfter(p position, i uint64) ondisk.Slot {
 	return ondisk.Slot{Area: p.area, Index: p.index}
 }
 
-// tailAt returns the block that holds slot p as it is to be when p is the end: slots before p as they
-// are on disk, zeros from p on. It is going to be written, so what it says must not rest on one read: it
-// is the block that memory has, or it is read twice, and each slot is known to memory.
+// tailAt returns the block that holds slot p as it is to be when p is the end: slots before p as they are on disk,
+// zeros from p on. It is going to be written, so it must not depend on a single read: it is the block in memory, or it
+// is read twice, and each slot is compared with memory.
 func (s *Store) tailAt(p position) ([]byte, error) {
 	slot := s.layout.SlotOffset(ondisk.Slot{Area: p.area, Index: p.index})
 	tail := make([]byte, metaBlock(s.layout))
@@ -282,16 +282,16 @@ func (s *Store) tailAt(p position) ([]byte, error) {
 	return tail, nil
 }
 
-// clearSlots writes zeros over the stretches, and durably the new tail last: with one block to change,
-// as when runs are short, that is one write. A step over several blocks needs no order among them.
-func (s *Store) clearSlots(stretches []stretch, end position, tail []byte) error {
+// clearSlots writes zeros over the ranges, and durably the new tail last: with one block to change, as when runs are
+// short, that is one write. A step over several blocks needs no order among them.
+func (s *Store) clearSlots(runs []slotRun, end position, tail []byte) error {
 	if err := s.scrubTail(); err != nil {
 		return err
 	}
 	slot := s.layout.SlotOffset(ondisk.Slot{Area: end.area, Index: end.index})
 	tailOff := slot - slot%int64(len(tail))
 	others := false
-	for _, st := range stretches {
+	for _, st := range runs {
 		from := s.layout.SlotOffset(ondisk.Slot{Area: st.area, Index: st.from})
 		to := s.layout.SlotOffset(ondisk.Slot{Area: st.area, Index: st.to})
 		if st.area == end.area {
@@ -306,7 +306,7 @@ func (s *Store) clearSlots(stretches []stretch, end position, tail []byte) error
 		}
 	}
 	if others {
-		// Zeros first, as FUA on the tail's write would not cover them.
+		// Flush the zeros first: a durable write of the tail does not cover them.
 		if err := s.dev.Flush(); err != nil {
 			return err
 		}

@@ -10,12 +10,12 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Create makes a new, empty store on dev and returns it (specification 2.7). It looks at the magic
-// first and returns ErrExists when it is not zero, unless force is set.
+// Create makes a new, empty store on dev and returns it (docs/spec/dm-snapshot.md §2.7). It reads the magic first and
+// returns ErrExists when it is not zero, unless force is set.
 //
-// The bytes are the kernel's; the order is safer than its (H6): zeros in area 0 and behind the header,
-// flush, then the header, durably. Until that last write dev holds no store, or what is left of the one
-// that was there: it loads, and its data may be gone.
+// The bytes are the kernel's; the order is safer than the kernel's (docs/spec/dm-snapshot.md §8.2, H6): zeros in area 0
+// and after the header, flush, then the header, durably. Until that last write dev holds no store, or the rest of the
+// previous one: that can be opened, and its data may be lost.
 func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
 	if size := dev.Size(); l.Chunks(size, false) < uint64(ondisk.FirstDataChunk) {
 		return nil, fmt.Errorf("COW device of %d bytes is too small for a store: header and first area need %d", size, 2*l.ChunkBytes())
@@ -65,11 +65,11 @@ func writeHeader(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
 	return block.WriteDurable(dev, buf, 0)
 }
 
-// ReadHeader reads the header of dev without judging it. A device shorter than a header has none:
-// that is a *ondisk.CorruptError.
+// ReadHeader reads the header of dev without validating it. A device shorter than a header is a *ondisk.CorruptError.
 //
-// A header that says valid is read past the cache of the operating system, which may show what a failed flush lost. A
-// mark that says invalid is believed wherever it is: who wrote it went on as if it were on the disk.
+// A header of a valid store is read past the cache of the operating system, which may show data that a failed flush
+// lost. The mark of an invalid store counts even if only the cache has it: the program that wrote it continued as if it
+// were on the disk.
 func ReadHeader(dev block.Device) (ondisk.Header, error) {
 	if dev.Size() < ondisk.SectorSize {
 		return ondisk.Header{}, &ondisk.CorruptError{Place: "header, byte 0x0",
@@ -85,7 +85,7 @@ func ReadHeader(dev block.Device) (ondisk.Header, error) {
 	return readHeader(dev)
 }
 
-// readHeader is ReadHeader of what is cached. dev is not too short.
+// readHeader is ReadHeader through the cache. dev is not too short.
 func readHeader(dev block.Device) (ondisk.Header, error) {
 	var buf [ondisk.SectorSize]byte
 	if _, err := dev.ReadAt(buf[:], 0); err != nil {
@@ -94,7 +94,7 @@ func readHeader(dev block.Device) (ondisk.Header, error) {
 	return ondisk.DecodeHeader(buf[:]), nil
 }
 
-// CheckBlockSize refuses a chunk that is no multiple of a device's logical block (specification 2.3).
+// CheckBlockSize refuses a chunk that is no multiple of a device's logical block (docs/spec/dm-snapshot.md §2.3).
 func CheckBlockSize(l ondisk.Layout, devs ...block.Device) error {
 	for _, d := range devs {
 		if b := int64(block.BlockSize(d)); l.ChunkBytes()%b != 0 {
@@ -104,8 +104,8 @@ func CheckBlockSize(l ondisk.Layout, devs ...block.Device) error {
 	return nil
 }
 
-// CheckOrigin returns an error that wraps ErrOriginTooSmall, and says how much is missing, when an origin of size bytes
-// ends before an exception begins: it is another disk, or it was cut, and what the store shows over it is wrong.
+// CheckOrigin returns an error that wraps ErrOriginTooSmall, and names the missing size, when an origin of size bytes
+// ends before an exception begins: it is another disk, or it was truncated, and the store does not belong to it.
 func (s *Store) CheckOrigin(size int64) error {
 	last, ok := s.exceptions.Max()
 	chunks := s.layout.Chunks(size, true)
@@ -122,16 +122,16 @@ func (s *Store) CheckOrigin(size int64) error {
 		ErrOriginTooSmall, size, behind, behind*uint64(s.layout.ChunkBytes()), last, s.layout.ChunkBytes())
 }
 
-// Open loads the store on dev (specification 2.6). It writes nothing.
+// Open loads the store on dev (docs/spec/dm-snapshot.md §2.6). It writes nothing.
 //
-// What it reads need not be durable: a process that was killed in a Sync left slots in the cache of the
-// operating system. So no exception counts as durable (see Durable) until the first Sync. Slots whose flush failed are
-// in that cache too, and no later flush writes them: so the areas are read past the cache (see Scan).
+// What it reads need not be durable: a process that was killed in a Sync left slots in the cache of the operating
+// system. So no exception counts as durable (see Durable) until the first Sync. Slots whose flush failed are in that
+// cache too, and no later flush writes them, so the areas are read past the cache (see Scan).
 //
-// Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for
-// anything that can't be a store: a bad header, an area past the end of the device, an exception whose
-// COW chunk lies outside the device, in the header or in an area, an origin or a COW chunk used
-// twice (stricter than the kernel, H9). Slots after the end mark are void (H4, H8).
+// Errors: ondisk.ErrNoStore where the magic is zero; a *ondisk.CorruptError with its place for an invalid store: a bad
+// header, an area past the end of the device, an exception whose COW chunk lies outside the device, in the header or in
+// an area, an origin or a COW chunk used twice (stricter than the kernel, H9). Slots after the end mark are void
+// (docs/spec/dm-snapshot.md §8.2, H4, H8).
 //
 // A store that is marked invalid opens, empty, with Err wrapping ErrInvalid: its areas are not read.
 func Open(dev block.Device) (*Store, error) { return open(dev, false) }
@@ -164,7 +164,7 @@ func open(dev block.Device, toRead bool) (*Store, error) {
 	return s, nil
 }
 
-// loadAtOnce is how many exceptions are put into the map together: 16 MiB of them.
+// loadAtOnce is the number of exceptions inserted into the map at once: 16 MiB of them.
 const loadAtOnce = 1 << 20
 
 // load reads the slots into memory and finds the end.
@@ -217,8 +217,8 @@ func (s *Store) load() error {
 	return nil
 }
 
-// keepTail puts an exception in s.tail, from which the block is written later: what was loaded, whatever
-// another read would say.
+// keepTail puts an exception in s.tail, from which the block is written later, so that it does not depend on another
+// read.
 func (s *Store) keepTail(e Entry) {
 	i := s.layout.SlotOffset(e.Slot) % int64(len(s.tail))
 	if i == 0 {
@@ -240,7 +240,7 @@ func (s *Store) insertLoaded(batch []ondisk.Exception) error {
 		What: fmt.Sprintf("origin chunk %d has two exceptions, in COW chunks %d and %d", batch[i].Old, first, batch[i].New)}
 }
 
-// checkNew refuses an exception whose data can't be where it says.
+// checkNew refuses an exception whose COW chunk can't hold data.
 func checkNew(l ondisk.Layout, e Entry, chunks uint64) error {
 	switch {
 	case uint64(e.New) >= chunks:
@@ -253,8 +253,8 @@ func checkNew(l ondisk.Layout, e Entry, chunks uint64) error {
 	return nil
 }
 
-// checkShared finds a COW chunk that two exceptions name. Stores written in allocation order can't
-// have one, so only others pay for it.
+// checkShared finds a COW chunk that two exceptions name. Stores written in allocation order can't have one, so the
+// search is only made in others.
 func (s *Store) checkShared() error {
 	news := make([]ondisk.COWChunk, 0, s.exceptions.Len())
 	for r := range s.exceptions.All() {
@@ -288,11 +288,10 @@ type Entry struct {
 // scanPiece is how much of an area is read at once, in bytes.
 const scanPiece = 256 << 10
 
-// Scan yields the slots of dev in order, up to and including the end mark (the one entry for which
-// IsEnd is true, and always the last). It judges nothing but where areas lie: an area that is not
-// wholly inside dev is a *ondisk.CorruptError, and a failed read an error; either is the last thing
-// yielded. It is the one reader of areas: opening, checking and dumping all listen to it. It holds at
-// most 256 KiB whatever the bytes say, and ends because dev does.
+// Scan yields the slots of dev in order, up to and including the end mark (the one entry for which IsEnd is true, and
+// always the last). It validates nothing but the position of areas: an area that is not wholly inside dev is a
+// *ondisk.CorruptError, and a failed read an error; either is the last thing yielded. Opening, checking and dumping all
+// read areas by it. It uses at most 256 KiB of memory whatever the bytes are, and ends at the end of dev at the latest.
 //
 // Clean pages of an area that the operating system has cached are dropped before it is read: after a failed flush they
 // show slots, or cleared slots, that are not on the disk.
@@ -317,8 +316,7 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 	}
 }
 
-// scanArea yields the slots of one area. more is false after the end mark, an error, or when yield
-// had enough.
+// scanArea yields the slots of one area. more is false after the end mark, an error, or when yield returned false.
 func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(Entry, error) bool) (more bool, err error) {
 	if err := dropArea(dev, l, area); err != nil {
 		return false, err
@@ -344,7 +342,7 @@ func dropArea(dev block.Device, l ondisk.Layout, area uint64) error {
 	return block.DropCache(dev, start, min(l.ChunkBytes(), dev.Size()-start))
 }
 
-// Exists reports whether dev begins with anything but a zero magic: whether Create would refuse it.
+// Exists reports whether the magic of dev is not zero, so that Create would refuse it.
 func Exists(dev block.Device) (bool, error) {
 	h, err := ReadHeader(dev)
 	var short *ondisk.CorruptError

@@ -7,22 +7,22 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A RawPiece is a stretch of an area as it is on the disk.
+// A RawPiece is a range of an area as it is on the disk.
 type RawPiece struct {
 	Off   int64  // byte of the device where it begins
 	Index uint64 // of its first slot
 	Bytes []byte // valid until the next piece; nil where Err is set
-	// Missing is how many bytes from Off on could not be read, for the reason Err.
+	// Missing is the number of bytes from Off on that could not be read, because of Err.
 	Missing int64
 	Err     error
 }
 
-// RawArea yields the bytes of one area in order, whatever they say: also behind the end mark, also in a
-// store that [Open] refuses. It is what the offline tools read damaged stores with.
+// RawArea yields the bytes of one area in order, whatever they are: also after the end mark, also of a store that
+// [Open] refuses. The offline tools read damaged stores by it.
 //
-// Like [Scan] it drops what is cached first. An area that the device's end cuts is yielded as far as it goes; its last piece need not be whole
-// slots then. What can't be read is looked at again sector by sector, so that one bad sector costs 32
-// slots and no more; each stretch of bad sectors is one piece with its error. It holds 256 KiB at most.
+// Like [Scan] it drops what is cached first. An area that extends past the end of the device is yielded up to there;
+// its last piece may then end within a slot. What can't be read is read again sector by sector, so that one bad sector
+// costs only 32 slots; each range of bad sectors is one piece with its error. It holds 256 KiB at most.
 func RawArea(dev block.Device, l ondisk.Layout, area uint64) iter.Seq[RawPiece] {
 	return func(yield func(RawPiece) bool) {
 		start := l.COWOffset(l.AreaChunk(area))
@@ -46,7 +46,7 @@ func RawArea(dev block.Device, l ondisk.Layout, area uint64) iter.Seq[RawPiece] 
 	}
 }
 
-// rawSectors yields a piece whose read failed by sectors, neighbours that are alike together.
+// rawSectors yields a piece whose read failed sector by sector; adjacent sectors with the same result are one piece.
 func rawSectors(dev block.Device, whole RawPiece, yield func(RawPiece) bool) bool {
 	at := func(i int64) RawPiece {
 		return RawPiece{Off: whole.Off + i, Index: whole.Index + uint64(i)/ondisk.SlotSize}

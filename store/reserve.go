@@ -17,9 +17,9 @@ type reservation struct {
 	done bool
 }
 
-// A Reservation is a stretch of COW chunks set aside for as many consecutive origin chunks. Its owner
-// writes the data and then calls Commit, or Cancel when it could not, or gives the whole store up with
-// Invalidate: a reservation that meets none of these holds up every later Sync.
+// A Reservation is a run of COW chunks allocated for as many consecutive origin chunks. Its owner writes the data and
+// then calls Commit; if that fails it calls Cancel, or makes the whole store invalid with Invalidate. A reservation
+// without any of these blocks every later Sync.
 type Reservation struct {
 	Old   ondisk.OriginChunk
 	New   ondisk.COWChunk
@@ -29,16 +29,15 @@ type Reservation struct {
 	entry *reservation
 }
 
-// Reserve sets chunks aside for origin chunks old, old+1, … of which it takes at least one and at most
-// max ≥ 1: it stops where the next COW chunk is an area, and where the device ends. None of them may
-// have an exception or a reservation: the caller owns them (see internal/gate), and asking twice is a
-// fault of the program that shows up as a panic in Commit.
+// Reserve allocates chunks for origin chunks old, old+1, … of which it takes at least one and at most max ≥ 1: it stops
+// where the next COW chunk is an area, and where the device ends. None of them may have an exception or a reservation:
+// the caller owns them (see internal/gate), and reserving twice is a program error that makes Commit panic.
 //
-// Order: chunks ascend within a call and from call to call (specification 3.1).
+// Order: chunks ascend within a call and from call to call (docs/spec/dm-snapshot.md §3.1).
 //
-// Errors: ErrFull when not even one fits. The last slot of an area counts as not fitting when the next
-// area has no room on the device, so that a COW device that ends there stays sound (H10). A device
-// that has grown is noticed. Also the store's own Err.
+// Errors: ErrFull when not even one fits. The last slot of an area counts as not fitting when the next area has no room
+// on the device, so that a COW device that ends there stays valid (docs/spec/dm-snapshot.md §8.2, H10). The size of the
+// device is looked up again first. Also the store's own Err.
 func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error) {
 	if s.mustSync() {
 		if err := s.Sync(); err != nil {
@@ -73,27 +72,27 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 	return Reservation{Old: old, New: e.new, Count: n, store: s, entry: e}, nil
 }
 
-// spaceStep bounds by how much more than needed space is reserved at once: an eighth of what is in use,
-// at least 64 KiB and at most 8 MiB, so that small stores stay small and calls are few.
+// spaceStep is how much space is reserved at once beyond what is needed: an eighth of what is in use, at least 64 KiB
+// and at most 8 MiB, so that small stores stay small and calls are few.
 func spaceStep(used int64) int64 { return min(max(used/8, 64<<10), 8<<20) }
 
 // allocate reserves space on the device below chunk end, for slots exceptions, in steps. Chunks ascend, and the slots
-// of an exception lie before its data, so one number tells how far it has got; the area that was in use when the
-// store was opened has its own. s.mu is held: whoever needs a chunk needs the space too.
+// of an exception lie before its data, so one number records the progress; the area that was in use when the store was
+// opened has its own. s.mu is held: every reservation needs the space too.
 func (s *Store) allocate(end ondisk.COWChunk, slots uint64) error {
 	need := s.layout.COWOffset(end)
 	if s.noSpace {
 		return nil
 	}
 	from := s.space
-	if from == 0 { // after Open: the area in use may have holes, and what lies between need not be ours
+	if from == 0 { // after Open: the area in use may have holes, and chunks between may be unused
 		from = s.layout.COWOffset(s.next)
 		s.openArea = s.reserved.area
 	}
 	if err := s.allocateSlots(slots); err != nil || need <= s.space {
 		return err
 	}
-	// As much as is sensible; when there isn't so much, as much as is needed.
+	// Try a whole step first; without space for it, only what is needed.
 	far := min(need+spaceStep(need), s.dev.Size())
 	if err := s.allocateRange(from, far-from); err == nil {
 		s.space = far
@@ -168,11 +167,10 @@ func (s *Store) mustSync() bool {
 	return s.unsynced >= maxUnsynced
 }
 
-// Commit says that the data of the reserved chunks has been written: from now on Lookup finds them. It
+// Commit completes the exceptions, after the data of the reserved chunks was written: from now on Lookup finds them. It
 // returns the store's Err, and commits nothing, when the store has become unusable meanwhile.
 //
-// A transient store's exceptions are complete with that. A persistent store's are on disk after the
-// next Sync.
+// The exceptions of a persistent store are on disk after the next Sync.
 func (r Reservation) Commit() error {
 	s := r.store
 	s.mu.Lock()
@@ -192,9 +190,9 @@ func (r Reservation) Commit() error {
 	return nil
 }
 
-// Cancel gives a reservation back whose data could not be written. Its chunks are handed out again when
-// it is the newest reservation; else they stay unused until the store is loaded anew, which the format
-// allows (specification 3.5). Like Commit it must be called at most once.
+// Cancel ends a reservation whose data could not be written. Its chunks are allocated again when it is the newest
+// reservation; else they stay unused until the store is opened again, which the format allows (docs/spec/dm-snapshot.md
+// §3.5). Like Commit it must be called at most once.
 func (r Reservation) Cancel() {
 	s := r.store
 	s.mu.Lock()
@@ -215,7 +213,7 @@ func (r Reservation) Cancel() {
 	s.completeReady()
 }
 
-// completeReady takes what has completed in order out of the queue. s.mu is held.
+// completeReady removes from the queue what has completed in order. s.mu is held.
 func (s *Store) completeReady() {
 	for len(s.queue) > 0 && s.queue[0].done {
 		s.complete(s.queue[0].run)
@@ -225,7 +223,7 @@ func (s *Store) completeReady() {
 	s.moved.Broadcast()
 }
 
-// complete takes a run out of the queue, in order. s.mu is held.
+// complete removes a run from the queue, in order. s.mu is held.
 func (s *Store) complete(r run) {
 	if s.transient || r.n == 0 {
 		return

@@ -11,38 +11,25 @@
 //
 // # Guarantees
 //
-//   - The store on disk can be loaded at every instant, by dmsnap and by the kernel.
+//   - The store on disk can be opened at every instant, by dmsnap and by the kernel. Between two Syncs it is exactly what
+//     the last one wrote.
 //   - After Sync returns nil, every exception committed before the call survives a crash.
-//   - After a failed metadata write or flush the store refuses writes with [ErrFailed]. Lookups continue to work.
+//   - After a failed metadata write or flush the store refuses writes: every later Reserve, Commit, Sync and DropLast
+//     returns an error that wraps [ErrFailed]. Nothing is retried. Lookups continue to work.
+//   - Numbers in memory change only after their I/O succeeded (docs/spec/dm-snapshot.md §8.2, H1, H2).
 //   - A store that was made invalid ([Store.Invalidate]) stays invalid.
 //
-// # Life of an exception
+// # Stages of an exception
 //
-//	Reserve    a COW chunk is set aside; usage grows; nothing is on disk
+//	Reserve    a COW chunk is allocated; usage grows; nothing is on disk
 //	(caller)   writes the chunk's data at COWOffset(New)
 //	Commit     Lookup finds it; a crash may still lose it
 //	Sync       on disk and durable, together with its data
 //
-// Slots are written in the order of the reservations whatever order the copies end in, so a crash
-// leaves no holes (3.2); a Sync therefore waits for reservations that are older than the newest
-// committed one. Between two Syncs the store on disk is exactly what the last one left.
-//
-// # What is durable before what
-//
-// One function, the round in sync.go, decides it: zeros of a next area, data, flush; slots; flush.
-// The first slot that is zero ends the exceptions, and whatever a torn write leaves after it is void
-// (H8): [Open] ignores it, and the first round writes zeros over it before it adds a slot (H4).
-//
-// # When something fails
-//
-// A failed metadata write or flush leaves the disk unknown: the store keeps that error and returns it
-// from every later Reserve, Commit, Sync and DropLast, wrapped in [ErrFailed]. Nothing is retried.
-// Lookups go on working. Numbers in memory change only after the I/O they stand for succeeded (H1, H2).
-//
 // # Concurrency
 //
-// All methods may be called concurrently, but for LastRun, Last and DropLast: they belong to one
-// merge, while nothing is reserved.
+// All methods may be called concurrently, except LastRun, Last and DropLast: they belong to one merge, while nothing is
+// reserved.
 package store
 
 import (
@@ -62,8 +49,8 @@ var (
 	// ErrInvalid reports a store that is marked invalid, on disk or by Invalidate since.
 	ErrInvalid = errors.New("snapshot is invalid")
 
-	// ErrFull reports that the COW device has no room for another exception: its end is reached, or
-	// the file system has no space left (then block.IsNoSpace is true as well).
+	// ErrFull reports that the COW device has no room for another exception: its end is reached, or its file system has
+	// no space left (then block.IsNoSpace is true as well).
 	ErrFull = errors.New("COW device is full")
 
 	// ErrFailed reports a store that refuses writes after a failed metadata write or flush.
@@ -72,17 +59,17 @@ var (
 	// ErrExists reports a Create over an existing store.
 	ErrExists = errors.New("COW device already holds an exception store")
 
-	// ErrOriginTooSmall reports an origin that ends before what the store has exceptions for.
+	// ErrOriginTooSmall reports an origin that ends before chunks that the store has exceptions for.
 	ErrOriginTooSmall = errors.New("origin is too small")
 
 	// ErrNoMerge reports a store that can't be merged: a transient one.
 	ErrNoMerge = errors.New("a transient exception store can't be merged")
 )
 
-// position is where the next exception goes: the kernel's current_area and current_committed.
+// position is the slot of the next exception: the kernel's current_area and current_committed.
 type position struct {
 	area  uint64
-	index uint64 // slots used in area, 0 ≤ index < E; E only never: a full area steps on
+	index uint64 // slots used in area, 0 ≤ index < E; after a full area comes slot 0 of the next
 }
 
 // A Store is one COW device's exceptions. See the package comment for what may be concurrent.
@@ -94,13 +81,13 @@ type Store struct {
 
 	exceptions chunkmap.Map // those committed
 
-	// durableBelow: an exception whose New is less is durable, for certain. Reservations ascend and are made
-	// durable in order, so one number tells for all of them. Transient: everything is.
+	// durableBelow: an exception with a smaller New is certainly durable. Reservations ascend and are made durable in
+	// order, so one number is enough. Transient: all are.
 	durableBelow atomic.Uint64
 
 	mu        sync.Mutex
-	moved     sync.Cond // queue's head moved on, or err was set
-	err       error     // why the store refuses: wraps ErrInvalid or ErrFailed; nil: it doesn't
+	moved     sync.Cond // the head of queue changed, or err was set
+	err       error     // why the store refuses writes: wraps ErrInvalid or ErrFailed; nil: it accepts them
 	next      ondisk.COWChunk
 	reserved  position       // of the next reservation
 	pos       position       // of the next exception that completes in order
@@ -115,26 +102,26 @@ type Store struct {
 	marking sync.Mutex // one attempt to mark the header at a time
 	marked  bool       // Invalidate has marked it; marking is held
 
-	// Sync rounds, see sync.go. tail and scrub belong to whoever holds syncing.
+	// Sync rounds, see sync.go. syncing guards tail and scrub.
 	syncing sync.Mutex
 	rounds  atomic.Uint64   // begun
 	durable position        // of the next slot to be written
 	written ondisk.COWChunk // exceptions whose New is less have their slots written
 	tail    []byte          // the metadata block that holds slot durable, as on disk
-	settled bool            // the end of the exceptions was written durably since Open
+	settled bool            // the end of the exceptions was written, durably, since Open
 	scrub   bool            // what follows tail in its area may hold void slots
 }
 
-// run is a stretch of exceptions whose chunks are consecutive on both sides.
+// run is exceptions whose chunks are consecutive on both sides.
 type run struct {
 	old ondisk.OriginChunk
 	new ondisk.COWChunk
 	n   uint64
 }
 
-// metaBlock is the unit in which slots are written, in bytes: a chunk, or 4 KiB of a larger one. Only
-// blocks that changed are written; the format cares for the bytes alone (specification 9.3), and
-// whole pages spare the page cache a read.
+// metaBlock is the unit in which slots are written, in bytes: a chunk, or 4 KiB of a larger one. Only blocks that
+// changed are written; the format allows it (docs/spec/dm-snapshot.md §9.3), and the page cache need not read before it
+// writes whole pages.
 func metaBlock(l ondisk.Layout) int64 { return min(l.ChunkBytes(), 4096) }
 
 func newStore(dev block.Device, l ondisk.Layout) *Store {
@@ -143,8 +130,8 @@ func newStore(dev block.Device, l ondisk.Layout) *Store {
 	return s
 }
 
-// NewTransient returns an empty store that keeps its exceptions in memory and its data from COW chunk
-// 0 on (specification 5.14). What dev held before is ignored and will be overwritten.
+// NewTransient returns an empty store that keeps its exceptions in memory and its data from COW chunk 0 on
+// (docs/spec/dm-snapshot.md §5.14). What dev held before is ignored and will be overwritten.
 func NewTransient(dev block.Device, l ondisk.Layout) *Store {
 	s := newStore(dev, l)
 	s.transient = true
@@ -164,24 +151,24 @@ func (s *Store) Transient() bool { return s.transient }
 // Header returns the header as it was found or created; zero for a transient store.
 func (s *Store) Header() ondisk.Header { return s.header }
 
-// Lookup returns where origin chunk old lives.
+// Lookup returns the COW chunk in which origin chunk old is stored.
 func (s *Store) Lookup(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
 	return s.exceptions.Get(old)
 }
 
-// LookupRun describes the longest uniform stretch of at most limit ≥ 1 origin chunks from old on: n
-// chunks that live in new, new+1, …, or n chunks without an exception. A stretch with exceptions may be cut, after 65,536
-// chunks at the earliest. It takes the same time however many exceptions there are.
+// LookupRun describes the longest uniform range of at most limit ≥ 1 origin chunks from old on: n chunks that are
+// stored in new, new+1, …, or n chunks without an exception. A range with exceptions may be cut, after 65,536 chunks at
+// the earliest. It takes the same time however many exceptions there are.
 func (s *Store) LookupRun(old ondisk.OriginChunk, limit uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
 	return s.exceptions.Run(old, limit)
 }
 
-// Durable reports whether the exception that Lookup found in COW chunk new is on disk for good. An
-// origin may not be overwritten beneath an exception before it is.
+// Durable reports whether the exception that Lookup found in COW chunk new is durable. The origin chunk of an exception
+// must not be overwritten before it is.
 func (s *Store) Durable(new ondisk.COWChunk) bool { return uint64(new) < s.durableBelow.Load() }
 
-// Exceptions yields the committed exceptions in ascending order of their origin chunks, joined to runs as long as they
-// go. Exceptions that are committed or dropped meanwhile may be among them or not.
+// Exceptions yields the committed exceptions in ascending order of their origin chunks, joined to runs as long as
+// possible. Exceptions that are committed or dropped meanwhile may be among them or not.
 func (s *Store) Exceptions() iter.Seq[Run] {
 	return func(yield func(Run) bool) {
 		for r := range s.exceptions.All() {
@@ -205,16 +192,16 @@ func (s *Store) Err() error {
 	return s.err
 }
 
-// Dirty reports whether there are exceptions that a Sync has yet to make durable.
+// Dirty reports whether there are exceptions that are not durable before the next Sync.
 func (s *Store) Dirty() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return len(s.ready) > 0 || len(s.queue) > 0
 }
 
-// Usage is what a status line says of a store (specification 6.6), in sectors.
+// Usage is the numbers of a store's status line (docs/spec/dm-snapshot.md §6.6), in sectors.
 type Usage struct {
-	Allocated uint64 // next_free·c: header, areas and data, from the moment of reservation
+	Allocated uint64 // next_free·c: header, areas and data, counted from the reservation on
 	Total     uint64 // size of the COW device, not rounded to chunks
 	Metadata  uint64 // header and areas
 }
@@ -222,8 +209,8 @@ type Usage struct {
 // String is the kernel's status text: "24/1024 16".
 func (u Usage) String() string { return fmt.Sprintf("%d/%d %d", u.Allocated, u.Total, u.Metadata) }
 
-// Usage returns the numbers as they are now. The size of the COW device is looked up anew; when that
-// fails, the last known one counts.
+// Usage returns the numbers as they are now. The size of the COW device is looked up again; if that fails, the last
+// known one counts.
 func (s *Store) Usage() Usage {
 	size, err := block.Refresh(s.dev)
 	if err != nil {
@@ -257,8 +244,8 @@ func (s *Store) retreat(p position, n uint64) position {
 	return position{i / e, i % e}
 }
 
-// fail makes err the reason why the store refuses, unless it has one, and returns that reason. A
-// store that failed can still become invalid: that is the stronger word.
+// fail makes err the store's error, unless it has one, and returns the store's error. A store that failed can still
+// become invalid, which replaces its error.
 func (s *Store) fail(err error) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()

@@ -7,18 +7,16 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Sync makes durable everything that was written to the COW device and every exception that was
-// committed before the call: data first, then slots in the order of the reservations. Callers that
-// meet share one round.
+// Sync makes durable everything that was written to the COW device and every exception that was committed before the
+// call: data first, then slots in the order of the reservations. Concurrent callers share one round.
 //
-// It may wait for reservations that are older than the newest committed one, never for later ones. A
-// transient store only flushes its device, for the data's sake.
+// It may wait for reservations that are older than the newest committed one, never for later ones. A transient store
+// only flushes its device.
 //
 // An error is the store's Err from now on (see ErrFailed).
 func (s *Store) Sync() error {
-	// A round that began before this call may have flushed before our caller's last write, so only
-	// one that begins after it counts. Whoever gets the lock first makes that round for all who
-	// wait for it meanwhile.
+	// A round that began before this call may have flushed before the caller's last write, so only one that begins
+	// after it counts. The goroutine that gets the lock first makes that round for all that wait for it.
 	mine := s.rounds.Load() + 1
 	s.syncing.Lock()
 	defer s.syncing.Unlock()
@@ -29,7 +27,11 @@ func (s *Store) Sync() error {
 	return s.round()
 }
 
-// round is what must be durable before what. s.syncing is held.
+// round decides the order of writes and flushes, here and nowhere else: zeros of the next area, data, flush; slots;
+// flush. Slots are written in the order of the reservations, in whatever order the copies completed, so that a crash
+// leaves no holes (docs/spec/dm-snapshot.md §3.2). The first slot that is zero ends the exceptions, and what a torn write
+// leaves after it is void (§8.2, H8): Open ignores it, and the first round writes zeros over it before it adds a slot
+// (H4). s.syncing is held.
 func (s *Store) round() error {
 	batch, err := s.takeBatch()
 	if err != nil {
@@ -48,9 +50,9 @@ func (s *Store) round() error {
 	return nil
 }
 
-// writeBatch is the barrier: zeros and data, flush, slots, flush. Memory follows the disk.
+// writeBatch is the barrier: zeros and data, flush, slots, flush. Then memory is updated.
 //
-//  1. The area after each one that the batch fills is zeroed, and so are void slots behind the end
+//  1. The area after each one that the batch fills is zeroed, and so are void slots after the end
 //     mark: wherever a torn write of slots ends, a reader finds an end.
 //  2. Flush: data of the batch and the zeros are durable.
 //  3. Slots are written. Any part of them may reach the disk in any order: each names durable data, and
@@ -89,8 +91,8 @@ func (s *Store) takeBatch() ([]run, error) {
 			break
 		}
 	}
-	// The queue's head only moves on; newest has left it when it isn't found any more. New
-	// reservations are appended behind it and not waited for.
+	// The queue is only shortened at its head; newest has completed when it is not found any more. New reservations are
+	// appended after it and not waited for.
 	for s.err == nil && newest != nil && s.queued(newest) {
 		s.moved.Wait()
 	}
@@ -168,8 +170,8 @@ func (s *Store) zeroRest(off, n int64) error {
 	return nil
 }
 
-// keepSpace is how areas that are still to be used are zeroed: without giving back the space that
-// Reserve made sure of.
+// keepSpace are the flags for zeroing areas that are still to be used: without freeing the space that Reserve
+// allocated.
 func (s *Store) keepSpace() block.ZeroFlags {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -179,11 +181,11 @@ func (s *Store) keepSpace() block.ZeroFlags {
 	return block.KeepAllocated
 }
 
-// slotsAtOnce bounds the buffer in which slots are gathered for one write, in bytes.
+// slotsAtOnce is the size of the buffer that slots are collected in for one write, in bytes.
 const slotsAtOnce = 64 << 10
 
-// writeSlots does step 3 of writeBatch: blocks from s.tail on, neighbours in one write. It returns the
-// position after the batch and the block that holds it.
+// writeSlots does step 3 of writeBatch: blocks from s.tail on, adjacent ones in one write. It returns the position
+// after the batch and the block that holds it.
 func (s *Store) writeSlots(batch []run) (pos position, tail []byte, err error) {
 	off, i := s.tailOffset()
 	pos = s.durable

@@ -10,8 +10,8 @@ import (
 // A View is what a snapshot shows: the chunks of a store over an origin, without an engine. It is a device that can only
 // be read.
 //
-// Nothing may write to either device, nor add exceptions to the store, while a View is read: it orders nothing. Reads may
-// be concurrent. Chunks may be smaller than the blocks of the devices, as nothing is written.
+// Nothing may write to either device, or add exceptions to the store, while a View is read: it synchronises nothing.
+// Reads may be concurrent. Chunks may be smaller than the blocks of the devices, as nothing is written.
 type View struct {
 	origin block.Device
 	store  *Store
@@ -20,8 +20,8 @@ type View struct {
 
 var _ block.Device = (*View)(nil)
 
-// NewView returns the view of s over origin. Without a store (nil) it shows the origin itself. Without an origin (nil) it
-// shows only what is stored, on a disk of the largest size that there is.
+// NewView returns the view of s over origin. Without a store (nil) it shows the origin itself. Without an origin (nil)
+// it shows only what is stored, on a disk of the largest possible size.
 //
 // Errors: that of a store which is marked invalid or failed, since exceptions are missing then; ErrOriginTooSmall.
 func NewView(origin block.Device, s *Store) (*View, error) {
@@ -89,7 +89,7 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 // viewPieces bounds the pieces that one call of Extents looks at.
 const viewPieces = 64
 
-// Extents tells where the holes of the devices are that hold each piece; see [block.Extenter].
+// Extents reports the holes of the devices that hold each piece; see [block.Extenter].
 func (v *View) Extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, v.size); err != nil {
 		return nil, err
