@@ -17,7 +17,7 @@ const (
 // scattered is where the i-th of benchBlocks accesses goes: each block once, in no order.
 func scattered(i int) int64 { return int64(i*0x9E3779B1%benchBlocks) * benchBlock }
 
-// bench is an origin in memory with so many snapshots, of which the first is returned.
+// bench is an origin in memory with the given number of snapshots, of which the first is returned.
 func bench(b *testing.B, snapshots int, opts ...snapshot.OriginOption) (o *snapshot.Origin, first *snapshot.Snapshot, end func()) {
 	b.Helper()
 	o = snapshot.NewOrigin(block.NewMemory(benchBlocks*benchBlock), opts...)
@@ -76,7 +76,8 @@ func BenchmarkFirstWrite(b *testing.B) {
 	})
 }
 
-// BenchmarkOriginWrite writes to the origin beneath so many snapshots, each of which keeps each block first.
+// BenchmarkOriginWrite writes to the origin beneath the given number of snapshots, each of which keeps each block
+// first.
 func BenchmarkOriginWrite(b *testing.B) {
 	p := make([]byte, benchBlock)
 	for _, k := range []int{1, 4, 16} {
@@ -127,8 +128,8 @@ func BenchmarkRewrite(b *testing.B) {
 	}
 }
 
-// BenchmarkRead reads blocks at random, as often from the origin as from the COW device; and long stretches, in which
-// the two take turns.
+// BenchmarkRead reads blocks at random, as often from the origin as from the COW device; and long ranges, in which the
+// two take turns.
 func BenchmarkRead(b *testing.B) {
 	for _, n := range []int{benchBlock, 1 << 20} {
 		b.Run(fmt.Sprintf("%dKiB", n>>10), func(b *testing.B) {

@@ -15,10 +15,10 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// exampleA is the worked example A of specification 4.3: chunk size 8, one area.
+// exampleA is the worked example A of docs/spec/dm-snapshot.md §4.3: chunk size 8, one area.
 var exampleA = []pair{{10, 2}, {11, 3}, {12, 4}, {20, 5}, {30, 6}, {29, 7}, {28, 8}, {40, 9}, {41, 10}}
 
-// merge opens a merge of a COW image on an origin of so many sectors.
+// merge opens a merge of a COW image on an origin of the given number of sectors.
 func mergeOf(t *testing.T, img []byte, originSectors int64) (*rig, *cow, *snapshot.Merging) {
 	t.Helper()
 	r := newRig(t, originSectors)
@@ -488,7 +488,7 @@ func TestC105OriginWriteErrorWhileMerging(t *testing.T) {
 			t.Error("the view changed")
 		}
 		if kind == blocktest.Flush {
-			continue // a device whose flush failed fails for good
+			continue // a device whose flush failed fails permanently
 		}
 		// A reload completes.
 		r.disk.Set(nil)

@@ -456,7 +456,7 @@ func TestC089PendingAllocationShows(t *testing.T) {
 	wantStatus(t, s, "24/1024 16")
 }
 
-// The usage numbers that a kernel printed (specification 6.6).
+// The usage numbers that a kernel printed (docs/spec/dm-snapshot.md §6.6).
 func TestC089KernelUsageNumbers(t *testing.T) {
 	for _, c := range []struct {
 		chunk, cow, exceptions int64

@@ -37,9 +37,9 @@ func (r *rig) cost() (c cost) {
 	return c
 }
 
-// TestCosts counts what benchmarks measure, with chunks of 8 sectors (specification 9.1). The kernel's
-// metadata write, one chunk with a flush before it and FUA, is here one chunk between two flushes: those of
-// the area after are zeroed only when an area fills.
+// TestCosts counts what benchmarks measure, with chunks of 8 sectors (docs/spec/dm-snapshot.md §9.1). The kernel's
+// metadata write, one chunk with a flush before it and FUA, is here one chunk between two flushes: those of the area
+// after are zeroed only when an area fills.
 func TestCosts(t *testing.T) {
 	for _, c := range []struct {
 		name string

@@ -31,7 +31,7 @@ type lab struct {
 	caches map[*blocktest.Crash]*blocktest.PageCache // over the disks; nil: there are none
 
 	inject *injection       // the fault tests' fault, or nil
-	sick   map[*labCOW]bool // disks and stores that something failed on for good; nil is the origin
+	sick   map[*labCOW]bool // disks and stores that something failed on permanently; nil is the origin
 }
 
 // state is what may be found on a COW device.
@@ -61,10 +61,10 @@ type labCOW struct {
 	used   use   // when the call under way began
 }
 
-// newLab makes an origin of so many sectors.
+// newLab makes an origin of the given number of sectors.
 func newLab(t *testing.T, sectors int) *lab { return newLabWith(t, sectors, nil) }
 
-// newCachedLab makes an origin of so many sectors. Its disks are behind page caches.
+// newCachedLab makes an origin of the given number of sectors. Its disks are behind page caches.
 func newCachedLab(t *testing.T, sectors int) *lab {
 	return newLabWith(t, sectors, make(map[*blocktest.Crash]*blocktest.PageCache))
 }
@@ -99,7 +99,7 @@ func (l *lab) open(c *labCOW, disk *blocktest.Crash) *blocktest.Faulty {
 	return blocktest.NewFaulty(l.caches[disk].Open(), nil)
 }
 
-// cow adds a COW device of so many sectors: noise, behind a sector of zeros.
+// cow adds a COW device of the given number of sectors: noise, behind a sector of zeros.
 func (l *lab) cow(sectors int, o snapshot.Options) *labCOW {
 	c := &labCOW{lab: l, name: fmt.Sprintf("COW%d", len(l.cows)), opts: o}
 	content := blocktest.Pattern(sectors*sector, uint64(sectors))

@@ -8,8 +8,8 @@ import (
 	"sync"
 )
 
-// What was promised, sector by sector. Every sector that a lab writes gets a content of its own, a stamp,
-// so that what is found in an image tells which write it is from.
+// What is guaranteed, sector by sector. Every sector that a lab writes gets unique content, a stamp, so that the
+// content of an image identifies the write that it is from.
 
 // A stamp is a sector's content: the number, 64 times. 0 is a sector of zeros.
 type stamp uint64
@@ -129,7 +129,7 @@ func newCells(content []stamp) cells {
 	return cs
 }
 
-// clone copies the cells for a life of their own.
+// clone returns a copy of the cells.
 func (cs cells) clone() cells {
 	out := make(cells, len(cs))
 	for i, c := range cs {

@@ -10,8 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
-// The kernel judge asks for a sample of the images (test/kernel, TestCrashImages): each so-manieth, as
-// files in a folder.
+// The kernel tests use a sample of the images (test/kernel, TestCrashImages): every n-th, as files in a directory.
 var (
 	sampleFolder   = os.Getenv("DMSNAP_CRASH_SAMPLE")
 	sampleEvery, _ = strconv.ParseInt(os.Getenv("DMSNAP_CRASH_SAMPLE_EVERY"), 10, 64)

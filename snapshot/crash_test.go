@@ -128,7 +128,7 @@ func (x *explorer) look(m *moment) {
 	}
 }
 
-// hash tells images apart that are to be checked apart.
+// hash differs for images that are to be checked separately.
 func (x *explorer) hash(m *moment, img *blocktest.Image) uint64 {
 	var h maphash.Hash
 	h.SetSeed(x.seed)

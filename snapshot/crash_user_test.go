@@ -36,7 +36,7 @@ func (c *labCOW) attach() {
 			return err
 		}
 		if c.snap = s; c.sick[c] {
-			c.unacknowledge(c.view) // its owner was told that something is lost
+			c.unacknowledge(c.view) // an error reported that something is lost
 		}
 		if c.state != dead {
 			c.set(live)
@@ -46,7 +46,7 @@ func (c *labCOW) attach() {
 		return nil
 	})
 	if c.snap == nil && c.state > creating && c.state != idle {
-		c.set(unmarked) // nobody keeps anything for it any more
+		c.set(unmarked) // nothing is preserved for it any more
 	}
 }
 
@@ -108,7 +108,7 @@ func (c *labCOW) discard(at, n int64) {
 	})
 }
 
-// changed tells of each sector whether it has an exception; nil when the snapshot is invalid.
+// changed returns for each sector whether it has an exception; nil when the snapshot is invalid.
 func (c *labCOW) changed() []bool {
 	var all []bool
 	for off := int64(0); off < c.snap.Size(); {
@@ -121,7 +121,7 @@ func (c *labCOW) changed() []bool {
 		}
 		for _, e := range es {
 			for range e.Length / sector {
-				all = append(all, e.Flags == snapshot.Lives)
+				all = append(all, e.Flags == snapshot.InCOW)
 			}
 			off += e.Length
 		}

@@ -62,7 +62,7 @@ func useAndMerge(ctx context.Context) error {
 	return merge.Run(ctx, merging, merge.Options{})
 }
 
-// enterExampleFolder changes to a new folder with a disk of 1 MiB. leave removes it.
+// enterExampleFolder changes to a new directory with a disk of 1 MiB. leave removes it.
 func enterExampleFolder() (leave func()) {
 	was, err := os.Getwd()
 	if err != nil {

@@ -63,7 +63,7 @@ func TestExtentsOfFragmentsAreCheap(t *testing.T) {
 				off += e.Length
 			}
 		}
-		if es, err := s.Changed(0, s.Size()); err != nil || len(es) == 0 || len(es) > 8 || es[0] != (block.Extent{Length: chunk, Flags: snapshot.Lives}) {
+		if es, err := s.Changed(0, s.Size()); err != nil || len(es) == 0 || len(es) > 8 || es[0] != (block.Extent{Length: chunk, Flags: snapshot.InCOW}) {
 			t.Errorf("changed: %v, %v", es, err)
 		}
 		if err := s.Close(); err != nil {

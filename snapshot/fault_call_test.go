@@ -311,7 +311,7 @@ func (l *lab) compare(c call, err error, want outcome, lost []*labCOW, before ma
 		if !errors.Is(err, snapshot.ErrMergeFailed) || now.State != snapshot.StateMergeFailed {
 			return fmt.Errorf("state %s after %w", now.State, err)
 		}
-		// A store that failed is loaded anew first, and may have got as far as it was asked to.
+		// A store that failed is loaded again first, and may have got as far as it was asked to.
 		if now.Exceptions != st.Exceptions && !(sick[l.merged] && now.Exceptions < st.Exceptions) ||
 			now.Exceptions == st.Exceptions && now.Usage != st.Usage {
 			return fmt.Errorf("%d exceptions, %v; before the step that failed %d, %v", now.Exceptions, now.Usage, st.Exceptions, st.Usage)

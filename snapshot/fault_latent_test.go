@@ -11,8 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// A liar is a COW device of chunks of one sector that lies about one read of slots: it returns success and
-// other bytes.
+// A liar is a COW device of chunks of one sector of which one read of slots returns success and wrong bytes.
 type liar struct {
 	*block.Memory
 	lie   func(l *liar, p []byte, off int64)

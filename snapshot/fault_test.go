@@ -147,7 +147,7 @@ func (l *lab) faulted(t *testing.T, sc scenario) int {
 func (l *lab) restart(m *moment) error {
 	l.inject = nil
 	open := func(disk *blocktest.Crash) block.Device {
-		l.caches[disk].Open().Flush() // a failure that nobody was told of is told here
+		l.caches[disk].Open().Flush() // a failure that was not reported yet is reported here
 		return blocktest.NewFaulty(l.caches[disk].Open(), nil)
 	}
 	next := *m

@@ -11,37 +11,36 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// FullPolicy says what becomes of a write that needs room in the COW device when there is none: its end
-// is reached, or the file system beneath is full. Writes that need no room, reads and flushes go on
-// whatever it says.
+// FullPolicy is what to do with a write that needs space in the COW device when there is none: its end is reached, or
+// its file system is full. Writes that need no space, reads and flushes are not affected.
 type FullPolicy uint8
 
 const (
-	FullInvalidate FullPolicy = iota // the kernel's way: the snapshot is lost, or with PO overflows (6.1, 6.2)
+	FullInvalidate FullPolicy = iota // as the kernel: the snapshot becomes invalid, or with PO overflows (docs/spec/dm-snapshot.md §6.1, §6.2)
 	FullFail                         // the write fails with ErrNoRoom; nothing else changes
-	FullPause                        // as FullFail, and the error is a block.RetryLater: the caller waits and tries again
+	FullPause                        // as FullFail, but the error is a block.RetryLater: the caller waits and tries again
 )
 
 // ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no room. It is
 // also syscall.ENOSPC.
 var ErrNoRoom = errors.New("no room in the COW device")
 
-// Growth is how a COW file is made longer when its end is reached. The zero value leaves it as it is.
+// Growth is how a COW file is extended when its end is reached. The zero value never extends it.
 type Growth struct {
 	Step int64 // bytes at a time; at least an area and a chunk are added
-	Max  int64 // bytes that the file may have in the end, 0: no bound
+	Max  int64 // largest size of the file in bytes, 0: no limit
 }
 
 // noRoomError is ErrNoRoom of one snapshot.
 type noRoomError struct {
-	wait bool // there may be room later, and the policy is to wait for it
+	wait bool // the policy is to wait for space
 	err  error
 }
 
 func (e *noRoomError) Error() string   { return fmt.Sprintf("%v: %v", ErrNoRoom, e.err) }
 func (e *noRoomError) Unwrap() []error { return []error{ErrNoRoom, syscall.ENOSPC, e.err} }
 
-// retryLater is a noRoomError that is to be waited for, on its way out of the engine.
+// retryLater is a noRoomError that the caller is to wait for, as the engine returns it.
 type retryLater struct {
 	error
 	changed <-chan struct{}
@@ -50,10 +49,10 @@ type retryLater struct {
 func (e *retryLater) Unwrap() error          { return e.error }
 func (e *retryLater) Retry() <-chan struct{} { return e.changed }
 
-// room tells those who wait for room that there may be some.
+// room notifies writers that wait for space that there may be some.
 type room struct{ changed atomic.Pointer[chan struct{}] }
 
-// made makes everybody who waits try again.
+// made makes all waiting writers try again.
 func (r *room) made() {
 	next := make(chan struct{})
 	if old := r.changed.Swap(&next); old != nil {
@@ -61,8 +60,9 @@ func (r *room) made() {
 	}
 }
 
-// changing calls do, a change of the origin or of a snapshot, or a step of a merge. Its error is a block.RetryLater where room is to be waited
-// for. No lock is held then. The channel is the one from before do: room that is made while do fails is not missed.
+// changing calls do, a change of the origin or of a snapshot, or a step of a merge. Its error is a block.RetryLater
+// where the caller is to wait for space. No lock is held then. The channel is taken before do, so that space made while
+// do fails is not missed.
 func (o *Origin) changing(do func() error) error {
 	changed := *o.room.changed.Load()
 	err := do()
@@ -72,8 +72,8 @@ func (o *Origin) changing(do func() error) error {
 	return err
 }
 
-// reserve sets chunks aside; see store.Reserve. It makes the COW device longer first where that is the
-// policy. What it returns when there is no room is for noRoom to judge.
+// reserve allocates chunks; see store.Reserve. It extends the COW device first where that is the policy. noRoom
+// classifies its error when there is no space.
 func (s *Snapshot) reserve(first ondisk.OriginChunk, count uint64) (store.Reservation, error) {
 	r, err := s.store.Reserve(first, count)
 	if errors.Is(err, store.ErrFull) && s.opts.Grow.Step > 0 && !block.IsNoSpace(err) {
@@ -82,7 +82,7 @@ func (s *Snapshot) reserve(first ondisk.OriginChunk, count uint64) (store.Reserv
 	return r, err
 }
 
-// commit is r.Commit; there was room for it.
+// commit is r.Commit, and records that there was space.
 func (s *Snapshot) commit(r store.Reservation) error {
 	if s.full.Load() {
 		s.full.Store(false)
@@ -90,9 +90,9 @@ func (s *Snapshot) commit(r store.Reservation) error {
 	return r.Commit()
 }
 
-// growAndReserve makes the COW device longer, unless somebody else did so meanwhile. Those who find room at
-// once don't wait for the lock, and may take all that was added before its owner does: hence the loop. It
-// ends, as each round adds to the device, up to its maximum.
+// growAndReserve extends the COW device, unless another goroutine did so meanwhile. Others find the new space without
+// waiting for the lock and may use all of it first: hence the loop. It ends, since each round extends the device, up to
+// its maximum.
 func (s *Snapshot) growAndReserve(first ondisk.OriginChunk, count uint64) (store.Reservation, error) {
 	s.growing.Lock()
 	defer s.growing.Unlock()
@@ -109,7 +109,7 @@ func (s *Snapshot) growAndReserve(first ondisk.OriginChunk, count uint64) (store
 	}
 }
 
-// growStep makes the COW device longer once; false where it may not become longer. s.growing is held.
+// growStep extends the COW device once; false where it must not be extended. s.growing is held.
 func (s *Snapshot) growStep() (bool, error) {
 	g, size := s.opts.Grow, s.cow.Size()
 	longer := size + max(g.Step, 2*s.store.Layout().ChunkBytes())
@@ -130,11 +130,11 @@ func (s *Snapshot) growStep() (bool, error) {
 // snapshot; nil where err is something else, or the policy is the kernel's. The first one raises an event.
 //
 // err comes from the store of s, from its COW device, or from a copy between that and the origin's device: a lack of
-// space that another device reported says nothing about s.
+// space on another device does not concern s.
 //
-// A store that failed because its slots found no space, on a file system that can't reserve it, counts
-// too: what it made durable is sound and there when it is loaded again. Until then it refuses writes, whatever room
-// there is, so nobody waits for it. A store that is invalid already is not protected any more.
+// A store that failed because its slots found no space, on a file system that can't reserve it, counts too: what it
+// made durable is intact and available when it is loaded again. Until then it refuses writes even if there is space, so
+// nothing waits for it. A store that is invalid already is not protected any more.
 func (s *Snapshot) noRoom(err error) error {
 	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
 		return nil
@@ -157,7 +157,7 @@ func (s *Snapshot) noRoom(err error) error {
 	return &noRoomError{s.opts.OnFull == FullPause && !failed, err}
 }
 
-// waitsForRoom reports whether err is a lack of room that is to be waited for.
+// waitsForRoom reports whether err is a lack of space that the caller is to wait for.
 func waitsForRoom(err error) bool {
 	if err == nil {
 		return false // without an allocation
@@ -166,6 +166,6 @@ func waitsForRoom(err error) bool {
 	return errors.As(err, &none) && none.wait
 }
 
-// RetryPaused tells everybody who waits for room (FullPause) to look for it now. Without it they look once in a
+// RetryPaused makes all writes that wait for space (FullPause) try again now. Without it they try once in a
 // block.RetryInterval.
 func (o *Origin) RetryPaused() { o.room.made() }

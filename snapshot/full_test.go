@@ -84,7 +84,7 @@ type retried struct {
 	done  chan struct{}
 }
 
-// pause makes a change until it succeeds, fails for good, or ctx ends. It returns when it has been refused once.
+// pause makes a change until it succeeds, fails permanently, or ctx ends. It returns when it has been refused once.
 func pause(t *testing.T, ctx context.Context, change func() error) *retried {
 	t.Helper()
 	p := &retried{waits: make(chan struct{}), done: make(chan struct{})}
@@ -183,8 +183,8 @@ func TestFullPauseEnds(t *testing.T) {
 	}
 }
 
-// TestFullPauseHoldsNothing: who gives up waiting leaves nothing behind, and a write that comes later is not followed
-// by the old one when there is room.
+// TestFullPauseHoldsNothing: a request that gives up waiting leaves nothing behind, and a write that comes later is not
+// followed by the old one when there is room.
 func TestFullPauseHoldsNothing(t *testing.T) {
 	r := newRig(t, 1024)
 	c := r.cow("COW", 16)
@@ -228,7 +228,7 @@ func TestGrowthMakesRoom(t *testing.T) {
 	}
 }
 
-// taken is a COW device with somebody who takes the room that was made before its owner does.
+// taken is a COW device whose added space is used by another request first.
 type taken struct {
 	*block.Memory
 	take func()
@@ -240,7 +240,7 @@ func (d *taken) Grow(size int64) error {
 	return err
 }
 
-// TestGrowthGoesOn: the room that was made goes to somebody else, twice. More is made.
+// TestGrowthGoesOn: the added space is used by another request, twice. More is added.
 func TestGrowthGoesOn(t *testing.T) {
 	origin := snapshot.NewOrigin(block.NewMemory(1024 * sector))
 	cow := &taken{Memory: block.NewMemory(24 * sector)}

@@ -9,7 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// The errors of handover and merge (specification 5.12).
+// The errors of handover and merge (docs/spec/dm-snapshot.md §5.12).
 var (
 	ErrPairing           = errors.New("the COW device is in use by another snapshot, or another handover of its store is waiting")
 	ErrAlreadyMerging    = errors.New("a snapshot is already merging")
@@ -18,9 +18,9 @@ var (
 	ErrHandoverCancelled = errors.New("the handover was cancelled")
 )
 
-// handoverSource returns the active snapshot whose store a newly loaded table with the same COW device
-// will take over, or nil when there is none, or ErrPairing when somebody waits for it already (or uses
-// the device otherwise). o.mu is held.
+// handoverSource returns the active snapshot whose store a newly loaded table with the same COW device will take over,
+// or nil when there is none, or ErrPairing when another table waits for it already (or uses the device otherwise). o.mu
+// is held.
 func (o *Origin) handoverSource(cow block.Device) (*Snapshot, error) {
 	var source *Snapshot
 	for _, s := range o.snapshots {
@@ -50,24 +50,25 @@ func (o *Origin) canActivate() error {
 	return fmt.Errorf("%w: a snapshot made before the merge is complete would show a mixture of old and new content", ErrAlreadyMerging)
 }
 
-// drained: the store was given away. handsOver: somebody waits for it. Both with life or origin.mu held.
+// drained: the store was handed over. handsOver: another table waits for it. Both with life or origin.mu held.
 func (s *Snapshot) drained() bool   { return s.store == nil && s.source == nil }
 func (s *Snapshot) handsOver() bool { return s.destination != nil || s.mergeWaits != nil }
 
-// Resume activates a loaded snapshot, or lets a suspended one go on. The destination of a handover first
-// takes its source's store over, which must be suspended; the source is invalid from then on, in memory
-// only (specification 5.12). Of the destination's options only Store's O, the features and Sync count:
-// chunk size, and persistent or transient, are the store's.
+// Resume activates a loaded snapshot, or resumes a suspended one. The destination of a handover first takes over the
+// store of its source, which must be suspended; the source is invalid from then on, in memory only
+// (docs/spec/dm-snapshot.md §5.12). Of the destination's options only the O of Store, the features and Sync are used:
+// chunk size and kind are those of the store.
 //
-// A snapshot that was active before resumes whatever fails elsewhere, so that an operation that suspended it, and was
-// refused, can be undone.
+// A snapshot that was active before always resumes, so that an operation that suspended it, and was refused, can be
+// undone.
 //
-// Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed; for a snapshot that was not active before, ErrAlreadyMerging,
-// and the error of writing out what is in memory of the origin. Resuming what isn't suspended does nothing.
+// Errors: ErrResumeSource, ErrSourceRunning, fs.ErrClosed; for a snapshot that was not active before,
+// ErrAlreadyMerging, and the error of writing out what is in memory of the origin. Resuming a snapshot that is not
+// suspended does nothing.
 func (s *Snapshot) Resume() error {
 	o := s.origin
-	o.writeOut() // most of what is in memory, while others go on; its error comes again below
-	o.mu.Lock()  // no origin write is under way: no exception is pending (8.1 #13)
+	o.writeOut() // writes out most of the dirty bytes before mu is locked; its error is returned again below
+	o.mu.Lock()  // no origin write is in flight, so no exception is pending (docs/spec/dm-snapshot.md §8.1, number 13)
 	defer o.mu.Unlock()
 	switch {
 	case s.closed:
@@ -94,7 +95,7 @@ func (s *Snapshot) activate() error {
 			return err
 		}
 	}
-	// What s is to show is on the disk before s is there.
+	// Write out dirty bytes first: s shows the disk.
 	if err := s.origin.dev.WriteOut(); err != nil {
 		return err
 	}
@@ -128,7 +129,7 @@ func (s *Snapshot) takeOver(src *Snapshot) error {
 		}
 	}
 	s.overflowed.Store(src.overflowed.Load())
-	o.insert(s) // anew: its chunk size is known now
+	o.insert(s) // sorted again: its chunk size is known now
 	return nil
 }
 
@@ -139,11 +140,11 @@ func (s *Snapshot) giveStore() *store.Store {
 	s.destination, s.mergeWaits = nil, nil
 	s.invalid.Store(true)
 	s.unmarked.Store(nil)
-	s.origin.room.made() // nobody waits for s any more
+	s.origin.room.made() // nothing waits for s any more
 	return st
 }
 
-// cancelHandover ends the waiting of both sides when s is closed. origin.mu is held for writing.
+// cancelHandover ends the handover for both sides when s is closed. origin.mu is held for writing.
 func (s *Snapshot) cancelHandover() {
 	if s.source != nil {
 		s.source.destination, s.source = nil, nil
@@ -163,9 +164,9 @@ func (s *Snapshot) cancelHandover() {
 // LoadMerge is the constructor of a snapshot-merge table: it loads the store on cow, or becomes the
 // destination of a handover from the active snapshot of o that has it. Nothing happens until Resume.
 //
-// Errors: those of store.Open, ErrPairing, ErrAlreadyMerging when another merge is loaded on o, and
-// store.ErrNoMerge for a transient store, always (H3). An origin that is smaller than the chunks of the
-// store need is refused. Of opts only Store's O, Sync and Notify count.
+// Errors: those of store.Open, ErrPairing, ErrAlreadyMerging when another merge is loaded on o, and store.ErrNoMerge
+// for a transient store, always (docs/spec/dm-snapshot.md §8.2, H3). An origin that ends before a chunk of the store is
+// refused. Of opts only the O of Store, Sync and Notify are used.
 func (o *Origin) LoadMerge(cow block.Device, opts Options) (*Merging, error) {
 	if opts.Store == Transient {
 		return nil, store.ErrNoMerge
@@ -225,9 +226,9 @@ func (m *Merging) open() (*store.Store, error) {
 	return st, st.CheckOrigin(m.origin.dev.Size())
 }
 
-// Resume makes m play the origin's part: from now on requests to the origin see the merged content, and
-// Step has work. A handover's source must be suspended; its exceptions are made durable first, and it is
-// invalid afterwards, in memory only (specification 5.12, 7.7).
+// Resume activates the merge: from now on requests to the origin are answered with the merged content, and Step can be
+// called. A handover's source must be suspended; its exceptions are made durable first, and it is invalid afterwards,
+// in memory only (docs/spec/dm-snapshot.md §5.12, §7.7).
 //
 // Errors: ErrSourceRunning; that of the source's last Sync, or of a Flush when the store was loaded as invalid,
 // with nothing changed.
@@ -251,7 +252,7 @@ func (m *Merging) Resume() error {
 			return ErrSourceRunning
 		}
 		if !src.invalid.Load() {
-			// A merge goes by the slots on disk.
+			// A merge reads the slots on disk.
 			if err := src.store.Sync(); err != nil {
 				return err
 			}
@@ -277,11 +278,11 @@ func (m *Merging) Resume() error {
 	return nil
 }
 
-// BeginMerge hands the snapshot's store to a merge into its origin and starts it: LoadMerge, Suspend,
-// Resume. The origin shows the snapshot's content at once; Step does the copying. The snapshot itself
-// reports Invalid and refuses requests from then on (specification 7.7); close it when convenient.
+// BeginMerge hands over the snapshot's store to a merge into its origin and activates it: LoadMerge, Suspend, Resume.
+// The origin shows the snapshot's content at once; Step copies it. The snapshot itself reports Invalid and refuses
+// requests from then on (docs/spec/dm-snapshot.md §7.7); close it when convenient.
 //
-// When it fails the snapshot goes on as before, suspended if it was.
+// When it fails the snapshot is as before, suspended if it was.
 func (s *Snapshot) BeginMerge() (*Merging, error) {
 	suspended, err := s.isSuspended()
 	if err != nil {

@@ -7,7 +7,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// The kernel's two reasons for invalidating a snapshot (specification 6.1).
+// The kernel's two reasons for invalidating a snapshot (docs/spec/dm-snapshot.md §6.1).
 const (
 	reasonIO    = "Error reading/writing."
 	reasonSpace = "Unable to allocate exception."
@@ -20,18 +20,17 @@ func reasonFor(err error) string {
 	return reasonIO
 }
 
-// ErrUnmarked reports an origin write that needed a snapshot which is lost and could not be marked invalid
-// on its COW device: if the origin changed, the store there would show the change as the past. Under
-// FullInvalidate such writes go on, as the kernel's do.
+// ErrUnmarked reports an origin write that was refused because a snapshot became invalid and could not be marked so on
+// its COW device: after the write, the store there would show new data of the origin as old. Under FullInvalidate such
+// writes continue, as in the kernel.
 var ErrUnmarked = errors.New("a lost snapshot could not be marked invalid")
 
-// invalidate is called when a copy or a metadata write failed, or the COW device is full: the snapshot
-// can't be trusted any more, and is marked invalid on disk too, durably, when this returns. It returns the
-// error for a request of the snapshot. Where the mark can't be made durable, refusal says what that means
-// for an origin write; the next call tries the mark again.
+// invalidate is called when a copy or a metadata write failed, or the COW device is full: the snapshot is incomplete,
+// and is marked invalid on disk too, durably, when this returns. It returns the error for a request of the snapshot.
+// Where the mark can't be made durable, refusal decides what an origin write does; the next call tries the mark again.
 //
-// Several requests may find the failure at once. The second one waits here until the mark is on
-// disk: it may be an origin write that is going to change what could not be kept (H5).
+// Several requests may find the failure at once. The second one waits here until the mark is on disk: it may be an
+// origin write that is going to change what could not be kept (docs/spec/dm-snapshot.md §8.2, H5).
 func (s *Snapshot) invalidate(reason string, cause error) error {
 	s.invalidating.Lock()
 	defer s.invalidating.Unlock()
@@ -51,7 +50,7 @@ func (s *Snapshot) mark(reason string, cause error) {
 		s.unmarked.Store(&failed)
 	}
 	s.invalid.Store(failed == nil || s.opts.OnFull == FullInvalidate)
-	s.origin.room.made() // nobody waits for s any more
+	s.origin.room.made() // nothing waits for s any more
 	switch {
 	case !again:
 		if reason == reasonIO {
@@ -81,8 +80,8 @@ func (s *Snapshot) markFailure() error {
 	return nil
 }
 
-// refusal returns why an origin write that needed s, which was given up, must not be made: nil once the mark
-// is durable, and under FullInvalidate.
+// refusal returns why an origin write that needed s, which is invalid, must not be made: nil once the mark is durable,
+// and under FullInvalidate.
 func (s *Snapshot) refusal() error {
 	if s.invalid.Load() {
 		return nil
@@ -101,7 +100,7 @@ func (s *Snapshot) Failure() error {
 	return errors.Join(s.store.Err(), s.markFailure())
 }
 
-// settleInvalid makes the mark of a store that was loaded as invalid durable: whoever wrote it may have been
+// settleInvalid makes the mark of a store that was loaded as invalid durable: the program that wrote it may have been
 // killed before it was, or its flush may have failed, and from now on the origin changes without regard to that store.
 func settleInvalid(st *store.Store) error {
 	if !errors.Is(st.Err(), store.ErrInvalid) {
@@ -113,7 +112,7 @@ func settleInvalid(st *store.Store) error {
 	return nil
 }
 
-// noSpace decides what it means that a write to the snapshot could get no chunk.
+// noSpace decides the result of a write to the snapshot for which no chunk could be reserved.
 func (s *Snapshot) noSpace(err error) error {
 	if none := s.noRoom(err); none != nil {
 		return none
@@ -127,12 +126,12 @@ func (s *Snapshot) noSpace(err error) error {
 	return fmt.Errorf("%w: %w", ErrOverflow, err)
 }
 
-// giveUp invalidates s, for which a request could get no chunk or copy none. When the COW device is full, what
-// is complete goes to disk first: nobody will load it, but it is what rescue finds.
+// giveUp invalidates s after a request could not reserve or copy a chunk. When the COW device is full, completed
+// exceptions are made durable first: the store will not be loaded again, but rescue recovers them.
 func (s *Snapshot) giveUp(err error) error {
 	if errors.Is(err, store.ErrFull) {
-		// Before s.invalidating is taken: Sync may wait for a copy under way, which on failing wants that
-		// lock. An error of Sync changes nothing any more.
+		// Before s.invalidating is taken: Sync may wait for a copy in flight, which takes that lock when it fails. An
+		// error of Sync makes no difference any more.
 		s.store.Sync()
 	}
 	return s.invalidate(reasonFor(err), err)

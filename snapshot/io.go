@@ -14,8 +14,8 @@ import (
 // is one batch.
 const batchBytes = scratch.Most
 
-// ReadAt reads what the snapshot shows. A chunk that is just being copied reads as before, without
-// waiting (specification 5.4).
+// ReadAt reads what the snapshot shows. A chunk that is being copied is read without waiting (docs/spec/dm-snapshot.md
+// §5.4).
 func (s *Snapshot) ReadAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("read", off, int64(len(p)), s.size); err != nil {
 		return 0, err
@@ -32,10 +32,10 @@ func (s *Snapshot) ReadAt(p []byte, off int64) (int, error) {
 	return int(n), err
 }
 
-// enter registers a gate reader of n > 0 bytes at off. Whoever asks the origin about a chunk without an exception,
-// for its bytes or for its extents, does so under one: from Enter on, an origin write to these chunks waits in Drain.
-// One that passed its Drain before had made the exception visible by then, or had made s invalid, so the caller looks
-// up the chunks after enter, and enter looks whether s is still usable. life is held.
+// enter registers a gate reader of n > 0 bytes at off. Chunks without an exception are read from the origin, their
+// bytes and their extents, under a gate reader: from Enter on, an origin write to these chunks waits in Drain. One that
+// passed its Drain before had made the exception visible by then, or had made s invalid, so the caller looks up the
+// chunks after enter, and enter checks that s is still usable. life is held.
 func (s *Snapshot) enter(off, n int64) (gate.Reader, error) {
 	first, count := chunks(s.store.Layout(), off, n)
 	reader := s.gate.Enter(span(first, count))
@@ -80,9 +80,9 @@ func span(first ondisk.OriginChunk, count uint64) gate.Span {
 // COW device, for which the rest of the chunk is copied from the origin. The origin isn't changed. A
 // later Flush makes it durable (SyncFlush), or it is durable when WriteAt returns (SyncAlways).
 //
-// When there is no room in the COW device the snapshot becomes invalid, or, with PersistentOverflow,
-// refuses this and every later write with ErrOverflow (specification 6.1, 6.2), unless Options.OnFull
-// says otherwise; earlier parts of the request may have been written.
+// When there is no room in the COW device the snapshot becomes invalid, or, with PersistentOverflow, refuses this and
+// every later write with ErrOverflow (docs/spec/dm-snapshot.md §6.1, §6.2), unless Options.OnFull says otherwise;
+// earlier parts of the request may have been written.
 func (s *Snapshot) WriteAt(p []byte, off int64) (int, error) {
 	if err := s.change("write", payload{data: p}, off, int64(len(p))); err != nil {
 		return 0, err
@@ -112,7 +112,7 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 }
 
 // changeNow applies pl, as far as there is room. Doing it again does no harm. Like a request to the origin, a long one
-// is made piece by piece, so that nobody waits long for the snapshot to be suspended or closed.
+// is made piece by piece, so that Suspend and Close do not wait long.
 func (s *Snapshot) changeNow(pl payload, off, n int64) error {
 	durable := pl.durable || s.opts.Sync == SyncAlways
 	pl.durable = false // one Sync at the end covers data and exceptions
@@ -148,8 +148,7 @@ func (s *Snapshot) changeLocked(pl payload, off, n int64, durable bool) error {
 	return nil
 }
 
-// changePiece applies the first piece of pl and returns its length; 0 when somebody else made the
-// exception first.
+// changePiece applies the first piece of pl and returns its length; 0 when another request made the exception first.
 func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	pc := nextPiece(s.store, off, n)
 	if pc.mapped {
@@ -183,8 +182,8 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	return k, nil
 }
 
-// inPlace returns the error of a request for a change of chunks that have exceptions. One that was trimmed may have no
-// space on the file system, and need room as a new one does.
+// inPlace returns the error of a request for a change of chunks that have exceptions. A chunk that was trimmed may have
+// no space on the file system, and need space like a new one.
 func (s *Snapshot) inPlace(err error) error {
 	if none := s.noRoom(err); none != nil {
 		return none
@@ -240,8 +239,8 @@ func (s *Snapshot) readAround(b []byte, start, head, tail int64) error {
 	return nil
 }
 
-// Flush makes durable every write that was acknowledged before the call. It reaches the COW device only,
-// and succeeds on an invalid snapshot (specification 5.4).
+// Flush makes durable every write that was acknowledged before the call. It reaches the COW device only, and succeeds
+// on an invalid snapshot (docs/spec/dm-snapshot.md §5.4).
 func (s *Snapshot) Flush() error {
 	s.life.RLock()
 	defer s.life.RUnlock()
@@ -254,10 +253,10 @@ func (s *Snapshot) Flush() error {
 	return s.sync()
 }
 
-// Discard gives space back as the features say (specification 5.9). Without DiscardZeroesCOW it does
-// nothing. With it, a whole chunk that has an exception reads as zeros afterwards, a part of one is
-// undefined, and a chunk without one is unchanged; usage never shrinks. With DiscardPassdownOrigin the
-// range is discarded on the origin device as well, past everyone else's snapshots.
+// Discard frees space as the features specify (docs/spec/dm-snapshot.md §5.9). Without DiscardZeroesCOW it does
+// nothing. With it, a whole chunk that has an exception reads as zeros afterwards, a part of one is undefined, and a
+// chunk without one is unchanged; usage never shrinks. With DiscardPassdownOrigin the range is discarded on the origin
+// device as well, without preserving it for other snapshots.
 func (s *Snapshot) Discard(off, n int64) error {
 	if err := block.CheckRange("discard", off, n, s.size); err != nil {
 		return err
@@ -270,7 +269,7 @@ func (s *Snapshot) Discard(off, n int64) error {
 	if err := s.origin.changing(func() error { return s.discardChunks(off, n) }); err != nil {
 		return err
 	}
-	s.origin.room.made() // perhaps: other snapshots may have their COW devices on the same file system
+	s.origin.room.made() // other snapshots may have their COW devices on the same file system
 	if s.opts.DiscardPassdownOrigin {
 		s.origin.mu.RLock()
 		defer s.origin.mu.RUnlock()
@@ -279,7 +278,7 @@ func (s *Snapshot) Discard(off, n int64) error {
 	return nil
 }
 
-// discardChunks is Discard of what lives in the COW device.
+// discardChunks is Discard of what is stored in the COW device.
 func (s *Snapshot) discardChunks(off, n int64) error {
 	for end := off + n; off < end; {
 		k, err := s.discardPiece(off, end-off)
@@ -291,7 +290,7 @@ func (s *Snapshot) discardChunks(off, n int64) error {
 	return nil
 }
 
-// discardBytes is about how much is discarded under one hold of the snapshot's lock.
+// discardBytes is about how much is discarded while the snapshot's lock is held once.
 const discardBytes = 8 << 20
 
 // discardPiece discards the beginning of n bytes at off, at most one piece, and returns how much.
@@ -322,7 +321,7 @@ func (s *Snapshot) discardPiece(off, n int64) (int64, error) {
 // more calls again.
 const maxPieces = 4
 
-// Extents returns where the holes of the snapshot are, by the device that holds each piece. Like a read, it asks the
+// Extents returns where the holes of the snapshot are, by the device that holds each piece. Like a read, it queries the
 // origin under a gate reader: without one, the origin could be zeroed between the lookup and the answer, and the
 // snapshot's data would be reported as zeros.
 func (s *Snapshot) Extents(off, n int64) ([]block.Extent, error) {
@@ -334,21 +333,21 @@ func (s *Snapshot) Extents(off, n int64) ([]block.Extent, error) {
 	})
 }
 
-// Lives is the flag of an extent of Changed that lives in the COW device.
-const Lives block.ExtentFlags = 1
+// InCOW is the flag of an extent of Changed that is stored in the COW device.
+const InCOW block.ExtentFlags = 1
 
-// Changed tells which ranges have exceptions: flag Lives, else 0. Like block.Extents it may stop early.
+// Changed returns which ranges have exceptions: flag InCOW, else 0. Like block.Extents it may stop early.
 func (s *Snapshot) Changed(off, n int64) ([]block.Extent, error) {
 	return s.describe(off, n, func(pc piece) ([]block.Extent, error) {
 		e := block.Extent{Length: pc.n}
 		if pc.mapped {
-			e.Flags = Lives
+			e.Flags = InCOW
 		}
 		return []block.Extent{e}, nil
 	})
 }
 
-// describe gathers the extents of pieces from off on.
+// describe collects the extents of pieces from off on.
 func (s *Snapshot) describe(off, n int64, of func(piece) ([]block.Extent, error)) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, s.size); err != nil {
 		return nil, err

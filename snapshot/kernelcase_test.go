@@ -309,7 +309,7 @@ func checkStore(t *testing.T, cow block.Device) {
 	}
 }
 
-// checkClean wants nothing but zeros behind the end mark in its area.
+// checkClean wants nothing but zeros after the end mark in its area.
 func checkClean(t *testing.T, cow block.Device, l ondisk.Layout) {
 	t.Helper()
 	n := uint64(len(slots(t, cow, l)))

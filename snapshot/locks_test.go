@@ -13,9 +13,9 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// TestLocksNeverMeet runs every method that takes a lock of the order in the package comment beside every other:
-// requests to both sides, suspending, handing over, attaching and closing, merging, pausing for want of room,
-// and looking. Nobody may wait for ever. What they show is the other tests' affair.
+// TestLocksNeverMeet runs every method that takes a lock of the order in origin.go concurrently with every other:
+// requests to both sides, suspending, handing over, attaching and closing, merging, pausing for want of space, and
+// status. None may wait for ever. Other tests check what they return.
 func TestLocksNeverMeet(t *testing.T) {
 	for _, seed := range seeds(t, 4) {
 		var opts []snapshot.OriginOption

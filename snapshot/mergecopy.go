@@ -10,19 +10,18 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// gatherBytes is the most that is gathered in memory to be merged in the order of the origin, in bytes.
+// gatherBytes is the size of the buffer in which runs are collected to be merged in the order of the origin, in bytes.
 const gatherBytes = 32 << 20
 
-// earlyBytes is how much is copied before the disk begins to write it, while the next is copied: the flush at the
-// end of the window finds less to do.
+// earlyBytes is how much is copied before the disk starts to write it, while the next is copied, so that less is left
+// for the flush at the end of the window.
 const earlyBytes = 8 << 20
 
 // copyWindow copies the runs, ascending by origin chunk, from the COW device to the origin.
 //
-// Exceptions that were made one by one lie side by side in the COW device and far apart on the origin,
-// or the other way round. So as many runs as fit are gathered in memory: read in the order of the COW
-// device, what is consecutive there at once; written in the order of the origin, likewise. A run that is
-// long needs none of that.
+// Runs may be adjacent in the COW device and far apart on the origin, or the other way round. So as many short runs as
+// fit are collected in memory: they are read in the order of the COW device and written in the order of the origin,
+// adjacent ones in one operation. Long runs are copied directly.
 func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 	for len(runs) > 0 {
 		k, bytes := 1, int64(runs[0].Count)<<l.Shift()
@@ -63,8 +62,8 @@ func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
 	return nil
 }
 
-// copyGathered copies runs of together so many bytes through one buffer, which has them in the order of
-// the COW device.
+// copyGathered copies runs of a total of bytes bytes through one buffer, which holds them in the order of the COW
+// device.
 func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) error {
 	if int64(cap(m.gathered)) < bytes {
 		m.gathered = make([]byte, bytes)
@@ -96,7 +95,7 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 	return nil
 }
 
-// writeGathered writes the runs' content to the origin, neighbours there in one write.
+// writeGathered writes the runs' content to the origin, adjacent ones in one write.
 func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(store.Run) []byte) error {
 	return scratch.With(scratch.Most, func(joined []byte) error {
 		for len(runs) > 0 {

@@ -14,48 +14,46 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// ErrMergeFailed reports a step of a merge that failed, and writes that were held back by it.
+// ErrMergeFailed reports a step of a merge that failed, and writes that waited for it.
 var ErrMergeFailed = errors.New("merge failed")
 
-// ErrReopen reports a merge that can't go on with the devices as they are: a flush of one of them failed, and it fails
-// every later one (see block.Device). The merge goes on, with nothing lost but what was not flushed, once the devices
-// have been closed, opened and loaded again.
-var ErrReopen = errors.New("a flush failed, so the merge can go on only after the devices have been opened again")
+// ErrReopen reports a merge that can't continue with the open devices: a flush of one of them failed, and it fails
+// every later one (see block.Device). The merge can continue, with nothing lost but what was not flushed, after the
+// devices have been closed, opened and loaded again.
+var ErrReopen = errors.New("a flush failed, so the merge can continue only after the devices have been opened again")
 
-// Merging is an origin into which a snapshot is being merged back (specification section 7). It shows
-// the origin with the snapshot's remaining exceptions laid over it, is preserved for the other snapshots
-// like any origin, and makes no exceptions of its own.
+// Merging is an origin into which a snapshot is being merged back (docs/spec/dm-snapshot.md §7). It shows the origin
+// overlaid with the remaining exceptions of the snapshot, is preserved for the other snapshots like any origin, and
+// makes no exceptions itself.
 //
-// Requests go to the [Origin], which passes them on from Resume until Close. Step does the merging, one
-// window at a time, and may be called or not: what is not merged yet stays in the COW device, where
-// writes to it go too.
+// Requests go to the [Origin], which passes them on from Resume until Close. Step merges one window at a time. What is
+// not merged yet stays in the COW device, where writes to it go too.
 type Merging struct {
 	origin *Origin
 	cow    block.Device
 	opts   Options
 
-	// source is who hands its store over; origin.mu guards it.
+	// source hands its store over to m; origin.mu guards it.
 	source *Snapshot
 
 	store      atomic.Pointer[store.Store] // nil before a handover
 	overflowed bool                        // as it was handed over
-	invalid    bool                        // as it was loaded or handed over: m is the origin alone (7.5)
+	invalid    bool                        // as it was loaded or handed over: m is the origin alone (docs/spec/dm-snapshot.md §7.5)
 
-	gate     gate.Gate   // owned by writers, chunk by chunk, and by a step for its window
+	gate     gate.Gate   // owners: writers, of their chunks, and a step, of its window
 	stepping sync.Mutex  // one step at a time
 	gathered []byte      // copyGathered's, for the next step
 	failed   atomic.Bool // the last step failed
 	failures atomic.Uint64
-	requests atomic.Uint64 // to the origin, while m plays its part
+	requests atomic.Uint64 // to the origin, while m is active
 }
 
-// Requests counts the requests that m has answered or is answering: whoever calls Step sees by it whether anybody
-// else wants the disks.
+// Requests is the number of requests to m so far. The loop that calls Step slows down while it grows.
 func (m *Merging) Requests() uint64 { return m.requests.Load() }
 
-// readAt reads the merged content. It waits for no step: the COW device keeps a chunk that is being
-// merged, nothing is reserved there any more, and once the exception is gone the origin has the same
-// bytes (specification 7.5).
+// readAt reads the merged content. It does not wait for a step: the COW device keeps a chunk that is being merged,
+// nothing is reserved there any more, and once the exception is gone the origin has the same bytes
+// (docs/spec/dm-snapshot.md §7.5).
 func (m *Merging) readAt(p []byte, off int64) (int, error) {
 	m.requests.Add(1)
 	o := m.origin
@@ -74,8 +72,8 @@ func (m *Merging) readAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// nextPiece is nextPiece of the merged content. The exceptions that an invalid store has in memory, because
-// it became invalid there and was handed over, count for nothing.
+// nextPiece is nextPiece of the merged content. The exceptions of a store that is invalid but still in memory, because
+// it was handed over, are ignored.
 func (m *Merging) nextPiece(st *store.Store, off, n int64) piece {
 	if m.invalid {
 		return piece{off: off, n: n}
@@ -110,9 +108,8 @@ func (m *Merging) change(pl payload, off, n int64) error {
 	return nil
 }
 
-// changePiece applies the first piece of pl and returns its length. It waits while a step owns the
-// piece's chunks; afterwards they are the origin's. When that step failed, the write fails with it
-// (specification 7.6).
+// changePiece applies the first piece of pl and returns its length. It waits while a step owns the piece's chunks;
+// afterwards they are the origin's. When that step failed, the write fails with it (docs/spec/dm-snapshot.md §7.6).
 func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64, error) {
 	pc := m.nextPiece(st, off, n)
 	first, count := chunks(st.Layout(), pc.off, pc.n)
@@ -124,8 +121,8 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 	}
 	pc = m.nextPiece(st, off, pc.n)
 	if pc.mapped {
-		// A store that failed may or may not have dropped the exception on disk: writing to its chunk
-		// would be lost in one of the two cases.
+		// A store that failed may or may not have dropped the exception on disk. If it did, a write to its chunk would
+		// be lost.
 		if err := st.Err(); err != nil {
 			return 0, err
 		}
@@ -141,7 +138,7 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 	return pc.n, err
 }
 
-// flush makes completed writes durable on both devices (specification 7.5).
+// flush makes completed writes durable on both devices (docs/spec/dm-snapshot.md §7.5).
 func (m *Merging) flush() error {
 	st := m.store.Load()
 	if errors.Is(st.Err(), store.ErrInvalid) {
@@ -150,7 +147,7 @@ func (m *Merging) flush() error {
 	return errors.Join(st.Sync(), m.origin.dev.Flush())
 }
 
-// extents tells where the holes of the merged content are.
+// extents returns the holes of the merged content.
 func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, m.origin.Size()); err != nil {
 		return nil, err
@@ -164,26 +161,25 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 	})
 }
 
-// Step merges the last exceptions of the store, at most max of them, and returns how many; with max 0
-// exactly the run that the kernel would merge (specification 7.3). 0 and no error: the merge is
-// complete.
+// Step merges the last exceptions of the store, at most max of them, and returns how many; with max 0 exactly the run
+// that the kernel would merge (docs/spec/dm-snapshot.md §7.3). 0 and no error: the merge is complete.
 //
-// In order: the other snapshots keep what they show; writes to the window are held back and those under
-// way waited for; COW to origin, in the order of the origin; flush of the origin; the exceptions are
-// dropped, durably; held-back writes go on, to the origin. Until the drop the same step can be repeated
-// with the same result, so it may be cut short anywhere. The last Step, which finds nothing to merge, makes durable that
-// the store is empty, and every completed write on both devices.
+// In order: the other snapshots keep what they show; new writes to the window wait, and those in flight are waited for;
+// COW to origin, in the order of the origin; flush of the origin; the exceptions are dropped, durably; waiting writes
+// continue, to the origin. Until the drop the same step can be repeated with the same result, so a crash at any point
+// is harmless. The last Step, which finds nothing to merge, makes durable that the store is empty, and every completed
+// write on both devices.
 //
-// A failed step leaves the exceptions where they are, fails the writes it held back, and shows as "Merge
-// failed". The next Step tries again; after a failure of the store it loads the store anew first, so
-// that nothing is decided by numbers the disk may not share (H1, H2). After a failed flush that is of no use, as the
-// device fails all later ones: the error is ErrReopen too.
+// A failed step leaves the exceptions where they are, fails the writes that waited for it, and sets the status "Merge
+// failed". The next Step tries again; after a failure of the store it loads the store again first, so that memory
+// agrees with the disk (docs/spec/dm-snapshot.md §8.2, H1, H2). That does not help after a failed flush, since the
+// device fails all later ones: the error is also ErrReopen.
 //
-// When another snapshot, whose policy is to wait for room (FullPause), has none for what it has to keep, Step changes
-// nothing and returns that error at once, a block.RetryLater.
+// When another snapshot, whose policy is to wait for space (FullPause), has none for the chunks that it must keep, Step
+// changes nothing and returns that error at once, a block.RetryLater.
 //
-// Errors: ErrMergeFailed with its cause; the cause alone for an invalid store, and for a lack of room that is to be
-// waited for. Steps exclude each other; everything else may be called meanwhile.
+// Errors: ErrMergeFailed with its cause; the cause alone for an invalid store, and for a lack of space that the caller
+// is to wait for. Steps exclude each other; everything else may be called meanwhile.
 func (m *Merging) Step(max uint64) (merged uint64, err error) {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
@@ -240,8 +236,8 @@ func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
 	return merged, nil
 }
 
-// complete makes it durable that nothing is left: that st is empty may be known from reading alone, when a step failed
-// after it had cleared the slots and st was loaded anew.
+// complete makes the empty store durable: when a step failed after it had cleared the slots, and st was loaded again,
+// that may be in the cache only.
 func (m *Merging) complete(st *store.Store) error {
 	if err := st.Settle(); err != nil {
 		return err
@@ -249,8 +245,8 @@ func (m *Merging) complete(st *store.Store) error {
 	return m.flush()
 }
 
-// mergeWindow copies the runs and drops their exceptions, the window, which is owned. With an error comes the line of
-// its event.
+// mergeWindow copies the runs and drops their exceptions, the window, which is owned. line is the text of the event for
+// err.
 func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) (line string, err error) {
 	if err := m.copyWindow(st.Layout(), runs); err != nil {
 		var ce *block.CopyError
@@ -268,7 +264,7 @@ func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk
 	return "", nil
 }
 
-// originRange is where a run goes: cut at the origin's end, which the last chunk may overlap.
+// originRange is the byte range of a run on the origin, cut at its end, which the last chunk may extend past.
 func (m *Merging) originRange(l ondisk.Layout, r store.Run) (off, n int64) {
 	off, end := l.OriginRange(r.Old, r.Count, m.origin.dev.Size())
 	return off, end - off
@@ -300,16 +296,16 @@ func runsByOrigin(window []ondisk.Exception) []store.Run {
 	return runs
 }
 
-// reload opens the store anew after it failed, past what is cached (store.Open): after a failed flush of cleared slots the
-// cache shows a store that is empty. What it can't open it leaves as it was. stepping is held.
+// reload opens the store again after it failed, past the cache (see store.Open): after a failed flush of cleared slots
+// the cache shows an empty store. On an error the old store stays. stepping is held.
 func (m *Merging) reload() error {
 	st := m.store.Load()
 	if !errors.Is(st.Err(), store.ErrFailed) {
 		return nil
 	}
-	// Writers may be looking at the old store. It refuses their writes to chunks in the COW device,
-	// and both have the same exceptions for all other chunks, so they may go on with either: the
-	// chunks for which the two differ were copied to the origin before their drop failed.
+	// Writers may still use the old store. It refuses their writes to chunks in the COW device, and both have the same
+	// exceptions for all other chunks, so either can be used: the chunks for which the two differ were copied to the
+	// origin before their drop failed.
 	fresh, err := m.open()
 	if err != nil {
 		return fmt.Errorf("load the exception store again: %w", err)
@@ -339,7 +335,7 @@ func (m *Merging) fail(line string, err error) error {
 	return err
 }
 
-// Status returns how the merge fares.
+// Status returns the status of the merge.
 func (m *Merging) Status() Status {
 	s := Status{Target: TargetMerge, State: StateMerging, Overflowed: m.overflowed,
 		Length: uint64(m.origin.Size()) / block.SectorSize, Store: m.opts.Store, Features: m.opts.Features}
@@ -360,10 +356,9 @@ func (m *Merging) Status() Status {
 // Store returns the store being merged.
 func (m *Merging) Store() *store.Store { return m.store.Load() }
 
-// Close ends the merge's part as an origin. A step under way is completed first. When exceptions are
-// left, the origin without the store is a mixture: load the store again, as a merge to go on or as a
-// snapshot; no request should reach the origin in between. A handover that was awaited is cancelled. The
-// COW device stays open.
+// Close deactivates the merge. A step in progress is completed first. When exceptions are left, the origin alone is a
+// mixture of both contents: load the store again, as a merge or as a snapshot, with no request to the origin in
+// between. A pending handover is cancelled. The COW device stays open.
 func (m *Merging) Close() error {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()

@@ -154,8 +154,7 @@ func scriptText(ops []scriptOp) string {
 	return lines.String()
 }
 
-// seeds returns the seeds to go through: one that was asked for, or so many; many times as many when asked to
-// be thorough.
+// seeds returns the seeds to run: the one that was asked for, or n; many times as many in a thorough run.
 func seeds(t *testing.T, n int) []uint64 {
 	t.Helper()
 	if text := os.Getenv("DMSNAP_SEED"); text != "" {

@@ -141,7 +141,7 @@ func noise(n int64, x byte) []byte {
 	return b
 }
 
-// put changes a range in one of the three ways, and tells what it holds then.
+// put changes a range in one of the three ways, and returns its new content.
 func put(dev block.Device, how string, at, n int64, x byte) ([]byte, error) {
 	data := noise(n, x)
 	var err error
@@ -257,7 +257,7 @@ func (w *world) compareAll() error {
 		at := int64(0)
 		for _, e := range es {
 			for end := at + e.Length/sector; at < end; at++ {
-				if got := e.Flags == snapshot.Lives; got != p.model.Lives(at) {
+				if got := e.Flags == snapshot.InCOW; got != p.model.InCOW(at) {
 					return fmt.Errorf("snapshot %d: sector %d lives in the COW device: %v, the model says %v", i, at, got, !got)
 				}
 			}

@@ -130,7 +130,7 @@ func (w *world) writeOrigin(how string, op scriptOp) error {
 	return w.compareRange(op.at, op.n)
 }
 
-// config is what the model is told of a table.
+// config is the configuration of the model for a table.
 func (w *world) config(o snapshot.Options, cowSectors int64) model.Config {
 	c := model.Config{Store: o.Store.String(), Chunk: int64(o.ChunkSectors), COW: cowSectors, Size: o.Size / sector,
 		Always: o.Sync == snapshot.SyncAlways, Zeroes: o.DiscardZeroesCOW, Passdown: o.DiscardPassdownOrigin,
@@ -234,7 +234,7 @@ func keepStore(p *pairOf, o snapshot.Options) snapshot.Options {
 	return o
 }
 
-// handOver loads a second table on the same COW device and moves the store there.
+// handOver loads a second table on the same COW device and hands the store over to it.
 func (w *world) handOver(p *pairOf, o snapshot.Options) error {
 	next, err := w.origin.Load(p.memory, o)
 	if err != nil {
@@ -300,7 +300,7 @@ func (w *world) loadMerge(p *pairOf) error {
 	return w.compareAll()
 }
 
-// step merges at most so many exceptions.
+// step merges at most the given number of exceptions.
 func (w *world) step(limit int64) error {
 	want, result := w.model.Step(limit)
 	got, err := w.merging.Step(uint64(limit))

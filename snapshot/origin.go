@@ -18,31 +18,14 @@
 //
 // # Guarantees
 //
-//   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a
-//     crash at any point: the exception is durable before the write reaches the origin.
+//   - An acknowledged origin write never changes what a valid persistent snapshot shows, also after a crash at any point:
+//     the exception is durable before the write reaches the origin.
 //   - A write to the origin is durable once a Flush that began after it returned. See [WriteBack].
-//   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways]
-//     when it returns, as the kernel has it.
-//   - An origin write is not failed because a snapshot failed: that snapshot becomes invalid, durably,
-//     before the write goes on (H5). See [ErrNoRoom] and [ErrUnmarked] for the exceptions.
-//
-// # Locks
-//
-// In this order, each optional:
-//
-//  1. Snapshot.suspending, held by Suspend and Close; then Snapshot.life, held for reading by every
-//     request to the snapshot, for writing while it is suspended, handed over or closed.
-//  2. Origin.mu: held for reading by every write to the origin, by every request to it while a merge is
-//     under way, and by every merge step, once, at their beginning; for writing while the list of
-//     snapshots changes. So a snapshot that is attached sees all later writes, whatever their size
-//     (H7). Requests to a snapshot never take it, but for discards that are passed down.
-//  3. Those of the write-back device (package writeback); while it writes out, the stores' and the devices' locks below.
-//  4. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An
-//     origin write passes the snapshots' gates one after the other and holds one at a time.
-//  5. Snapshot.growing, then Snapshot.invalidating.
-//  6. The store's locks, then the device's.
-//
-// No request waits for room in here (FullPause): it fails with a block.RetryLater, and whoever asked waits. TestLocksNeverMeet runs everything beside everything.
+//   - A write to a snapshot is durable once a Flush that began after it returned; with [SyncAlways] when it returns, as
+//     in the kernel.
+//   - An origin write does not fail because a snapshot failed: that snapshot becomes invalid, durably, before the write
+//     continues (docs/spec/dm-snapshot.md §8.2, H5). See [ErrNoRoom] and [ErrUnmarked] for the exceptions.
+//   - No request waits for space ([FullPause]): it fails with a block.RetryLater, and the caller waits.
 package snapshot
 
 import (
@@ -57,37 +40,54 @@ import (
 	"github.com/dmsnap/dmsnap/writeback"
 )
 
-// An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently. What it
-// does not change of the disk beneath, its logical block size and identity among it, it passes on. Its size is
-// fixed while it is open: snapshots and a merge are cut at the origin's end.
+// Locks, in this order, each optional:
+//
+//  1. Snapshot.suspending, held by Suspend and Close; then Snapshot.life, held for reading by every request to the
+//     snapshot, for writing while it is suspended, handed over or closed.
+//  2. Origin.mu: held for reading by every write to the origin, by every request to it while a merge is active, and by
+//     every merge step, once, at their beginning; for writing while the list of snapshots changes. So a snapshot that is
+//     attached sees all later writes, of any size (docs/spec/dm-snapshot.md §8.2, H7). Requests to a snapshot never take
+//     it, except discards that are passed down.
+//  3. Those of the write-back device (package writeback); while it writes out, the stores' and the devices' locks below.
+//  4. The gate of the merge, then that of one snapshot: owners exclude each other chunk by chunk. An origin write passes
+//     the snapshots' gates one after the other and holds one at a time.
+//  5. Snapshot.growing, then Snapshot.invalidating.
+//  6. The store's locks, then the device's.
+//
+// TestLocksNeverMeet runs everything concurrently with everything.
+
+// An Origin is a disk with snapshots. It is a block.Device; every method may be called concurrently. Everything else is
+// passed on from the disk, for example its logical block size and identity. Its size is fixed while it is open:
+// snapshots and a merge end where the origin ends.
 type Origin struct {
 	forward
 	disk block.Device
 	dev  *writeback.Device // over disk: what every other file of this package uses
 
 	mu        sync.RWMutex
-	snapshots []*Snapshot // largest chunk first (specification 5.2), then in order of their loading
+	snapshots []*Snapshot // largest chunk first (docs/spec/dm-snapshot.md §5.2), then in order of their loading
 
-	// merging is set while a merge plays the origin's part. Written with mu held for writing.
+	// merging is set while a merge is active. Written with mu held for writing.
 	merging atomic.Pointer[Merging]
 	waiting *Merging // loaded, not yet resumed
 
 	room room
 }
 
-// forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
+// forward is block.Forward under an unexported name, so that users of the package can't reach the underlying device.
 type forward = block.Forward
 
 // An OriginOption changes how an origin is used.
 type OriginOption func(*writeback.Options)
 
-// WriteBack lets writes to the origin that are not FUA, and for which snapshots have to keep something, be
-// acknowledged while their bytes are in memory: about limit bytes at most, and not much longer than delay. Many
-// of them then share the flushes of the COW devices. Reads see them; Flush makes them durable, like all others. A
-// process that is killed loses them, as a disk with a volatile cache does when its power fails. Without this
-// option every write is on its way to the disk when it is acknowledged.
+// WriteBack lets writes to the origin that are not FUA, and for which snapshots have to keep something, be acknowledged
+// while their bytes are in memory: about limit bytes at most, and not much longer than delay. Many of them then share
+// the flushes of the COW devices. Reads see them; Flush makes them durable, like all others. A process that is killed
+// loses them, as a disk with a volatile cache does when its power fails. Without this option every write has been
+// passed to the disk when it is acknowledged.
 //
-// Origin.Flush, and the end of the last snapshot when nothing fails, leave nothing in memory. See Origin.Finish.
+// After Origin.Flush, and after the last snapshot is closed without an error, no dirty bytes are left. See
+// Origin.Finish.
 func WriteBack(limit int64, delay time.Duration) OriginOption {
 	return func(o *writeback.Options) { o.Limit, o.Delay = limit, delay }
 }
@@ -98,7 +98,7 @@ func WriteBackNotify(notify func(err error)) OriginOption {
 	return func(o *writeback.Options) { o.Notify = notify }
 }
 
-// NewOrigin returns dev as an origin without snapshots, which is dev itself (specification 5.15). The
+// NewOrigin returns dev as an origin without snapshots, which is dev itself (docs/spec/dm-snapshot.md §5.15). The
 // caller keeps dev open as long as the origin is used.
 func NewOrigin(dev block.Device, opts ...OriginOption) *Origin {
 	o := &Origin{disk: dev}
@@ -112,14 +112,14 @@ func NewOrigin(dev block.Device, opts ...OriginOption) *Origin {
 	return o
 }
 
-// Device returns the disk beneath.
+// Device returns the underlying disk.
 func (o *Origin) Device() block.Device { return o.disk }
 
-// WriteBackStatus returns how much of the origin is in memory only, and whether its disk takes writes.
+// WriteBackStatus returns how many bytes of the origin are dirty, and whether the disk accepts writes.
 func (o *Origin) WriteBackStatus() writeback.Status { return o.dev.Status() }
 
-// ReadAt reads the origin, or what it will be when the merge under way has ended. It waits for nothing
-// but the devices (checklist 66).
+// ReadAt reads the origin, or while a merge is active the merged content. It waits for nothing but the devices
+// (checklist 66).
 func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
 	if m := o.enterMerging(); m != nil {
 		defer o.mu.RUnlock()
@@ -128,9 +128,8 @@ func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
 	return o.dev.ReadAt(p, off)
 }
 
-// enterMerging returns the merge that plays the origin's part, with mu held for reading so that it
-// isn't closed, and its COW device with it, while it is asked; or nil, with nothing held. Without a
-// merge reads take no lock.
+// enterMerging returns the active merge, with mu held for reading so that neither it nor its COW device is closed
+// meanwhile; or nil, with nothing held. Without a merge reads take no lock.
 func (o *Origin) enterMerging() *Merging {
 	if o.merging.Load() == nil {
 		return nil
@@ -163,7 +162,7 @@ func (o *Origin) WriteDurableAt(p []byte, off int64) error {
 	return o.change(payload{data: p, durable: true}, off, int64(len(p)))
 }
 
-// WriteLastAt is ErrUnsupported: no write passes by the snapshots.
+// WriteLastAt is ErrUnsupported: no write may bypass the snapshots.
 func (o *Origin) WriteLastAt(p []byte, off int64) error { return block.ErrUnsupported }
 
 // ZeroAt makes a range read as zeros, after it was preserved like before a write.
@@ -175,7 +174,7 @@ func (o *Origin) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 }
 
 // Discard does nothing: the content would become undefined, snapshots would have to keep it first, and the target
-// snapshot-origin takes no discards either (specification 5.7).
+// snapshot-origin takes no discards either (docs/spec/dm-snapshot.md §5.7).
 func (o *Origin) Discard(off, n int64) error { return block.CheckRange("discard", off, n, o.Size()) }
 
 // Refresh returns the size, which is fixed.
@@ -205,12 +204,12 @@ func (o *Origin) change(pl payload, off, n int64) error {
 	})
 }
 
-// A request of more than lockedBytes is cut: so much is changed under one hold of Origin.mu. Whoever wants that lock for
-// writing, to attach a snapshot, waits for no more than that, and so does everybody who waits behind him.
+// A request of more than lockedBytes is split, and Origin.mu is released between the parts, so that attaching a
+// snapshot, which locks it for writing, waits for at most one part, and so do the requests behind it.
 const (
 	lockedBytes = 2 << 20
-	// windowBytes is how much of a long request is kept by the snapshots before their exceptions are made durable, in
-	// one flush for all, and it is changed.
+	// windowBytes is how much of a long request the snapshots preserve before one flush makes the exceptions durable
+	// and the origin is changed.
 	windowBytes = 32 << 20
 )
 
@@ -227,10 +226,10 @@ func pieces(off, n int64, do func(off, n int64) error) error {
 	return nil
 }
 
-// changeLong is changeNow piece by piece. Nothing holds between two pieces but what they found: a snapshot that is
-// attached in the middle shows the change where it was made already, as it does after a write that ended before.
+// changeLong is changeNow piece by piece. No lock is held between two pieces: a snapshot that is attached in the middle
+// shows the change where it was made already, as after a write that completed before.
 func (o *Origin) changeLong(pl payload, off, n int64) error {
-	if pl.data == nil && pl.zero&block.OnlyFast != 0 { // all or nothing, and it takes no time once everything is kept
+	if pl.data == nil && pl.zero&block.OnlyFast != 0 { // all or nothing, and fast once everything is preserved
 		if err := o.keepAhead(off, n); err != nil {
 			return err
 		}
@@ -257,7 +256,7 @@ func (o *Origin) changeLong(pl payload, off, n int64) error {
 }
 
 // keepAhead makes the snapshots keep what they show of n bytes at off, with one flush at the end that no lock is held
-// for but those of the snapshots. It is there for its speed alone: changeNow keeps what came between, and judges what
+// for but those of the snapshots. It is an optimisation: changeNow preserves what changed in between, and handles what
 // failed here.
 func (o *Origin) keepAhead(off, n int64) error {
 	var dirty []*Snapshot
@@ -280,7 +279,7 @@ func (o *Origin) keepAhead(off, n int64) error {
 	var all sync.WaitGroup
 	for _, s := range dirty {
 		all.Go(func() {
-			// One that is being closed or suspended has its exceptions made durable by changeNow.
+			// changeNow makes the exceptions of a snapshot durable that is being closed or suspended.
 			if !s.life.TryRLock() {
 				return
 			}
@@ -324,8 +323,8 @@ func (o *Origin) writesBack(pl payload, off, n int64, waits bool) bool {
 	return pl.data != nil && !pl.durable && o.dev.CanWriteBack(off, n) && (waits || o.dev.Overlaps(off, n))
 }
 
-// barrier makes the exceptions durable that writes in memory wait for: it is what has to be durable before they go to
-// the disk. Whoever left a write there had committed its exceptions before, and had set needed. o.mu is held.
+// barrier makes the exceptions durable that dirty bytes wait for, before they are written to the disk. A write that
+// left dirty bytes had committed its exceptions before, and had set needed. o.mu is held.
 func (o *Origin) barrier() error {
 	var few [4]*Snapshot
 	dirty := few[:0]
@@ -343,11 +342,11 @@ func (o *Origin) barrier() error {
 	return err
 }
 
-// Finish ends the use of the origin: it makes completed writes durable, like Flush, and gives up the acknowledged ones
-// that are in memory and can't be written: then it fails with a *writeback.LostError that names them. Call it before the
-// snapshots are closed: a snapshot whose store can't make the exceptions durable that they wait for becomes invalid,
-// when it can be marked so and the disk has room for them. A merge is closed before, by Merging.Close. No request is
-// to follow but Flush, which fails when bytes were given up.
+// Finish ends the use of the origin: it makes completed writes durable, like Flush, and discards dirty bytes of
+// acknowledged writes that can't be written: then it fails with a *writeback.LostError that names them. Call it before
+// the snapshots are closed: a snapshot whose store can't make the exceptions durable that the dirty bytes wait for
+// becomes invalid, if it can be marked so and the disk accepts the bytes. Close a merge first, by Merging.Close. Only
+// Flush may follow, which fails when bytes were discarded.
 func (o *Origin) Finish() error {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -368,8 +367,8 @@ func (o *Origin) Finish() error {
 	return o.dev.Flush()
 }
 
-// Flush makes completed writes durable. It goes to the origin device alone, while merging also to the
-// COW device (specification 5.7, 7.5). It fails while acknowledged writes can't be written, and permanently after a
+// Flush makes completed writes durable. It goes to the origin device alone, while merging also to the COW device
+// (docs/spec/dm-snapshot.md §5.7, §7.5). It fails while acknowledged writes can't be written, and permanently after a
 // flush of the disk failed.
 func (o *Origin) Flush() error {
 	if m := o.enterMerging(); m != nil {
@@ -379,7 +378,7 @@ func (o *Origin) Flush() error {
 	return o.dev.Flush()
 }
 
-// Extents tells where the holes of the origin are.
+// Extents returns the holes of the origin.
 func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 	if m := o.enterMerging(); m != nil {
 		defer o.mu.RUnlock()
@@ -388,9 +387,9 @@ func (o *Origin) Extents(off, n int64) ([]block.Extent, error) {
 	return o.dev.Extents(off, n)
 }
 
-// preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for
-// reading. Snapshots that can't are invalid when it returns, but for those whose policy is to have the
-// write fail or wait: then it fails with ErrNoRoom, or ErrUnmarked.
+// preserve makes every snapshot keep what it shows of n > 0 bytes at off, durably. o.mu is held for reading. Snapshots
+// that can't are invalid when it returns. Where the policy is that the write fails or waits, it returns ErrNoRoom, or
+// ErrUnmarked.
 func (o *Origin) preserve(off, n int64) error {
 	var few [4]*Snapshot
 	dirty, err := o.keep(few[:0], off, n)
@@ -418,8 +417,8 @@ func (o *Origin) keep(dirty []*Snapshot, off, n int64) ([]*Snapshot, error) {
 	return dirty, nil
 }
 
-// syncForOrigin makes the exceptions of snapshots durable, with one Sync a store, side by side: writes that
-// meet share them. It fails like preserve.
+// syncForOrigin makes the exceptions of snapshots durable, with one Sync for each store, concurrently; concurrent
+// writes share them. It fails like preserve.
 func syncForOrigin(dirty []*Snapshot) error {
 	switch len(dirty) {
 	case 0:
@@ -436,8 +435,8 @@ func syncForOrigin(dirty []*Snapshot) error {
 	return errors.Join(errs...)
 }
 
-// insert puts s in the list: before the first one with a smaller chunk, behind its equals
-// (specification 5.2). o.mu is held for writing.
+// insert puts s in the list: before the first one with a smaller chunk, after those of equal size
+// (docs/spec/dm-snapshot.md §5.2). o.mu is held for writing.
 func (o *Origin) insert(s *Snapshot) {
 	i := slices.IndexFunc(o.snapshots, func(t *Snapshot) bool { return t.chunkSectors() < s.chunkSectors() })
 	if i < 0 {
@@ -446,9 +445,9 @@ func (o *Origin) insert(s *Snapshot) {
 	o.snapshots = slices.Insert(o.snapshots, i, s)
 }
 
-// remove takes s out of the list. o.mu is held for writing.
+// remove removes s from the list. o.mu is held for writing.
 func (o *Origin) remove(s *Snapshot) {
-	defer o.room.made() // nobody waits for s any more
+	defer o.room.made() // nothing waits for s any more
 	o.snapshots = slices.DeleteFunc(o.snapshots, func(t *Snapshot) bool { return t == s })
 }
 
@@ -459,10 +458,10 @@ func (o *Origin) Snapshots() []*Snapshot {
 	return slices.Clone(o.snapshots)
 }
 
-// Merging returns the merge that plays the origin's part, or nil.
+// Merging returns the active merge, or nil.
 func (o *Origin) Merging() *Merging { return o.merging.Load() }
 
-// checkCOW refuses a COW device that can't be one.
+// checkCOW refuses a device that can't be the COW device of o.
 func (o *Origin) checkCOW(cow block.Device) error {
 	if block.Same(o.dev, cow) {
 		return ErrSameDevice
@@ -473,7 +472,7 @@ func (o *Origin) checkCOW(cow block.Device) error {
 	return nil
 }
 
-// writeOut writes to the disk what is in memory, while origin writes go on.
+// writeOut writes dirty bytes to the disk; origin writes continue meanwhile.
 func (o *Origin) writeOut() error {
 	o.mu.RLock()
 	defer o.mu.RUnlock()

@@ -2,7 +2,7 @@ package snapshot
 
 import "github.com/dmsnap/dmsnap/block"
 
-// A payload is what a changing request puts in its range: bytes, or zeros when data is nil.
+// A payload is the new content of a write request: bytes, or zeros when data is nil.
 type payload struct {
 	data    []byte
 	zero    block.ZeroFlags // how, when data is nil
@@ -32,7 +32,7 @@ func (pl payload) put(dev block.Device, off, n int64) error {
 	return err
 }
 
-// lay puts pl in b, which is as long as it.
+// lay copies pl to b, which has the same length.
 func (pl payload) lay(b []byte) {
 	if pl.data == nil {
 		clear(b)

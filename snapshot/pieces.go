@@ -5,17 +5,17 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A piece is the part of a request that goes to one place: bytes [off, off+n) of the snapshot, all
-// either in consecutive COW chunks from byte cow of the COW device on, or in chunks without an
-// exception. This is where requests are cut; nobody underneath sees one that straddles two places.
+// A piece is the part of a request that goes to one place: bytes [off, off+n) of the snapshot, all either in
+// consecutive COW chunks from byte cow of the COW device on, or in chunks without an exception. Requests are split
+// here; no code below gets one that spans two places.
 type piece struct {
 	off, n int64
 	cow    int64
 	mapped bool
 }
 
-// nextPiece returns the first piece of bytes [off, off+n), n > 0. It is true when it was made: an
-// unmapped piece may get exceptions at any time.
+// nextPiece returns the first piece of bytes [off, off+n), n > 0. It may be outdated at once: an unmapped piece may get
+// exceptions at any time.
 func nextPiece(st *store.Store, off, n int64) piece {
 	l := st.Layout()
 	first, last := l.OriginChunkAt(off), l.OriginChunkAt(off+n-1)

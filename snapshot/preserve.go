@@ -7,24 +7,23 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// preserve makes s keep what it shows of n > 0 bytes at off, before the origin changes there, and
-// reports whether its store needs a Sync before the change may be made. It fails with ErrNoRoom, to
-// protect s where that is its policy; other failures invalidate s, and the change goes on, unless s can't be
-// marked invalid: then it fails with ErrUnmarked. origin.mu is held for reading.
+// preserve makes s keep what it shows of n > 0 bytes at off, before the origin changes there, and reports whether its
+// store needs a Sync before the change may be made. It fails with ErrNoRoom, to protect s where that is its policy;
+// other failures invalidate s, and the change continues, unless s can't be marked invalid: then it fails with
+// ErrUnmarked. origin.mu is held for reading.
 //
 // When it returns without an error, every chunk of the range has an exception that Lookup finds, or s is invalid, and
 // no request to s still reads the range from the origin.
 func (s *Snapshot) preserve(off, n int64) (needsSync bool, err error) {
 	if off >= s.size || s.store == nil {
-		return false, nil // beyond a shorter snapshot (specification 5.7), or handed over
+		return false, nil // beyond a shorter snapshot (docs/spec/dm-snapshot.md §5.7), or handed over
 	}
 	first, count := chunks(s.store.Layout(), off, min(n, s.size-off))
 	if needsSync, err = s.keep(first, count); err != nil {
 		return needsSync, err
 	}
-	// Also where nothing was copied: whoever made the exception may still be waiting for a reader
-	// that began before. And where s is invalid: a read that began before succeeds, so it must not return
-	// what the origin is about to be.
+	// Also where nothing was copied: the request that made the exception may still be waiting for an earlier reader.
+	// And where s is invalid: an earlier read succeeds, so it must not return the new content of the origin.
 	s.gate.Drain(span(first, count))
 	return needsSync, nil
 }
@@ -38,8 +37,8 @@ func (s *Snapshot) keep(first ondisk.OriginChunk, count uint64) (needsSync bool,
 		}
 		new, k, mapped := s.store.LookupRun(at, left)
 		if mapped {
-			// It may be committed and not yet durable, by another origin write or by a write to the
-			// snapshot: the origin must not change beneath it before it is.
+			// It may be committed and not yet durable, by another origin write or by a write to the snapshot: the
+			// origin must not change before it is durable.
 			if !s.store.Durable(new + ondisk.COWChunk(k-1)) {
 				needsSync = true
 			}
@@ -58,8 +57,8 @@ func (s *Snapshot) keep(first ondisk.OriginChunk, count uint64) (needsSync bool,
 	return needsSync, nil
 }
 
-// copyOut copies at most count chunks from first on to the COW device and commits their exceptions. It
-// returns how many have one now, 0 when somebody else made the first.
+// copyOut copies at most count chunks from first on to the COW device and commits their exceptions. It returns how many
+// have one now, 0 when another request made the first.
 func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, error) {
 	owned := s.gate.Own(span(first, count))
 	defer owned.Release()
@@ -72,7 +71,7 @@ func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, erro
 		return 0, err
 	}
 	l := s.store.Layout()
-	start, end := l.OriginRange(first, r.Count, s.origin.dev.Size()) // 5.8
+	start, end := l.OriginRange(first, r.Count, s.origin.dev.Size()) // docs/spec/dm-snapshot.md §5.8
 	if err := block.Copy(s.cow, l.COWOffset(r.New), s.origin.dev, start, end-start, block.LongHoles, nil); err != nil {
 		if s.noRoom(err) != nil {
 			r.Cancel()

@@ -30,7 +30,7 @@ type rig struct {
 	origin *snapshot.Origin
 	before []byte // the origin's first content
 
-	telling sync.Mutex // guards events, which requests that run side by side tell of
+	telling sync.Mutex // guards events, which concurrent requests report
 	events  []snapshot.Event
 }
 
@@ -41,7 +41,7 @@ func (r *rig) tell(e snapshot.Event) {
 	r.events = append(r.events, e)
 }
 
-// newRig makes an origin of so many sectors, filled with noise.
+// newRig makes an origin of the given number of sectors, filled with noise.
 func newRig(t *testing.T, sectors int64, opts ...snapshot.OriginOption) *rig {
 	r := &rig{t: t, before: blocktest.Pattern(int(sectors*sector), 1)}
 	r.memory = block.MemoryFrom(r.before)
@@ -57,7 +57,7 @@ type cow struct {
 	dev    block.Device
 }
 
-// cow makes an empty COW device of so many sectors.
+// cow makes an empty COW device of the given number of sectors.
 func (r *rig) cow(name string, sectors int64) *cow {
 	return r.cowOf(name, make([]byte, sectors*sector))
 }
@@ -89,7 +89,7 @@ func (r *rig) attach(c *cow, o snapshot.Options) *snapshot.Snapshot {
 	return s
 }
 
-// standard is a rig with one persistent snapshot of chunk size 8 in a COW device of so many sectors.
+// standard is a rig with one persistent snapshot of chunk size 8 in a COW device of the given number of sectors.
 func standard(t *testing.T, originSectors, cowSectors int64) (*rig, *cow, *snapshot.Snapshot) {
 	r := newRig(t, originSectors)
 	c := r.cow("COW", cowSectors)
@@ -282,6 +282,6 @@ func failingWrites(at, n int64) blocktest.Decide {
 	}
 }
 
-// isFull, isInvalid tell what a refused write said.
+// isFull and isInvalid classify the error of a refused write.
 func isFull(err error) bool    { return errors.Is(err, store.ErrFull) }
 func isInvalid(err error) bool { return errors.Is(err, store.ErrInvalid) }

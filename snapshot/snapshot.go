@@ -21,7 +21,7 @@ const (
 	SyncAlways                 // when it returns
 )
 
-// ErrOverflow reports a write to a PO snapshot whose COW device was full once (specification 6.2).
+// ErrOverflow reports a write to a PO snapshot whose COW device was full once (docs/spec/dm-snapshot.md §6.2).
 var ErrOverflow = errors.New("snapshot overflowed")
 
 // Options are how a COW device is to be used. The zero value is a persistent store ("P") that exists
@@ -51,13 +51,13 @@ type Snapshot struct {
 	size   int64
 
 	suspending sync.Mutex   // one Suspend or Close at a time
-	life       sync.RWMutex // see the package comment
+	life       sync.RWMutex // see the order of locks in origin.go
 
 	// Written with life and origin.mu held for writing, so either may be held to read them.
 	store       *store.Store // nil while a handover is awaited, and after this one's was given away
 	active      bool         // resumed once: origin writes make exceptions
 	source      *Snapshot    // whose store is awaited
-	destination *Snapshot    // who awaits this one's store; a Merging's is its waiting
+	destination *Snapshot    // which awaits this one's store; for a Merging it is Origin.waiting
 	mergeWaits  *Merging
 	closed      bool
 	suspended   bool // life is held for writing by Suspend or Load
@@ -67,15 +67,15 @@ type Snapshot struct {
 	full       atomic.Bool // the last write that needed room found none
 	growing    sync.Mutex
 
-	invalid      atomic.Bool           // lost, and origin writes need not care: it is marked, or that is not asked for
+	invalid      atomic.Bool           // lost, and origin writes may continue: it is marked, or the policy does not require the mark
 	unmarked     atomic.Pointer[error] // lost, and why it could not be marked; see invalidate
 	failed       atomic.Bool           // lost because a device failed
-	needed       atomic.Bool           // writes to the origin that are in memory wait for a Sync of the store
+	needed       atomic.Bool           // dirty bytes of the origin wait for a Sync of the store
 	invalidating sync.Mutex
 }
 
-// Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a
-// snapshot of o: Load and Resume. From then on every write to o, whatever its size, is preserved (H7).
+// Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a snapshot of o:
+// Load and Resume. From then on every write to o, of any size, is preserved (docs/spec/dm-snapshot.md §8.2, H7).
 func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
 	s, err := o.Load(cow, opts)
 	if err != nil {
@@ -88,11 +88,11 @@ func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
 	return s, nil
 }
 
-// Load is the constructor of a snapshot table (specification 5.1): the snapshot is there, suspended and
-// inactive, so that it gets no exceptions and its requests wait, until Resume.
+// Load is the constructor of a snapshot table (docs/spec/dm-snapshot.md §5.1): the snapshot is suspended and inactive
+// until Resume: it gets no exceptions, and its requests wait.
 //
-// When an active snapshot of o has the same COW device, this one becomes the destination of a handover:
-// nothing is read, and Resume takes the other's store over (5.12).
+// When an active snapshot of o has the same COW device, this one becomes the destination of a handover: nothing is
+// read, and Resume takes over the store of the other one (§5.12).
 //
 // The caller keeps cow open until Close. Errors: those of store.Open and store.Create, ErrSameDevice,
 // ErrPassdown, ErrChunkNotSet, ErrPairing; ErrAlreadyMerging while a merge is under way, before cow is read or written.
@@ -114,9 +114,8 @@ func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	if source != nil || err != nil {
 		return s.orNil(err)
 	}
-	// Reading a large store takes long, so writes to the origin go on meanwhile: this snapshot isn't
-	// active yet and needs nothing of them. Somebody may load the same COW device at the same time,
-	// so the list is looked at again.
+	// Reading a large store takes long, so the lock is released: this snapshot is not active yet and does not depend on
+	// origin writes. The same COW device may be loaded concurrently, so the list is checked again.
 	if s.store, err = openStore(o.dev, cow, opts); err != nil {
 		return nil, err
 	}
@@ -130,8 +129,8 @@ func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	return s, nil
 }
 
-// CheckOrigin returns an error that wraps store.ErrOriginTooSmall when the origin ends before an exception of the
-// store begins. Load and Attach accept such an origin, as the kernel does: a caller that wants to refuse it asks
+// CheckOrigin returns an error that wraps store.ErrOriginTooSmall when the origin ends before an exception of the store
+// begins. Load and Attach accept such an origin, as the kernel does: a caller that wants to refuse it calls CheckOrigin
 // between Load and Resume, before anything is written to the COW device.
 func (s *Snapshot) CheckOrigin() error {
 	if s.store == nil { // waits for a handover
@@ -168,7 +167,7 @@ func (o *Origin) newSnapshot(cow block.Device, opts Options) (*Snapshot, error) 
 	return s, nil
 }
 
-// openStore loads the store of a table that says opts, or creates it (specification 2.6).
+// openStore loads the store of a table with the options opts, or creates it (docs/spec/dm-snapshot.md §2.6).
 func openStore(origin, cow block.Device, opts Options) (*store.Store, error) {
 	sectors := opts.ChunkSectors
 	if opts.Store == Transient {
@@ -226,16 +225,15 @@ func notify(opts Options, e Event) {
 	}
 }
 
-// Suspend waits until no request is under way and makes new ones wait, until Resume or Close. Origin
-// writes go on making exceptions. Suspending what is suspended does nothing: there is one suspension,
-// whoever asked for it.
+// Suspend waits until no request is in flight and makes new ones wait, until Resume or Close. Origin writes still make
+// exceptions. Suspending a suspended snapshot does nothing: suspensions do not nest.
 func (s *Snapshot) Suspend() error {
 	s.suspending.Lock()
 	defer s.suspending.Unlock()
 	if already, err := s.isSuspended(); already || err != nil {
 		return err
 	}
-	s.life.Lock() // waits for requests under way, and for nothing else
+	s.life.Lock() // waits for requests in flight, and for nothing else
 	s.origin.mu.Lock()
 	defer s.origin.mu.Unlock()
 	s.suspended = true
@@ -252,15 +250,15 @@ func (s *Snapshot) isSuspended() (bool, error) {
 	return s.suspended, nil
 }
 
-// Close makes the snapshot's exceptions durable and takes it off its origin. Waiting and later requests
-// fail with fs.ErrClosed. Nothing else is written: the store can be loaded again (specification 5.13).
-// The COW device stays open. The error is that of the last Sync.
+// Close makes the snapshot's exceptions durable and removes it from its origin. Waiting and later requests fail with
+// fs.ErrClosed. Nothing else is written: the store can be loaded again (docs/spec/dm-snapshot.md §5.13). The COW device
+// stays open. The error is that of the last Sync.
 func (s *Snapshot) Close() error {
 	s.suspending.Lock()
 	defer s.suspending.Unlock()
 	s.origin.mu.Lock()
 	held := s.suspended
-	s.suspended = false // whoever resets it owns the lock on life
+	s.suspended = false // the goroutine that resets it owns the lock on life
 	s.origin.mu.Unlock()
 	if !held {
 		s.life.Lock()
@@ -275,13 +273,13 @@ func (s *Snapshot) Close() error {
 	err := s.settle()
 	s.origin.remove(s)
 	s.cancelHandover()
-	s.origin.dev.WriteOut() // an error is the next Flush's: s is not concerned any more
+	s.origin.dev.WriteOut() // the next Flush returns an error; it does not concern s
 	return err
 }
 
-// settle makes the exceptions of s durable before it leaves the list: then nothing that is in memory for the origin needs
-// it. Acknowledged origin writes are not dropped to protect s: when they wait for exceptions that can't be made
-// durable, s becomes invalid. origin.mu is held for writing.
+// settle makes the exceptions of s durable before it leaves the list: then no dirty bytes of the origin depend on it.
+// Acknowledged origin writes are not discarded to protect s: when they wait for exceptions that can't be made durable,
+// s becomes invalid. origin.mu is held for writing.
 func (s *Snapshot) settle() error {
 	switch {
 	case s.store == nil:

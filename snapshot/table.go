@@ -9,8 +9,8 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// StoreType says where exceptions are kept and what a full COW device means to writes of the snapshot,
-// in the words of a table line (specification 5.1).
+// StoreType is where exceptions are kept, and what a full COW device means for writes to the snapshot, as in a table
+// line (docs/spec/dm-snapshot.md §5.1).
 type StoreType uint8
 
 const (
@@ -22,7 +22,7 @@ const (
 // String returns "P", "PO" or "N".
 func (t StoreType) String() string { return [...]string{"P", "PO", "N"}[t] }
 
-// The errors of table lines and loading (specification 5.1).
+// The errors of table lines and loading (docs/spec/dm-snapshot.md §5.1).
 var (
 	ErrStoreType       = errors.New("exception store type is not P or N")
 	ErrArguments       = errors.New("a snapshot table requires 4 or more arguments")
@@ -35,8 +35,8 @@ var (
 	ErrSameDevice      = errors.New("the COW device is the origin device")
 )
 
-// ParseStoreType reads the third argument of a snapshot table: the first letter decides, in either
-// case; after P an O may follow, and what comes behind it is ignored (specification 5.1).
+// ParseStoreType reads the third argument of a snapshot table: the first letter decides, in either case; after P an O
+// may follow, and the rest is ignored (docs/spec/dm-snapshot.md §5.1).
 func ParseStoreType(s string) (StoreType, error) {
 	u := strings.ToUpper(s)
 	switch {
@@ -52,8 +52,8 @@ func ParseStoreType(s string) (StoreType, error) {
 	return 0, ErrStoreType
 }
 
-// ParseChunkArgument reads a table's chunk size in sectors: base 10, a leading + or zeros allowed, 0
-// for "not supplied" (specification 2.3).
+// ParseChunkArgument reads a table's chunk size in sectors: base 10, a leading + or zeros allowed, 0 for "not supplied"
+// (docs/spec/dm-snapshot.md §2.3).
 func ParseChunkArgument(s string) (uint32, error) {
 	n, err := strconv.ParseUint(strings.TrimPrefix(s, "+"), 10, 32)
 	if err != nil || strings.HasPrefix(s, "++") {
@@ -74,7 +74,7 @@ const (
 	TargetMerge    = "snapshot-merge"
 )
 
-// A Table is a line as dmsetup takes it (specification 5.1):
+// A Table is a line as dmsetup takes it (docs/spec/dm-snapshot.md §5.1):
 //
 //	<start> <length> snapshot        <origin> <COW> <store> <chunk size> [<n> <feature>...]
 //	<start> <length> snapshot-merge  <origin> <COW> <store> <chunk size> [<n> <feature>...]
@@ -88,13 +88,13 @@ type Table struct {
 	Features
 }
 
-// Features are the optional arguments of a table (specification 5.9).
+// Features are the optional arguments of a table (docs/spec/dm-snapshot.md §5.9).
 type Features struct {
-	DiscardZeroesCOW      bool // a discarded chunk that lives in the COW device reads as zeros
+	DiscardZeroesCOW      bool // a discarded chunk that is stored in the COW device reads as zeros
 	DiscardPassdownOrigin bool // discards also reach the origin device; needs DiscardZeroesCOW
 }
 
-// Check returns ErrPassdown for a combination that is none.
+// Check returns ErrPassdown for an invalid combination.
 func (f Features) Check() error {
 	if f.DiscardPassdownOrigin && !f.DiscardZeroesCOW {
 		return ErrPassdown
@@ -174,7 +174,7 @@ func parseFeatures(w []string) (f Features, err error) {
 	return f, f.Check()
 }
 
-// String returns t as `dmsetup table` prints it (specification 6.4).
+// String returns t as `dmsetup table` prints it (docs/spec/dm-snapshot.md §6.4).
 func (t Table) String() string {
 	s := fmt.Sprintf("%d %d %s %s", t.Start, t.Length, t.Target, t.Origin)
 	if t.Target == TargetOrigin {

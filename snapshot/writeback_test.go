@@ -66,7 +66,7 @@ func TestWriteBackSharesFlushes(t *testing.T) {
 	}
 }
 
-// TestWrittenBackForWhoNeedsIt: whoever needs the origin's device as it is finds everything there.
+// TestWrittenBackForWhoNeedsIt: operations that read the origin's device directly find everything there.
 func TestWrittenBackForWhoNeedsIt(t *testing.T) {
 	dirty := fill(1, 1)
 	for _, c := range []struct {
@@ -237,7 +237,7 @@ func TestReadMeetsWriteOut(t *testing.T) {
 	checkStore(t, cow)
 }
 
-// TestWriteBackThatFails: Flush tells; the bytes are still read, and nothing more is acknowledged, until the device
+// TestWriteBackThatFails: Flush fails; the bytes are still read, and nothing more is acknowledged, until the device
 // takes them.
 func TestWriteBackThatFails(t *testing.T) {
 	r, _, s := writeBackRig(t)

@@ -93,7 +93,7 @@ var orders = []struct {
 		o.fresh(t)
 		mustSync(t, o.Store)
 	}, "F"},
-	// H4, H8: once after loading, zeros over what may stand behind the end mark's block.
+	// H4, H8: once after loading, zeros over what may stand after the end mark's block.
 	{"first batch after loading", 16, func(t *testing.T, o *ordered) {
 		o.create(t)
 		o.add(t, 0, 10)
@@ -251,8 +251,8 @@ func (o *ordered) lines() string {
 	return strings.ReplaceAll(strings.TrimSpace(o.log.String()), "\n", "; ")
 }
 
-// TestTornSlotsStayDead: slots that a torn write left behind the end mark, in a block that the next batch
-// does not write, do not come to life when the batches after a power cut fill the block before it (H4, H8).
+// TestTornSlotsStayDead: slots that a torn write left after the end mark, in a block that the next batch does not
+// write, do not come to life when the batches after a power cut fill the block before it (H4, H8).
 func TestTornSlotsStayDead(t *testing.T) {
 	const c = 16 // an area is two blocks
 	layout := ondisk.Layout{ChunkSectors: c}
@@ -289,8 +289,8 @@ func TestTornSlotsStayDead(t *testing.T) {
 	}
 }
 
-// TestVoidSlotsStayDead: whatever stands behind the end mark when a store is loaded, a batch that ends at the
-// edge of a block, of an area or of what is written at once does not join it.
+// TestVoidSlotsStayDead: whatever stands after the end mark when a store is loaded, a batch that ends at the edge of a
+// block, of an area or of what is written at once does not join it.
 func TestVoidSlotsStayDead(t *testing.T) {
 	for _, c := range []struct {
 		chunk       uint32

@@ -19,7 +19,7 @@ const sector = 512
 
 var errDisk = errors.New("the disk fails")
 
-// newStore makes a store of a chunk size on a device of so many sectors, whose operations are logged and
+// newStore makes a store of a chunk size on a device of the given number of sectors, whose operations are logged and
 // can be failed. The test ends with a look at what is on disk.
 func newStore(t *testing.T, c uint32, sectors int64) (s *store.Store, mem *block.Memory, faults *blocktest.Faulty, log *blocktest.Log) {
 	t.Helper()

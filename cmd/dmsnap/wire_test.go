@@ -70,7 +70,7 @@ func TestSnapshotOverTheWire(t *testing.T) {
 			t.Fatal(err)
 		}
 		for _, e := range es {
-			if e.Flags == snapshot.Lives {
+			if e.Flags == snapshot.InCOW {
 				lives = append(lives, off/4096, e.Length)
 			}
 			off += e.Length

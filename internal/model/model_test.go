@@ -219,7 +219,7 @@ func TestUnexceptedChunksAreTheDisks(t *testing.T) {
 				o.Step(r.Int64N(5))
 			}
 			for i := range o.sectors() {
-				if s.Valid() && !s.Lives(i) && !bytes.Equal(s.view[i*Sector:(i+1)*Sector], o.Raw[i*Sector:(i+1)*Sector]) {
+				if s.Valid() && !s.InCOW(i) && !bytes.Equal(s.view[i*Sector:(i+1)*Sector], o.Raw[i*Sector:(i+1)*Sector]) {
 					t.Fatalf("seed %d: sector %d has no exception and shows %d, the disk %d", seed, i, s.view[i*Sector], o.Raw[i*Sector])
 				}
 			}

@@ -104,8 +104,8 @@ func (s *Snapshot) Slots() (slots [][2]int64, synced int) {
 	return slots, s.synced
 }
 
-// Lives reports whether a sector lives in the COW device.
-func (s *Snapshot) Lives(at int64) bool { return s.index(at/s.Chunk) >= 0 }
+// InCOW reports whether a sector lives in the COW device.
+func (s *Snapshot) InCOW(at int64) bool { return s.index(at/s.Chunk) >= 0 }
 
 // index is which exception a chunk has, -1: none.
 func (s *Snapshot) index(chunk int64) int { return slices.Index(s.order, chunk) }
@@ -148,7 +148,7 @@ func (s *Snapshot) except(chunk int64) bool {
 // alike is how many of n sectors from at on lie in consecutive chunks that all have exceptions, or all none.
 func (s *Snapshot) alike(at, n int64) int64 {
 	k := int64(1)
-	for k < n && s.Lives(at+k) == s.Lives(at) {
+	for k < n && s.InCOW(at+k) == s.InCOW(at) {
 		k++
 	}
 	return k
@@ -157,7 +157,7 @@ func (s *Snapshot) alike(at, n int64) int64 {
 // follow shows the disk in sectors from..to, where there are no exceptions.
 func (s *Snapshot) follow(from, to int64) {
 	for at := from; at < to; at++ {
-		if !s.Lives(at) {
+		if !s.InCOW(at) {
 			copy(s.view[at*Sector:(at+1)*Sector], s.origin.Raw[at*Sector:])
 		}
 	}
@@ -220,7 +220,7 @@ func (s *Snapshot) Discard(at, n int64) Result {
 		return r
 	}
 	for i := at; i < at+n; i++ {
-		if s.Lives(i) {
+		if s.InCOW(i) {
 			clear(s.view[i*Sector : (i+1)*Sector])
 		}
 	}
