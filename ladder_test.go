@@ -34,11 +34,12 @@ var floors = map[string]int{
 	"nbd": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
 	"server":     6,
-	"cmd/dmsnap": 7,
+	"inspect":    7,
+	"cmd/dmsnap": 8,
 
 	// Only tests and demonstrations use these; nothing below may.
 	"internal/kernelcase": 1, "internal/model": 1, "internal/testcerts": 1, "internal/testhost": 1,
-	"demo": 8, "bench": 8,
+	"demo": 9, "bench": 9,
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.

@@ -1,16 +1,15 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"io"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -154,7 +153,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "check")
 	opts.Progress = bar.show
-	r, err := checkDevice(ctx, cow, opts, o.liveRead && block.HasWriter(fileOf(path)))
+	r, err := inspect.Check(ctx, cow, opts, o.liveRead && block.HasWriter(fileOf(path)))
 	bar.end()
 	if err != nil {
 		return about(path, err)
@@ -169,21 +168,6 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 		err = errNo
 	}
 	return err
-}
-
-// checkDevice checks a store. With written, which says that it has a writer, problems are checked again: see
-// openWhileWritten.
-func checkDevice(ctx context.Context, cow block.Device, o check.Options, written bool) (*check.Report, error) {
-	r, err := check.Run(ctx, cow, o)
-	for range 4 {
-		if err != nil || r.Clean() || !written {
-			break
-		}
-		time.Sleep(20 * time.Millisecond)
-		block.Refresh(cow) // it may have grown; after an error the old size is used
-		r, err = check.Run(ctx, cow, o)
-	}
-	return r, err
 }
 
 // result returns the problems of the requested level or above.

@@ -87,7 +87,7 @@ func TestExamples(t *testing.T) {
 	for _, v := range append(root.Commands(), root) {
 		t.Run(v.Name(), func(t *testing.T) {
 			dir := exampleFolder(t)
-			if strings.Contains(v.Example, "vm.img#") {
+			if strings.Contains(v.Example, "vm.img") {
 				writeLVMImage(t, filepath.Join(dir, "vm.img"))
 			}
 			if strings.Contains(v.Example, "--control ctl.sock") {

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 )
@@ -66,7 +67,7 @@ func TestServeDefaultProtectsBothSides(t *testing.T) {
 	dmsnap("grow", p.cow, "1M").wantRefused(t, p.cow) // in use
 	r.stop()
 	mustRun(t, "grow", p.cow, "1M")
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Dmsetup != "32/2048 16" || st.Full {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Dmsetup != "32/2048 16" || st.Full {
 		t.Errorf("%+v", st)
 	}
 	dmsnap("grow", p.cow, "1000").wantRefused(t, "can't be made shorter")
@@ -158,7 +159,7 @@ func TestServeGrows(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	r.stop()
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 10 {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 10 {
 		t.Errorf("%+v", st)
 	}
 }

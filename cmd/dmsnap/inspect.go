@@ -1,12 +1,11 @@
 package main
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"math"
-	"os"
 	"strings"
 	"text/tabwriter"
 
@@ -15,27 +14,29 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
-	"github.com/dmsnap/dmsnap/merge"
-	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server"
-	"github.com/dmsnap/dmsnap/server/api"
-	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/inspect"
 )
 
-// inspection is what inspect prints as JSON.
+// inspection is what inspect prints of a disk as JSON.
 type inspection struct {
-	Path    string        `json:"path"`
-	Kind    string        `json:"kind"`
-	About   string        `json:"about"`
-	Bytes   int64         `json:"bytes"`
-	InUse   bool          `json:"in_use"` // another program has it open for writing
-	Details []detail      `json:"details"`
-	Store   *storeFacts   `json:"store,omitempty"`
-	Merging *mergeBeside  `json:"merging,omitempty"` // of an origin: the offline merge into it that is not complete
-	Beside  []storeBeside `json:"beside"`            // stores with names made from that of this disk
-	Next    []nextStep    `json:"next"`
+	*inspect.Disk
+	Details []detail `json:"details"`
+	inspect.Table
+	Next []nextStep `json:"next"`
+}
 
-	kind image.Kind
+// oneInspection is what inspect prints as JSON for one path.
+type oneInspection struct {
+	inspection
+	VolumeGroups []inspect.Group `json:"volume_groups"`
+	Warnings     []string        `json:"warnings"`
+}
+
+// severalInspections is what inspect prints as JSON for several paths.
+type severalInspections struct {
+	Images       []*inspection   `json:"images"`
+	VolumeGroups []inspect.Group `json:"volume_groups"`
+	Warnings     []string        `json:"warnings"`
 }
 
 // detail is a property of what was found.
@@ -60,52 +61,6 @@ func printableDetails(found []image.Detail) []detail {
 	return list
 }
 
-// storeFacts describes a store.
-type storeFacts struct {
-	Header   storeHeader           `json:"header"`
-	Opens    bool                  `json:"opens"`
-	Figures  *api.Figures          `json:"figures,omitempty"` // of one that opens
-	Problems map[check.Code]uint64 `json:"problems"`          // how often each was found
-	Origin   string                `json:"origin,omitempty"`  // a file whose name is that of the store without its suffix
-	report   *check.Report
-}
-
-// storeHeader is the header as found.
-type storeHeader struct {
-	Valid        uint32 `json:"valid"`
-	Version      uint32 `json:"version"`
-	ChunkSectors uint32 `json:"chunk_sectors"`
-}
-
-// mergeBeside is an incomplete offline merge, by its side file.
-type mergeBeside struct {
-	SideFile   string `json:"side_file"`
-	COW        string `json:"cow"`
-	TakingBack bool   `json:"taking_back"`     // cow is the undo store of an earlier merge
-	Error      string `json:"error,omitempty"` // why the side file can't be read
-}
-
-// mergeInto reads the side file of an origin.
-func mergeInto(path string) *mergeBeside {
-	half, err := merge.ReadSideFile(path)
-	switch {
-	case errors.Is(err, merge.ErrUnfinished):
-		return &mergeBeside{SideFile: merge.SideFilePath(path), Error: err.Error()}
-	case half == nil: // or the origin can't be found again
-		return nil
-	}
-	return &mergeBeside{SideFile: half.Path(), COW: half.COW(), TakingBack: half.TakingBack()}
-}
-
-// storeBeside is a store found by a name made from that of the disk.
-type storeBeside struct {
-	Path       string `json:"path"`
-	State      string `json:"state"` // ok, invalid or damaged
-	Exceptions uint64 `json:"exceptions"`
-	Fits       bool   `json:"fits"` // no exception is past the end of the disk
-	InUse      bool   `json:"in_use"`
-}
-
 // nextStep is a command that applies to what was found.
 type nextStep struct {
 	Command string `json:"command"`
@@ -115,32 +70,44 @@ type nextStep struct {
 func newInspect() *cobra.Command {
 	var asJSON bool
 	c := &cobra.Command{
-		Use:   "inspect PATH",
-		Short: "Show what a file or device is, and which verbs apply to it",
+		Use:   "inspect PATH...",
+		Short: "Show what a file or device is and holds, and which verbs apply to it",
 		Long: `Show what PATH is: an exception store, with its header, state and figures; a disk, and whether a store with a name
 made from its own is beside it (disk.img.cow or disk.cow for disk.img); a disk image that is not raw; an LVM physical
 volume, an encrypted disk, a file system, compressed data, text. Then show which commands apply.
+
+Of a disk, list the partitions, and the volume groups of LVM with their volumes, each with its address, type and size;
+of a snapshot its origin, the state and fill level of its store; and the reason if a volume can't be read. Volumes in
+brackets are parts of others. A group that is on several disks needs all of them: inspect A B C.
+
+PATH may be an address: DISK#p2 shows what is in partition 2.
 
 Nothing is written. Files in use are read, too.
 
 Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 		Example: `  dmsnap inspect disk.cow
-  dmsnap inspect --json disk.img`,
-		Args: cobra.ExactArgs(1),
+  dmsnap inspect --json disk.img
+  dmsnap inspect vm.img`,
+		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
-			i, err := inspect(ctx, args[0])
+			images, parts, err := inspectAll(ctx, args)
 			if err != nil {
-				return about(args[0], err)
+				return err
 			}
-			if asJSON {
-				err = printJSON(c, i)
-			} else {
-				err = i.print(c.OutOrStdout())
+			switch {
+			case asJSON && len(images) == 1:
+				err = printJSON(c, oneInspection{*images[0], parts.Groups, parts.Warnings})
+			case asJSON:
+				err = printJSON(c, severalInspections{images, parts.Groups, parts.Warnings})
+			default:
+				err = printInspection(c.OutOrStdout(), images, parts)
 			}
-			if err == nil && i.kind == image.Unknown {
-				err = errNo
+			for _, i := range images {
+				if err == nil && i.Content.Kind == image.Unknown {
+					err = errNo
+				}
 			}
 			return err
 		},
@@ -149,103 +116,75 @@ Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 	return c
 }
 
-// inspect examines path and the files whose names belong to it.
-func inspect(ctx context.Context, path string) (*inspection, error) {
-	dev, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
-	if err != nil {
-		return nil, err
-	}
-	defer dev.Close()
-	c, err := image.Probe(dev)
-	if err != nil {
-		return nil, err
-	}
-	i := &inspection{Path: path, Kind: c.Name, About: c.About, Bytes: dev.Size(), InUse: block.HasWriter(path),
-		Details: printableDetails(c.Details), Beside: []storeBeside{}, kind: c.Kind}
-	if c.Kind == image.Store {
-		if i.Store, err = factsOf(ctx, i, dev); err != nil {
-			return nil, err
-		}
-	} else {
-		i.Beside = storesBeside(path, dev.Size())
-	}
-	i.Merging = mergeInto(path)
-	i.Next = i.next()
-	return i, nil
-}
-
-// factsOf reads the store on dev, sound or not.
-func factsOf(ctx context.Context, i *inspection, dev block.Device) (*storeFacts, error) {
-	r, err := checkDevice(ctx, dev, check.Options{}, i.InUse)
-	if err != nil {
-		return nil, err
-	}
-	h := r.Header
-	f := &storeFacts{Header: storeHeader{h.Valid, h.Version, h.ChunkSectors}, Problems: r.Found, Origin: originBeside(i.Path), report: r}
-	if st, err := openWhileWritten(dev, i.InUse); err == nil {
-		figures := server.FiguresOf(statusOfStore(st))
-		f.Figures, f.Opens = &figures, !r.Has(check.ChunkNotBlocks)
-	}
-	return f, nil
-}
-
-// originBeside finds the file that a store's name is made from: disk.img for disk.img.cow or disk.cow.
-func originBeside(path string) string {
-	stem, ok := strings.CutSuffix(path, ".cow")
-	if !ok {
-		return ""
-	}
-	for _, p := range []string{stem, stem + ".img", stem + ".raw"} {
-		if info, err := os.Stat(p); err == nil && info.Mode().IsRegular() {
-			return p
-		}
-	}
-	return ""
-}
-
-// storesBeside finds stores that are named after the disk at path.
-func storesBeside(path string, size int64) []storeBeside {
-	found := []storeBeside{}
-	names := []string{path + ".cow"}
-	for _, end := range []string{".img", ".raw"} {
-		if stem, ok := strings.CutSuffix(path, end); ok {
-			names = append(names, stem+".cow")
-		}
-	}
-	for _, name := range names {
-		cow, err := block.Open(name, block.Options{ReadOnly: true, Lock: block.LockShared})
+// inspectAll examines disks and what they hold.
+func inspectAll(ctx context.Context, paths []string) ([]*inspection, *inspect.Contents, error) {
+	var all []*inspection
+	var disks []inspect.Image
+	var disk []int // of each of them the place in all
+	for _, path := range paths {
+		dev, err := openAddress(path, block.Options{ReadOnly: true, Lock: block.LockShared}, false)
 		if err != nil {
-			continue
+			return nil, nil, about(path, err)
 		}
-		if h, err := store.ReadHeader(cow); err == nil && h.Magic == ondisk.Magic {
-			found = append(found, lookBeside(name, cow, size))
+		defer dev.Close()
+		d, err := inspect.Look(ctx, path, dev)
+		if err != nil {
+			return nil, nil, about(path, err)
 		}
-		cow.Close()
+		if fileOf(path) == path && d.Content.Role == image.RawDisk {
+			disk = append(disk, len(all))
+			disks = append(disks, inspect.Image{Path: path, Dev: dev, InUse: d.InUse})
+		}
+		all = append(all, &inspection{Disk: d, Details: printableDetails(d.Content.Details), Table: inspect.Table{Partitions: []inspect.Partition{}}})
 	}
-	return found
+	parts := inspect.Parts(disks)
+	for n, i := range disk {
+		all[i].Table = parts.Tables[n]
+	}
+	for _, i := range all {
+		i.Next = i.next(parts.Groups)
+	}
+	return all, parts, nil
 }
 
-func lookBeside(name string, cow block.Device, size int64) storeBeside {
-	b := storeBeside{Path: name, State: "damaged", InUse: block.HasWriter(name)}
-	if st, err := openWhileWritten(cow, b.InUse); err == nil {
-		b.State, b.Exceptions = string(statusOfStore(st).State), st.Len()
-		b.Fits = st.CheckOrigin(size) == nil
+func printInspection(w io.Writer, images []*inspection, parts *inspect.Contents) error {
+	var table bytes.Buffer
+	t := tabwriter.NewWriter(&table, 0, 0, 2, ' ', 0)
+	for _, i := range images {
+		i.print(t)
 	}
-	return b
+	for _, i := range images {
+		i.printPartitions(t)
+	}
+	for _, g := range parts.Groups {
+		printGroup(t, g)
+	}
+	if len(parts.Warnings) > 0 {
+		fmt.Fprintln(t)
+	}
+	for _, warning := range parts.Warnings {
+		fmt.Fprintf(t, "warning: %s\n", warning)
+	}
+	t.Flush() // a buffer takes everything
+	for line := range strings.Lines(table.String()) {
+		if _, err := fmt.Fprintln(w, strings.TrimRight(line, " \n")); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
-func (i *inspection) print(w io.Writer) error {
+func (i *inspection) print(t io.Writer) {
 	use := ""
 	if i.InUse {
 		use = ", in use"
 	}
-	fmt.Fprintf(w, "%s: %s, %s%s\n", i.Path, i.title(), bytesText(i.Bytes), use)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	fmt.Fprintf(t, "%s: %s, %s%s\n", i.Path, i.title(), bytesText(i.Bytes), use)
 	for _, d := range i.Details {
 		fmt.Fprintf(t, "  %s\t%s\n", d.Name, d.Value)
 	}
 	if i.Store != nil {
-		i.Store.print(t)
+		printStore(t, i.Store)
 	}
 	if m := i.Merging; m != nil && m.Error != "" {
 		fmt.Fprintf(t, "  merging\t%s\n", printable(m.Error))
@@ -262,33 +201,122 @@ func (i *inspection) print(w io.Writer) error {
 		}
 		fmt.Fprintf(t, "  %s\t%s\n  \t    %s\n", head, step.Why, step.Command)
 	}
-	return t.Flush()
 }
 
 // title is what it is, with its state.
 func (i *inspection) title() string {
+	kind := i.Content.Kind
 	switch {
-	case i.Store != nil && i.Store.report.Has(check.MarkedInvalid):
+	case i.Store != nil && i.Store.Report.Has(check.MarkedInvalid):
 		return i.About + ", marked invalid"
-	case i.Store != nil && i.Store.report.Worst() == check.Error:
+	case i.Store != nil && i.Store.Report.Worst() == check.Error:
 		return i.About + ", damaged"
-	case i.Kind != i.About && i.Store == nil && i.kind != image.Zeros && i.kind != image.Nothing && i.kind != image.Unknown:
-		return i.Kind + ", " + i.About
+	case i.Store == nil && kind != image.Zeros && kind != image.Nothing && kind != image.Unknown:
+		return kindTitle(i.Kind, i.About)
 	}
 	return i.About
 }
 
-func (f *storeFacts) print(t io.Writer) {
-	fmt.Fprintf(t, "  header\tvalid %d, version %d, chunks of %d sectors\n", f.Header.Valid, f.Header.Version, f.Header.ChunkSectors)
-	if f.Figures != nil {
-		printFigures(t, *f.Figures)
+// kindTitle is the name of a kind and what it means.
+func kindTitle(kind, about string) string {
+	if kind == about {
+		return about
+	}
+	return kind + ", " + about
+}
+
+func printStore(t io.Writer, s *inspect.Store) {
+	fmt.Fprintf(t, "  header\tvalid %d, version %d, chunks of %d sectors\n", s.Header.Valid, s.Header.Version, s.Header.ChunkSectors)
+	if s.Figures != nil {
+		printFigures(t, *s.Figures)
 	}
 	for _, p := range check.Problems() {
-		if n := f.Problems[p.Code]; n > 0 {
+		if n := s.Problems[p.Code]; n > 0 {
 			fmt.Fprintf(t, "  %v %v\t%s (%d)\n", p.Code, p.Severity, p.Name, n)
 		}
 	}
-	if f.Origin != "" {
-		fmt.Fprintf(t, "  origin\t%s, by its name\n", f.Origin)
+	if s.Origin != "" {
+		fmt.Fprintf(t, "  origin\t%s, by its name\n", s.Origin)
 	}
+}
+
+func (i *inspection) printPartitions(t io.Writer) {
+	if len(i.Partitions) == 0 {
+		return
+	}
+	fmt.Fprintf(t, "\n%s: partition table (%s)\n  ADDRESS\tSIZE\tCONTENT\n", i.Path, i.Scheme)
+	for _, p := range i.Partitions {
+		content := kindTitle(p.Kind, p.About)
+		switch {
+		case p.Group != "":
+			content = "physical volume of volume group " + p.Group
+		case p.Kind == image.Zeros.Name:
+			content = "zeros"
+		case p.Kind == "extended" || p.Kind == image.Unknown.Name:
+			content = p.Kind
+		}
+		fmt.Fprintf(t, "  %s\t%s\t%s\n", p.Address, bytesText(p.Size), content)
+	}
+}
+
+func printGroup(t io.Writer, g inspect.Group) {
+	fmt.Fprintf(t, "\nvolume group %s, %s\n", g.Name, plural(uint64(len(g.Volumes)), "volume"))
+	for _, pv := range g.PVs {
+		outdated := ""
+		if pv.Outdated {
+			outdated = ", outdated"
+		}
+		fmt.Fprintf(t, "  physical volume %s, %s%s\n", pv.Address, bytesText(pv.Size), outdated)
+	}
+	for _, m := range g.Missing {
+		fmt.Fprintf(t, "  missing: physical volume %s, last seen as %s: %s\n", m.ID, printable(m.Device), m.Reason)
+	}
+	for _, a := range g.Attributes {
+		fmt.Fprintf(t, "  %s: another host may use it now\n", a)
+	}
+	if g.Error != "" {
+		fmt.Fprintf(t, "  can't be read: %s\n", g.Error)
+	}
+	for _, w := range g.Warnings {
+		fmt.Fprintf(t, "  warning: %s\n", w)
+	}
+	if len(g.Volumes) == 0 {
+		return
+	}
+	fmt.Fprintf(t, "  ADDRESS\tTYPE\tSIZE\tORIGIN\tSTORE\tFILL\tNOTE\n")
+	for _, v := range g.Volumes {
+		state, fill := "", ""
+		switch {
+		case v.Status != nil:
+			state, fill = string(v.State), fmt.Sprintf("%.1f %%", v.Percent)
+		case v.Damaged:
+			state = "damaged"
+		}
+		fmt.Fprintf(t, "  %s\t%s\t%s\t%s\t%s\t%s\t%s\n", volumeTitle(v), printable(v.Type), bytesText(v.Size), v.Origin, state, fill, volumeNote(g, v))
+	}
+}
+
+// volumeTitle is the address of a volume, in brackets if it is a part of another.
+func volumeTitle(v inspect.Volume) string {
+	if v.Visible {
+		return v.Address
+	}
+	return "[" + v.Address + "]"
+}
+
+// volumeNote says what else must be known of a volume.
+func volumeNote(g inspect.Group, v inspect.Volume) string {
+	switch {
+	case g.Error != "":
+		return "can't be read"
+	case !v.Readable:
+		return "can't be read: " + v.Reason
+	case v.Merging && v.Origin != "":
+		return "to be merged into its origin"
+	case v.Merging:
+		return "shows the snapshot that is to be merged"
+	case v.ReadOnly:
+		return "read-only"
+	}
+	return ""
 }

@@ -9,10 +9,11 @@ import (
 
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/inspect"
 )
 
 // steps are the commands that an inspection proposes.
-func steps(i inspection) string {
+func steps(i oneInspection) string {
 	var all []string
 	for _, s := range i.Next {
 		all = append(all, s.Command)
@@ -24,9 +25,9 @@ func TestInspectAStore(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	before := digests(t, p.dir)
-	i := mustJSON[inspection](t, "inspect", p.cow)
+	i := mustJSON[oneInspection](t, "inspect", p.cow)
 	if i.Kind != "store" || i.Bytes != 260*4096 || i.InUse || i.Store == nil || !i.Store.Opens || i.Store.Figures.Exceptions != 5 ||
-		i.Store.Header != (storeHeader{1, 1, 8}) || len(i.Store.Problems) > 0 || i.Store.Origin != p.origin {
+		i.Store.Header != (inspect.Header{Valid: 1, Version: 1, ChunkSectors: 8}) || len(i.Store.Problems) > 0 || i.Store.Origin != p.origin {
 		t.Errorf("%+v, %+v", i, i.Store)
 	}
 	for _, w := range []string{"dmsnap merge " + p.origin + " " + p.cow, "dmsnap map " + p.cow} {
@@ -41,7 +42,7 @@ func TestInspectAStore(t *testing.T) {
 		}
 	}
 	held := openFile(t, p.cow, false) // as a server does
-	if i := mustJSON[inspection](t, "inspect", p.cow); !i.InUse || strings.Contains(steps(i), "merge") {
+	if i := mustJSON[oneInspection](t, "inspect", p.cow); !i.InUse || strings.Contains(steps(i), "merge") {
 		t.Errorf("in use: %v, steps %s", i.InUse, steps(i))
 	}
 	held.Close()
@@ -52,7 +53,7 @@ func TestInspectABadStore(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	spoil(t, p.cow)
-	i := mustJSON[inspection](t, "inspect", p.cow)
+	i := mustJSON[oneInspection](t, "inspect", p.cow)
 	if !i.Store.Opens || i.Store.Figures.Valid || i.Store.Problems[check.MarkedInvalid] != 1 || !strings.HasPrefix(steps(i), "dmsnap rescue "+p.origin+" "+p.cow) {
 		t.Errorf("an invalid store: %+v, steps %s", i.Store, steps(i))
 	}
@@ -63,7 +64,7 @@ func TestInspectABadStore(t *testing.T) {
 	p = newPair(t)
 	p.withStore(t)
 	patch(4096+16, 0)(t, &p) // origin chunk 0 twice
-	i = mustJSON[inspection](t, "inspect", p.cow)
+	i = mustJSON[oneInspection](t, "inspect", p.cow)
 	if i.Store.Opens || i.Store.Figures != nil || i.Store.Problems[check.DuplicateOrigin] != 1 || !strings.Contains(steps(i), "dmsnap repair "+p.cow) {
 		t.Errorf("a damaged store: %+v, steps %s", i.Store, steps(i))
 	}
@@ -74,7 +75,7 @@ func TestInspectABadStore(t *testing.T) {
 		p := newPair(t)
 		p.withStore(t)
 		set(t, &p)
-		if i := mustJSON[inspection](t, "inspect", p.cow); i.Kind != "store" || i.Store.Opens || len(i.Store.Problems) == 0 {
+		if i := mustJSON[oneInspection](t, "inspect", p.cow); i.Kind != "store" || i.Store.Opens || len(i.Store.Problems) == 0 {
 			t.Errorf("%+v, %+v", i, i.Store)
 		}
 	}
@@ -100,8 +101,8 @@ func TestInspectAnOrigin(t *testing.T) {
 	again := filepath.Join(p.dir, "disk.img.cow")
 	p.withStoreAt(t, again)
 	spoil(t, again)
-	i := mustJSON[inspection](t, "inspect", p.origin)
-	if i.Kind != "gpt" || len(i.Beside) != 2 || i.Beside[1] != (storeBeside{p.cow, "ok", 5, true, false}) || i.Beside[0] != (storeBeside{again, "invalid", 0, true, false}) {
+	i := mustJSON[oneInspection](t, "inspect", p.origin)
+	if i.Kind != "gpt" || len(i.Beside) != 2 || i.Beside[1] != (inspect.Beside{Path: p.cow, State: "ok", Exceptions: 5, Fits: true}) || i.Beside[0] != (inspect.Beside{Path: again, State: "invalid", Fits: true}) {
 		t.Errorf("%+v", i)
 	}
 	for _, w := range []string{"dmsnap diff " + p.origin + " " + p.cow, "dmsnap rescue " + p.origin + " " + again} {
@@ -114,7 +115,7 @@ func TestInspectAnOrigin(t *testing.T) {
 	}
 	os.Remove(again)
 	os.Truncate(p.origin, 1<<19)
-	if i := mustJSON[inspection](t, "inspect", p.origin); i.Beside[0].Fits || !strings.Contains(steps(i), "--origin "+p.origin) {
+	if i := mustJSON[oneInspection](t, "inspect", p.origin); i.Beside[0].Fits || !strings.Contains(steps(i), "--origin "+p.origin) {
 		t.Errorf("a disk that was cut: %+v", i)
 	}
 }
@@ -162,7 +163,7 @@ func TestKindsInterop(t *testing.T) {
 			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 				t.Skipf("SKIPPED: %v: %s", err, out)
 			}
-			i := mustJSON[inspection](t, "inspect", file)
+			i := mustJSON[oneInspection](t, "inspect", file)
 			said := ""
 			for _, d := range i.Details {
 				said += d.Name + "=" + d.Value + " "
@@ -194,7 +195,7 @@ func TestInspectOtherThings(t *testing.T) {
 	mustRun(t, "dump", "--pack", p.cow, "-o", packed)
 	mustRun(t, "dump", p.cow, "-o", text)
 	for path, want := range map[string]string{packed: "packed-dump", text: "dump"} {
-		if i := mustJSON[inspection](t, "inspect", path); i.Kind != want || steps(i) != "dmsnap restore "+shellWord(path)+" NEWCOW" {
+		if i := mustJSON[oneInspection](t, "inspect", path); i.Kind != want || steps(i) != "dmsnap restore "+shellWord(path)+" NEWCOW" {
 			t.Errorf("%+v, want %s", i, want)
 		}
 	}
@@ -202,20 +203,20 @@ func TestInspectOtherThings(t *testing.T) {
 
 // Every command that is proposed is one of a verb that there is, with the options it has.
 func TestNextStepsExist(t *testing.T) {
-	facts := func(opens bool) *storeFacts { return &storeFacts{Opens: opens, report: &check.Report{}} }
-	all := (&inspection{Path: "a", Store: facts(true)}).next()
-	all = append(all, facts(true).next("a", true)...)
+	facts := func(opens bool) *inspect.Store { return &inspect.Store{Opens: opens, Report: &check.Report{}} }
+	all := (&inspection{Disk: &inspect.Disk{Path: "a", Store: facts(true)}}).next(nil)
+	all = append(all, nextForStore(facts(true), "a", true)...)
 	for _, code := range []check.Code{check.MarkedInvalid, check.DuplicateOrigin, check.OutOfOrder, check.NoEndMark, check.VoidSlots} {
 		f := facts(false)
-		f.report.Found = map[check.Code]uint64{code: 1}
-		all = append(all, f.next("a.cow", false)...)
+		f.Report.Found = map[check.Code]uint64{code: 1}
+		all = append(all, nextForStore(f, "a.cow", false)...)
 	}
 	for _, k := range image.Kinds() {
 		if k == image.Store {
 			continue // it has facts, and steps of its own: above
 		}
-		for _, b := range [][]storeBeside{nil, {{State: "ok", Fits: true}, {State: "ok"}, {State: "invalid"}, {State: "damaged"}, {InUse: true}}} {
-			all = append(all, (&inspection{Path: "a.b", Kind: k.Name, kind: k, Beside: b}).next()...)
+		for _, b := range [][]inspect.Beside{nil, {{State: "ok", Fits: true}, {State: "ok"}, {State: "invalid"}, {State: "damaged"}, {InUse: true}}} {
+			all = append(all, (&inspection{Disk: &inspect.Disk{Path: "a.b", Kind: k.Name, Content: image.Content{Kind: k}, Beside: b}}).next(nil)...)
 		}
 	}
 	for _, s := range all {

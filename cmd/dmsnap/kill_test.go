@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -149,7 +150,7 @@ func TestKillLoop(t *testing.T) {
 	t.Logf("%d kills, %d writes acknowledged", rounds, acked)
 	// What is left is a store like any other.
 	mustRun(t, "merge", p.origin, p.cow)
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 0 || !st.Valid {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 0 || !st.Valid {
 		t.Errorf("merged: %+v", st)
 	}
 }

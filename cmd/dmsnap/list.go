@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -65,7 +66,7 @@ func openStoreToRead(path string, live bool) (openDisk, *store.Store, error) {
 	}
 	var st *store.Store
 	if err = checkStore(path, cow); err == nil {
-		st, err = openWhileWritten(cow, live && block.HasWriter(fileOf(path)))
+		st, err = inspect.OpenStore(cow, live && block.HasWriter(fileOf(path)))
 	}
 	if err == nil {
 		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))

@@ -14,9 +14,9 @@ import (
 	"golang.org/x/term"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -137,7 +137,7 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 		return err
 	}
 	defer cow.Close()
-	m := mapResult{Path: path, Figures: server.FiguresOf(statusOfStore(st)), StoredBytes: int64(st.Len()) << st.Layout().Shift()}
+	m := mapResult{Path: path, Figures: inspect.Figures(st), StoredBytes: int64(st.Len()) << st.Layout().Shift()}
 	if err := o.sizeDisk(&m, st); err != nil {
 		return about(path, err)
 	}

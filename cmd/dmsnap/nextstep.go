@@ -5,38 +5,38 @@ import (
 
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// next returns the commands that apply to what was found, the most likely first.
-func (i *inspection) next() []nextStep {
+// next returns the commands that apply to what was found, the most likely first. groups are those of all disks.
+func (i *inspection) next(groups []inspect.Group) []nextStep {
+	kind := i.Content.Kind
 	switch {
 	case i.Store != nil:
-		return i.Store.next(i.Path, i.InUse)
-	case i.kind.Role == image.Own && i.Kind == "undo":
+		return nextForStore(i.Store, i.Path, i.InUse)
+	case kind.Role == image.Own && i.Kind == "undo":
 		return []nextStep{{command("repair", "COW", "--undo-apply", i.Path), "to undo the change of COW"}}
-	case i.kind.Role == image.Own:
+	case kind.Role == image.Own:
 		return []nextStep{{command("restore", i.Path, "NEWCOW"), "to make a store from it"}}
-	case i.kind.Role == image.Container:
+	case kind.Role == image.Container:
 		raw := withoutEnd(i.Path) + ".img"
 		return []nextStep{{words("qemu-img", "convert", "-O", "raw", i.Path, raw), "to convert it to a raw disk, which dmsnap requires"}}
-	case i.kind.Role == image.Packed:
+	case kind.Role == image.Packed:
 		return []nextStep{{command("inspect", withoutEnd(i.Path)), "after it is unpacked"}}
-	case i.kind.Role != image.RawDisk:
+	case kind.Role != image.RawDisk:
 		return []nextStep{}
 	}
-	steps := i.nextForDisk()
-	if i.Kind == "lvm2-pv" {
-		steps = append(steps, nextStep{command("inspect", "/dev/VG/LV-cow"), "stores of LVM are on volumes with such names, not on the physical volume"})
-	}
-	if i.kind == image.Unknown {
+	steps := i.nextForDisk(nextForVolumes(i.Path, groups))
+	if kind == image.Unknown {
 		steps = append(steps, nextStep{command("repair", i.Path, "NEWCOW", "--chunk-size", "4KiB"), "if it was a COW device whose header is lost"})
 	}
 	return steps
 }
 
-// nextForDisk returns the commands for a disk, which can be an origin.
-func (i *inspection) nextForDisk() []nextStep {
-	steps := []nextStep{}
+// nextForDisk returns the commands for a disk, which can be an origin, after those for the volumes on it.
+func (i *inspection) nextForDisk(steps []nextStep) []nextStep {
 	if m := i.Merging; m != nil && m.COW != "" {
 		return append(steps, nextStep{command("merge", i.Path, m.COW), "to complete the merge that has begun"})
 	}
@@ -58,7 +58,7 @@ func (i *inspection) nextForDisk() []nextStep {
 	}
 	if len(steps) == 0 {
 		why := "to create a snapshot of this disk"
-		if i.kind == image.Unknown || i.kind == image.Zeros {
+		if i.Content.Kind == image.Unknown || i.Content.Kind == image.Zeros {
 			why = "if it is a raw disk, to create a snapshot of it"
 		}
 		steps = append(steps, nextStep{command("create", i.Path, i.Path+".cow"), why})
@@ -66,8 +66,39 @@ func (i *inspection) nextForDisk() []nextStep {
 	return steps
 }
 
-// next returns the commands for a store.
-func (f *storeFacts) next(path string, inUse bool) []nextStep {
+// nextForVolumes returns the commands for the first snapshots of each state in the groups whose addresses are those of a disk.
+func nextForVolumes(path string, groups []inspect.Group) []nextStep {
+	steps, seen := []nextStep{}, map[string]bool{}
+	for _, g := range groups {
+		if len(g.Images) == 0 || g.Images[0] != path {
+			continue
+		}
+		for _, v := range g.Volumes {
+			var verb, why string
+			switch {
+			case v.Status == nil || !v.Visible:
+				continue
+			case v.State == api.State(snapshot.StateInvalid):
+				verb, why = "rescue", "to recover data from an invalid snapshot in it"
+			case v.Readable:
+				verb, why = "export", "to write what a snapshot in it shows to a raw image"
+			}
+			if verb == "" || seen[verb] {
+				continue
+			}
+			seen[verb] = true
+			args := []string{verb, v.Address, "OUT"}
+			for _, pv := range g.Images[1:] {
+				args = append(args, "--pv", pv)
+			}
+			steps = append(steps, nextStep{command(args...), why})
+		}
+	}
+	return steps
+}
+
+// nextForStore returns the commands for a store.
+func nextForStore(f *inspect.Store, path string, inUse bool) []nextStep {
 	origin := f.Origin
 	if origin == "" {
 		origin = "ORIGIN"
@@ -76,9 +107,9 @@ func (f *storeFacts) next(path string, inUse bool) []nextStep {
 	switch {
 	case inUse:
 		return []nextStep{{command("status", "--control", "PATH"), "to show the status of the server that uses it"}}
-	case f.report.Has(check.MarkedInvalid):
+	case f.Report.Has(check.MarkedInvalid):
 		return []nextStep{{command("rescue", origin, path, stem+".rescued.img"), "to recover its data"}}
-	case f.report.Worst() == check.Error:
+	case f.Report.Worst() == check.Error:
 		return []nextStep{{command("check", path), "to show its problems"},
 			{command("repair", path, stem+".repaired.cow"), "to make a sound store from it"}}
 	}
@@ -86,7 +117,7 @@ func (f *storeFacts) next(path string, inUse bool) []nextStep {
 		{command("export", origin, path, stem+".snapshot.img"), "to write its content to a raw image"},
 		{command("merge", origin, path), "to merge it into its origin"},
 		{command("map", path), "to show a map of it"}}
-	if f.report.Worst() == check.Warning {
+	if f.Report.Worst() == check.Warning {
 		steps = append([]nextStep{{command("check", path), "to show what the warning means"}}, steps...)
 	}
 	return steps

@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -129,7 +130,7 @@ func TestHangUp(t *testing.T) {
 	if status := s.end(t); status != exitDone {
 		t.Errorf("status %d, %s", status, &s.stderr)
 	}
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 6 {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 6 {
 		t.Errorf("%d exceptions, want 6: an acknowledged write is lost", st.Exceptions)
 	}
 }
@@ -176,7 +177,7 @@ func TestMergeKilledAtAnyMomentGoesOn(t *testing.T) {
 		if status != -1 && status != exitDone {
 			t.Fatalf("merge: status %d, %s", status, &m.stderr)
 		}
-		st := mustJSON[fileStatus](t, "status", p.cow)
+		st := mustJSON[inspect.Status](t, "status", p.cow)
 		if !st.Valid {
 			t.Fatalf("killed after %v: %+v", delay, st)
 		}

@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -70,7 +71,7 @@ func TestRescue(t *testing.T) {
 	if said := mustRun(t, "rescue", "--revalidate", p.cow, again); !strings.Contains(said, "24 KiB are certain; all other ranges") {
 		t.Errorf("it did not say what that means: %q", said)
 	}
-	if st := mustJSON[fileStatus](t, "status", again); !st.Valid || st.Exceptions != 6 {
+	if st := mustJSON[inspect.Status](t, "status", again); !st.Valid || st.Exceptions != 6 {
 		t.Errorf("%+v", st)
 	}
 	if view := mustRun(t, "export", p.origin, again, "-"); view != string(image) {

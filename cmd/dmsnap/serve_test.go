@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
@@ -181,7 +182,7 @@ func TestSnapshotAndDropWhileClientsWrite(t *testing.T) {
 		t.Errorf("drop said %q", out)
 	}
 	dmsnap("drop", "--control", r.control, "monday").wantRefused(t, `no snapshot "monday"`)
-	if st := mustJSON[fileStatus](t, "status", monday); st.InUse || !st.Valid || st.Exceptions == 0 {
+	if st := mustJSON[inspect.Status](t, "status", monday); st.InUse || !st.Valid || st.Exceptions == 0 {
 		t.Errorf("dropped store %+v", st)
 	}
 	if c, err := nbd.Dial(t.Context(), r.uri("monday")); err == nil {
@@ -194,7 +195,7 @@ func TestSnapshotAndDropWhileClientsWrite(t *testing.T) {
 func TestNothingIsLostAtTheEnd(t *testing.T) {
 	p := newPair(t)
 	r := start(t, p, serveOptions{create: true}, p.cow)
-	exceptions := func() uint64 { return mustJSON[fileStatus](t, "status", p.cow).Exceptions }
+	exceptions := func() uint64 { return mustJSON[inspect.Status](t, "status", p.cow).Exceptions }
 	writeAt(t, r.dev("disk"), []byte("one"), 0)
 	if n := exceptions(); n != 0 {
 		t.Fatalf("%d exceptions on disk before any flush", n)
@@ -210,7 +211,7 @@ func TestSyncAlways(t *testing.T) {
 	p := newPair(t)
 	r := start(t, p, serveOptions{create: true, sync: syncFlag{snapshot.SyncAlways}}, p.cow)
 	writeAt(t, r.dev("disk"), []byte("one"), 0)
-	if n := mustJSON[fileStatus](t, "status", p.cow).Exceptions; n != 1 {
+	if n := mustJSON[inspect.Status](t, "status", p.cow).Exceptions; n != 1 {
 		t.Errorf("%d exceptions on disk when the write returned, want 1", n)
 	}
 }
@@ -324,7 +325,7 @@ func TestLiveMergePausedDroppedAndResumed(t *testing.T) {
 
 	// The server ends in the middle; served again, the snapshot is right and the merge goes on.
 	r.stop()
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions < 4 {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions < 4 {
 		t.Errorf("%d exceptions left on disk, want all but one", st.Exceptions)
 	}
 	r = start(t, p, serveOptions{}, p.cow)
@@ -412,7 +413,7 @@ func TestPathsThatAreNotUTF8(t *testing.T) {
 	writeAt(t, dial(t, r.uri("first_")), []byte("x"), 0)
 	dmsnap("snapshot", "--control", r.control, "\xff", path+"2", "--create").wantRefused(t, "name")
 	mustRun(t, "drop", "--control", r.control, "odd")
-	if st := mustJSON[fileStatus](t, "status", path); !st.Valid {
+	if st := mustJSON[inspect.Status](t, "status", path); !st.Valid {
 		t.Errorf("%+v", st)
 	}
 	if entries, err := os.ReadDir(p.dir); err != nil || len(entries) != 5 { // origin, two COW files, two sockets

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/merge"
 )
 
@@ -28,7 +29,7 @@ func halfMerged(t *testing.T, p pair, more ...string) {
 }
 
 // mergingBeside is what inspect shows of the merge into an origin, whatever the origin holds.
-func mergingBeside(t *testing.T, origin string) *mergeBeside {
+func mergingBeside(t *testing.T, origin string) *inspect.Merging {
 	t.Helper()
 	var i inspection
 	if o := dmsnap("inspect", origin, "--json"); o.status == exitTrouble {

@@ -5,25 +5,14 @@ import (
 	"fmt"
 	"io"
 	"text/tabwriter"
-	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
-	"github.com/dmsnap/dmsnap/snapshot"
-	"github.com/dmsnap/dmsnap/store"
 )
-
-// fileStatus is the status of a store, read from its COW device.
-type fileStatus struct {
-	Path string `json:"path"`
-	api.Figures
-	Version uint32 `json:"version"`
-	InUse   bool   `json:"in_use"` // another program has it open for writing
-}
 
 func newStatus() *cobra.Command {
 	var control string
@@ -62,7 +51,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 			if asJSON {
 				return printJSON(c, st)
 			}
-			return st.print(c.OutOrStdout())
+			return printStatus(c.OutOrStdout(), st)
 		},
 	}
 	c.Flags().StringVar(&control, "control", "", "control socket of a running server")
@@ -71,55 +60,21 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 }
 
 // statusOf returns the status of the store on path, as it is on disk.
-func statusOf(path string) (fileStatus, error) {
+func statusOf(path string) (inspect.Status, error) {
 	cow, err := openAddress(path, block.Options{ReadOnly: true, Lock: block.LockShared}, true)
 	if err != nil {
-		return fileStatus{}, err
+		return inspect.Status{}, err
 	}
 	defer cow.Close()
 	if err := checkStore(path, cow); err != nil {
-		return fileStatus{}, err
+		return inspect.Status{}, err
 	}
-	s := fileStatus{Path: path, InUse: block.HasWriter(fileOf(path))}
-	st, err := openWhileWritten(cow, s.InUse)
-	if err != nil {
-		return s, about(path, err)
-	}
-	s.Figures, s.Version = server.FiguresOf(statusOfStore(st)), st.Header().Version
-	return s, nil
+	s, err := inspect.StatusOf(path, cow, block.HasWriter(fileOf(path)))
+	return s, about(path, err)
 }
 
-// statusOfStore is the status of a snapshot with this store.
-func statusOfStore(st *store.Store) snapshot.Status {
-	look := snapshot.Status{Target: snapshot.TargetSnapshot, State: snapshot.StateOK,
-		ChunkSectors: st.Layout().ChunkSectors, Exceptions: st.Len(), Usage: st.Usage()}
-	if st.Err() != nil {
-		look.State = snapshot.StateInvalid
-	}
-	return look
-}
-
-// openWhileWritten loads a store. With written, which says that it has a writer, damage is retried: the store on disk is
-// loadable at every instant, but parts read at different instants may not match.
-func openWhileWritten(cow block.Device, written bool) (st *store.Store, err error) {
-	tries := 1
-	if written {
-		tries = 5
-	}
-	for i := range tries {
-		if i > 0 {
-			time.Sleep(20 * time.Millisecond)
-		}
-		var corrupt *ondisk.CorruptError
-		if st, err = store.OpenToRead(cow); !errors.As(err, &corrupt) {
-			return st, err
-		}
-		block.Refresh(cow) // it may have grown; after an error the old size is used
-	}
-	return nil, err
-}
-
-func (s fileStatus) print(w io.Writer) error {
+// printStatus writes a status as text.
+func printStatus(w io.Writer, s inspect.Status) error {
 	use := ""
 	if s.InUse {
 		use = ", in use"

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -29,8 +30,8 @@ func TestCreate(t *testing.T) {
 	if blocks := info.Sys().(*syscall.Stat_t).Blocks; blocks*512 > 64<<10 {
 		t.Errorf("the empty store takes %d bytes of disk", blocks*512)
 	}
-	st := mustJSON[fileStatus](t, "status", p.cow)
-	want := fileStatus{Path: p.cow, Version: 1, Figures: api.Figures{Store: "P", State: "ok", Valid: true, ChunkSectors: 8,
+	st := mustJSON[inspect.Status](t, "status", p.cow)
+	want := inspect.Status{Path: p.cow, Version: 1, Figures: api.Figures{Store: "P", State: "ok", Valid: true, ChunkSectors: 8,
 		SectorsAllocated: 16, TotalSectors: 260 * 8, MetadataSectors: 16, Percent: 100 * 16.0 / (260 * 8), Dmsetup: "16/2080 16"}}
 	if st != want {
 		t.Errorf("status of a new store: %+v, want %+v", st, want)
@@ -75,7 +76,7 @@ func TestCreateOptions(t *testing.T) {
 	if want := (created{p.cow, "PO", 32, 2048}); made != want {
 		t.Errorf("made %+v, want %+v", made, want)
 	}
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.ChunkSectors != 32 || st.TotalSectors != 2048 {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.ChunkSectors != 32 || st.TotalSectors != 2048 {
 		t.Errorf("status %+v", st)
 	}
 }
@@ -97,11 +98,11 @@ func TestCreateOnWhatExists(t *testing.T) {
 	p.withStoreAt(t, filepath.Join(p.dir, "full.cow"))
 	full := filepath.Join(p.dir, "full.cow")
 	dmsnap("create", p.origin, full).wantRefused(t, full, "already holds an exception store", "--force")
-	if st := mustJSON[fileStatus](t, "status", full); st.Exceptions == 0 {
+	if st := mustJSON[inspect.Status](t, "status", full); st.Exceptions == 0 {
 		t.Error("the refused create emptied the store")
 	}
 	mustRun(t, "create", p.origin, full, "--force")
-	if st := mustJSON[fileStatus](t, "status", full); st.Exceptions != 0 || !st.Valid {
+	if st := mustJSON[inspect.Status](t, "status", full); st.Exceptions != 0 || !st.Valid {
 		t.Errorf("after --force: %+v", st)
 	}
 	other := filepath.Join(p.dir, "letter.txt")
@@ -265,7 +266,7 @@ func TestStatusOfAnInvalidStore(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	spoil(t, p.cow)
-	st := mustJSON[fileStatus](t, "status", p.cow)
+	st := mustJSON[inspect.Status](t, "status", p.cow)
 	if st.State != "invalid" || st.Valid || st.Dmsetup != "Invalid" {
 		t.Errorf("status %+v", st)
 	}
@@ -294,11 +295,11 @@ func TestStatusOfAStoreInUse(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	before := digests(t, p.dir)
-	if mustJSON[fileStatus](t, "status", p.cow).InUse {
+	if mustJSON[inspect.Status](t, "status", p.cow).InUse {
 		t.Error("in use, though nobody uses it")
 	}
 	f := openFile(t, p.cow, false)
-	st := mustJSON[fileStatus](t, "status", p.cow)
+	st := mustJSON[inspect.Status](t, "status", p.cow)
 	if !st.InUse || st.Exceptions != 5 {
 		t.Errorf("status of a store in use: %+v", st)
 	}
@@ -360,7 +361,7 @@ func TestMerge(t *testing.T) {
 		t.Errorf("merged %+v, planned %+v", did, plan)
 	}
 	wantContent(t, p.origin, shown)
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 0 || !st.Valid || st.SectorsAllocated != st.MetadataSectors {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 0 || !st.Valid || st.SectorsAllocated != st.MetadataSectors {
 		t.Errorf("store after the merge: %+v", st)
 	}
 	mustRun(t, "merge", p.origin, p.cow) // once more: nothing to do

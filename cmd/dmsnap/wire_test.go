@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -89,7 +90,7 @@ func TestSnapshotOverTheWire(t *testing.T) {
 	if err := c.WriteDurableAt([]byte("durable"), 300_000); err != nil {
 		t.Fatal(err)
 	}
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 6 {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 6 {
 		t.Errorf("%d exceptions on disk after a durable write, want 6", st.Exceptions)
 	}
 }
@@ -186,7 +187,7 @@ func TestDropOverTheWire(t *testing.T) {
 		c.Close()
 		t.Error("the default export goes on as another disk")
 	}
-	if st := mustJSON[fileStatus](t, "status", p.cow); st.Exceptions != 6 || st.InUse {
+	if st := mustJSON[inspect.Status](t, "status", p.cow); st.Exceptions != 6 || st.InUse {
 		t.Errorf("the dropped store: %+v", st)
 	}
 }
