@@ -11,12 +11,14 @@
 package address
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"strconv"
 	"strings"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/source/partition"
 )
@@ -92,6 +94,66 @@ func (a Address) Store() Address {
 	return a
 }
 
+// A Disk is what an address names, for serving and merging: of a volume with snapshots and of a snapshot the origin beneath,
+// with all its snapshots. Its file is open and locked as a whole: it has one writer, whichever of its addresses is open.
+type Disk struct {
+	Address  Address
+	File     *block.File
+	Dev      block.Device // it follows File when that becomes writable, or read-only
+	Volume   *lvm.Origin  // of a logical volume, or nil
+	Snapshot string       // the snapshot that the address names; empty: none
+}
+
+// Close closes the file.
+func (d *Disk) Close() error { return d.File.Close() }
+
+// OpenDisk opens an address that may be written, with these options of its file. A volume whose group is active on this host is
+// refused (lvm.ErrActive), and so is a COW volume. sysfs is where that file system is mounted. Errors name the address.
+func OpenDisk(a Address, o block.Options, sysfs string) (*Disk, error) {
+	f, err := block.Open(a.Path, o)
+	if err != nil {
+		return nil, block.WithPath(a.Path, err)
+	}
+	d := &Disk{Address: a, File: f, Dev: f}
+	if err := d.open(sysfs); err != nil {
+		f.Close()
+		return nil, block.WithPath(a.String(), err)
+	}
+	return d, nil
+}
+
+func (d *Disk) open(sysfs string) (err error) {
+	a := d.Address
+	if a.Plain() {
+		return nil
+	}
+	if err := image.CheckRaw(d.File); err != nil {
+		return err
+	}
+	if a.Partition != 0 {
+		d.Dev, err = open(a, d.File, nil)
+		return err
+	}
+	v, err := volume(a, d.File, nil)
+	if err != nil {
+		return err
+	}
+	if err := v.Group.CheckInactive(sysfs); err != nil {
+		return err
+	}
+	if a.Layer == lvm.COW {
+		return errors.New("a COW volume is no disk")
+	}
+	if d.Volume, err = v.OpenOrigin(); err != nil {
+		return err
+	}
+	d.Dev = d.Volume.Dev
+	if d.Volume.Volume != v {
+		d.Snapshot = v.Name
+	}
+	return nil
+}
+
 // Open returns what a names on disk, the device at a.Path. Further disks may hold physical volumes of the group. An error
 // names the address.
 func Open(a Address, disk block.Device, further ...lvm.Disk) (block.Device, error) {
@@ -110,6 +172,15 @@ func open(a Address, disk block.Device, further []lvm.Disk) (block.Device, error
 	if a.Group == "" {
 		return disk, nil
 	}
+	v, err := volume(a, disk, further)
+	if err != nil {
+		return nil, err
+	}
+	return v.Open(a.Layer)
+}
+
+// volume finds the volume that a names.
+func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, error) {
 	set, err := lvm.Scan(append([]lvm.Disk{{Name: a.Path, Dev: disk}}, further...), 0)
 	if err != nil {
 		return nil, err
@@ -118,9 +189,5 @@ func open(a Address, disk block.Device, further []lvm.Disk) (block.Device, error
 	if err != nil {
 		return nil, err
 	}
-	volume, err := group.Volume(a.Volume)
-	if err != nil {
-		return nil, err
-	}
-	return volume.Open(a.Layer)
+	return group.Volume(a.Volume)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/mapped"
@@ -28,8 +29,35 @@ type Snapshot struct {
 	Invalid  bool           // the store is marked invalid
 	Merging  bool           // it is to be merged, or partly is
 	ReadOnly bool           // what it shows can't be written, by its status; origin writes are preserved all the same
-	// Err says why it can't be kept as it is while the origin is written. Then the origin must not be written.
-	Err error
+	Err      error          // why it can't be opened
+}
+
+// CheckWritable returns why nothing may be written to the origin: because it can only be read, or because a snapshot could not
+// preserve what it shows.
+func (o *Origin) CheckWritable() error {
+	if err := o.checkWritable(o.Dev); err != nil {
+		return fmt.Errorf("logical volume %s/%s %w", o.Group.Name, o.Name, err)
+	}
+	for _, s := range o.Snapshots {
+		err := s.Err
+		if err == nil {
+			err = o.checkWritable(s.COW)
+		}
+		if err != nil {
+			return fmt.Errorf("logical volume %s/%s can't be written, because nothing could be preserved in its snapshot %q: %w", o.Group.Name, o.Name, s.Name, err)
+		}
+	}
+	return nil
+}
+
+func (o *Origin) checkWritable(dev *mapped.Device) error {
+	switch {
+	case dev.Writable():
+		return nil
+	case len(o.Group.Attributes) > 0:
+		return fmt.Errorf("can only be read: its group is %s", strings.Join(o.Group.Attributes, ", "))
+	}
+	return errors.New("can only be read")
 }
 
 // OpenOrigin returns the volume with its snapshots, of a snapshot its origin. The error is that of the origin and wraps
@@ -80,8 +108,5 @@ func (g *Group) openSnapshot(t *tie) Snapshot {
 		s.Invalid = h.Valid == 0
 		return h.Check()
 	}()
-	if s.Err == nil && !s.COW.Writable() {
-		s.Err = errors.New("its COW volume can only be read")
-	}
 	return s
 }

@@ -48,17 +48,17 @@ func TestOriginsOfCases(t *testing.T) {
 	for name, want := range map[string]struct {
 		volumes   []string
 		origin    string
-		writable  bool
+		readOnly  string // why it can't be written
 		snapshots []string
 	}{
-		"gpt":            {[]string{"root", "before", "later"}, "root", true, []string{"before 6291456", "later 6291456"}},
-		"merge-grown":    {[]string{"base", "old", "new"}, "base", true, []string{"old 3211264 merging", "new 3211264"}},
-		"overflow":       {[]string{"base", "own", "good"}, "base", true, []string{"small 4194304 invalid", "own 4194304 invalid", "good 4194304"}},
-		"virtual-origin": {[]string{"sparse"}, "sparse_vorigin", false, []string{"sparse 67108864"}},
-		"names":          {[]string{"fixed", "fixed-s"}, "fixed", false, []string{"fixed-s 524288"}},
-		"names ":         {[]string{"root-fs", "ro-snap"}, "root-fs", true, []string{"root-fs--4k 4194304", "a.b_c+d 4194304", "ro-snap 4194304 read-only", "big 4194304"}},
-		"exported":       {[]string{"base"}, "base", false, []string{"snap 1572864: its COW volume can only be read"}},
-		"raid1-stale":    {[]string{"s"}, "r1", false, []string{"s 3145728"}},
+		"gpt":            {[]string{"root", "before", "later"}, "root", "", []string{"before 6291456", "later 6291456"}},
+		"merge-grown":    {[]string{"base", "old", "new"}, "base", "", []string{"old 3211264 merging", "new 3211264"}},
+		"overflow":       {[]string{"base", "own", "good"}, "base", "", []string{"small 4194304 invalid", "own 4194304 invalid", "good 4194304"}},
+		"virtual-origin": {[]string{"sparse"}, "sparse_vorigin", "can only be read", []string{"sparse 67108864"}},
+		"names":          {[]string{"fixed", "fixed-s"}, "fixed", "can only be read", []string{"fixed-s 524288"}},
+		"names ":         {[]string{"root-fs", "ro-snap"}, "root-fs", "", []string{"root-fs--4k 4194304", "a.b_c+d 4194304", "ro-snap 4194304 read-only", "big 4194304"}},
+		"exported":       {[]string{"base"}, "base", "its group is exported", []string{"snap 1572864"}},
+		"raid1-stale":    {[]string{"s"}, "r1", "can only be read", []string{"s 3145728"}},
 	} {
 		for _, c := range testCases(t) {
 			if c.Name != strings.TrimSpace(name) {
@@ -71,8 +71,9 @@ func TestOriginsOfCases(t *testing.T) {
 				for _, s := range o.Snapshots {
 					got = append(got, s.text())
 				}
-				if o.Name != want.origin || o.Dev.Writable() != want.writable || fmt.Sprint(got) != fmt.Sprint(want.snapshots) {
-					t.Errorf("%s, %s: origin %s, writable %v, snapshots %q", name, volume, o.Name, o.Dev.Writable(), got)
+				err := o.CheckWritable()
+				if o.Name != want.origin || (err == nil) != (want.readOnly == "") || err != nil && !strings.Contains(err.Error(), want.readOnly) || fmt.Sprint(got) != fmt.Sprint(want.snapshots) {
+					t.Errorf("%s, %s: origin %s, to write %v, snapshots %q", name, volume, o.Name, err, got)
 				}
 			}
 		}
@@ -109,6 +110,9 @@ func TestOriginWhoseSnapshotsCannotBeKept(t *testing.T) {
 		o := openOrigin(t, set, "base")
 		if len(o.Snapshots) != 1 || !strings.Contains(o.Snapshots[0].text(), c.want) {
 			t.Errorf("%s: %+v", name, o.Snapshots)
+		}
+		if err := o.CheckWritable(); (err == nil) != (name == "never used") {
+			t.Errorf("%s: to write: %v", name, err)
 		}
 	}
 }
