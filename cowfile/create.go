@@ -1,6 +1,7 @@
 package cowfile
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -62,24 +63,34 @@ func (c Created) Undo() error {
 // Create makes an empty store on a COW device for an origin, of which only the size is used. A COW file that does not
 // exist is made, sparse; it has its name only when the store is complete and durable. An existing file or block device
 // is used at its size, or made Options.Size long, when it is empty (image.CheckEmpty) or Options.Overwrite is set. When Create fails no file is left that was not there before.
-func Create(originPath, cowPath string, o Options) (c Created, err error) {
-	if o.ChunkSectors == 0 {
-		o.ChunkSectors = ondisk.DefaultChunkSectors
-	}
-	if c.Layout, err = ondisk.NewLayout(o.ChunkSectors); err != nil {
-		return c, err
+func Create(originPath, cowPath string, o Options) (Created, error) {
+	if _, err := o.layout(); err != nil {
+		return Created{}, err
 	}
 	if err := CheckDifferent(originPath, cowPath); err != nil {
-		return c, err
+		return Created{}, err
 	}
 	// Others may write to the origin meanwhile: only its size is needed.
 	origin, err := OpenOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared}, o.Raw)
 	if err != nil {
-		return c, err
+		return Created{}, err
 	}
 	defer origin.Close()
+	return CreateFor(origin, cowPath, o)
+}
+
+// layout is that of a new store.
+func (o *Options) layout() (ondisk.Layout, error) {
+	return ondisk.NewLayout(cmp.Or(o.ChunkSectors, ondisk.DefaultChunkSectors))
+}
+
+// CreateFor is Create for an origin that is open, and another disk than the COW device.
+func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err error) {
+	if c.Layout, err = o.layout(); err != nil {
+		return c, err
+	}
 	if err := store.CheckBlockSize(c.Layout, origin); err != nil {
-		return c, block.WithPath(originPath, err)
+		return c, fmt.Errorf("origin: %w", err)
 	}
 	if c.Size, err = o.size(c.Layout, origin.Size()); err != nil {
 		return c, block.WithPath(cowPath, err)

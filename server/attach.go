@@ -23,6 +23,11 @@ type attachment struct {
 	chunkSectors uint32
 	chunkSet     bool // chunkSectors was asked for
 	store        snapshot.StoreType
+
+	// Of a snapshot of the origin's volume group.
+	size     int64 // bytes that it shows; 0: the origin's
+	readOnly bool
+	fixed    bool
 }
 
 // readAttach checks a request.
@@ -102,7 +107,7 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 	if s.opts.ReadOnly && (a.create || a.store == snapshot.Transient) {
 		return nil, undo, errReadOnly
 	}
-	if err := cowfile.CheckDifferent(s.path, a.path); err != nil {
+	if err := cowfile.CheckDifferent(s.file.Path(), a.path); err != nil {
 		return nil, undo, err
 	}
 	if half := s.half.Load(); half != nil && !a.force && (a.needs() != nothingNew || a.store == snapshot.Transient) {
@@ -145,13 +150,12 @@ func (s *Server) createCOW(a attachment) (undo func() error, err error) {
 	case need == nothingNew:
 		return undo, nil
 	case a.store == snapshot.Transient:
-		if err = cowfile.CreateScratch(a.path, s.file.Size(), a.chunkSectors); err == nil {
+		if err = cowfile.CreateScratch(a.path, s.origin.Size(), a.chunkSectors); err == nil {
 			undo = func() error { return os.Remove(a.path) }
 		}
 		return undo, err
 	}
-	// The origin was checked before.
-	c, err := cowfile.Create(s.path, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force, Raw: true})
+	c, err := cowfile.CreateFor(s.origin, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force})
 	if err == nil {
 		undo = c.Undo
 	}

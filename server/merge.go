@@ -40,7 +40,7 @@ func (m *liveMerge) status() api.Merge {
 func (s *Server) StartMerge(name string) (api.Merge, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.opts.ReadOnly {
+	if s.originReadOnly() {
 		return api.Merge{}, errReadOnly
 	}
 	v := s.find(name)
@@ -82,11 +82,11 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 }
 
 // endOffline ends what an offline merge had begun, when a live one has completed it.
-func (s *Server) endOffline(half *merge.SideFile, cow *block.File) error {
-	if err := half.End(s.path, cow); err != nil {
+func (s *Server) endOffline(half *merge.SideFile, cow block.Device) error {
+	if err := half.End(s.file.Path(), cow); err != nil {
 		return err
 	}
-	now, err := merge.ReadSideFile(s.path)
+	now, err := merge.ReadSideFile(s.file.Path())
 	s.half.Store(now) // without mu, whose owner may wait for the driver
 	return err
 }

@@ -45,9 +45,11 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source/lvm"
 )
 
-// OriginName is the name of the origin's export.
+// OriginName is the name of the origin's export, unless the origin is a logical volume: then it is the name of that.
 const OriginName = "origin"
 
 // FullPolicy says what becomes of writes that need room in a COW device that has none.
@@ -75,6 +77,7 @@ type Options struct {
 	Grow     snapshot.Growth // how COW files become longer when they are full
 	Merge    merge.Options   // of live merges
 	NBD      nbd.Options     // limits of the NBD server, and TLS; Log is that below where it is nil
+	SysFS    string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
 	// block.
@@ -93,12 +96,16 @@ const flushEvery = 5 * time.Second
 // A Server is an origin with its snapshots, each an export. Its methods may be called concurrently; those that change
 // what is served exclude each other.
 type Server struct {
-	path   string // of the origin
-	file   *block.File
-	origin *snapshot.Origin
-	half   atomic.Pointer[merge.SideFile] // of an offline merge into the origin that is not complete, or nil
-	opts   Options
-	nbd    *nbd.Server
+	path      string // of the origin, or its address
+	address   address.Address
+	name      string // of the origin's export
+	file      *block.File
+	origin    *snapshot.Origin
+	volumes   *lvm.Origin                    // what the origin is in a volume group, or nil
+	addressed string                         // the volume of it that the address names: itself or a snapshot
+	half      atomic.Pointer[merge.SideFile] // of an offline merge into the origin that is not complete, or nil
+	opts      Options
+	nbd       *nbd.Server
 
 	mu         sync.Mutex
 	addr       net.Addr    // of the NBD listener; nil before Start
@@ -107,13 +114,16 @@ type Server struct {
 	hadDefault bool        // there was an export ""
 	merging    *liveMerge  // the merge under way, or the last one
 	exported   bool        // the origin is exported
+	together   bool        // the snapshots of volumes are attached
 }
 
 // attached is a snapshot with its export.
 type attached struct {
 	name, path string
 	dev        *switchDevice
-	cow        *block.File
+	cow        block.Device
+	closeCOW   func() error
+	fixed      bool               // a volume of the origin's group
 	snap       *snapshot.Snapshot // not used any more once merge is set
 	merge      *liveMerge
 	undo       func() error // takes back what was made for it; before it is served
@@ -130,9 +140,11 @@ func noSnapshot(name string) error {
 
 var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
 
-// Open opens the disk at path as an origin without snapshots. It is open for reading, and locked so that nobody
-// writes to it, until ExportOrigin or StartMerge needs more: many servers may use one base that nobody may write to. The
-// caller closes the server.
+// Open opens the disk at path, which may be an address (package source/address), as an origin without snapshots. It is open for
+// reading, and locked so that nobody writes to it, until ExportOrigin or StartMerge needs more: many servers may use one base
+// that nobody may write to. The caller closes the server.
+//
+// The snapshots of a logical volume are attached by AttachVolumes, and before anything may be written to the origin.
 func Open(path string, o Options) (*Server, error) {
 	if _, known := fullPolicies[o.OnFull]; !known {
 		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
@@ -143,19 +155,17 @@ func Open(path string, o Options) (*Server, error) {
 	if o.NBD.Log == nil {
 		o.NBD.Log = o.Log
 	}
-	f, err := cowfile.OpenOrigin(path, block.Options{ReadOnly: true}, o.Raw)
+	a, err := address.Parse(path)
 	if err != nil {
 		return nil, err
 	}
-	if !o.Force {
-		if err := f.CheckUnused(); err != nil {
-			f.Close()
-			return nil, err
-		}
+	d, err := address.OpenDisk(a, block.Options{ReadOnly: true}, cmp.Or(o.SysFS, "/sys"))
+	if err != nil {
+		return nil, err
 	}
-	half, err := merge.ReadSideFile(path)
-	if err != nil && !(o.Force && errors.Is(err, merge.ErrUnfinished)) {
-		f.Close()
+	half, err := checkDisk(d, o)
+	if err != nil {
+		d.Close()
 		return nil, err
 	}
 	var opts []snapshot.OriginOption
@@ -163,14 +173,41 @@ func Open(path string, o Options) (*Server, error) {
 		opts = append(opts, snapshot.WriteBack(writeBackLimit, writeBackDelay))
 	}
 	opts = append(opts, snapshot.WriteBackNotify(func(err error) { o.Log(writeBackText(err)) }))
-	origin := snapshot.NewOrigin(originDevice(f), opts...)
-	s := &Server{path: path, file: f, origin: origin, opts: o, nbd: nbd.NewServer(o.NBD)}
+	s := &Server{path: path, name: OriginName, address: d.Address, file: d.File, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
+		opts: o, nbd: nbd.NewServer(o.NBD)}
+	if d.Volume != nil {
+		s.name = d.Volume.Name
+		s.addressed = cmp.Or(d.Snapshot, s.name)
+	}
 	s.half.Store(half)
 	return s, nil
 }
 
+// checkDisk refuses a disk that can't be an origin, and returns the side file of an incomplete merge into it.
+func checkDisk(d *address.Disk, o Options) (*merge.SideFile, error) {
+	// What a guest writes to a logical volume never makes it a container.
+	if err := cowfile.CheckOrigin(d.Address.String(), d.Dev, o.Raw || d.Volume != nil); err != nil {
+		return nil, err
+	}
+	if !o.Force {
+		if err := d.File.CheckUnused(); err != nil {
+			return nil, err
+		}
+	}
+	if d.Volume != nil {
+		if err := checkVolumes(d, o); err != nil {
+			return nil, block.WithPath(d.Address.String(), err)
+		}
+	}
+	half, err := merge.ReadSideFile(d.Address.Path)
+	if o.Force && errors.Is(err, merge.ErrUnfinished) {
+		err = nil
+	}
+	return half, err
+}
+
 // originDevice is the device of an origin. Tests put a failing one over it.
-var originDevice = func(f *block.File) block.Device { return f }
+var originDevice = func(d block.Device) block.Device { return d }
 
 // writeBackText is the log's line when acknowledged writes to the origin can't be written, and when they are again.
 func writeBackText(err error) string {
@@ -195,35 +232,56 @@ func (s *Server) Device(name string) (block.Device, error) {
 	return v.dev, nil
 }
 
-// ExportOrigin exports the origin itself, as [OriginName].
+// ExportOrigin exports the origin itself, as [OriginName] or under the name of the logical volume that it is.
 func (s *Server) ExportOrigin() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.find(OriginName) != nil {
-		return nameTaken(OriginName)
+	return s.exportOrigin()
+}
+
+// exportOrigin exports the origin, once. mu is held.
+func (s *Server) exportOrigin() error {
+	if s.exported && s.volumes != nil {
+		return nil
+	}
+	if s.find(s.name) != nil {
+		return nameTaken(s.name)
 	}
 	if err := s.allowOriginWrites(); err != nil {
 		return err
 	}
-	err := s.nbd.Add(nbd.Export{Name: OriginName, Description: description("origin", s.path), Device: s.origin,
-		ReadOnly: s.opts.ReadOnly, MultiConn: true})
+	err := s.nbd.Add(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
+		ReadOnly: s.originReadOnly(), MultiConn: true})
 	s.exported = s.exported || err == nil
 	return err
+}
+
+// originReadOnly reports whether the origin can't be written.
+func (s *Server) originReadOnly() bool {
+	return s.opts.ReadOnly || s.volumes != nil && !s.volumes.Dev.Writable()
 }
 
 // allowOriginWrites opens the origin for writing, unless the server is read-only. It fails while others use the origin.
 // mu is held.
 func (s *Server) allowOriginWrites() error {
-	if s.opts.ReadOnly || !s.file.ReadOnly() {
+	if s.originReadOnly() || !s.file.ReadOnly() {
 		return nil
 	}
+	if s.volumes != nil && !s.together {
+		return s.attachVolumes()
+	}
+	return s.allowFileWrites()
+}
+
+// allowFileWrites opens the file for writing. mu is held.
+func (s *Server) allowFileWrites() error {
 	err := s.file.AllowWrites()
 	if err == nil && !s.opts.Force {
 		if err = s.file.CheckUnused(); err != nil {
 			err = errors.Join(err, s.file.DenyWrites())
 		}
 	}
-	return block.WithPath(s.path, err)
+	return block.WithPath(s.file.Path(), err)
 }
 
 func nameTaken(name string) error {
@@ -269,11 +327,7 @@ func (s *Server) AttachAll(list []api.AttachRequest) (err error) {
 	slices.SortStableFunc(byNeeds, func(a, b attachment) int { return cmp.Compare(a.needs(), b.needs()) })
 	for _, a := range byNeeds {
 		if _, err := s.attach(a); err != nil {
-			for _, v := range slices.Backward(s.snapshots[before:]) {
-				err = errors.Join(err, s.nbd.Remove(context.Background(), v.name), v.close(), v.undo())
-			}
-			s.snapshots = s.snapshots[:before]
-			return err
+			return errors.Join(err, s.detach(before))
 		}
 	}
 	place := func(v *attached) int {
@@ -286,7 +340,7 @@ func (s *Server) AttachAll(list []api.AttachRequest) (err error) {
 
 // attach attaches one snapshot. mu is held.
 func (s *Server) attach(a attachment) (*attached, error) {
-	if s.find(a.name) != nil || a.name == OriginName && s.exported {
+	if s.find(a.name) != nil || a.name == s.name && s.exported {
 		return nil, nameTaken(a.name)
 	}
 	if s.merging != nil && !s.merging.done() {
@@ -301,6 +355,7 @@ func (s *Server) attach(a attachment) (*attached, error) {
 	if err != nil {
 		return nil, errors.Join(block.WithPath(a.path, err), cow.Close(), undo())
 	}
+	v.closeCOW = cow.Close
 	v.undo = undo
 	s.snapshots = append(s.snapshots, v)
 	return v, nil
@@ -316,8 +371,11 @@ func (s *Server) setDefault() {
 }
 
 // attachDevice makes the snapshot on an open COW device and exports it.
-func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) {
-	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow}
+func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error) {
+	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow, Size: a.size}
+	if a.fixed {
+		opts.Grow = snapshot.Growth{}
+	}
 	if a.store == snapshot.PersistentOverflow && s.opts.OnFull == "" {
 		opts.OnFull = snapshot.FullInvalidate // PO asks for the kernel's overflow
 	}
@@ -337,9 +395,9 @@ func (s *Server) attachDevice(a attachment, cow *block.File) (*attached, error) 
 		return nil, errors.Join(err, snap.Close())
 	}
 	releaseLoaded(snap)
-	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap}
+	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap, fixed: a.fixed}
 	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
-		ReadOnly: s.opts.ReadOnly, CanTrim: true, MultiConn: true,
+		ReadOnly: s.opts.ReadOnly || a.readOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),
 		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
 	}); err != nil {
@@ -400,6 +458,9 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 	if v == nil {
 		return noSnapshot(name)
 	}
+	if err := v.refuseFixed(); err != nil {
+		return err
+	}
 	if v.merge != nil && !v.merge.done() {
 		return refuse(api.CodeMerging, "snapshot %q is being merged", name)
 	}
@@ -424,10 +485,12 @@ func (s *Server) Grow(name string, size int64) (api.Snapshot, error) {
 		return api.Snapshot{}, noSnapshot(name)
 	case s.opts.ReadOnly:
 		return api.Snapshot{}, errReadOnly
+	case v.fixed:
+		return api.Snapshot{}, v.refuseFixed()
 	case size < v.cow.Size():
 		return api.Snapshot{}, refuse(api.CodeBadRequest, "size: %s has %d bytes already, and can't be made shorter", v.path, v.cow.Size())
 	}
-	if err := v.cow.Grow(size); err != nil {
+	if err := block.Grow(v.cow, size); err != nil {
 		return api.Snapshot{}, block.WithPath(v.path, err)
 	}
 	s.origin.RetryPaused()
@@ -436,7 +499,7 @@ func (s *Server) Grow(name string, size int64) (api.Snapshot, error) {
 
 // close ends a snapshot that is not exported any more.
 func (v *attached) close() error {
-	return block.WithPath(v.path, errors.Join(v.snap.Close(), v.cow.Close()))
+	return block.WithPath(v.path, errors.Join(v.snap.Close(), v.closeCOW()))
 }
 
 // Start begins to serve the exports on l and, unless it is nil, the control API on control; both are closed in the end.

@@ -36,8 +36,8 @@ func (s *Server) Status() api.Status {
 	defer s.mu.Unlock()
 	r := api.Status{Origin: s.originStatus(), Snapshots: []api.Snapshot{}}
 	if s.exported {
-		r.Origin.URI = s.uri(OriginName)
-		r.Origin.Waiting = s.waiting(OriginName)
+		r.Origin.URI = s.uri(s.name)
+		r.Origin.Waiting = s.waiting(s.name)
 	}
 	for _, v := range s.snapshots {
 		r.Snapshots = append(r.Snapshots, s.statusOf(v))
@@ -50,7 +50,7 @@ func (s *Server) Status() api.Status {
 }
 
 func (s *Server) originStatus() api.Origin {
-	r := api.Origin{Path: s.path, SizeBytes: s.origin.Size(), ReadOnly: s.opts.ReadOnly, State: api.OriginOK}
+	r := api.Origin{Path: s.path, Name: s.name, SizeBytes: s.origin.Size(), ReadOnly: s.originReadOnly(), State: api.OriginOK}
 	st := s.origin.WriteBackStatus()
 	r.DirtyBytes = st.Dirty
 	switch {

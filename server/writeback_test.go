@@ -45,15 +45,15 @@ func TestOriginWritesThatCantBeWritten(t *testing.T) {
 			p := newPair(t)
 			var failing atomic.Bool
 			failing.Store(true)
-			originDevice = func(f *block.File) block.Device {
-				return blocktest.NewFaulty(f, func(op blocktest.Op) error {
+			originDevice = func(d block.Device) block.Device {
+				return blocktest.NewFaulty(d, func(op blocktest.Op) error {
 					if op.Kind == c.kind && failing.Load() {
 						return c.cause
 					}
 					return nil
 				})
 			}
-			defer func() { originDevice = func(f *block.File) block.Device { return f } }()
+			defer func() { originDevice = func(d block.Device) block.Device { return d } }()
 			var mu sync.Mutex
 			var log []string
 			s, err := Open(p.origin, Options{OnFull: FullFail, Log: func(line string) {
@@ -161,15 +161,15 @@ func TestOriginWritesThatCantBeWritten(t *testing.T) {
 func TestAFullOriginCostsNoSnapshot(t *testing.T) {
 	p := newPair(t)
 	var failing atomic.Bool
-	originDevice = func(f *block.File) block.Device {
-		return blocktest.NewFaulty(f, func(op blocktest.Op) error {
+	originDevice = func(d block.Device) block.Device {
+		return blocktest.NewFaulty(d, func(op blocktest.Op) error {
 			if op.Kind == blocktest.Write && failing.Load() {
 				return syscall.ENOSPC
 			}
 			return nil
 		})
 	}
-	defer func() { originDevice = func(f *block.File) block.Device { return f } }()
+	defer func() { originDevice = func(d block.Device) block.Device { return d } }()
 	s, err := Open(p.origin, Options{OnFull: FullFail})
 	if err != nil {
 		t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -146,6 +147,8 @@ func advise(err error) error {
 	switch {
 	case errors.Is(err, merge.ErrUnfinished):
 		return fmt.Errorf("%w; --force goes on all the same", err)
+	case errors.Is(err, lvm.ErrActive):
+		return fmt.Errorf("%w; deactivate it first (vgchange -an)", err)
 	case errors.Is(err, ondisk.ErrNoStore):
 		return fmt.Errorf("%w; create one with dmsnap create", err)
 	case errors.As(err, &notRaw):

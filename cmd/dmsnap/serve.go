@@ -21,6 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -57,6 +58,12 @@ Without COW, ORIGIN.cow is used, and created if it does not exist. Any other COW
 is given: then missing files and stores are created as by dmsnap create. With --store N the exceptions are kept in
 memory, and the COW is scratch space without use afterwards.
 
+ORIGIN may be a part of a disk: DISK#pN is partition N, DISK#VG/LV a logical volume, without root or activation. An LV
+that has snapshots, or is one, is served with all of them under their LVM names, and its origin: whatever is written
+to the origin is preserved in every one, and LVM finds what was written when it activates the group again. A group that
+is active on this host is refused. The disk is locked as a whole. COW and --socket or --listen must be given then; COW
+may be left out where an LV has snapshots, whose COW volumes have a fixed size.
+
 The origin is opened read-only, and shared with other readers, unless --export-origin is given or a live merge
 begins: both require exclusive use.
 
@@ -77,7 +84,8 @@ one named "control" (systemd socket activation); then --socket, --listen and --c
 With --control PATH a running server accepts commands: see status, snapshot, drop, grow and merge.`,
 		Example: `  dmsnap serve disk.img
   dmsnap serve disk.img before=disk.cow --export-origin --socket nbd.sock --control server.sock
-  dmsnap serve disk.img a.cow b.cow --create --listen 127.0.0.1:10809`,
+  dmsnap serve disk.img a.cow b.cow --create --listen 127.0.0.1:10809
+  dmsnap serve vm.img#vg0/root --socket nbd.sock`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
@@ -221,6 +229,9 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return advise(err)
 	}
 	defer func() { err = errors.Join(err, s.Close()) }()
+	if err := o.checkVolumes(s, originPath, cows); err != nil {
+		return err
+	}
 	l, control, err := o.listeners(originPath, passed)
 	if err != nil {
 		return err
@@ -238,7 +249,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		fmt.Fprintf(stdout, "%s  %s\n", printable(v.Name), v.URI)
 	}
 	if st.Origin.URI != "" {
-		fmt.Fprintf(stdout, "%s  %s\n", server.OriginName, st.Origin.URI)
+		fmt.Fprintf(stdout, "%s  %s\n", printable(st.Origin.Name), st.Origin.URI)
 	}
 	return wait()
 }
@@ -257,6 +268,19 @@ func (o *serveOptions) open(originPath string, log func(string)) (s *server.Serv
 	return server.Open(originPath, opts)
 }
 
+// checkVolumes requires COW files of an address that has no snapshots of its own.
+func (o *serveOptions) checkVolumes(s *server.Server, originPath string, cows []string) error {
+	switch a, err := address.Parse(originPath); {
+	case err != nil || len(cows) > 0 || a.Plain():
+		return err
+	case !s.HasVolumes():
+		return fmt.Errorf("%s: COW is required: it is not an LVM volume with snapshots", originPath)
+	case o.grow.bytes > 0:
+		return fmt.Errorf("%s: --grow: COW volumes have a fixed size", originPath)
+	}
+	return nil
+}
+
 // attach exports the origin, if requested, and attaches the snapshots, all or none.
 func (o *serveOptions) attach(s *server.Server, originPath string, cows []string) error {
 	if o.exportOrigin {
@@ -264,7 +288,10 @@ func (o *serveOptions) attach(s *server.Server, originPath string, cows []string
 			return err
 		}
 	}
-	err := s.AttachAll(o.attachments(originPath, cows))
+	err := s.AttachVolumes()
+	if err == nil && (len(cows) > 0 || !s.HasVolumes()) {
+		err = s.AttachAll(o.attachments(originPath, cows))
+	}
 	if errors.Is(err, store.ErrOriginTooSmall) {
 		err = fmt.Errorf("%w; --force serves it nevertheless", err)
 	}
@@ -285,6 +312,11 @@ func (o *serveOptions) checkListeners(originPath string, passed map[string]net.L
 }
 
 func (o *serveOptions) checkListener(originPath string) error {
+	if a, err := address.Parse(originPath); err != nil {
+		return err
+	} else if !a.Plain() && o.listen == "" && o.socket == "" {
+		return fmt.Errorf("%s: --socket or --listen is required with a part of a disk", originPath)
+	}
 	if o.listen == "" {
 		return server.CheckSocketPath(o.socketPath(originPath))
 	}

@@ -86,6 +86,12 @@ func (a Address) String() string {
 	return fmt.Sprintf("%s#%s/%s", a.Path, a.Group, a.Volume)
 }
 
+// Beside returns the address of a layer of another volume of the group.
+func (a Address) Beside(volume string, layer lvm.Layer) Address {
+	a.Volume, a.Layer = volume, layer
+	return a
+}
+
 // Store returns the address for a use that needs an exception store: of a snapshot volume, its COW volume.
 func (a Address) Store() Address {
 	if a.Group != "" && a.Layer == lvm.Active {
