@@ -90,6 +90,7 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits
 	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./source/... ./internal/... ./cmd/dmsnap ./test/interop
+	FUZZTIME=$${FUZZTIME:-3m} FUZZDIR=./source $(MAKE) fuzz
 	DMSNAP_DEEP=1 DMSNAP_E2E_TIME=$${DMSNAP_E2E_TIME:-2h} $(GO) test -count=1 -timeout 5h -v ./test/e2e/...
 
 .PHONY: release
@@ -109,8 +110,8 @@ bench-compare: ## Go benchmarks of the working tree beside those of REF=commit, 
 	@REF='$(REF)' GO='$(GO)' bench/compare.sh
 
 .PHONY: fuzz
-fuzz: ## every fuzz target for FUZZTIME (10s) each
-	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' .); do \
+fuzz: ## every fuzz target below FUZZDIR (.) for FUZZTIME (10s) each
+	@set -e; for f in $$(grep -rl '^func Fuzz' --include='*_test.go' $${FUZZDIR:-.}); do \
 	   for name in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\).*/\1/p' $$f); do \
 	     echo "== $$(dirname $$f) $$name"; \
 	     $(GO) test -run '^$$' -fuzz "^$$name\$$" -fuzztime $${FUZZTIME:-10s} -fuzzminimizetime 10x ./$$(dirname $$f); \

@@ -50,10 +50,11 @@ func Run(t *testing.T, open func(t *testing.T) block.Device) {
 	}
 }
 
-// RunReadOnly checks that a device opened for reading refuses each change with block.ErrReadOnly, and
-// changes nothing. open is as for Run.
+// RunReadOnly checks that a device opened for reading keeps the contract of reads, refuses each change with
+// block.ErrReadOnly, and changes nothing. open is as for Run; any size of whole sectors will do, except 0.
 func RunReadOnly(t *testing.T, open func(t *testing.T) block.Device) {
 	dev := open(t)
+	testReads(t, dev)
 	n := min(dev.Size(), 4096)
 	before := read(t, dev, 0, n)
 	for name, change := range changes(dev) {
@@ -183,18 +184,37 @@ func testRangeErrors(t *testing.T, dev block.Device) {
 	size := dev.Size()
 	calls := changes(dev)
 	calls["discard"] = func(off, n int64) error { return block.Discard(dev, off, n) }
-	calls["read"] = func(off, n int64) error {
-		p := Pattern(int(n), 4)
-		got, err := dev.ReadAt(p, off)
-		if got != 0 || !bytes.Equal(p, Pattern(int(n), 4)) {
-			t.Errorf("refused read of %d bytes at %d: %d bytes read, or the buffer changed", n, off, got)
-		}
-		return err
-	}
+	calls["read"] = func(off, n int64) error { return refusedRead(t, dev, off, n) }
 	calls["extents"] = func(off, n int64) error {
 		_, err := block.Extents(dev, off, n)
 		return err
 	}
+	testOutside(t, dev, calls)
+	if dev.Size() != size {
+		t.Errorf("size is now %d, was %d", dev.Size(), size)
+	}
+	for i := len(starts) - 1; i >= 0; i-- {
+		if i == 0 && len(starts) == 2 && starts[1] < n {
+			break // the windows overlap, and the second was written over the first
+		}
+		want(t, dev, starts[i], shadow)
+	}
+}
+
+// refusedRead reads a range that is not in the device.
+func refusedRead(t *testing.T, dev block.Device, off, n int64) error {
+	p := Pattern(int(n), 4)
+	got, err := dev.ReadAt(p, off)
+	if got != 0 || !bytes.Equal(p, Pattern(int(n), 4)) {
+		t.Errorf("refused read of %d bytes at %d: %d bytes read, or the buffer changed", n, off, got)
+	}
+	return err
+}
+
+// testOutside makes calls with ranges that are not in the device.
+func testOutside(t *testing.T, dev block.Device, calls map[string]func(off, n int64) error) {
+	t.Helper()
+	size := dev.Size()
 	for name, call := range calls {
 		for _, r := range [][2]int64{
 			{-1, 1}, {-512, 1024}, {math.MinInt64, 512}, {size, 1}, {size - 1, 2}, {size - 512, 1024},
@@ -208,15 +228,6 @@ func testRangeErrors(t *testing.T, dev block.Device) {
 				t.Errorf("%s of %d bytes at %d of %d: %v", name, r[1], r[0], size, re)
 			}
 		}
-	}
-	if dev.Size() != size {
-		t.Errorf("size is now %d, was %d", dev.Size(), size)
-	}
-	for i := len(starts) - 1; i >= 0; i-- {
-		if i == 0 && len(starts) == 2 && starts[1] < n {
-			break // the windows overlap, and the second was written over the first
-		}
-		want(t, dev, starts[i], shadow)
 	}
 }
 

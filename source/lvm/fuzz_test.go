@@ -2,6 +2,8 @@ package lvm
 
 import (
 	"encoding/binary"
+	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -34,6 +36,21 @@ func openAll(t *testing.T, content []byte) {
 	}
 }
 
+// realTexts are the texts of a real lvm2, as if the made disk were their first physical volume.
+func realTexts(f *testing.F) (texts []string) {
+	packed, err := filepath.Glob("testdata/*/disk0.gz")
+	if err != nil || len(packed) < 20 {
+		f.Fatal(len(packed), err)
+	}
+	for _, path := range packed {
+		set := scan(f, []Disk{{"disk", block.MemoryFrom(unpack(f, path))}})
+		for _, g := range set.Groups {
+			texts = append(texts, strings.ReplaceAll(g.meta.text, g.meta.pvs[0].id, id(1)))
+		}
+	}
+	return texts
+}
+
 // FuzzText reads hostile texts with good checksums.
 func FuzzText(f *testing.F) {
 	f.Add(groupText(1, 1, textVolume{"a", "", linear(0, 10, "pv1", 3)}, textVolume{"z", "", seg(0, 5, "zero", "")}))
@@ -42,6 +59,9 @@ func FuzzText(f *testing.F) {
 	f.Add(groupText(1, 1, textVolume{"r", "", seg(0, 10, "raid1", `device_count = 1 raids = ["m", "i"]`)},
 		textVolume{"m", "", linear(0, 1, "pv1", 0)}, textVolume{"i", "", linear(0, 10, "pv1", 10)}))
 	f.Add(groupText(1, 1, textVolume{"s", "", seg(0, 20, "striped", `stripe_count = 2 stripe_size = 2 stripes = ["pv1", 0, "pv1", 50]`)}))
+	for _, text := range realTexts(f) {
+		f.Add(text)
+	}
 	f.Add("a = [ 1, \"x\\\"\" ] # c\nb { c = 1.5 }")
 	f.Fuzz(func(t *testing.T, text string) {
 		if len(text) == 0 || len(text) > int(madeSpan.size)-madeText {

@@ -646,6 +646,24 @@ func TestSuite(t *testing.T) {
 	})
 }
 
+// TestSuiteReading runs the reading half of the suite on what can only be read: views, mirrors, volumes of exported groups.
+func TestSuiteReading(t *testing.T) {
+	for name, volumes := range map[string][]string{"gpt": {"later", "root"}, "mirrors": {"mc", "md", "mds", "r1", "r1s", "r1_rimage_0"},
+		"virtual-origin": {"sparse", "sparse_vorigin"}, "merge-half": {"base"}, "exported": {"base", "snap"}, "striped": {"snap"}, "two-pvs": {"snap"}} {
+		for _, c := range testCases(t) {
+			if c.Name != name {
+				continue
+			}
+			set := scan(t, c.disks(t, c.Expect[0].Images))
+			for _, volume := range volumes {
+				t.Run(name+"/"+volume, func(t *testing.T) {
+					blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return mustOpen(t, set, volume, Active) })
+				})
+			}
+		}
+	}
+}
+
 // TestSameDiskTwice: one disk that is given twice is one; two clones are refused.
 func TestSameDiskTwice(t *testing.T) {
 	text := groupText(1, 1, textVolume{"a", "", linear(0, 10, "pv1", 0)})

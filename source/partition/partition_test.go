@@ -304,38 +304,54 @@ func TestAgainstSgdisk(t *testing.T) {
 	}
 }
 
-// FuzzRead reads hostile tables. Checksums are made good, since anybody can compute them.
+// FuzzRead reads hostile tables: the beginning and the end of a disk. Checksums are made good, since anybody can compute them.
 func FuzzRead(f *testing.F) {
 	const size = 64 << 10
-	gpt := make([]byte, size)
-	putGPT(gpt, 512, 4, row{number: 1, start: 10, count: 20}, row{number: 3, start: 40, count: 20})
-	f.Add(gpt[:4096])
+	for _, s := range []int{512, 4096} {
+		gpt := make([]byte, size)
+		putGPT(gpt, s, 4, row{number: 1, start: 10, count: 2}, row{number: 3, start: 12, count: 2})
+		f.Add(gpt[:3*s], gpt[size-2*s:])
+		f.Add(gpt[:512], gpt[size-2*s:])
+	}
 	mbr := make([]byte, size)
 	putMBR(mbr, 0, row{kind: 0x83, start: 1, count: 1}, row{kind: 5, start: 2, count: 100})
 	putMBR(mbr, 1024, row{kind: 0x83, start: 1, count: 1}, row{kind: 5, start: 0, count: 100})
-	f.Add(mbr[:2048])
-	f.Fuzz(func(t *testing.T, head []byte) {
+	f.Add(mbr[:2048], mbr[:0])
+	f.Fuzz(func(t *testing.T, head, tail []byte) {
 		disk := make([]byte, size)
+		copy(disk[max(0, size-len(tail)):], tail)
 		copy(disk, head)
-		if h := disk[512:1024]; string(h[:8]) == gptMagic {
-			le := binary.LittleEndian
-			if at, n := le.Uint64(h[72:]), uint64(le.Uint32(h[80:]))*uint64(le.Uint32(h[84:])); at < size/512 && n <= size && at*512+n <= size {
-				le.PutUint32(h[88:], crc32.ChecksumIEEE(disk[at*512:][:n]))
-			}
-			sumGPT(h)
+		for _, s := range []uint64{512, 4096} {
+			sumCopy(disk, s, 1)
+			sumCopy(disk, s, size/s-1)
 		}
-		table, err := Read(block.MemoryFrom(disk), 0)
-		if err != nil {
-			return
-		}
-		for _, p := range table.Partitions {
-			if p.Size <= 0 || p.Start < 0 || p.Start > size-p.Size {
-				t.Errorf("%+v is not inside the disk", p)
+		for _, sector := range []int{0, 512, 4096} {
+			table, err := Read(block.MemoryFrom(disk), sector)
+			if err != nil {
+				continue
 			}
-			dev, err := table.Open(p.Number)
-			if err == nil && dev.Size() != p.Size {
-				t.Errorf("%+v opened with %d bytes", p, dev.Size())
+			for _, p := range table.Partitions {
+				if p.Size <= 0 || p.Start < 0 || p.Start > size-p.Size {
+					t.Errorf("%+v is not inside the disk", p)
+				}
+				dev, err := table.Open(p.Number)
+				if (err == nil) == p.Extended || err == nil && dev.Size() != p.Size {
+					t.Errorf("%+v opened: %v", p, err)
+				}
 			}
 		}
 	})
+}
+
+// sumCopy makes the checksums of a copy of a GPT good.
+func sumCopy(disk []byte, s, sector uint64) {
+	h := disk[sector*s:][:s]
+	if string(h[:8]) != gptMagic {
+		return
+	}
+	le, size := binary.LittleEndian, uint64(len(disk))
+	if at, n := le.Uint64(h[72:]), uint64(le.Uint32(h[80:]))*uint64(le.Uint32(h[84:])); at < size/s && n <= size && at*s+n <= size {
+		le.PutUint32(h[88:], crc32.ChecksumIEEE(disk[at*s:][:n]))
+	}
+	sumGPT(h)
 }

@@ -1,0 +1,47 @@
+package blocktest
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"sync"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// testReads is the reading half of the suite: every read of a part, also side by side with others, returns what a read of the whole
+// returned, requests outside are refused, and extents that read as zeros do.
+func testReads(t *testing.T, dev block.Device) {
+	testSize(t, dev)
+	reads := map[string]func(off, n int64) error{"read": func(off, n int64) error { return refusedRead(t, dev, off, n) }, "extents": func(off, n int64) error {
+		_, err := block.Extents(dev, off, n)
+		return err
+	}}
+	testOutside(t, dev, reads)
+	for _, off := range []int64{0, 1, dev.Size() - 1, dev.Size()} {
+		if n, err := dev.ReadAt(nil, off); n != 0 || err != nil {
+			t.Errorf("read of nothing at %d: %d, %v", off, n, err)
+		}
+	}
+	starts, n := windows(dev)
+	for _, start := range starts {
+		content := read(t, dev, start, n)
+		checkExtents(t, dev, start, content)
+		var workers sync.WaitGroup
+		for w := range uint64(4) {
+			workers.Go(func() {
+				r := rand.New(rand.NewPCG(8, w))
+				p := make([]byte, n)
+				for range 100 {
+					off := r.Int64N(n)
+					part := p[:r.Int64N(min(n-off, 1<<(1+r.IntN(17))))+1]
+					if got, err := dev.ReadAt(part, start+off); err != nil || got != len(part) || !bytes.Equal(part, content[off:off+int64(len(part))]) {
+						t.Errorf("read of %d bytes at %d: %d, %v, or other bytes than before", len(part), start+off, got, err)
+						return
+					}
+				}
+			})
+		}
+		workers.Wait()
+	}
+}
