@@ -103,6 +103,8 @@ func workloads() []row {
 		mergeRow("offline merge, 512 MiB contiguous", contiguous,
 			[]bar{{text: "≥ 0.9 × copying in order with fsync", least: 0.9, peers: []string{direct}}}),
 		liveMergeRow(),
+		volumeRow("4 KiB random read of a logical volume, depth 16", job{rw: "randread", block: 4096, depth: 16, timed: true}, false),
+		volumeRow("sequential read of a logical volume, 1 MiB, depth 4", job{rw: "read", block: 1 << 20, depth: 4, timed: true}, true),
 	}
 	return append(rows, processRows()...)
 }

@@ -197,3 +197,17 @@ func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, erro
 	}
 	return group.Volume(a.Volume)
 }
+
+// OpenBeneath returns what the snapshot volume that a names is made of: the part of its origin that it shows, and its COW volume,
+// both for reading. Disks and errors are as for Open.
+func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (origin, cow block.Device, err error) {
+	if a.Group == "" || a.Layer != lvm.Active {
+		err = errors.New("no snapshot volume")
+	} else {
+		var v *lvm.Volume
+		if v, err = volume(a, disk, further); err == nil {
+			origin, cow, err = v.OpenBeneath()
+		}
+	}
+	return origin, cow, block.WithPath(a.String(), err)
+}

@@ -231,3 +231,18 @@ func (g *Group) view(t *tie) (block.Device, error) {
 	}
 	return view, nil
 }
+
+// OpenBeneath returns what a snapshot is made of: the part of its origin that it shows, and its COW volume, both for reading.
+// The error wraps ErrUnreadable. A store that is invalid or damaged is no error.
+func (v *Volume) OpenBeneath() (origin, cow block.Device, err error) {
+	t := v.v.snapshot
+	if t == nil {
+		err = errors.New("it is no snapshot")
+	} else {
+		var o, c *mapped.Device
+		if o, c, err = v.Group.parts(t); err == nil {
+			return o.ReadOnly(), c.ReadOnly(), nil
+		}
+	}
+	return nil, nil, fmt.Errorf("logical volume %s/%s %w: %w", v.Group.Name, v.Name, ErrUnreadable, err)
+}

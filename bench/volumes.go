@@ -1,0 +1,74 @@
+package main
+
+import (
+	"compress/gzip"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+)
+
+// packedDisk is a disk that a real lvm2 made, with the linear volume vg/plain of 4 MiB.
+const (
+	packedDisk = "source/lvm/testdata/single/disk0.gz"
+	volumeSize = 4 << 20
+)
+
+// volumeRow reads a logical volume by its address; the other column reads a raw image with the same content.
+func volumeRow(name string, j job, bytes bool) row {
+	r := row{name: name, unit: "IOPS", columns: []string{ours, ourRaw},
+		bars: []bar{{text: "≥ 0.95 × own raw export", least: 0.95, peers: []string{ourRaw}}}}
+	if bytes {
+		r.unit = "MiB/s"
+	}
+	r.run = func(ctx context.Context, l *lab, c contender, round int) (s sample, err error) {
+		disk := l.path("volume.disk")
+		if err := unpackDisk(disk); err != nil {
+			return s, err
+		}
+		volume := disk + "#vg/plain"
+		var t *target
+		if c.key == ours {
+			server, err := l.start(ctx, func(socket string) []string { return []string{l.binary, "serve", volume, "--socket", socket} })
+			if err != nil {
+				return s, err
+			}
+			t = &target{server: server, uri: server.uri("plain")}
+		} else {
+			image := l.path("volume.img")
+			if err := command(ctx, l.binary, "export", "--force", volume, image); err != nil {
+				return s, err
+			}
+			if t, err = l.open(ctx, c, "", image); err != nil {
+				return s, err
+			}
+		}
+		defer func() { err = errors.Join(err, t.close()) }()
+		j := j
+		j.size, j.seed = volumeSize, 100+round
+		got, err := l.fio(ctx, j, t)
+		return got.sample(bytes), err
+	}
+	return r
+}
+
+// unpackDisk writes the disk to path.
+func unpackDisk(path string) (err error) {
+	packed, err := os.Open(packedDisk)
+	if err != nil {
+		return fmt.Errorf("%w (run this in the folder of the module)", err)
+	}
+	defer packed.Close()
+	from, err := gzip.NewReader(packed)
+	if err != nil {
+		return err
+	}
+	to, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, to.Close()) }()
+	_, err = io.Copy(to, from)
+	return err
+}
