@@ -94,7 +94,7 @@ func (a Address) Beside(volume string, layer lvm.Layer) Address {
 
 // Store returns the address for a use that needs an exception store: of a snapshot volume, its COW volume.
 func (a Address) Store() Address {
-	if a.Group != "" && a.Layer == lvm.Active {
+	if a.MayBeSnapshot() {
 		a.Layer = lvm.COW
 	}
 	return a
@@ -199,11 +199,10 @@ func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, erro
 }
 
 // OpenBeneath returns what the snapshot volume that a names is made of: the part of its origin that it shows, and its COW volume,
-// both for reading. Disks and errors are as for Open.
+// both for reading. Disks and errors are as for Open; a may be any address: lvm.ErrNoSnapshot.
 func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (origin, cow block.Device, err error) {
-	if a.Group == "" || a.Layer != lvm.Active {
-		err = errors.New("no snapshot volume")
-	} else {
+	err = lvm.ErrNoSnapshot
+	if a.MayBeSnapshot() {
 		var v *lvm.Volume
 		if v, err = volume(a, disk, further); err == nil {
 			origin, cow, err = v.OpenBeneath()
@@ -211,3 +210,6 @@ func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (origin, cow
 	}
 	return origin, cow, block.WithPath(a.String(), err)
 }
+
+// MayBeSnapshot reports whether a has the form of the address of a snapshot volume.
+func (a Address) MayBeSnapshot() bool { return a.Group != "" && a.Layer == lvm.Active }

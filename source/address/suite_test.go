@@ -3,12 +3,15 @@ package address
 import (
 	"bytes"
 	"compress/gzip"
+	"errors"
 	"io"
 	"os"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
@@ -76,4 +79,43 @@ func readAll(t *testing.T, dev block.Device) []byte {
 		t.Fatal(err)
 	}
 	return p
+}
+
+// TestOpenBeneath: a store over the part of the origin is what the snapshot shows.
+func TestOpenBeneath(t *testing.T) {
+	for name, texts := range map[string][]string{"gpt": {"d#vg0/later", "d#vg0/before"}, "merge-grown": {"d#vg/new", "d#vg/old"}, "single": {"d#vg/snap"}} {
+		disk := fixture(t, name)
+		for _, text := range texts {
+			a, err := Parse(text)
+			if err != nil {
+				t.Fatal(err)
+			}
+			origin, cow, err := OpenBeneath(a, disk)
+			if err != nil {
+				t.Fatal(err)
+			}
+			st, err := store.OpenToRead(cow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			view, err := store.NewView(origin, st)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !bytes.Equal(readAll(t, view), readAll(t, openText(t, text, disk))) {
+				t.Errorf("%s %s: other bytes than the volume's", name, text)
+			}
+			blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return origin })
+		}
+	}
+	disk := fixture(t, "gpt")
+	for _, text := range []string{"d", "d#p1", "d#vg0/root", "d#vg0/later:cow"} {
+		a, err := Parse(text)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, _, err := OpenBeneath(a, disk); !errors.Is(err, lvm.ErrNoSnapshot) {
+			t.Errorf("%s: %v", text, err)
+		}
+	}
 }

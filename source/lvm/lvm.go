@@ -34,6 +34,8 @@ var (
 	ErrNotFound = errors.New("not found")
 	// ErrAmbiguous reports a name that two groups have: choose by UUID.
 	ErrAmbiguous = errors.New("ambiguous")
+	// ErrNoSnapshot reports a volume that is no snapshot.
+	ErrNoSnapshot = errors.New("no snapshot volume")
 	// ErrUnreadable is wrapped by each reason why a volume can't be opened.
 	ErrUnreadable = errors.New("can't be read")
 )

@@ -233,16 +233,15 @@ func (g *Group) view(t *tie) (block.Device, error) {
 }
 
 // OpenBeneath returns what a snapshot is made of: the part of its origin that it shows, and its COW volume, both for reading.
-// The error wraps ErrUnreadable. A store that is invalid or damaged is no error.
+// The error wraps ErrUnreadable, or ErrNoSnapshot. A store that is invalid or damaged is no error.
 func (v *Volume) OpenBeneath() (origin, cow block.Device, err error) {
 	t := v.v.snapshot
 	if t == nil {
-		err = errors.New("it is no snapshot")
-	} else {
-		var o, c *mapped.Device
-		if o, c, err = v.Group.parts(t); err == nil {
-			return o.ReadOnly(), c.ReadOnly(), nil
-		}
+		return nil, nil, fmt.Errorf("logical volume %s/%s: %w", v.Group.Name, v.Name, ErrNoSnapshot)
 	}
-	return nil, nil, fmt.Errorf("logical volume %s/%s %w: %w", v.Group.Name, v.Name, ErrUnreadable, err)
+	o, c, err := v.Group.parts(t)
+	if err != nil {
+		return nil, nil, fmt.Errorf("logical volume %s/%s %w: %w", v.Group.Name, v.Name, ErrUnreadable, err)
+	}
+	return o.ReadOnly(), c.ReadOnly(), nil
 }
