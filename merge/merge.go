@@ -19,6 +19,7 @@
 //     what it would do, and writes nothing.
 //   - [WriteUndo] keeps what Offline is going to overwrite in a store that takes the merge back, and
 //     [CheckUndo] knows it again.
+//   - [PlanSiblings] reports what other snapshots of the origin have to preserve, [VisibleSiblings] finds some.
 //   - [Begin] makes the side file that says that an offline merge is not complete, [ReadSideFile] finds it.
 //   - [Driver] merges in the background while the origin is in use: pause, resume, wait, stop.
 //   - [Run] is the plain loop, for whoever has a Merging of their own.
@@ -58,6 +59,10 @@ type Options struct {
 	// Progress is called before the first step and after each, from the goroutine that makes the
 	// steps. It should return soon.
 	Progress func(Progress)
+
+	// Siblings are the other snapshots of the origin, which Offline has preserve what they show. With a Driver they are
+	// attached to the origin.
+	Siblings []Sibling
 
 	// Completed is called once by Offline and by a Driver when everything is merged, durable and closed; the merge is
 	// complete when it returns, with its error.

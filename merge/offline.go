@@ -53,33 +53,62 @@ func workOf(st *store.Store, size int64) Work {
 // store. Work is what was to be done when it began.
 //
 // It refuses, with nothing written, what store.Open refuses, an invalid store (store.ErrInvalid), an
-// origin that is smaller than the store's chunks need, and a COW device that is the origin.
+// origin that is smaller than the store's chunks need, and a COW device that is the origin; and what PlanSiblings refuses.
+//
+// Other snapshots of the origin show a mixture afterwards, unless they are Options.Siblings: then they show what they did,
+// at every instant. When such a snapshot is lost nevertheless, because its COW device failed, Offline stops after the step under
+// way, with that error.
 //
 // When ctx ends it stops after the step under way and returns the cause; when a step fails, that error.
 // Either way the store is sound and calling Offline again goes on with what is left. Until then the
 // origin alone is a mixture.
 func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, error) {
-	m, err := load(origin, cow)
+	over := snapshot.NewOrigin(origin)
+	m, err := loadOn(over, cow)
 	if err != nil {
 		return Work{}, err
 	}
 	w := workOf(m.Store(), origin.Size())
-	if err := m.Resume(); err != nil {
-		return w, errors.Join(err, m.Close())
+	if err := offline(ctx, over, m, o); err != nil {
+		return w, err
 	}
-	err = Run(ctx, m, o)
-	if err == nil {
-		err = finishLabel(m)
-	}
-	if err = errors.Join(err, m.Close()); err == nil && o.Completed != nil {
+	if o.Completed != nil {
 		err = o.Completed()
 	}
 	return w, err
 }
 
+// offline runs a merge that is loaded, and closes it.
+func offline(ctx context.Context, over *snapshot.Origin, m *snapshot.Merging, o Options) error {
+	inner, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	done := func() error { return nil }
+	_, err := planSiblings(over.Device(), m, o.Siblings)
+	if err == nil {
+		done, err = attachSiblings(over, o.Siblings, stop)
+	}
+	if err == nil {
+		err = m.Resume()
+	}
+	if err == nil {
+		err = Run(inner, m, o)
+	}
+	if err == nil && inner.Err() != nil && ctx.Err() == nil {
+		err = context.Cause(inner) // a sibling was lost in the last step
+	}
+	if err == nil {
+		err = finishLabel(m)
+	}
+	return errors.Join(err, m.Close(), done())
+}
+
 // load makes the merge of two devices without starting it.
 func load(origin, cow block.Device) (*snapshot.Merging, error) {
-	m, err := snapshot.NewOrigin(origin).LoadMerge(cow, snapshot.Options{})
+	return loadOn(snapshot.NewOrigin(origin), cow)
+}
+
+func loadOn(origin *snapshot.Origin, cow block.Device) (*snapshot.Merging, error) {
+	m, err := origin.LoadMerge(cow, snapshot.Options{})
 	if err != nil {
 		return nil, err
 	}

@@ -161,6 +161,38 @@ func (s *Store) room(size int64, max uint64) uint64 {
 	return n
 }
 
+// Free returns how many more exceptions the COW device has chunks for at its present size. The file system beneath may have
+// less room than that.
+func (s *Store) Free() uint64 {
+	chunks := s.layout.Chunks(s.dev.Size(), false)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	free := s.dataChunks(chunks) - min(s.dataChunks(chunks), s.dataChunks(uint64(s.next)))
+	if s.transient {
+		return free
+	}
+	// The exception that fills the last area that is there needs another one.
+	e := s.layout.SlotsPerArea()
+	slots := max(1, s.areas(chunks)*e) - 1
+	return min(free, slots-min(slots, s.reserved.area*e+s.reserved.index))
+}
+
+// areas is the number of areas in the first so many chunks.
+func (s *Store) areas(chunks uint64) uint64 {
+	if chunks < 2 {
+		return 0
+	}
+	return (chunks-2)/(s.layout.SlotsPerArea()+1) + 1
+}
+
+// dataChunks is the number of chunks for data among the first so many.
+func (s *Store) dataChunks(chunks uint64) uint64 {
+	if s.transient {
+		return chunks
+	}
+	return chunks - min(chunks, 1+s.areas(chunks))
+}
+
 func (s *Store) mustSync() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
