@@ -14,6 +14,7 @@
 //	diff, compact     compare the views of a disk; make a store smaller
 //	dump, ondisk      a store as text; the on-disk format
 //	image, source/... recognize what a disk holds; open partitions, LVM2 volumes and qcow2 images
+//	latency           histograms of durations, for counters
 //	writeback         a write-back cache in memory over a device, with a barrier
 //
 // To embed the engine, begin with package snapshot. To embed a complete server, begin with package server.

@@ -19,7 +19,8 @@ const module = "github.com/dmsnap/dmsnap"
 var floors = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
-	"block":            1, "ondisk": 1,
+	"latency":          0, "internal/eventlog": 0,
+	"block": 1, "ondisk": 1,
 	"block/blocktest":   2,
 	"writeback":         2,
 	"internal/chunkmap": 2, "internal/gate": 2,
@@ -43,7 +44,7 @@ var floors = map[string]int{
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.
-var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
+var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "internal/eventlog", "latency", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
 
 // forbidden: imports that the ladder alone would allow, with the reason.
 var forbidden = map[[2]string]string{

@@ -3,6 +3,7 @@ package nbd
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -70,7 +71,10 @@ func (e *export) failed(s *Server, r wire.Request, err error) {
 	if errnoOf(err) == wire.ENOTSUP || e.told[r.Command].Swap(true) {
 		return
 	}
-	s.opts.Log(fmt.Sprintf("export %q: command %d on %d bytes at byte %d: %v", e.Name, r.Command, r.Length, r.Offset, err))
+	s.log.Event(slog.LevelError,
+		fmt.Sprintf("export %q: command %d on %d bytes at byte %d: %v", e.Name, r.Command, r.Length, r.Offset, err),
+		"request failed", err, slog.String("export", e.Name), slog.Int("command", int(r.Command)),
+		slog.Uint64("offset", r.Offset), slog.Uint64("length", uint64(r.Length)))
 }
 
 // requestGroup counts requests under way and lets one caller wait for them to end after it has closed

@@ -40,6 +40,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"runtime"
 	"sort"
@@ -47,6 +48,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
@@ -74,11 +76,16 @@ type Options struct {
 	// Log is told what went wrong with a connection or a device, in one line. It may be called
 	// concurrently.
 	Log func(line string)
+
+	// Logger, unless it is nil, receives the same events as records with attributes: peer, export, command, offset,
+	// length, error.
+	Logger *slog.Logger
 }
 
 // A Server serves exports. Its methods may be called concurrently.
 type Server struct {
 	opts     Options
+	log      eventlog.Log
 	tls      *tls.Config // Options.TLS as connections use it
 	payloads budget      // see Options.MaxPayloads
 
@@ -98,11 +105,9 @@ func NewServer(o Options) *Server {
 	if o.MaxPayloads == 0 {
 		o.MaxPayloads = 1 << 30
 	}
-	if o.Log == nil {
-		o.Log = func(string) {}
-	}
-	warnOfCertificates(o.TLS, time.Now(), o.Log)
-	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, tls: withoutAuthorityNames(o.TLS),
+	log := eventlog.Log{Line: o.Log, Logger: o.Logger}
+	warnOfCertificates(o.TLS, time.Now(), func(line string) { log.Event(slog.LevelWarn, line, line, nil) })
+	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, log: log, tls: withoutAuthorityNames(o.TLS),
 		exports: make(map[string]*export), payloads: budget{total: max(o.MaxPayloads, leastPayloads)}}
 }
 
@@ -157,7 +162,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			return nil
 		case err != nil && temporary(err):
 			// Out of descriptors, say: whoever is connected is served, and we try again soon.
-			s.opts.Log(fmt.Sprintf("accept: %v", err))
+			s.log.Event(slog.LevelWarn, fmt.Sprintf("accept: %v", err), "accept failed", err)
 			time.Sleep(wait)
 			wait = min(2*wait, time.Second)
 			continue
@@ -167,7 +172,8 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 		wait = time.Millisecond
 		all.Go(func() {
 			if err := s.ServeConn(ctx, nc); err != nil {
-				s.opts.Log(fmt.Sprintf("%s: %v", peer(nc), err))
+				from := peer(nc)
+				s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v", from, err), "connection failed", err, slog.String("peer", from))
 			}
 		})
 	}

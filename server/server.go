@@ -28,6 +28,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -40,6 +41,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -76,12 +78,16 @@ type Options struct {
 	OnFull   FullPolicy
 	Grow     snapshot.Growth // how COW files become longer when they are full
 	Merge    merge.Options   // of live merges
-	NBD      nbd.Options     // limits of the NBD server, and TLS; Log is that below where it is nil
+	NBD      nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
 	SysFS    string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
 	// block.
 	Log func(line string)
+
+	// Logger, unless it is nil, receives the same events as records with attributes: snapshot, kind, error, and those of
+	// nbd.Options.Logger.
+	Logger *slog.Logger
 }
 
 // Origin writes may stay in memory until exceptions are durable: so many bytes, for so long.
@@ -105,6 +111,7 @@ type Server struct {
 	addressed string                         // the volume of it that the address names: itself or a snapshot
 	half      atomic.Pointer[merge.SideFile] // of an offline merge into the origin that is not complete, or nil
 	opts      Options
+	log       eventlog.Log
 	nbd       *nbd.Server
 
 	mu         sync.Mutex
@@ -149,12 +156,13 @@ func Open(path string, o Options) (*Server, error) {
 	if _, known := fullPolicies[o.OnFull]; !known {
 		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
 	}
-	if o.Log == nil {
-		o.Log = func(string) {}
-	}
 	if o.NBD.Log == nil {
 		o.NBD.Log = o.Log
 	}
+	if o.NBD.Logger == nil {
+		o.NBD.Logger = o.Logger
+	}
+	log := eventlog.Log{Line: o.Log, Logger: o.Logger}
 	a, err := address.Parse(path)
 	if err != nil {
 		return nil, err
@@ -172,9 +180,15 @@ func Open(path string, o Options) (*Server, error) {
 	if o.Sync == snapshot.SyncFlush {
 		opts = append(opts, snapshot.WriteBack(writeBackLimit, writeBackDelay))
 	}
-	opts = append(opts, snapshot.WriteBackNotify(func(err error) { o.Log(writeBackText(err)) }))
+	opts = append(opts, snapshot.WriteBackNotify(func(err error) {
+		if err == nil {
+			log.Event(slog.LevelInfo, "origin: "+written, written, nil)
+		} else {
+			log.Event(slog.LevelError, "origin: "+unwritten+": "+err.Error(), unwritten, err)
+		}
+	}))
 	s := &Server{path: path, name: OriginName, address: d.Address, file: d.File, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
-		opts: o, nbd: nbd.NewServer(o.NBD)}
+		opts: o, log: log, nbd: nbd.NewServer(o.NBD)}
 	if d.Volume != nil {
 		s.name = d.Volume.Name
 		s.addressed = cmp.Or(d.Snapshot, s.name)
@@ -209,13 +223,11 @@ func checkDisk(d *address.Disk, o Options) (*merge.SideFile, error) {
 // originDevice is the device of an origin. Tests put a failing one over it.
 var originDevice = func(d block.Device) block.Device { return d }
 
-// writeBackText is the log's line when acknowledged writes to the origin can't be written, and when they are again.
-func writeBackText(err error) string {
-	if err == nil {
-		return "origin: all acknowledged writes are written again"
-	}
-	return "origin: acknowledged writes can't be written and stay in memory; flushes fail until they are: " + err.Error()
-}
+// What is logged when acknowledged writes to the origin can't be written, and when they are again.
+const (
+	unwritten = "acknowledged writes can't be written and stay in memory; flushes fail until they are"
+	written   = "all acknowledged writes are written again"
+)
 
 // Origin returns the origin as a device: writes to it are preserved in every snapshot first. They are refused with
 // block.ErrReadOnly until the origin is exported or a merge has begun.
@@ -380,7 +392,10 @@ func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error)
 		opts.OnFull = snapshot.FullInvalidate // PO asks for the kernel's overflow
 	}
 	opts.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
-	opts.Notify = func(e snapshot.Event) { s.opts.Log(a.name + ": " + eventText(e)) }
+	opts.Notify = func(e snapshot.Event) {
+		s.log.Event(eventLevel(e.Kind), a.name+": "+eventText(e), e.Text, e.Err,
+			slog.String("snapshot", a.name), slog.String("kind", string(e.Kind)))
+	}
 	if a.store == snapshot.Transient || a.chunkSet {
 		opts.ChunkSectors = a.chunkSectors
 	}
@@ -412,6 +427,17 @@ func eventText(e snapshot.Event) string {
 		return strings.TrimSuffix(e.Text, ".") + ". Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
 	}
 	return e.Text
+}
+
+// eventLevel is how much an event matters.
+func eventLevel(k snapshot.EventKind) slog.Level {
+	switch k {
+	case snapshot.EventInvalid, snapshot.EventMergeFailed:
+		return slog.LevelError
+	case snapshot.EventFull, snapshot.EventOverflow:
+		return slog.LevelWarn
+	}
+	return slog.LevelInfo
 }
 
 // largeStore is the number of exceptions from which loading a store leaves tens of MB of garbage behind.
@@ -469,7 +495,8 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 		s.fallback = nil
 	}
 	if err := s.nbd.Remove(ctx, name); err != nil {
-		s.opts.Log(err.Error()) // closing waits for the requests that are left
+		// Closing waits for the requests that are left.
+		s.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("snapshot", name))
 	}
 	s.snapshots = slices.DeleteFunc(s.snapshots, func(o *attached) bool { return o == v })
 	return v.close()
@@ -554,7 +581,7 @@ func (s *Server) flushDirty() {
 	for _, v := range list {
 		// The race considered: v may be dropped just now; its Close has made everything durable.
 		if err := v.dev.flushDirty(); err != nil && !errors.Is(err, os.ErrClosed) {
-			s.opts.Log(fmt.Sprintf("%s: flush: %v", v.name, err))
+			s.log.Event(slog.LevelError, fmt.Sprintf("%s: flush: %v", v.name, err), "flush failed", err, slog.String("snapshot", v.name))
 		}
 	}
 }

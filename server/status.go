@@ -4,6 +4,7 @@ import (
 	"strings"
 	"unicode/utf8"
 
+	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -51,6 +52,8 @@ func (s *Server) Status() api.Status {
 
 func (s *Server) originStatus() api.Origin {
 	r := api.Origin{Path: s.path, Name: s.name, SizeBytes: s.origin.Size(), ReadOnly: s.originReadOnly(), State: api.OriginOK}
+	c := s.origin.Counters()
+	r.Counters = api.OriginCounters{SyncWaits: latencyOf(c.SyncWaits), WriteBacks: c.WriteBacks}
 	st := s.origin.WriteBackStatus()
 	r.DirtyBytes = st.Dirty
 	switch {
@@ -85,14 +88,42 @@ func (s *Server) statusOf(v *attached) api.Snapshot {
 	if !utf8.ValidString(v.path) {
 		r.COW, r.COWBase64 = strings.ToValidUTF8(v.path, "\ufffd"), []byte(v.path)
 	}
+	c := v.snap.Counters()
 	if v.merge == nil {
-		r.Figures = FiguresOf(v.snap.Status())
+		r.Figures, r.Counters = FiguresOf(v.snap.Status()), countersOf(c, latency.Histogram{})
 		return r
 	}
+	m := v.merge.merging.Counters()
+	c.Store = m.Store
+	r.Counters = countersOf(c, m.StepWaits)
 	st := v.merge.merging.Status()
 	if r.Merged = v.merge.done(); r.Merged {
 		st.State = snapshot.StateOK // what is left is an empty store
 	}
 	r.Figures = FiguresOf(st)
 	return r
+}
+
+// countersOf returns the counters of a snapshot, and those of its merge, in the types of the API.
+func countersOf(c snapshot.Counters, mergeWaits latency.Histogram) api.Counters {
+	return api.Counters{PreservedChunks: c.Preserved.Chunks, PreservedBytes: c.Preserved.Bytes,
+		WrittenChunks: c.Written.Chunks, FilledBytes: c.Written.Bytes, NoRoom: c.NoRoom,
+		Exceptions: c.Store.Exceptions, Syncs: c.Store.Syncs, Rounds: latencyOf(c.Store.Rounds),
+		CopyWaits: latencyOf(c.Store.CopyWaits), OwnerWaits: latencyOf(c.OwnerWaits),
+		ReadWaits: latencyOf(c.ReaderWaits), MergeWaits: latencyOf(mergeWaits)}
+}
+
+func latencyOf(h latency.Histogram) api.Latency {
+	l := api.Latency{Count: h.Count, Seconds: h.Total.Seconds(), Buckets: []api.Bucket{}}
+	for i, n := range h.Buckets {
+		if n == 0 {
+			continue
+		}
+		b := api.Bucket{Count: n}
+		if i < latency.Buckets-1 {
+			b.Below = latency.Bound(i).Seconds()
+		}
+		l.Buckets = append(l.Buckets, b)
+	}
+	return l
 }

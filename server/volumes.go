@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -92,7 +93,7 @@ func (s *Server) attachVolumes() (err error) {
 // attachVolume attaches a snapshot of the group. mu is held.
 func (s *Server) attachVolume(v lvm.Snapshot) error {
 	if v.Err != nil { // the server is read-only
-		s.opts.Log(fmt.Sprintf("%s: not served: %v", v.Name, v.Err))
+		s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: not served: %v", v.Name, v.Err), "not served", v.Err, slog.String("snapshot", v.Name))
 		return nil
 	}
 	if s.find(v.Name) != nil || v.Name == s.name {

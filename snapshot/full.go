@@ -154,6 +154,7 @@ func (s *Snapshot) noRoom(err error) error {
 		}
 		notify(s.opts, Event{Kind: EventFull, Text: text, Err: err})
 	}
+	s.noRooms.Add(1)
 	return &noRoomError{s.opts.OnFull == FullPause && !failed, err}
 }
 

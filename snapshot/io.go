@@ -179,6 +179,8 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	if err := s.commit(r); err != nil {
 		return 0, s.invalidate(reasonIO, err)
 	}
+	from, to := l.OriginRange(r.Old, r.Count, s.origin.dev.Size())
+	s.fills.add(r.Count, to-from-k)
 	return k, nil
 }
 

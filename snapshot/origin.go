@@ -37,6 +37,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/writeback"
 )
 
@@ -72,6 +73,9 @@ type Origin struct {
 	waiting *Merging // loaded, not yet resumed
 
 	room room
+
+	syncWaits  latency.Recorder
+	writeBacks atomic.Uint64
 }
 
 // forward is block.Forward under an unexported name, so that users of the package can't reach the underlying device.
@@ -309,9 +313,10 @@ func (o *Origin) changeNow(pl payload, off, n int64) error {
 		for _, s := range dirty {
 			s.needed.Store(true)
 		}
+		o.writeBacks.Add(1)
 		return o.dev.WriteBack(pl.data, off)
 	}
-	if err := syncForOrigin(dirty); err != nil {
+	if err := o.syncForOrigin(dirty); err != nil {
 		return err
 	}
 	return pl.put(o.dev, off, n)
@@ -333,7 +338,7 @@ func (o *Origin) barrier() error {
 			dirty = append(dirty, s)
 		}
 	}
-	err := syncForOrigin(dirty)
+	err := o.syncForOrigin(dirty)
 	if err != nil {
 		for _, s := range dirty {
 			s.needed.Store(true)
@@ -396,7 +401,7 @@ func (o *Origin) preserve(off, n int64) error {
 	if err != nil {
 		return err
 	}
-	return syncForOrigin(dirty)
+	return o.syncForOrigin(dirty)
 }
 
 // keep is preserve without the durability: it appends to dirty the snapshots whose stores need a Sync before
@@ -419,11 +424,13 @@ func (o *Origin) keep(dirty []*Snapshot, off, n int64) ([]*Snapshot, error) {
 
 // syncForOrigin makes the exceptions of snapshots durable, with one Sync for each store, concurrently; concurrent
 // writes share them. It fails like preserve.
-func syncForOrigin(dirty []*Snapshot) error {
-	switch len(dirty) {
-	case 0:
+func (o *Origin) syncForOrigin(dirty []*Snapshot) error {
+	if len(dirty) == 0 {
 		return nil
-	case 1:
+	}
+	begin := latency.Now()
+	defer func() { o.syncWaits.Add(begin.Since()) }()
+	if len(dirty) == 1 {
 		return dirty[0].syncForOrigin()
 	}
 	errs := make([]error, len(dirty))

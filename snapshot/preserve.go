@@ -78,6 +78,7 @@ func (s *Snapshot) copyOut(first ondisk.OriginChunk, count uint64) (uint64, erro
 		}
 		return 0, fmt.Errorf("copy origin chunk %d to COW chunk %d: %w", r.Old, r.New, err)
 	}
+	s.copies.add(r.Count, end-start)
 	return r.Count, s.commit(r)
 }
 

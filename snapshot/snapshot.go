@@ -72,6 +72,9 @@ type Snapshot struct {
 	failed       atomic.Bool           // lost because a device failed
 	needed       atomic.Bool           // dirty bytes of the origin wait for a Sync of the store
 	invalidating sync.Mutex
+
+	copies, fills copyCounter
+	noRooms       atomic.Uint64
 }
 
 // Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a snapshot of o:

@@ -215,6 +215,7 @@ func (r Reservation) Commit() error {
 			panic(fmt.Sprintf("store: origin chunk %d committed twice", r.Old+ondisk.OriginChunk(i)))
 		}
 	}
+	s.commits += r.Count
 	r.entry.done = true
 	if s.queue[0] == r.entry {
 		s.completeReady()

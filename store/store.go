@@ -42,6 +42,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/chunkmap"
+	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -98,6 +99,7 @@ type Store struct {
 	openArea  uint64         // the area in use when space was first reserved
 	openSpace int64          // bytes of it from its beginning on that have their space reserved
 	noSpace   bool           // the device has no notion of reserving space
+	commits   uint64         // exceptions committed since the store was opened
 
 	marking sync.Mutex // one attempt to mark the header at a time
 	marked  bool       // Invalidate has marked it; marking is held
@@ -110,6 +112,10 @@ type Store struct {
 	tail    []byte          // the metadata block that holds slot durable, as on disk
 	settled bool            // the end of the exceptions was written, durably, since Open
 	scrub   bool            // what follows tail in its area may hold void slots
+
+	syncs     atomic.Uint64
+	syncTook  latency.Recorder // the rounds
+	copyWaits latency.Recorder
 }
 
 // run is exceptions whose chunks are consecutive on both sides.

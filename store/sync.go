@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -15,6 +16,7 @@ import (
 //
 // An error is the store's Err from now on (see ErrFailed).
 func (s *Store) Sync() error {
+	s.syncs.Add(1)
 	// A round that began before this call may have flushed before the caller's last write, so only one that begins
 	// after it counts. The goroutine that gets the lock first makes that round for all that wait for it.
 	mine := s.rounds.Load() + 1
@@ -24,7 +26,10 @@ func (s *Store) Sync() error {
 		return s.Err()
 	}
 	s.rounds.Add(1)
-	return s.round()
+	begin := latency.Now()
+	err := s.round()
+	s.syncTook.Add(begin.Since())
+	return err
 }
 
 // round decides the order of writes and flushes, here and nowhere else: zeros of the next area, data, flush; slots;
@@ -93,8 +98,12 @@ func (s *Store) takeBatch() ([]run, error) {
 	}
 	// The queue is only shortened at its head; newest has completed when it is not found any more. New reservations are
 	// appended after it and not waited for.
-	for s.err == nil && newest != nil && s.queued(newest) {
-		s.moved.Wait()
+	if s.err == nil && newest != nil && s.queued(newest) {
+		begin := latency.Now()
+		for s.err == nil && s.queued(newest) {
+			s.moved.Wait()
+		}
+		s.copyWaits.Add(begin.Since())
 	}
 	if s.err != nil {
 		return nil, s.err

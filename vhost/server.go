@@ -19,6 +19,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"net"
 	"os"
@@ -29,6 +30,7 @@ import (
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 )
 
 // maxQueues bounds Export.Queues.
@@ -38,6 +40,9 @@ const maxQueues = 64
 type Options struct {
 	// Log receives one line for each problem with a front-end, a guest or a device. It may be called concurrently.
 	Log func(line string)
+
+	// Logger, unless it is nil, receives the same as records with the attribute "export".
+	Logger *slog.Logger
 }
 
 // An Export is a device under a name.
@@ -170,9 +175,12 @@ func (s *Server) Serve(ctx context.Context) error {
 }
 
 func (x *export) log(format string, args ...any) {
-	if x.opts.Log != nil {
-		x.opts.Log(fmt.Sprintf("vhost %q: ", x.Name) + fmt.Sprintf(format, args...))
+	if x.opts.Log == nil && x.opts.Logger == nil {
+		return
 	}
+	text := fmt.Sprintf(format, args...)
+	log := eventlog.Log{Line: x.opts.Log, Logger: x.opts.Logger}
+	log.Event(slog.LevelWarn, fmt.Sprintf("vhost %q: %s", x.Name, text), text, nil, slog.String("export", x.Name))
 }
 
 // accept serves one front-end after the other.

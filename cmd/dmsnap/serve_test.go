@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"reflect"
 	"strings"
 	"sync"
 	"testing"
@@ -116,8 +117,9 @@ func TestServeStatus(t *testing.T) {
 	r := start(t, p, serveOptions{exportOrigin: true}, "odd & ends="+p.cow)
 	got := mustJSON[api.Status](t, "status", "--control", r.control)
 	socket := "?socket=" + filepath.Join(p.dir, "nbd.sock")
-	want := api.Origin{Path: p.origin, Name: "origin", SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket, State: "ok"}
-	if got.Origin != want || got.Merge != nil || len(got.Snapshots) != 1 {
+	want := api.Origin{Path: p.origin, Name: "origin", SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket, State: "ok",
+		Counters: api.OriginCounters{SyncWaits: api.Latency{Buckets: []api.Bucket{}}}}
+	if !reflect.DeepEqual(got.Origin, want) || got.Merge != nil || len(got.Snapshots) != 1 {
 		t.Fatalf("status %+v", got)
 	}
 	s := got.Snapshots[0]

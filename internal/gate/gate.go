@@ -18,6 +18,8 @@ package gate
 import (
 	"sync"
 	"sync/atomic"
+
+	"github.com/dmsnap/dmsnap/latency"
 )
 
 // A Span is chunks First to Last, both included.
@@ -35,7 +37,15 @@ type Gate struct {
 	reading sync.Mutex
 	readers holders
 	entered atomic.Int64 // len of readers, for Drain to look at without the lock
+
+	owns, drains latency.Recorder // of those calls that had to wait
 }
+
+// OwnWaits returns how long calls of Own waited, those that had to.
+func (g *Gate) OwnWaits() latency.Histogram { return g.owns.Histogram() }
+
+// DrainWaits returns how long calls of Drain waited, those that had to.
+func (g *Gate) DrainWaits() latency.Histogram { return g.drains.Histogram() }
 
 // An Owned is what Own returned: chunks owned until Release.
 type Owned struct{ ticket }
@@ -56,7 +66,7 @@ func (g *Gate) Own(spans ...Span) Owned {
 	wait := h.waits > 0
 	g.owning.Unlock()
 	if wait {
-		<-h.ready
+		h.wait(&g.owns)
 	}
 	return o
 }
@@ -112,7 +122,7 @@ func (g *Gate) Drain(s Span) {
 	wait := h.waits > 0
 	g.reading.Unlock()
 	if wait {
-		<-h.ready
+		h.wait(&g.drains)
 	}
 	g.reading.Lock()
 	g.readers.giveBack(h)

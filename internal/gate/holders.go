@@ -1,6 +1,10 @@
 package gate
 
-import "sort"
+import (
+	"sort"
+
+	"github.com/dmsnap/dmsnap/latency"
+)
 
 // A holder is one owner, one who waits to be, one reader, or one who drains.
 type holder struct {
@@ -20,6 +24,13 @@ func (h *holder) waitFor(x *holder) {
 	}
 	h.waits++
 	x.behind = append(x.behind, h)
+}
+
+// wait waits until all that h waits for have gone, and records how long that took. No lock is held.
+func (h *holder) wait(took *latency.Recorder) {
+	begin := latency.Now()
+	<-h.ready
+	took.Add(begin.Since())
 }
 
 // A ticket is one use of a holder.

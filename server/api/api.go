@@ -52,6 +52,8 @@ type Origin struct {
 	State      OriginState `json:"state"`
 	Error      string      `json:"error,omitempty"` // why the state is not ok
 	DirtyBytes int64       `json:"dirty_bytes"`     // acknowledged writes that are in memory only
+
+	Counters OriginCounters `json:"counters"`
 }
 
 // OriginState is the state of the origin's disk, in one word.
@@ -74,6 +76,44 @@ type Snapshot struct {
 	// Waiting is the number of writes to it that wait for room.
 	Waiting int64 `json:"waiting"`
 	Figures
+	Counters Counters `json:"counters"`
+}
+
+// Counters are what was done for a snapshot since it was attached.
+type Counters struct {
+	PreservedChunks uint64 `json:"preserved_chunks"` // copied because the origin was about to change
+	PreservedBytes  uint64 `json:"preserved_bytes"`
+	WrittenChunks   uint64 `json:"written_chunks"` // made by writes to the snapshot
+	FilledBytes     uint64 `json:"filled_bytes"`   // copied from the origin into them, around what was written
+	NoRoom          uint64 `json:"no_room"`        // writes that found no room and were refused or had to wait, each time
+
+	Exceptions uint64  `json:"committed_exceptions"`
+	Syncs      uint64  `json:"syncs"`        // requests to make exceptions durable; those that meet share a round
+	Rounds     Latency `json:"sync_rounds"`  // writes and flushes of the COW device
+	CopyWaits  Latency `json:"copy_waits"`   // rounds that waited for copies under way
+	OwnerWaits Latency `json:"owner_waits"`  // requests that waited for another one that makes an exception for the same chunk
+	ReadWaits  Latency `json:"reader_waits"` // origin writes that waited for reads of the snapshot
+	MergeWaits Latency `json:"merge_waits"`  // of the steps of its live merge and of writes, for each other
+}
+
+// OriginCounters are what was done for the origin since the server began.
+type OriginCounters struct {
+	SyncWaits  Latency `json:"sync_waits"`  // until exceptions were durable, before the origin changed
+	WriteBacks uint64  `json:"write_backs"` // writes that were acknowledged while they were in memory only
+}
+
+// Latency says how often something happened and how long it took.
+type Latency struct {
+	Count   uint64   `json:"count"`
+	Seconds float64  `json:"seconds"` // in all
+	Buckets []Bucket `json:"buckets"` // in ascending order, without empty ones
+}
+
+// Bucket counts durations that are shorter than Below and not shorter than half of it. The first one begins at 0. The
+// last one, with Below 0, has no upper bound.
+type Bucket struct {
+	Below float64 `json:"below_seconds"`
+	Count uint64  `json:"count"`
 }
 
 // Figures are the state of a snapshot's store in numbers.
