@@ -27,22 +27,17 @@ func volumeRow(name string, j job, bytes bool) row {
 		if err := unpackDisk(disk); err != nil {
 			return s, err
 		}
-		volume := disk + "#vg/plain"
-		var t *target
-		if c.key == ours {
-			server, err := l.start(ctx, func(socket string) []string { return []string{l.binary, "serve", volume, "--socket", socket} })
-			if err != nil {
-				return s, err
-			}
-			t = &target{server: server, uri: server.uri("plain")}
-		} else {
-			image := l.path("volume.img")
+		image := disk + "#vg/plain"
+		if c.key == ourRaw {
+			volume := image
+			image = l.path("volume.img")
 			if err := command(ctx, l.binary, "export", "--force", volume, image); err != nil {
 				return s, err
 			}
-			if t, err = l.open(ctx, c, "", image); err != nil {
-				return s, err
-			}
+		}
+		t, err := l.open(ctx, find(ourRaw), "", image)
+		if err != nil {
+			return s, err
 		}
 		defer func() { err = errors.Join(err, t.close()) }()
 		j := j
