@@ -494,17 +494,3 @@ func TestUndoOfAMergeFinishedWithoutIt(t *testing.T) {
 		t.Error(err)
 	}
 }
-
-func TestEstimate(t *testing.T) {
-	w := newWorld(t, 300, 200)
-	plain, err := merge.Estimate(w.origin, w.cow, false)
-	if err != nil || plain <= 0 {
-		t.Errorf("%v, %v", plain, err)
-	}
-	if _, err := merge.Offline(t.Context(), w.origin, w.cow, merge.Options{}); err != nil {
-		t.Fatal(err)
-	}
-	if none, err := merge.Estimate(w.origin, w.cow, true); err != nil || none != 0 {
-		t.Errorf("for nothing: %v, %v", none, err)
-	}
-}

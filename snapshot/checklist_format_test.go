@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -99,12 +100,12 @@ func TestC009HeaderOverridesChunkArgument(t *testing.T) {
 
 func TestC010ChunkArguments(t *testing.T) {
 	for arg, want := range map[string]uint32{"+8": 8, "08": 8, "8": 8, "0": 0, "2097152": 2097152} {
-		if got, err := snapshot.ParseChunkArgument(arg); got != want || err != nil {
+		if got, err := kernelcase.ParseChunkArgument(arg); got != want || err != nil {
 			t.Errorf("%q: %d, %v", arg, got, err)
 		}
 	}
 	for _, arg := range []string{"3", "24", "4194304", "abc", "-8", "0x10", "", "++8", "8 ", "4294967296"} {
-		if got, err := snapshot.ParseChunkArgument(arg); err == nil {
+		if got, err := kernelcase.ParseChunkArgument(arg); err == nil {
 			t.Errorf("%q: accepted as %d", arg, got)
 		}
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -563,7 +564,7 @@ func TestC070DiscardPassesDown(t *testing.T) {
 }
 
 func TestC071PassdownNeedsZeroes(t *testing.T) {
-	_, err := snapshot.ParseTable("0 1024 snapshot 7:0 7:1 P 8 1 discard_passdown_origin")
+	_, err := kernelcase.ParseTable("0 1024 snapshot 7:0 7:1 P 8 1 discard_passdown_origin")
 	if !errors.Is(err, snapshot.ErrPassdown) {
 		t.Errorf("table: %v", err)
 	}
@@ -585,7 +586,7 @@ func TestC072FeatureWords(t *testing.T) {
 		"1 Discard_Zeroes_COW extra": "P 8 1 discard_zeroes_cow",
 		"2 discard_passdown_origin discard_zeroes_cow": "P 8 2 discard_zeroes_cow discard_passdown_origin",
 	} {
-		table, err := snapshot.ParseTable("0 1024 snapshot 7:0 7:1 P 8 " + args)
+		table, err := kernelcase.ParseTable("0 1024 snapshot 7:0 7:1 P 8 " + args)
 		got := strings.TrimPrefix(table.String(), "0 1024 snapshot 7:0 7:1 ")
 		if err != nil {
 			got = err.Error()
@@ -594,7 +595,7 @@ func TestC072FeatureWords(t *testing.T) {
 			t.Errorf("%q: %q, want %q", args, got, want)
 		}
 	}
-	if _, err := snapshot.ParseTable("0 1024 snapshot 7:0 7:1 P"); err == nil || !errors.Is(err, snapshot.ErrArguments) {
+	if _, err := kernelcase.ParseTable("0 1024 snapshot 7:0 7:1 P"); err == nil || !errors.Is(err, kernelcase.ErrArguments) {
 		t.Errorf("three arguments: %v", err)
 	}
 }

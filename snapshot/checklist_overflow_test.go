@@ -11,6 +11,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -407,7 +408,7 @@ func TestC087TableTexts(t *testing.T) {
 			t.Errorf("table %q, want %q", got, c.want)
 		}
 		// What is printed can be read again.
-		table, err := snapshot.ParseTable(got)
+		table, err := kernelcase.ParseTable(got)
 		if err != nil || table.String() != got {
 			t.Errorf("%q was read as %q, %v", got, table, err)
 		}
@@ -422,7 +423,7 @@ func TestC087TableTexts(t *testing.T) {
 }
 
 func TestC088OriginTable(t *testing.T) {
-	table, err := snapshot.ParseTable("0 1024 snapshot-origin 7:0")
+	table, err := kernelcase.ParseTable("0 1024 snapshot-origin 7:0")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -433,7 +434,7 @@ func TestC088OriginTable(t *testing.T) {
 		t.Errorf("table %q", got)
 	}
 	for _, bad := range []string{"0 1024 snapshot-origin", "0 1024 snapshot-origin 7:0 7:1"} {
-		if _, err := snapshot.ParseTable(bad); !errors.Is(err, snapshot.ErrOriginArguments) {
+		if _, err := kernelcase.ParseTable(bad); !errors.Is(err, kernelcase.ErrOriginArguments) {
 			t.Errorf("%q: %v", bad, err)
 		}
 	}

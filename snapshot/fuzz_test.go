@@ -7,6 +7,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
@@ -89,11 +90,11 @@ func FuzzTable(f *testing.F) {
 	f.Add("0 4096 snapshot-merge /dev/a /dev/b po 0")
 	f.Add("0 1 snapshot-origin 7:0")
 	f.Fuzz(func(t *testing.T, line string) {
-		table, err := snapshot.ParseTable(line)
+		table, err := kernelcase.ParseTable(line)
 		if err != nil {
 			return
 		}
-		again, err := snapshot.ParseTable(table.String())
+		again, err := kernelcase.ParseTable(table.String())
 		if err != nil || again != table {
 			t.Errorf("%q was read as %+v and printed as %q, which is %+v, %v", line, table, table, again, err)
 		}

@@ -48,7 +48,7 @@ func replayCase(t *testing.T, c kernelcase.Case, sync snapshot.SyncMode) {
 	}
 	disk, cow := block.MemoryFrom(before), block.NewMemory(c.COWSectors*512)
 	origin := snapshot.NewOrigin(disk)
-	table, err := snapshot.ParseTable(c.Kernel.Table)
+	table, err := kernelcase.ParseTable(c.Kernel.Table)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -22,9 +21,6 @@ type mergeResult struct {
 	Ranges       uint64 `json:"ranges"`         // ranges of the origin that are overwritten
 	UndoBytes    int64  `json:"undo_bytes"`     // size of an undo store
 	Undo         string `json:"undo,omitempty"` // its path
-
-	// Estimated duration, of a dry run.
-	Seconds float64 `json:"estimated_seconds,omitempty"`
 }
 
 // offlineMerge holds the options of an offline merge.
@@ -56,8 +52,7 @@ merged, unless it is done with an --undo of its own.
 Until the merge is complete, the file ORIGIN.merging beside ORIGIN says so: inspect shows it, and serving ORIGIN with
 another COW, or merging another COW into it, is refused without --force. A block device has no such file.
 
---dry-run shows how much there is to merge, in how many ranges, the size of an undo store, and an estimate of the
-time, from reading a part of COW: too short if that part is cached.
+--dry-run shows how much there is to merge, in how many ranges, and the size of an undo store.
 
 --control PATH NAME starts the live merge of a served snapshot. Clients continue: the origin shows the merged
 content at once, and the export of the snapshot continues as the origin. Without NAME, the current merge is meant.
@@ -112,7 +107,7 @@ func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
 		return err
 	}
 	res := mergeResult{DryRun: o.dryRun, Undo: o.undo}
-	work, err := o.merge(ctx, c, origin, cow, []string{originPath, cowPath}, &res)
+	work, err := o.merge(ctx, c, origin, cow, []string{originPath, cowPath})
 	if err := errors.Join(err, about(cowPath, both.Close())); err != nil {
 		return err
 	}
@@ -127,8 +122,8 @@ func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
 func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error {
 	what := fmt.Sprintf("%d chunks in %d runs, %s", res.Chunks, res.Runs, bytesText(res.Bytes))
 	if res.DryRun {
-		return printf(c, "%s: to merge: %s; %d ranges of %s are overwritten, about %s; an undo store takes %s\n", cowPath, what,
-			res.Ranges, originPath, time.Duration(res.Seconds*float64(time.Second)).Round(time.Second/10), bytesText(res.UndoBytes))
+		return printf(c, "%s: to merge: %s; %d ranges of %s are overwritten; an undo store takes %s\n", cowPath, what,
+			res.Ranges, originPath, bytesText(res.UndoBytes))
 	}
 	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil || res.Undo == "" {
 		return err
@@ -137,7 +132,7 @@ func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error
 }
 
 // merge does what was asked for with the devices, whose paths are the inputs.
-func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow block.Device, inputs []string, res *mergeResult) (merge.Work, error) {
+func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow block.Device, inputs []string) (merge.Work, error) {
 	work, err := merge.Plan(origin, cow)
 	if err != nil {
 		return work, about(inputs[1], err)
@@ -147,7 +142,7 @@ func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow 
 		return work, about(inputs[1], advise(err))
 	}
 	if o.dryRun {
-		return work, o.estimate(origin, cow, inputs, res)
+		return work, o.checkUndo(origin, cow, inputs)
 	}
 	var begun *merge.SideFile
 	if half != nil {

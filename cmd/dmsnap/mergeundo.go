@@ -72,16 +72,6 @@ func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, 
 	return about(o.undo, err)
 }
 
-// estimate fills in the results of a dry run, and refuses an undo store that a merge would refuse.
-func (o *offlineMerge) estimate(origin, cow block.Device, inputs []string, res *mergeResult) error {
-	takes, err := merge.Estimate(origin, cow, o.undo != "")
-	if err != nil {
-		return about(inputs[1], err)
-	}
-	res.Seconds = takes.Seconds()
-	return o.checkUndo(origin, cow, inputs)
-}
-
 // checkUndo refuses an undo store that a merge would refuse. It writes nothing.
 func (o *offlineMerge) checkUndo(origin, cow block.Device, inputs []string) error {
 	if o.undo == "" {

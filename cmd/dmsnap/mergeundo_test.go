@@ -51,7 +51,7 @@ func TestMergeUndo(t *testing.T) {
 	undo := filepath.Join(p.dir, "before.cow")
 	files := digests(t, p.dir)
 	plan := mustJSON[mergeResult](t, "merge", "-n", p.origin, p.cow, "--undo", undo)
-	if !plan.DryRun || plan.Undo != undo || plan.UndoBytes == 0 || plan.Seconds <= 0 {
+	if !plan.DryRun || plan.Undo != undo || plan.UndoBytes == 0 {
 		t.Errorf("dry run: %+v", plan)
 	}
 	wantSame(t, p.dir, files)

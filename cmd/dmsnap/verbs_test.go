@@ -347,10 +347,6 @@ func TestMerge(t *testing.T) {
 	shown := p.withStore(t)
 	before := digests(t, p.dir)
 	plan := mustJSON[mergeResult](t, "merge", "--dry-run", p.origin, p.cow)
-	if plan.Seconds <= 0 {
-		t.Error("a dry run that foresees no time")
-	}
-	plan.Seconds = 0
 	want := mergeResult{DryRun: true, ChunkSectors: 8, Chunks: 5, Runs: 4, Bytes: 5*4096 - 2048, Ranges: 4, UndoBytes: 7 * 4096}
 	if plan != want {
 		t.Errorf("dry run: %+v, want %+v", plan, want)

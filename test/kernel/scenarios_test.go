@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/test/kernel/job"
 )
@@ -38,7 +39,7 @@ func TestBringUp(t *testing.T) {
 		shown := strings.TrimSpace(k.sh("dmsetup table by-hand"))
 		k.sh("dmsetup remove by-hand")
 
-		parsed, err := snapshot.ParseTable(line)
+		parsed, err := kernelcase.ParseTable(line)
 		if err != nil {
 			t.Fatalf("%q: %v", line, err)
 		}
@@ -113,7 +114,7 @@ func TestChunkSizes(t *testing.T) {
 
 // attachTable does with a table line what the kernel does with it.
 func attachTable(line string) error {
-	table, err := snapshot.ParseTable(line)
+	table, err := kernelcase.ParseTable(line)
 	if err != nil {
 		return err
 	}

@@ -110,7 +110,7 @@ func (o *ours) images() images {
 
 func (o *ours) attach(i int) error {
 	c := o.s.snaps[i]
-	kind, err := snapshot.ParseStoreType(c.store)
+	kind, err := kernelcase.ParseStoreType(c.store)
 	if err != nil {
 		return err
 	}
