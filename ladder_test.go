@@ -32,6 +32,7 @@ var floors = map[string]int{
 	"check":            4, "dump": 4, "diff": 4, "internal/picture": 4, "internal/undo": 4,
 	"nbd/wire": 4, "image": 4,
 	"source/lvm": 4, "source/qcow2": 4,
+	"stream": 5,
 	"nbd": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
 	"server":     6,
