@@ -181,7 +181,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 		}
 	})
 	t.Run("stall", func(t *testing.T) {
-		s := start(t, nbd.Options{StallTimeout: time.Second}, "unix", nbd.Export{Name: "x", Device: dev})
+		s := start(t, nbd.Options{StallTimeout: 3 * time.Second}, "unix", nbd.Export{Name: "x", Device: dev})
 		p := begin(t, s.uri("x"), false)
 		ask(p)
 		wait(t, "the peer is given up", func() bool { c, _ := s.Counters("x"); return c.Connections == 0 && c.InFlight == 0 })
@@ -191,7 +191,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 		p.simple(1, 0)
 		for range size >> 20 {
 			p.read(1 << 20)
-			time.Sleep(40 * time.Millisecond) // 1.3 s in all
+			time.Sleep(120 * time.Millisecond) // 3.8 s in all
 		}
 		p.alive()
 	})

@@ -34,7 +34,7 @@ func connect(t testing.TB, uri string) *peer {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { nc.Close() })
-	nc.SetDeadline(time.Now().Add(20 * time.Second))
+	nc.SetDeadline(time.Now().Add(2 * time.Minute))
 	p := &peer{t, nc}
 	p.expect("NBDMAGIC IHAVEOPT 0003")
 	return p

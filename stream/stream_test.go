@@ -490,7 +490,7 @@ func FuzzReader(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if r.Header().Size > 1<<30 {
+		if r.Header().Size > 1<<24 {
 			return
 		}
 		target := block.NewMemory(r.Header().Size)
