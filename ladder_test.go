@@ -33,7 +33,7 @@ var floors = map[string]int{
 	"nbd/wire": 4, "image": 4,
 	"source/lvm": 4, "source/qcow2": 4,
 	"stream": 5,
-	"nbd": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
+	"nbd":    5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
 	"server":     6,
 	"inspect":    7,
