@@ -74,6 +74,12 @@ func Whole(dev block.Device) *Source {
 	}}
 }
 
+// Kind says what is sent.
+func (s *Source) Kind() Kind { return s.kind }
+
+// Size returns the size of the disk in bytes.
+func (s *Source) Size() int64 { return s.new.Size() }
+
 // SendOptions are what a sender may choose.
 type SendOptions struct {
 	// DropUnchanged leaves out blocks that are stored and the same: what was copied and never changed.

@@ -39,6 +39,10 @@ func exampleFolder(t *testing.T) string {
 		writeFile(t, filepath.Join(dir, name), readFile(t, k.path[from]))
 	}
 	writeFile(t, filepath.Join(dir, "disk.txt"), []byte(mustRun(t, "dump", filepath.Join(dir, "disk.cow"))))
+	// The other host is this one.
+	if err := os.WriteFile(filepath.Join(dir, "ssh"), []byte("#!/bin/sh\nshift\nexec \"$@\"\n"), 0o755); err != nil {
+		t.Fatal(err)
+	}
 	if err := os.Symlink(program(t), filepath.Join(dir, "dmsnap")); err != nil {
 		t.Fatal(err)
 	}

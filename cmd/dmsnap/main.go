@@ -76,7 +76,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge()}},
 		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
 		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},
-		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newCompact()}},
+		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newSend(), newReceive(), newCompact()}},
 	} {
 		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
 		for _, v := range g.verbs {

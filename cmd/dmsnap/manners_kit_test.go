@@ -58,6 +58,9 @@ var template = sync.OnceValues(func() (files map[string][]byte, err error) {
 	if err := os.WriteFile(k.path["NOISE"], noise, 0o600); err != nil {
 		return nil, err
 	}
+	if err := os.WriteFile(k.path["COPY"], origin, 0o600); err != nil {
+		return nil, err
+	}
 	bad, err := os.ReadFile(k.path["BAD"])
 	if err != nil {
 		return nil, err
@@ -65,7 +68,7 @@ var template = sync.OnceValues(func() (files map[string][]byte, err error) {
 	if err := os.WriteFile(k.path["FIXED"], bad, 0o600); err != nil {
 		return nil, err
 	}
-	for _, args := range []string{"dump COW --output TEXT", "dump --pack COW --output PACK", "repair FIXED --in-place --undo UNDO", "export ORIGIN COW OVERLAY --format qcow2 --backing ORIGIN"} {
+	for _, args := range []string{"dump COW --output TEXT", "dump --pack COW --output PACK", "repair FIXED --in-place --undo UNDO", "export ORIGIN COW OVERLAY --format qcow2 --backing ORIGIN", "send ORIGIN COW --output STREAM"} {
 		if err := doneBy(k.call(args)); err != nil {
 			return nil, err
 		}

@@ -40,6 +40,14 @@ var callings = []calling{
 	{args: "export ORIGIN COW -"},
 	{args: "export ORIGIN COW OUT --format qcow2 --backing ORIGIN", quiet: true},
 	{args: "import OVERLAY OUT --origin ORIGIN", json: true},
+	{args: "send ORIGIN COW --output OUT", json: true},
+	{args: "send ORIGIN COW2 --since COW"},
+	{args: "send ORIGIN"},
+	{args: "receive STREAM COPY", writes: "COPY", shares: "STREAM", json: true},
+	{args: "receive STREAM COPY --undo OUT", writes: "COPY", shares: "STREAM", json: true},
+	{args: "receive STREAM --origin ORIGIN --cow OUT", shares: "STREAM", json: true},
+	{args: "receive --check STREAM COPY", shares: "STREAM", json: true},
+	{args: "receive --check STREAM", shares: "STREAM", json: true},
 	{args: "diff ORIGIN COW", status: exitNo, json: true},
 	{args: "diff --verify ORIGIN COW COW2", status: exitNo, json: true},
 	{args: "diff --format ranges ORIGIN COW", status: exitNo},
@@ -74,7 +82,7 @@ var callings = []calling{
 }
 
 var (
-	inputNames  = []string{"ORIGIN", "COW", "COW2", "BAD", "INVALID", "FIXED", "NOISE", "TEXT", "PACK", "UNDO", "OVERLAY"}
+	inputNames  = []string{"ORIGIN", "COW", "COW2", "BAD", "INVALID", "FIXED", "NOISE", "TEXT", "PACK", "UNDO", "OVERLAY", "STREAM", "COPY"}
 	outputNames = []string{"OUT", "ALSO"}
 )
 

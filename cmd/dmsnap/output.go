@@ -135,7 +135,7 @@ func lockStandardOutput(f *os.File, special bool, inputs []string) (unlock func(
 // writeImageToStandardOutput has fill write an image of size bytes, ascending, to standard output.
 func writeImageToStandardOutput(ctx context.Context, c *cobra.Command, inputs []string, size int64, fill func(block.Device) error) error {
 	return writeStandardOutput(c, inputs, func(w io.Writer) error {
-		s := &stream{ctx: ctx, w: w, size: size}
+		s := &imageStream{ctx: ctx, w: w, size: size}
 		if err := fill(s); err != nil {
 			return err
 		}
@@ -143,8 +143,8 @@ func writeImageToStandardOutput(ctx context.Context, c *cobra.Command, inputs []
 	})
 }
 
-// A stream writes an image, in ascending order, to an output without seeking. Gaps are filled with zeros.
-type stream struct {
+// An imageStream writes an image, in ascending order, to an output without seeking. Gaps are filled with zeros.
+type imageStream struct {
 	ctx  context.Context
 	w    io.Writer
 	off  int64 // of the next byte
@@ -153,11 +153,11 @@ type stream struct {
 
 var errStream = errors.New("standard output is write-only")
 
-func (s *stream) ReadAt([]byte, int64) (int, error) { return 0, errStream }
-func (s *stream) Flush() error                      { return nil } // writeStandardOutput does that
-func (s *stream) Size() int64                       { return s.size }
+func (s *imageStream) ReadAt([]byte, int64) (int, error) { return 0, errStream }
+func (s *imageStream) Flush() error                      { return nil } // writeStandardOutput does that
+func (s *imageStream) Size() int64                       { return s.size }
 
-func (s *stream) WriteAt(p []byte, off int64) (int, error) {
+func (s *imageStream) WriteAt(p []byte, off int64) (int, error) {
 	if off < s.off {
 		panic("image written backwards")
 	}
@@ -172,7 +172,7 @@ func (s *stream) WriteAt(p []byte, off int64) (int, error) {
 var someZeros [1 << 20]byte
 
 // skipTo writes zeros up to an offset.
-func (s *stream) skipTo(off int64) error {
+func (s *imageStream) skipTo(off int64) error {
 	for s.off < off {
 		if s.ctx.Err() != nil {
 			return context.Cause(s.ctx)

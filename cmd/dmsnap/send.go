@@ -1,0 +1,149 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"os"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/stream"
+)
+
+type sendOptions struct {
+	since, output string
+	drop, plain   bool
+	from          sizeFlag
+	raw, force    bool
+	json          bool
+}
+
+// sendResult is what send prints as JSON.
+type sendResult struct {
+	Kind stream.Kind `json:"kind"`
+	Size int64       `json:"size"` // of the disk, in bytes
+	stream.Count
+}
+
+func newSend() *cobra.Command {
+	var o sendOptions
+	c := &cobra.Command{
+		Use:   "send {ORIGIN COW | ADDRESS}",
+		Short: "Write what changed on a disk as a stream, for dmsnap receive",
+		Long: `Write a stream with what the snapshot in COW shows and ORIGIN does not or, with --since COW_OLD, what changed between
+the snapshots in COW_OLD and COW. Of an ADDRESS, a disk or a part of one, the stream has everything.
+
+dmsnap receive applies the stream to a copy of the disk as it was: a copy of ORIGIN, or of what COW_OLD shows. The
+stream has digests of the old and of the new bytes, so that no other disk is changed. It goes to standard output,
+compressed by zstd.`,
+		Example: `  dmsnap send disk.img disk.cow | ssh host dmsnap receive - copy.img
+  dmsnap send disk.img tuesday.cow --since monday.cow --output tuesday.delta
+  dmsnap send disk.img | ssh host dmsnap receive - whole.img`,
+		Args: cobra.RangeArgs(1, 2),
+		RunE: func(c *cobra.Command, args []string) error { return o.run(c, args) },
+	}
+	f := c.Flags()
+	f.StringVar(&o.since, "since", "", "COW of the older snapshot that the receiver has")
+	f.StringVarP(&o.output, "output", "o", standardOutput, "file to write; \"-\" is standard output")
+	f.BoolVar(&o.drop, "drop-unchanged", false, "leave out what was copied to a COW and never changed")
+	f.BoolVar(&o.plain, "no-compress", false, "do not compress")
+	f.Var(&o.from, "resume-from", "begin at this byte of the disk, where a receiver stopped")
+	addRaw(f, &o.raw)
+	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
+	f.BoolVar(&o.json, "json", false, "print JSON")
+	return c
+}
+
+func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
+	if o.since != "" && len(args) == 1 {
+		return errors.New("--since: ORIGIN COW are required: it compares two snapshots of ORIGIN")
+	}
+	inputs := args
+	if o.since != "" {
+		inputs = append(inputs, o.since)
+	}
+	if o.output == standardOutput {
+		if err := checkNoTerminal(c, "redirect it, or use --output"); err != nil {
+			return err
+		}
+	} else if err := checkOutput(o.output, o.force, inputs); err != nil {
+		return err
+	}
+	from, opened, err := o.open(args)
+	defer func() { err = errors.Join(err, opened.Close()) }()
+	if err != nil {
+		return err
+	}
+	ctx, stop := untilSignal()
+	defer stop()
+	bar := newProgress(c.ErrOrStderr(), "send")
+	defer bar.end()
+	var sent stream.Count
+	fill := func(w io.Writer) (err error) {
+		sent, err = stream.Send(ctx, w, from, stream.SendOptions{
+			DropUnchanged: o.drop, Plain: o.plain, From: o.from.bytes,
+			Progress: func(reached int64) { bar.show(reached, from.Size()) },
+		})
+		return err
+	}
+	if o.output == standardOutput {
+		err = writeStandardOutput(c, inputs, fill)
+	} else {
+		err = writeOutput(o.output, o.force, inputs, func(f *os.File) error { return fill(f) })
+	}
+	if err != nil {
+		return err
+	}
+	bar.end()
+	if o.json {
+		return printJSON(c, sendResult{from.Kind(), from.Size(), sent})
+	}
+	return printf(c, "sent %s and %s of zeros, in %s\n", bytesText(sent.Data), bytesText(sent.Zero), plural(uint64(sent.Records), "range"))
+}
+
+// open opens what is sent. What it opened is in the closers, also after an error.
+func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
+	if len(args) == 1 {
+		dev, err := openAddress(args[0], block.Options{ReadOnly: true}, false)
+		if err != nil {
+			return nil, nil, err
+		}
+		return stream.Whole(dev), closers{dev}, checkOrigin(args[0], dev, o.raw)
+	}
+	for _, cow := range []string{args[1], o.since} {
+		if cow == "" {
+			continue
+		}
+		if err := checkDifferent(args[0], cow); err != nil {
+			return nil, nil, err
+		}
+	}
+	origin, err := openAddress(args[0], block.Options{ReadOnly: true}, false)
+	if err != nil {
+		return nil, nil, err
+	}
+	opened := closers{origin}
+	if err := checkOrigin(args[0], origin, o.raw); err != nil {
+		return nil, opened, err
+	}
+	var stores [2]*store.Store // as it was, as it is
+	for i, path := range []string{o.since, args[1]} {
+		if path == "" {
+			continue
+		}
+		cow, err := openAddress(path, block.Options{ReadOnly: true}, true)
+		if err != nil {
+			return nil, opened, err
+		}
+		opened = append(opened, cow)
+		view, err := viewOf(origin, cow)
+		if err != nil {
+			return nil, opened, about(path, err)
+		}
+		stores[i] = view.Store()
+	}
+	from, err := stream.Between(origin, stores[0], stores[1])
+	return from, opened, err
+}
