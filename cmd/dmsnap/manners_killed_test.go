@@ -53,6 +53,7 @@ func bigKit(t *testing.T) *kit {
 	mustRun(t, k.expand("dump --pack COW --output PACK")...)
 	mustRun(t, k.expand("repair FIXED --in-place --undo UNDO")...)
 	mustRun(t, k.expand("export ORIGIN COW OVERLAY --format qcow2 --backing ORIGIN")...)
+	mustRun(t, k.expand("send ORIGIN COW --output STREAM")...)
 	return k
 }
 
@@ -154,7 +155,8 @@ func TestMannersOfKilled(t *testing.T) {
 		each = 40
 	}
 	makes := func(c calling) bool {
-		return !c.served && !c.stays && c.verb() != "merge" && c.verb() != "grow" && c.status == exitDone && (withOutputs(c) || c.writes != "")
+		again := c.verb() == "merge" || c.verb() == "receive" && c.writes != "" // goes on when it is called again: other tests
+		return !c.served && !c.stays && !again && c.verb() != "grow" && c.status == exitDone && (withOutputs(c) || c.writes != "")
 	}
 	kill := func(t *testing.T, c calling) {
 		k := &killing{kit: big, calling: c, before: map[string][]byte{}, after: map[string][]byte{}}

@@ -41,8 +41,8 @@ func newReceive() *cobra.Command {
 	var o receiveOptions
 	c := &cobra.Command{
 		Use:   "receive STREAM [TARGET]",
-		Short: "Apply a stream of dmsnap send to a disk, or make a snapshot store of it",
-		Long: `Apply STREAM, a file that dmsnap send wrote, to TARGET, a raw image or a block device; "-" is standard input. TARGET
+		Short: "Write a stream of dmsnap send to a disk, or make a snapshot store of it",
+		Long: `Write STREAM, a file that dmsnap send wrote, to TARGET, a raw image or a block device; "-" is standard input. TARGET
 must be what the stream was made for, a copy of the disk as it was. Each block is compared first: it is written where
 TARGET has the old bytes, skipped where it has the new ones, and refused, with its place, where it has neither. The
 first 32 MiB are compared before anything is written; with --verify-first all of a STREAM that is a file.
@@ -72,7 +72,7 @@ has other bytes, 2 trouble.`,
 	f.BoolVar(&o.check, "check", false, "verify only, and compare with TARGET")
 	f.BoolVar(&o.verifyFirst, "verify-first", false, "compare the whole stream before anything is written")
 	addRaw(f, &o.raw)
-	f.BoolVar(&o.force, "force", false, "write the new bytes whatever TARGET has; replace COW if it exists")
+	f.BoolVar(&o.force, "force", false, "write the new bytes whatever TARGET has; with --undo or --cow, only replace that file if it exists")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	c.MarkFlagsRequiredTogether("origin", "cow")
 	c.MarkFlagsMutuallyExclusive("check", "verify-first")
@@ -91,8 +91,11 @@ func (o *receiveOptions) run(c *cobra.Command, args []string) (err error) {
 		target = args[1]
 	case o.cow == "" && !o.check:
 		return errors.New("TARGET is required, or --origin BASE --cow COW, or --check")
-	case o.undo != "" || o.verifyFirst && o.cow == "":
+	case o.undo != "" && target == "" || o.verifyFirst && target == "" && o.cow == "":
 		return errors.New("TARGET is required")
+	}
+	if o.verifyFirst && args[0] == "-" {
+		return errors.New("--verify-first: STREAM must be a file, which is read twice")
 	}
 	in := c.InOrStdin()
 	if args[0] != "-" {
@@ -175,7 +178,7 @@ func (w *receiving) toTarget(target string) (string, error) {
 
 func (w *receiving) options() stream.ApplyOptions {
 	size := w.from.Header().Size
-	return stream.ApplyOptions{Force: w.force && w.cow == "", Progress: func(reached int64) { w.bar.show(reached, size) }}
+	return stream.ApplyOptions{Force: w.force && w.cow == "" && w.undo == "", Progress: func(reached int64) { w.bar.show(reached, size) }}
 }
 
 func (w *receiving) verify(target block.Device) (err error) {
@@ -188,17 +191,13 @@ func (w *receiving) first(dev block.Device) error {
 	if !w.verifyFirst {
 		return nil
 	}
-	f, ok := w.in.(io.Seeker)
-	if !ok {
-		return errors.New("--verify-first: the stream must be a file, which is read twice")
-	}
 	if err := w.verify(dev); err != nil {
 		return err
 	}
-	if w.got.Differs > 0 && !w.force {
+	if w.got.Differs > 0 && !w.options().Force {
 		return &stream.MismatchError{Off: w.got.FirstWrong}
 	}
-	if _, err := f.Seek(0, io.SeekStart); err != nil {
+	if _, err := w.in.(io.Seeker).Seek(0, io.SeekStart); err != nil {
 		return fmt.Errorf("--verify-first: %w", err)
 	}
 	var err error
@@ -221,7 +220,7 @@ func (w *receiving) keeping(dev *block.File) error {
 		return err
 	}
 	size := int64(l.ChunksNeeded(l.Chunks(dev.Size(), true))) * l.ChunkBytes()
-	if err := writeOutputDevice(w.undo, false, w.inputs, size, func(dst *block.File) error {
+	if err := writeOutputDevice(w.undo, w.force, w.inputs, size, func(dst *block.File) error {
 		_, err := store.Create(dst, l, true)
 		return err
 	}); err != nil {

@@ -52,7 +52,7 @@ compressed by zstd.`,
 	f.Var(&o.from, "resume-from", "begin at this byte of the disk, where a receiver stopped")
 	addRaw(f, &o.raw)
 	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
-	f.BoolVar(&o.json, "json", false, "print JSON")
+	f.BoolVar(&o.json, "json", false, "print what was sent as JSON; to standard error where the stream goes to standard output")
 	return c
 }
 
@@ -97,8 +97,11 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 		return err
 	}
 	bar.end()
-	if o.json {
+	switch {
+	case o.json:
 		return printJSON(c, sendResult{from.Kind(), from.Size(), sent})
+	case o.output == standardOutput:
+		return nil
 	}
 	return printf(c, "sent %s and %s of zeros, in %s\n", bytesText(sent.Data), bytesText(sent.Zero), plural(uint64(sent.Records), "range"))
 }
