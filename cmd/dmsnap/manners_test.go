@@ -46,7 +46,6 @@ var callings = []calling{
 	{args: "receive STREAM COPY", writes: "COPY", shares: "STREAM", json: true},
 	{args: "receive STREAM COPY --undo OUT", writes: "COPY", shares: "STREAM", json: true},
 	{args: "receive STREAM --origin ORIGIN --cow OUT", shares: "STREAM", json: true},
-	{args: "receive --check STREAM COPY", shares: "STREAM", any: "COPY", json: true},
 	{args: "receive --check STREAM", shares: "STREAM", json: true},
 	{args: "diff ORIGIN COW", status: exitNo, json: true},
 	{args: "diff --verify ORIGIN COW COW2", status: exitNo, json: true},
