@@ -92,7 +92,7 @@ type Remedy string
 // The remedies.
 const (
 	Mended        Remedy = "yes"
-	WithChunkSize Remedy = "with --chunk-size" // repair must be told the chunk size
+	WithChunkSize Remedy = "with the chunk size" // repair must be told it
 	NotMended     Remedy = "no"
 )
 
@@ -156,7 +156,7 @@ var problems = [numCodes]Problem{
 		Means:  "The device reports an error where the header or slots are.",
 		Kernel: "Fails to load it with the device's error.",
 		Repair: Mended,
-		Helps:  "Repair keeps the slots that can be read; those in the unreadable sectors are lost. A header that can't be read needs --chunk-size."},
+		Helps:  "Repair keeps the slots that can be read; those in the unreadable sectors are lost. For a header that can't be read it must be told the chunk size."},
 	NoEndMark: {Name: "no end mark", Severity: Error,
 		Means:  "Every slot of the last area is used and the device ends where the next area would be, so that the exceptions have no end.",
 		Kernel: "Fails to load it with an I/O error. A kernel that fills the last slot itself gives the snapshot up.",

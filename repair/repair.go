@@ -107,7 +107,7 @@ func refuse(r *check.Report) error {
 		}
 		help := f.Problem().Helps
 		if r.Layout.ChunkSectors == 0 && f.Problem().Severity == check.Error && f.Code != check.DeviceTooSmall && f.Code != check.MarkedInvalid {
-			help = "--chunk-size says what the header should"
+			help = "repair can be told the chunk size that the header should have"
 		}
 		return fmt.Errorf("%w: %v: %s: %s", ErrNotMended, f, f.Problem().Name, help)
 	}
