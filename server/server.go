@@ -49,6 +49,7 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/vhost"
 )
 
 // OriginName is the name of the origin's export, unless the origin is a logical volume: then it is the name of that.
@@ -71,15 +72,16 @@ var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
 
 // Options are how a disk is served. The zero value is usable.
 type Options struct {
-	ReadOnly bool              // open everything read-only; every export is
-	Force    bool              // serve an origin that the kernel uses, too: mounted, or held by another device; or that is half merged
-	Raw      bool              // the origin's bytes are the disk, whatever they look like
-	Sync     snapshot.SyncMode // when a write to a snapshot is durable
-	OnFull   FullPolicy
-	Grow     snapshot.Growth // how COW files become longer when they are full
-	Merge    merge.Options   // of live merges
-	NBD      nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
-	SysFS    string          // where sysfs is mounted, which says which volume groups are active; "": /sys
+	ReadOnly  bool              // open everything read-only; every export is
+	Force     bool              // serve an origin that the kernel uses, too: mounted, or held by another device; or that is half merged
+	Raw       bool              // the origin's bytes are the disk, whatever they look like
+	Sync      snapshot.SyncMode // when a write to a snapshot is durable
+	OnFull    FullPolicy
+	Grow      snapshot.Growth // how COW files become longer when they are full
+	Merge     merge.Options   // of live merges
+	NBD       nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
+	VhostUser string          // folder of sockets NAME.sock, on which virtual machines find the exports too (package vhost); "": none
+	SysFS     string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
 	// block.
@@ -113,6 +115,7 @@ type Server struct {
 	opts      Options
 	log       eventlog.Log
 	nbd       *nbd.Server
+	vhost     *vhost.Server // nil without Options.VhostUser
 
 	mu         sync.Mutex
 	addr       net.Addr    // of the NBD listener; nil before Start
@@ -188,7 +191,7 @@ func Open(path string, o Options) (*Server, error) {
 		}
 	}))
 	s := &Server{path: path, name: OriginName, address: d.Address, file: d.File, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
-		opts: o, log: log, nbd: nbd.NewServer(o.NBD)}
+		opts: o, log: log, nbd: nbd.NewServer(o.NBD), vhost: newVhost(o)}
 	if d.Volume != nil {
 		s.name = d.Volume.Name
 		s.addressed = cmp.Or(d.Snapshot, s.name)
@@ -262,7 +265,7 @@ func (s *Server) exportOrigin() error {
 	if err := s.allowOriginWrites(); err != nil {
 		return err
 	}
-	err := s.nbd.Add(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
+	err := s.addExport(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
 		ReadOnly: s.originReadOnly(), MultiConn: true})
 	s.exported = s.exported || err == nil
 	return err
@@ -411,7 +414,7 @@ func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error)
 	}
 	releaseLoaded(snap)
 	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap, fixed: a.fixed}
-	if err := s.nbd.Add(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
+	if err := s.addExport(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
 		ReadOnly: s.opts.ReadOnly || a.readOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),
 		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
@@ -494,7 +497,7 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 		s.nbd.SetDefault("")
 		s.fallback = nil
 	}
-	if err := s.nbd.Remove(ctx, name); err != nil {
+	if err := s.removeExport(ctx, name); err != nil {
 		// Closing waits for the requests that are left.
 		s.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("snapshot", name))
 	}
@@ -540,6 +543,13 @@ func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func(
 	ctx, cancel := context.WithCancelCause(ctx)
 	var all sync.WaitGroup
 	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
+	if s.vhost != nil {
+		all.Go(func() {
+			if err := s.vhost.Serve(ctx); err != nil {
+				cancel(err)
+			}
+		})
+	}
 	if control != nil {
 		all.Go(func() { cancel(s.serveControl(ctx, control)) })
 	}
@@ -591,7 +601,7 @@ func (s *Server) flushDirty() {
 func (s *Server) Close() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	var errs []error
+	errs := []error{s.closeVhost()}
 	if m := s.merging; m != nil {
 		m.driver.Stop()
 		errs = append(errs, m.merging.Close())

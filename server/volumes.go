@@ -123,7 +123,7 @@ func noError() error { return nil }
 func (s *Server) detach(n int) error {
 	var errs []error
 	for _, v := range slices.Backward(s.snapshots[n:]) {
-		errs = append(errs, s.nbd.Remove(context.Background(), v.name), v.close(), v.undo())
+		errs = append(errs, s.removeExport(context.Background(), v.name), v.close(), v.undo())
 	}
 	s.snapshots = s.snapshots[:n]
 	return errors.Join(errs...)

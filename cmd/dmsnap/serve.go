@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"os/signal"
 	"path/filepath"
 	"strconv"
@@ -29,6 +30,7 @@ import (
 type serveOptions struct {
 	socket, listen string
 	control        string
+	vhostUser      string
 	exportOrigin   bool
 	readOnly       bool
 	create         bool
@@ -81,6 +83,9 @@ ignored, as with nohup) complete the requests in flight, make everything durable
 With --tls-certificates the server uses TLS, and its URIs begin with nbds. A service manager may pass the socket, and
 one named "control" (systemd socket activation); then --socket, --listen and --control are not used.
 
+With --vhost-user DIR each export is also a vhost-user-blk back-end, on the socket DIR/NAME.sock, for one virtual
+machine at a time: see docs/devices.md. Requests take the way through shared memory, and not through NBD.
+
 With --control PATH a running server accepts commands: see status, snapshot, drop, grow and merge.`,
 		Example: `  dmsnap serve disk.img
   dmsnap serve disk.img before=disk.cow --export-origin --socket nbd.sock --control server.sock
@@ -99,6 +104,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.StringVar(&o.socket, "socket", "", "listen on this unix socket (default ORIGIN.sock)")
 	f.StringVar(&o.listen, "listen", "", "listen on TCP instead, at [HOST:]PORT")
 	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
+	f.StringVar(&o.vhostUser, "vhost-user", "", "also listen in this folder, on a socket NAME.sock for each export, for virtual machines (vhost-user-blk)")
 	f.BoolVar(&o.exportOrigin, "export-origin", false, `serve the origin as "origin"`)
 	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
 	f.BoolVar(&o.create, "create", false, "create missing COW files and stores")
@@ -246,17 +252,25 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	wait := s.Start(ctx, l, control)
 	st := s.Status()
 	for _, v := range st.Snapshots {
-		fmt.Fprintf(stdout, "%s  %s\n", printable(v.Name), v.URI)
+		printExport(stdout, v.Name, v.URI, v.VhostUser)
 	}
 	if st.Origin.URI != "" {
-		fmt.Fprintf(stdout, "%s  %s\n", printable(st.Origin.Name), st.Origin.URI)
+		printExport(stdout, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser)
 	}
 	return wait()
 }
 
+// printExport prints where an export is found.
+func printExport(w io.Writer, name, uri, vhostSocket string) {
+	fmt.Fprintf(w, "%s  %s\n", printable(name), uri)
+	if vhostSocket != "" {
+		fmt.Fprintf(w, "%s  vhost-user %s\n", printable(name), printable(vhostSocket))
+	}
+}
+
 // open opens the origin. The caller closes the server.
 func (o *serveOptions) open(originPath string, log func(string)) (s *server.Server, err error) {
-	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log,
+	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log, VhostUser: o.vhostUser,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
 	if o.certificates != "" {
@@ -303,6 +317,13 @@ func (o *serveOptions) checkListeners(originPath string, passed map[string]net.L
 	if passed["nbd"] == nil {
 		if err := o.checkListener(originPath); err != nil {
 			return err
+		}
+	}
+	if o.vhostUser != "" {
+		if info, err := os.Stat(o.vhostUser); err != nil {
+			return fmt.Errorf("--vhost-user: %w", err)
+		} else if !info.IsDir() {
+			return fmt.Errorf("--vhost-user: %s is not a folder", o.vhostUser)
 		}
 	}
 	if passed["control"] == nil && o.control != "" {

@@ -46,8 +46,9 @@ type Origin struct {
 	Name      string `json:"name"` // of its export: "origin", or that of the logical volume
 	SizeBytes int64  `json:"size_bytes"`
 	ReadOnly  bool   `json:"read_only"`
-	URI       string `json:"uri,omitempty"` // of its export, if it has one
-	Waiting   int64  `json:"waiting"`       // writes to it that wait for room in a snapshot
+	URI       string `json:"uri,omitempty"`        // of its export, if it has one
+	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
+	Waiting   int64  `json:"waiting"`              // writes to it that wait for room in a snapshot
 
 	State      OriginState `json:"state"`
 	Error      string      `json:"error,omitempty"` // why the state is not ok
@@ -72,7 +73,8 @@ type Snapshot struct {
 	// COWBase64 are the bytes of a path that is not UTF-8, which JSON can't hold; COW has U+FFFD in their place.
 	COWBase64 []byte `json:"cow_base64,omitempty"`
 	URI       string `json:"uri"`
-	Merged    bool   `json:"merged"` // its live merge is complete; the export is the origin
+	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
+	Merged    bool   `json:"merged"`               // its live merge is complete; the export is the origin
 	// Waiting is the number of writes to it that wait for room.
 	Waiting int64 `json:"waiting"`
 	Figures

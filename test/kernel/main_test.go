@@ -130,7 +130,7 @@ func (c *counts) String() string {
 func boot(t testing.TB, disks ...string) *machine.Machine {
 	t.Helper()
 	need(t)
-	m, err := newMachine(t.TempDir(), disks)
+	m, err := newMachine(machine.Config{Dir: t.TempDir(), Disks: disks})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -145,8 +145,9 @@ func need(t testing.TB) {
 	}
 }
 
-func newMachine(dir string, disks []string) (*machine.Machine, error) {
-	c := machine.Config{Guest: filepath.Join(binaries, "guest"), Shim: judging.shim, Dir: dir, Disks: disks}
+// newMachine starts a machine with the guest's program.
+func newMachine(c machine.Config) (*machine.Machine, error) {
+	c.Guest, c.Shim = filepath.Join(binaries, "guest"), judging.shim
 	m, err := judging.start(c)
 	if err != nil {
 		return nil, err
@@ -195,7 +196,7 @@ func startShared() error {
 	if err != nil {
 		return err
 	}
-	m, err := newMachine(dir, nil)
+	m, err := newMachine(machine.Config{Dir: dir})
 	if err != nil {
 		os.RemoveAll(dir)
 		return err

@@ -19,6 +19,8 @@ type Config struct {
 	Dir    string   // an empty folder for the machine's use; Dir/share is seen by both
 	Memory int      // MiB; 0 means 1024
 	Disks  []string // files of the host that the guest gets as disks, in order
+
+	VhostUser []string // sockets of vhost-user-blk back-ends, which the guest gets as /dev/vda, …; user-mode Linux only
 }
 
 // Modules that every guest loads.
@@ -92,6 +94,9 @@ func UML(c Config) (*Machine, error) {
 	}
 	for i, d := range c.Disks {
 		args = append(args, fmt.Sprintf("ubd%d=%s", i, d))
+	}
+	for _, socket := range c.VhostUser {
+		args = append(args, "virtio_uml.device="+socket+":2") // 2: a block device
 	}
 	cmd := exec.Command("linux.uml", args...)
 	cmd.ExtraFiles = []*os.File{toGuest, fromGuest}
