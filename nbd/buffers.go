@@ -8,8 +8,8 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A buffer is a payload on its way. Its room is a power of two from minBuffer on, so that buffers of
-// one size can be used again whatever they held.
+// A buffer holds a payload in flight. Its capacity is a power of two from minBuffer on, so that buffers of one size can
+// be reused.
 type buffer struct {
 	b     []byte
 	class int
@@ -39,12 +39,12 @@ func (p *buffer) free() { buffers[p.class].Put(p) }
 
 const (
 	maxHeld = 64 << 20 // bytes of payloads of one connection under way, replies included
-	// smallPayload is the length up to which a payload takes no part in the limit of the whole server: who
-	// reads and writes in small pieces never waits for others, and needs maxInFlight of them at most.
+	// smallPayload is the length up to which a payload does not count against the limit of the whole server: a client
+	// that reads and writes in small pieces never waits for others, and has at most maxInFlight of them.
 	smallPayload = 64 << 10
 )
 
-// held is what a connection has under way, in bytes of payloads.
+// held counts the bytes of payloads that a connection has in flight.
 type held struct {
 	conn          *conn
 	reads, writes account
@@ -59,7 +59,7 @@ func (h *held) init(c *conn) {
 	h.reads.class, h.writes.class = &c.export.readPayloads, &c.export.writePayloads
 }
 
-// account returns where payloads of a command count.
+// account returns the account of the payloads of a command.
 func (h *held) account(cmd wire.Command) *account {
 	if cmd == wire.CmdRead {
 		return &h.reads
@@ -67,9 +67,8 @@ func (h *held) account(cmd wire.Command) *account {
 	return &h.writes
 }
 
-// add waits until n more bytes may be under way, of this connection and of all; one payload of the
-// connection always may. It reports false when the connection ends meanwhile. One goroutine at a time
-// calls it.
+// add waits until n more bytes may be under way, of this connection and of all; one payload of the connection always
+// is. It reports false when the connection ends meanwhile. One goroutine at a time calls it.
 func (h *held) add(n int64, cmd wire.Command) bool {
 	for !h.fits(n) {
 		if !h.conn.wait(h.room) {
@@ -111,11 +110,12 @@ func (h *held) remove(n int64) {
 	}
 }
 
-// A budget is a number of bytes that connections share. Payloads of writes that wait for room in a device keep their
-// share for hours, so nobody may take all of it: a class leaves as much free as it has itself, and an account within it
-// leaves as much of that. The less is free the less a newcomer gets, and there is always something for him: see fits.
+// A budget is a number of bytes that connections share. Payloads of writes that wait for space in a device keep their
+// share for hours, so no class may use all of it: a class leaves as much free as it has itself, and an account within
+// it leaves as much of that. The less is free the less a new account gets, and something is always left for it: see
+// fits.
 //
-// Those that wait are served in the order in which they came, but for those that don't fit yet.
+// Waiting requests are served in the order of arrival, except those that do not fit yet.
 type budget struct {
 	total int64
 
@@ -124,7 +124,7 @@ type budget struct {
 	waiting []*share
 }
 
-// A class is the reads, or the writes, of one export: reads never wait for room.
+// A class is the reads, or the writes, of one export: reads never wait for space in the device.
 type class struct{ used int64 } // budget.mu guards it
 
 // An account is what one connection has of a class.
@@ -133,7 +133,7 @@ type account struct {
 	used  int64 // budget.mu guards it
 }
 
-// A share is asked for by take.
+// A share is a request for bytes by take.
 type share struct {
 	n     int64
 	who   *account
@@ -177,7 +177,7 @@ func (b *budget) take(n int64, a *account, wait func(<-chan struct{}) bool) bool
 		b.waiting = slices.Delete(b.waiting, i, i+1)
 		return false
 	}
-	b.move(-n, a) // given at the last moment
+	b.move(-n, a) // granted in the meantime
 	b.share()
 	return false
 }
@@ -190,7 +190,7 @@ func (b *budget) give(n int64, a *account) {
 	b.share()
 }
 
-// share serves those who wait. mu is held.
+// share serves waiting requests. mu is held.
 func (b *budget) share() {
 	b.waiting = slices.DeleteFunc(b.waiting, func(s *share) bool {
 		if !b.fits(s.n, s.who) {

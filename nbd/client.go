@@ -18,23 +18,23 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A Client is an export of a server as a [block.Device], with the abilities to write durably, zero,
-// discard, and tell extents. Its methods may be called concurrently; as many requests are under way.
+// A Client is an export of a server as a [block.Device], with the abilities to write durably, zero, discard, and report
+// extents. Its methods may be called concurrently; each call is a request in flight.
 //
-// The server is not trusted: every length it sends is bounded, data can't land outside the buffer of the
-// read it answers, and a server that loses step with the protocol is hung up on. All requests fail then,
-// with the reason. Requests are as long as the server takes, and not made to begin at its blocks.
+// The server is not trusted: every length it sends is bounded, data can't land outside the buffer of the read it
+// answers, and a server that violates the protocol is disconnected. All requests fail then, with the reason. Requests
+// are as long as the server accepts. They are not aligned to its block size.
 type Client struct {
 	nc       net.Conn
 	info     Info
 	identity string
 	noZeroes bool
-	// structured and ids (the contexts by their names) are what the handshake settled.
+	// structured and ids (the contexts by their names) are the results of the handshake.
 	structured bool
 	ids        map[string]uint32
 
-	sending sync.Mutex // one request at a time goes out
-	torn    bool       // a request went out in part: nothing may follow it
+	sending sync.Mutex // requests are sent one at a time
+	torn    bool       // a request was sent in part: nothing may follow it
 	vectors net.Buffers
 	head    [wire.RequestSize]byte
 
@@ -45,7 +45,7 @@ type Client struct {
 	ended  chan struct{}    // closed when no reply is read any more
 }
 
-// Info is what a server tells of an export.
+// Info is what a server reports about an export.
 type Info struct {
 	Size        int64  // bytes
 	Description string // for people; may be empty
@@ -58,9 +58,8 @@ type Info struct {
 	Contexts []string // the meta contexts that Client.BlockStatus can ask for, sorted
 }
 
-// A RemoteError is an error that the server answered with. It unwraps to what the number means here:
-// block.ErrReadOnly for EPERM, block.ErrNotFast for ENOTSUP, fs.ErrClosed for ESHUTDOWN, else the
-// syscall.Errno.
+// A RemoteError is an error reply of the server. It unwraps to the error that the number stands for: block.ErrReadOnly
+// for EPERM, block.ErrNotFast for ENOTSUP, fs.ErrClosed for ESHUTDOWN, else the syscall.Errno.
 type RemoteError struct {
 	Errno   wire.Errno
 	Message string // from the server, may be empty
@@ -88,9 +87,8 @@ func (e *RemoteError) Unwrap() error {
 	return syscall.EIO
 }
 
-// Dial connects to the export that an NBD URI names. ctx bounds the connecting and the handshake, not the
-// life of the client. Besides base:allocation the meta contexts given are asked for; a server that lacks
-// some is no error, see [Info].
+// Dial connects to the export that an NBD URI names. ctx bounds connecting and the handshake, not later requests.
+// Besides base:allocation the meta contexts given are asked for; it is no error if the server lacks some, see [Info].
 func Dial(ctx context.Context, uri string, contexts ...string) (*Client, error) {
 	return DialTLS(ctx, uri, nil, contexts...)
 }
@@ -139,7 +137,7 @@ func (u URI) identity(nc net.Conn) string {
 	return fmt.Sprintf("NBD export %q at %s %q", u.Export, u.Network, where)
 }
 
-// NewClient speaks to a server on nc, which it takes over, also when it returns an error; see [Dial].
+// NewClient connects to a server on nc, which it owns from then on, also when it returns an error; see [Dial].
 func NewClient(ctx context.Context, nc net.Conn, export string, contexts ...string) (*Client, error) {
 	return newClient(ctx, nc, export, nil, contexts)
 }
@@ -161,7 +159,7 @@ func newClient(ctx context.Context, nc net.Conn, export string, config *tls.Conf
 	return c, nil
 }
 
-// Info returns what the server told.
+// Info returns what the server reported.
 func (c *Client) Info() Info {
 	i := c.info
 	i.Contexts = slices.Clone(i.Contexts)
@@ -171,12 +169,12 @@ func (c *Client) Info() Info {
 // Size returns the size of the export in bytes.
 func (c *Client) Size() int64 { return c.info.Size }
 
-// BlockSize returns the smallest request that the server takes, in bytes, as the logical block size: 512 where it takes
-// less or does not say.
+// BlockSize returns the smallest request that the server takes, in bytes, as the logical block size: 512 where it
+// accepts less or reports nothing.
 func (c *Client) BlockSize() int { return max(block.SectorSize, int(c.info.MinBlock)) }
 
 // Identity names the server's address and the export, so that two clients of one export are the same disk for
-// block.Same. A client made by NewClient is the same as itself alone.
+// block.Same. A client made by NewClient is the same as no other.
 func (c *Client) Identity() string {
 	if c.identity == "" {
 		return fmt.Sprintf("NBD client %p", c)
@@ -184,20 +182,20 @@ func (c *Client) Identity() string {
 	return c.identity
 }
 
-// Close says goodbye and ends the connection. Requests under way fail with fs.ErrClosed, as later ones do.
-// It does not flush.
+// Close sends NBD_CMD_DISC and closes the connection. Requests in flight fail with fs.ErrClosed, as later ones do. It
+// does not flush.
 func (c *Client) Close() error {
 	c.mu.Lock()
 	if c.err == nil {
 		c.err = fs.ErrClosed
 	}
 	c.mu.Unlock()
-	// A server that takes nothing in must not hold us up, nor a request that waits for it.
+	// A server that reads nothing must not block Close, nor a request that waits to be sent.
 	c.nc.SetWriteDeadline(time.Now().Add(time.Second))
-	c.send(wire.Request{Magic: wire.MagicRequest, Command: wire.CmdDisconnect}, nil) // a courtesy
+	c.send(wire.Request{Magic: wire.MagicRequest, Command: wire.CmdDisconnect}, nil) // an error does not matter
 	err := c.nc.Close()
 	<-c.ended
-	if errors.Is(err, net.ErrClosed) { // already: by an earlier Close, or because the server lost step
+	if errors.Is(err, net.ErrClosed) { // already: by an earlier Close, or after a protocol violation
 		return nil
 	}
 	return err
@@ -284,8 +282,8 @@ func (c *Client) Flush() error {
 	return c.do(wire.CmdFlush, 0, 0, 0, nil, new(call))
 }
 
-// ZeroAt makes n bytes at off read as zeros; see [block.Zeroer]. It returns block.ErrNotFast where the
-// server can only be sent zeros.
+// ZeroAt makes n bytes at off read as zeros; see [block.Zeroer]. It returns block.ErrNotFast where the server has no
+// better way than a write of zeros.
 func (c *Client) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := c.checkChange("zero", off, n); err != nil {
 		return err
@@ -305,8 +303,8 @@ func (c *Client) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	})
 }
 
-// Discard says that the content of n bytes at off is no longer needed. A server without the command is
-// not told.
+// Discard declares that the content of n bytes at off is no longer needed. It does nothing with a server without the
+// command.
 func (c *Client) Discard(off, n int64) error {
 	if err := c.checkChange("discard", off, n); err != nil {
 		return err
@@ -319,7 +317,7 @@ func (c *Client) Discard(off, n int64) error {
 	})
 }
 
-// Extents tells where the holes are; see [block.Extenter]. All is data where the server can't tell.
+// Extents returns the extents; see [block.Extenter]. All is data where the server does not report them.
 func (c *Client) Extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, c.Size()); err != nil {
 		return nil, err
@@ -329,13 +327,13 @@ func (c *Client) Extents(off, n int64) ([]block.Extent, error) {
 	}
 	list, err := c.BlockStatus(baseAllocation, off, n)
 	for i := range list {
-		list[i].Flags &= block.Hole | block.ReadsZero // others have no meaning yet
+		list[i].Flags &= block.Hole | block.ReadsZero // other flags are undefined
 	}
 	return list, err
 }
 
-// BlockStatus asks for the status of n > 0 bytes at off in a meta context. The extents may end before the
-// range does, but not before its first byte. Their flags have the meaning that the context gives them.
+// BlockStatus requests the status of n > 0 bytes at off in a meta context. The extents may end before the range does,
+// but not before its first byte. Their flags have the meaning that the context gives them.
 func (c *Client) BlockStatus(context string, off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, c.Size()); err != nil {
 		return nil, err

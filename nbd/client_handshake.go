@@ -30,7 +30,7 @@ type clientHandshake struct {
 	tls *tls.Config // nil: in the clear
 }
 
-// run asks for everything the client can use and settles for what the server has.
+// run requests everything the client can use and accepts what the server has.
 func (h *clientHandshake) run(export string, contexts []string) error {
 	if !wire.ValidName(export) {
 		return fmt.Errorf("export name %q: longer than %d bytes, or not UTF-8 without NUL", export, wire.MaxName)
@@ -64,7 +64,7 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 	return nil
 }
 
-// startTLS encrypts the connection, or fails: what asks for TLS never goes on without.
+// startTLS encrypts the connection, or fails: a client that requires TLS never continues without.
 func (h *clientHandshake) startTLS() error {
 	if err := h.option(wire.OptStartTLS, nil, nil); err != nil {
 		return err
@@ -98,7 +98,7 @@ func (h *clientHandshake) greet() error {
 	return err
 }
 
-// A refusedOption is an error that the server answered an option with.
+// A refusedOption is an error reply of the server to an option.
 type refusedOption struct {
 	option  wire.Option
 	reason  wire.OptionReplyType
@@ -116,7 +116,7 @@ func (e *refusedOption) Error() string {
 	return s
 }
 
-// missing drops the error of a server that lacks an option: what it offers does without.
+// missing drops the error of a server that lacks an option; the client works without it.
 func missing(err error) error {
 	if refused := (*refusedOption)(nil); errors.As(err, &refused) {
 		return nil
@@ -124,7 +124,7 @@ func missing(err error) error {
 	return err
 }
 
-// option sends an option and hands the answers before the last to each.
+// option sends an option and calls each with the replies before the last.
 func (h *clientHandshake) option(o wire.Option, data []byte, each func(wire.OptionReplyType, []byte) error) error {
 	b := wire.OptionHeader{Magic: wire.MagicOption, Option: o, Length: uint32(len(data))}.Append(nil)
 	if _, err := h.c.nc.Write(append(b, data...)); err != nil {
@@ -222,7 +222,7 @@ func (h *clientHandshake) exportName(export string) error {
 		answer = answer[:134]
 	}
 	if _, err := io.ReadFull(h.r, answer); err != nil {
-		// The old way knows no error: a server without the export hangs up.
+		// OptExportName has no error reply: a server without the export disconnects.
 		return fmt.Errorf("handshake: the server hung up, perhaps for want of the export %q: %w", export, err)
 	}
 	h.setExport(wire.ExportInfo{Size: binary.BigEndian.Uint64(answer), Flags: binary.BigEndian.Uint16(answer[8:])})

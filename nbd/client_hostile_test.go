@@ -18,8 +18,7 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// say is a server that says what it is told to: first at once, and then, after each read of something, the
-// next.
+// say is a server that sends the given strings: the first at once, and each other one after a read.
 func say(server net.Conn, says ...string) {
 	b := make([]byte, 64<<10)
 	for i, text := range says {
@@ -29,7 +28,7 @@ func say(server net.Conn, says ...string) {
 			}
 		}
 		if text == "" {
-			continue // a pipe waits for somebody to read even nothing
+			continue // a pipe blocks until even an empty write is read
 		}
 		if _, err := server.Write(message(text)); err != nil {
 			return
@@ -37,7 +36,7 @@ func say(server net.Conn, says ...string) {
 	}
 }
 
-// against connects a client to a server that says what it is told to and then goes on listening.
+// against connects a client to a server that sends the given strings and then keeps reading.
 func against(t *testing.T, says ...string) (*nbd.Client, error) {
 	t.Helper()
 	client, server := net.Pipe()
@@ -56,7 +55,7 @@ func against(t *testing.T, says ...string) (*nbd.Client, error) {
 	return c, err
 }
 
-// What a good server says up to the transmission: a MiB, everything offered, contexts 1 and 2.
+// What a correct server sends before the transmission: a MiB, everything offered, contexts 1 and 2.
 var good = []string{
 	"NBDMAGIC IHAVEOPT 0003",
 	"", // client flags
@@ -291,7 +290,7 @@ func TestDialFails(t *testing.T) {
 			t.Errorf("%s: connected", uri)
 		}
 	}
-	// A server that says nothing.
+	// A server that sends nothing.
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -13,17 +13,17 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A call is a request under way. The goroutine that reads replies fills it in and ends it; nobody else
-// touches it, or the caller's buffer, until then.
+// A call is a request in flight. Until the goroutine that reads replies ends it, nothing else uses it or the caller's
+// buffer.
 type call struct {
 	request wire.Request
 	into    []byte         // where the data of a READ goes
 	covered ranges         // of into, filled in so far
 	status  bool           // BLOCK_STATUS is asked,
 	want    uint32         // in this context
-	extents []block.Extent // as the server told
-	err     error          // an error that the server told
-	ended   chan error     // has room for one
+	extents []block.Extent // from the server
+	err     error          // an error from the server
+	ended   chan error     // buffered
 }
 
 // do sends a request and waits until it has been answered.
@@ -51,8 +51,7 @@ func (c *Client) register(k *call) error {
 	return nil
 }
 
-// send sends a request, unless one went out in part before: the server would take this one for the rest
-// of its payload.
+// send sends a request, unless one was sent in part before: the server would read this one as the rest of its payload.
 func (c *Client) send(r wire.Request, payload []byte) error {
 	c.sending.Lock()
 	defer c.sending.Unlock()
@@ -80,8 +79,8 @@ func (c *Client) fail(err error) {
 	c.nc.Close()
 }
 
-// receive reads replies until the connection ends, and then ends all calls. It alone ends calls: a caller
-// gets its buffer back when nobody writes into it any more.
+// receive reads replies until the connection ends, and then ends all calls. Only receive ends calls, so that the buffer
+// of an ended call is not written any more.
 func (c *Client) receive(r *bufio.Reader) {
 	defer close(c.ended)
 	for {
@@ -98,7 +97,7 @@ func (c *Client) receive(r *bufio.Reader) {
 	c.calls = nil
 }
 
-// reply reads one simple reply or one chunk. An error means that the stream has ended or is out of step.
+// reply reads one simple reply or one chunk. An error means that the stream has ended or violates the protocol.
 func (c *Client) reply(r *bufio.Reader) error {
 	head, err := r.Peek(wire.SimpleSize) // the shorter of the two
 	if err != nil {
@@ -246,7 +245,7 @@ func (k *call) blockStatus(r *bufio.Reader, h wire.Chunk) error {
 	}
 	id, ds, err := wire.DecodeBlockStatus(b)
 	if err != nil || id != k.want {
-		return err // the other contexts of the connection are told, too
+		return err // the other contexts of the connection are reported, too
 	}
 	if k.extents != nil {
 		return errors.New("a context's block status was told twice")
@@ -256,7 +255,7 @@ func (k *call) blockStatus(r *bufio.Reader, h wire.Chunk) error {
 		if d.Length == 0 || left == 0 {
 			return errors.New("a block status has an empty descriptor, or one behind the range")
 		}
-		n := min(int64(d.Length), left) // the last may reach further
+		n := min(int64(d.Length), left) // the last may extend past the range
 		left -= n
 		k.extents = append(k.extents, block.Extent{Length: n, Flags: block.ExtentFlags(d.Flags)})
 	}
@@ -275,7 +274,7 @@ func (k *call) failed(r *bufio.Reader, h wire.Chunk) error {
 	return err
 }
 
-// ranges is a set of bytes that grows by ranges: sorted, and neighbours are one.
+// ranges is a set of bytes as sorted ranges; adjacent ones are joined.
 type ranges []span
 
 type span struct{ off, end int }
@@ -287,7 +286,7 @@ const maxRanges = 4096
 func (s *ranges) add(off, n int) bool {
 	end := off + n
 	i, _ := slices.BinarySearchFunc(*s, off, func(x span, off int) int { return x.off - off })
-	// i is the first that begins at off or behind it.
+	// i is the first that begins at or after off.
 	if i < len(*s) && (*s)[i].off < end || i > 0 && (*s)[i-1].end > off {
 		return false
 	}

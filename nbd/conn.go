@@ -16,16 +16,16 @@ import (
 )
 
 const (
-	maxInFlight = 64                  // requests of one connection under way
-	maxSkip     = 2 * wire.MaxPayload // bytes of a refused write that are skipped; more, and we hang up
-	progress    = 1 << 20             // bytes that a peer has StallTimeout for, either way
+	maxInFlight = 64                  // requests of one connection in flight
+	maxSkip     = 2 * wire.MaxPayload // bytes of a refused write that are skipped; more disconnects the client
+	progress    = 1 << 20             // bytes that a peer has StallTimeout for, in either direction
 	lastCall    = 100 * time.Millisecond
 )
 
 // conn is a connection in its transmission.
 //
-// The workers take turns at reading (turn). Whoever has read a request passes the turn on before it
-// carries the request out, unless the request is likely to be quick: inhand.go has that.
+// One worker at a time is the reader: it holds reading. After a request it releases reading and executes the request,
+// or it stays the reader and executes the request inline (inline.go).
 type conn struct {
 	server     *Server
 	export     *export
@@ -33,24 +33,24 @@ type conn struct {
 	structured bool
 	contexts   []metaContext
 
-	turn     sync.Mutex // guards r, deadline, ended and err: whoever holds it reads
+	reading  sync.Mutex // guards r, deadline, ended and err; the worker that holds it is the reader
 	r        *bufio.Reader
 	deadline bool  // a deadline is set for reading
-	ended    bool  // nobody reads any more
-	err      error // why, nil in good order
+	ended    bool  // no more requests are read
+	err      error // why, nil after an orderly end
 	workers  atomic.Int32
-	idle     atomic.Int32 // workers that wait for their turn
+	idle     atomic.Int32 // workers that wait to be the reader
 	all      sync.WaitGroup
 	underWay atomic.Int32 // tasks that were read and not answered yet
 
-	hand inHand
-	held held
-	out  replies
+	inline inlineState
+	held   held
+	out    replies
 
 	stopping  atomic.Bool   // requests are refused
 	stopped   chan struct{} // closed when stopping is set
-	over      chan struct{} // closed when ended is set: who waits gives up
-	waiting   atomic.Int32  // requests that wait for room
+	over      chan struct{} // closed when ended is set: waiting requests give up
+	waiting   atomic.Int32  // requests that wait for space
 	abandoned atomic.Bool   // see isAbandoned
 }
 
@@ -58,13 +58,13 @@ func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
 	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
 	c.held.init(c)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
-	c.hand.timer = time.AfterFunc(time.Hour, c.watch)
-	c.hand.timer.Stop() // until something is in hand
+	c.inline.timer = time.AfterFunc(time.Hour, c.watchdog)
+	c.inline.timer.Stop() // until a request is executed inline
 	return c
 }
 
-// serve answers requests until the client disconnects, loses step, or goes away; or ctx ends, or the
-// export is removed: then what is under way is answered first.
+// serve answers requests until the client disconnects or violates the protocol, ctx ends, or the export is removed. In
+// the last two cases requests in flight are answered first.
 func (c *conn) serve(ctx context.Context) error {
 	c.export.connections.Add(1)
 	defer c.export.connections.Add(-1)
@@ -80,7 +80,7 @@ func (c *conn) serve(ctx context.Context) error {
 		c.stop()
 		select {
 		case <-time.After(c.server.opts.ShutdownTimeout):
-			c.nc.Close() // a peer that takes no replies, or a device that doesn't answer
+			c.nc.Close() // a peer that reads no replies, or a device that does not return
 		case <-done:
 		}
 	})
@@ -91,8 +91,8 @@ func (c *conn) serve(ctx context.Context) error {
 	return c.err
 }
 
-// stop makes the connection refuse requests from now on, and end soon: when what is under way has been
-// answered, and the client has asked nothing more for a moment.
+// stop makes the connection refuse new requests and end soon: when requests in flight have been answered and the client
+// has sent nothing for lastCall.
 func (c *conn) stop() {
 	c.stopping.Store(true)
 	close(c.stopped)
@@ -107,56 +107,56 @@ func (c *conn) startWorker() {
 	})
 }
 
-// work reads one request, and those that are carried out in hand before it, and carries it out. It reports
-// false when the worker is no longer needed.
+// work reads requests and executes them inline, until one is to be executed without holding reading, which it then
+// does. It reports false when the worker is no longer needed.
 func (c *conn) work() bool {
 	c.idle.Add(1)
-	c.turn.Lock()
+	c.reading.Lock()
 	c.idle.Add(-1)
 	if c.ended {
-		c.turn.Unlock()
+		c.reading.Unlock()
 		return false
 	}
 	t, err := c.read()
-	for t != nil && t.errno == 0 && c.inHand(t.Request) {
-		if !c.carryOutInHand(t) {
+	for t != nil && t.errno == 0 && c.mayInline(t.Request) {
+		if !c.executeInline(t) {
 			return true
 		}
 		t, err = c.read()
 	}
-	waiting := c.hand.waiting > 0
-	c.hand.waiting = 0
+	waiting := c.inline.waiting > 0
+	c.inline.waiting = 0
 	if t == nil {
 		c.ended = true
 		close(c.over)
 		if !c.stopping.Load() {
 			c.err = err
 		}
-		c.turn.Unlock()
+		c.reading.Unlock()
 	} else {
-		c.passTurn()
+		c.releaseReading()
 	}
 	if waiting {
-		c.out.flush() // the request they waited for is not carried out in hand after all
+		c.out.flush() // the request that they waited for is not executed inline after all
 	}
 	if t == nil {
 		return false
 	}
-	t.carryOut()
+	t.process()
 	c.out.send(t, true)
 	return true
 }
 
-// passTurn gives the turn up. Somebody must be there to read on while its worker is busy.
-func (c *conn) passTurn() {
+// releaseReading gives the turn up. Somebody must be there to read on while its worker is busy.
+func (c *conn) releaseReading() {
 	if c.idle.Load() == 0 && c.workers.Load() < maxInFlight {
 		c.startWorker()
 	}
-	c.turn.Unlock()
+	c.reading.Unlock()
 }
 
-// read takes one request off the stream, with the payload of a WRITE. No task means that the connection
-// ends: in good order, or because the stream has ended or is out of step.
+// read reads one request, with the payload of a WRITE. No task means that the connection ends: after NBD_CMD_DISC, or
+// because the stream has ended or violates the protocol.
 func (c *conn) read() (*task, error) {
 	r, err := c.readHead()
 	if err != nil || r.Command == wire.CmdDisconnect {
@@ -178,13 +178,12 @@ func (c *conn) read() (*task, error) {
 		return nil, fmt.Errorf("read %d bytes to write: %w", r.Length, err)
 	}
 	if t.errno == 0 && c.waiting.Load() > 0 && c.isAbandoned() {
-		t.errno, t.why = wire.ESHUTDOWN, goingAway // it lay in the socket while all workers waited
+		t.errno, t.why = wire.ESHUTDOWN, goingAway // it was in the socket while all workers waited
 	}
 	return t, nil
 }
 
-// readHead reads the header of a request. A client that has gone without a goodbye, but between two
-// requests, has as good as said it.
+// readHead reads the header of a request. EOF between two requests counts as NBD_CMD_DISC.
 func (c *conn) readHead() (wire.Request, error) {
 	if c.abandoned.Load() {
 		return wire.Request{Command: wire.CmdDisconnect}, nil
@@ -192,7 +191,7 @@ func (c *conn) readHead() (wire.Request, error) {
 	c.await(c.server.opts.IdleTimeout)
 	head, err := c.r.Peek(wire.RequestSize)
 	for len(head) == 0 && errors.Is(err, os.ErrDeadlineExceeded) && c.underWay.Load() > 0 {
-		// Who waits for an answer is not idle, and must not be hung up on before it.
+		// A client that waits for a reply is not idle, and must not be disconnected before it.
 		c.await(max(c.server.opts.IdleTimeout, lastCall))
 		head, err = c.r.Peek(wire.RequestSize)
 	}
@@ -212,8 +211,8 @@ func (c *conn) readHead() (wire.Request, error) {
 
 // await sets the deadline of the next reading, none for 0.
 //
-// The race considered: stop marks first and sets its deadline then, so whoever sets another one looks for
-// the mark afterwards.
+// The race considered: stop sets stopping first and its deadline then, so every other call that sets a deadline checks
+// stopping afterwards.
 func (c *conn) await(d time.Duration) {
 	if d == 0 && !c.deadline {
 		return
@@ -228,7 +227,7 @@ func (c *conn) await(d time.Duration) {
 	}
 }
 
-// readFull fills p. A client that stops in the middle is given up.
+// readFull fills p. A client that stops in the middle is disconnected after StallTimeout.
 func (c *conn) readFull(p []byte) error {
 	for len(p) > 0 {
 		part := p[:min(len(p), progress)]
@@ -243,7 +242,7 @@ func (c *conn) readFull(p []byte) error {
 	return nil
 }
 
-// skip drops the payload of a refused write, so that the client can be told.
+// skip drops the payload of a refused write, so that an error reply can be sent.
 func (c *conn) skip(n uint32) error {
 	if n > maxSkip {
 		return fmt.Errorf("more than %d", wire.MaxPayload)

@@ -23,7 +23,7 @@ func TestCrowd(t *testing.T) {
 	good := begin(t, s.uri("x"), false)
 
 	ways := []func() *peer{
-		func() *peer { return connect(t, s.uri("x")) }, // says nothing
+		func() *peer { return connect(t, s.uri("x")) }, // sends nothing
 		func() *peer { // stops in the handshake
 			p := connect(t, s.uri("x"))
 			p.send("00000003 IHAVEOPT 0000")

@@ -9,8 +9,8 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// errnoOf is where an error of a device becomes an error number of the protocol. EIO stands for all that
-// has no better word: a snapshot that became invalid, a merge that failed, a disk that did.
+// errnoOf converts an error of a device to an error number of the protocol. EIO is for everything without a number of
+// its own: a snapshot that became invalid, a merge or a disk that failed.
 func errnoOf(err error) wire.Errno {
 	var outside *block.RangeError
 	switch {

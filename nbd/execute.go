@@ -9,8 +9,8 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// carryOut does what the request asks for and makes the reply.
-func (t *task) carryOut() {
+// process executes the request and makes the reply.
+func (t *task) process() {
 	e := t.conn.export
 	if t.errno == 0 {
 		start := time.Now()
@@ -24,7 +24,7 @@ func (t *task) carryOut() {
 			e.failed(t.conn.server, t.Request, err)
 		}
 		if short(t.Request) {
-			t.conn.hand.took(t.Request, time.Since(start))
+			t.conn.inline.took(t.Request, time.Since(start))
 		}
 	}
 	if t.errno != 0 {
@@ -33,7 +33,7 @@ func (t *task) carryOut() {
 	}
 }
 
-// count adds the request to what the export has done.
+// count adds the request to the counters of the export.
 func (t *task) count() {
 	e, n := t.conn.export, int64(t.Length)
 	switch t.Command {
@@ -50,8 +50,8 @@ func (t *task) count() {
 	}
 }
 
-// executeWaiting executes the request, and again as long as its device says that it may be possible later. It holds
-// nothing meanwhile but the payload.
+// executeWaiting executes the request, and repeats it while the error is a block.RetryLater. It holds only the payload
+// meanwhile.
 func (t *task) executeWaiting() error {
 	for {
 		err := t.execute()
@@ -70,7 +70,7 @@ func (t *task) executeWaiting() error {
 	}
 }
 
-// execute carries out a valid request: a case for every command. A change whose error is a block.RetryLater may be
+// execute executes a valid request: a case for every command. A change whose error is a block.RetryLater may be
 // executed again.
 func (t *task) execute() error {
 	dev := t.conn.export.Device
@@ -107,7 +107,7 @@ func (t *task) execute() error {
 	panic("nbd: a command that was validated has no case")
 }
 
-// thenFlush is FUA for changes that no device makes durably by themselves.
+// thenFlush is FUA for changes that devices can't make durable in one step.
 func thenFlush(dev block.Device, fua bool, err error) error {
 	if err != nil || !fua {
 		return err
@@ -120,8 +120,7 @@ func (t *task) succeed() {
 	t.reply = reply{head: wire.Simple{Magic: wire.MagicSimple, Cookie: t.Cookie}.Append(t.room[:0])}
 }
 
-// fail makes the reply an error: a chunk with a message where the protocol asks for one, else a simple
-// reply.
+// fail makes the reply an error: a chunk with a message where the protocol requires one, else a simple reply.
 func (t *task) fail() {
 	if t.conn.structured && (t.Command == wire.CmdRead || t.Command == wire.CmdBlockStatus) {
 		body := wire.AppendError(nil, t.errno, t.why)
@@ -136,10 +135,9 @@ func (t *task) chunk(b []byte, flags uint16, kind wire.ChunkType, n int) []byte 
 	return wire.Chunk{Magic: wire.MagicChunk, Flags: flags, Type: kind, Cookie: t.Cookie, Length: uint32(n)}.Append(b)
 }
 
-// zeroUnit is the length in bytes of the pieces of a READ that are looked at for zeros: long enough that a
-// chunk of its own pays. A look ends at the first byte that is not zero, so data costs next to nothing; to
-// ask the file for its holes instead costs a walk through all its pages on some file systems (12 ms a
-// gigabyte were measured).
+// zeroUnit is the length in bytes of the pieces of a READ that are checked for zeros: long enough to be worth a chunk.
+// The check ends at the first byte that is not zero, so data costs next to nothing; to ask the file system for holes
+// instead visits all pages on some file systems (12 ms a gigabyte were measured).
 const zeroUnit = 64 << 10
 
 // read answers a READ. In a structured reply, without DF, zeros are sent as holes.
@@ -225,11 +223,11 @@ func (t *task) blockStatus() error {
 	return nil
 }
 
-// maxLooks bounds how often the device is asked for a BLOCK_STATUS with REQ_ONE, where each answer may add to the same
+// maxLooks bounds the calls of the device for a BLOCK_STATUS with REQ_ONE, where each answer may add to the same
 // extent. Without REQ_ONE the bound is maxDescriptors.
 const maxLooks = 8
 
-// describe gathers the descriptors of one context: neighbours with the same flags are one, and none reaches behind
+// describe collects the descriptors of one context: adjacent ones with the same flags are joined, and none extends past
 // the range. With REQ_ONE there is one, which may be shorter than the run of equal flags.
 func (t *task) describe(of ContextFunc) ([]wire.Descriptor, error) {
 	var ds []wire.Descriptor

@@ -18,25 +18,25 @@ type Export struct {
 	Description string // for people; may be empty
 	Device      block.Device
 
-	ReadOnly  bool // changes are refused with EPERM, whatever the device can do
+	ReadOnly  bool // changes are refused with EPERM
 	CanTrim   bool // TRIM is offered, and becomes block.Discard
 	MultiConn bool // a flush on any connection covers the writes completed on all: true for a Device served as it is
 
-	// PreferredBlock is the size in bytes, a power of two, that clients are told to prefer; 0: 4096.
+	// PreferredBlock is the size in bytes, a power of two, that the server advertises as preferred; 0: 4096.
 	PreferredBlock uint32
 
 	// Contexts are meta contexts that BLOCK_STATUS offers besides base:allocation, by name.
 	Contexts map[string]ContextFunc
 }
 
-// A ContextFunc tells the status of n > 0 bytes at off. Like block.Extents it may stop early, but not
-// before the first byte.
+// A ContextFunc returns the status of n > 0 bytes at off. Like block.Extents it may stop early, but not before the
+// first byte.
 type ContextFunc func(off, n int64) ([]block.Extent, error)
 
 // baseAllocation is the context that every export has.
 const baseAllocation = "base:allocation"
 
-// Counters are what an export has done since it was added.
+// Counters count the requests of an export since it was added.
 type Counters struct {
 	Connections  int64 `json:"connections"` // now
 	InFlight     int64 `json:"in_flight"`   // requests, now
@@ -46,7 +46,7 @@ type Counters struct {
 	WrittenBytes int64 `json:"written_bytes"`
 	Flushes      int64 `json:"flushes"`
 	Errors       int64 `json:"errors"`  // requests answered with one
-	Waiting      int64 `json:"waiting"` // changes that wait for room in the device, now
+	Waiting      int64 `json:"waiting"` // changes that wait for space in the device, now
 }
 
 // export is an Export while it is served.
@@ -61,14 +61,13 @@ type export struct {
 
 	readPayloads, writePayloads class
 
-	told [wire.CmdBlockStatus + 1]atomic.Bool // by command: a failure was logged
+	logged [wire.CmdBlockStatus + 1]atomic.Bool // by command: a failure was logged
 }
 
-// failed tells the log of a device's failure. The client is told the number only, since the text names
-// what is the server's own affair; and only the first failure of each command is told, since a disk that
-// fails does so thousands of times a second.
+// failed logs a device's failure. The client gets only the number, since the text may name files of the server. Only
+// the first failure of each command is logged, since a failed disk may return thousands a second.
 func (e *export) failed(s *Server, r wire.Request, err error) {
-	if errnoOf(err) == wire.ENOTSUP || e.told[r.Command].Swap(true) {
+	if errnoOf(err) == wire.ENOTSUP || e.logged[r.Command].Swap(true) {
 		return
 	}
 	s.log.Event(slog.LevelError,
@@ -77,8 +76,8 @@ func (e *export) failed(s *Server, r wire.Request, err error) {
 		slog.Uint64("offset", r.Offset), slog.Uint64("length", uint64(r.Length)))
 }
 
-// requestGroup counts requests under way and lets one caller wait for them to end after it has closed
-// the door. (A sync.WaitGroup must not grow from zero while somebody waits.)
+// requestGroup counts requests in flight. After close it admits no more, and the caller can wait for the rest to end.
+// (A sync.WaitGroup must not grow from zero while another goroutine waits.)
 type requestGroup struct {
 	mu     sync.Mutex
 	n      int64
@@ -153,7 +152,7 @@ func (e *export) blockSizes() wire.BlockSizes {
 	return s
 }
 
-// context returns what BLOCK_STATUS tells under a name, or nil.
+// context returns the function of a meta context, or nil.
 func (e *export) context(name string) ContextFunc {
 	if name == baseAllocation {
 		return e.allocation
@@ -165,7 +164,7 @@ func (e *export) allocation(off, n int64) ([]block.Extent, error) {
 	return block.Extents(e.Device, off, n)
 }
 
-// Add serves e from now on. A name that is taken or can't be one is an error.
+// Add serves e from now on. A name that is in use or invalid is an error.
 func (s *Server) Add(e Export) error {
 	if e.Device == nil {
 		panic("nbd: export without a device")
@@ -193,9 +192,9 @@ func (s *Server) Add(e Export) error {
 	return nil
 }
 
-// Remove ends the export name: new connections don't find it, requests under way are answered, later
-// ones refused with ESHUTDOWN, and its connections closed. When it returns nil nothing uses the device
-// any more. When ctx ends first the export is gone all the same, but requests may still be under way.
+// Remove ends the export name: new connections don't find it, requests under way are answered, later ones refused with
+// ESHUTDOWN, and its connections closed. When it returns nil nothing uses the device any more. When ctx ends first the
+// export is removed anyway, but requests may still be in flight.
 func (s *Server) Remove(ctx context.Context, name string) error {
 	s.mu.Lock()
 	e := s.exports[name]
@@ -214,8 +213,8 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	}
 }
 
-// SetDefault makes name what a client gets that asks for the export "". An export of that very name
-// goes first; "" as name ends it.
+// SetDefault makes name the export that clients get for the empty name. An export that has the empty name takes
+// precedence; SetDefault("") removes the default.
 func (s *Server) SetDefault(name string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -232,7 +231,7 @@ func (s *Server) find(name string) *export {
 	return s.exports[s.defaultName]
 }
 
-// Counters returns what the export name has done, and whether there is one.
+// Counters returns the counters of the export name, and whether it exists.
 func (s *Server) Counters(name string) (Counters, bool) {
 	s.mu.Lock()
 	e := s.exports[name]

@@ -6,25 +6,25 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// TestInHandWhileClientsAreFew: quick requests are carried out in hand only while there are no more connections
-// than processors.
-func TestInHandWhileClientsAreFew(t *testing.T) {
+// TestInlineWhileClientsAreFew: quick requests are executed inline only while there are no more connections than
+// processors.
+func TestInlineWhileClientsAreFew(t *testing.T) {
 	s := NewServer(Options{})
 	c := &conn{server: s}
 	r := wire.Request{Command: wire.CmdRead, Length: 4096}
-	c.hand.reads.Store(quickTrial)
+	c.inline.reads.Store(quickTrial)
 	for range s.processors {
 		s.admit()
-		if !c.inHand(r) {
+		if !c.mayInline(r) {
 			t.Errorf("not with %d connections on %d processors", s.connections.Load(), s.processors)
 		}
 	}
 	s.admit()
-	if c.inHand(r) {
+	if c.mayInline(r) {
 		t.Errorf("still with %d connections on %d processors", s.connections.Load(), s.processors)
 	}
 	s.dismiss()
-	if !c.inHand(r) {
+	if !c.mayInline(r) {
 		t.Error("not again when one has gone")
 	}
 }
@@ -39,11 +39,11 @@ func TestWhichRequestsAreInHand(t *testing.T) {
 	for i, r := range quick {
 		c := &conn{server: NewServer(Options{})}
 		for range quickTrial {
-			c.hand.took(r, 0)
+			c.inline.took(r, 0)
 		}
 		for k, other := range quick {
-			if got := c.inHand(other); got != (k == i) {
-				t.Errorf("after a trial of command %d, command %d is in hand: %v", r.Command, other.Command, got)
+			if got := c.mayInline(other); got != (k == i) {
+				t.Errorf("after a trial of command %d, command %d is executed inline: %v", r.Command, other.Command, got)
 			}
 		}
 	}

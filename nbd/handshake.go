@@ -15,8 +15,8 @@ import (
 )
 
 const (
-	maxOption  = 64 << 10 // bytes of an option's data that are looked at
-	maxSkipped = 1 << 20  // bytes of one that are skipped with an error; more, and we hang up
+	maxOption  = 64 << 10 // bytes of an option's data that are read
+	maxSkipped = 1 << 20  // bytes of one that are skipped with an error reply; more disconnects the client
 	maxOptions = 4096     // options in a handshake
 )
 
@@ -49,13 +49,13 @@ func newHandshake(s *Server, nc net.Conn) *handshake {
 	return h
 }
 
-// attach makes nc what is read and written.
+// attach makes nc the connection that is read and written.
 func (h *handshake) attach(nc net.Conn) {
 	h.nc, h.r, h.w = nc, newReader(nc), bufio.NewWriterSize(nc, 4<<10)
 }
 
-// run greets the client and answers its options. It returns the export to serve, or nil when the client
-// ended the connection in an orderly way.
+// run sends the greeting and answers the client's options. It returns the export to serve, or nil when the client ended
+// the connection in an orderly way.
 func (h *handshake) run() (*export, error) {
 	hello := binary.BigEndian.AppendUint64(nil, wire.MagicServer)
 	hello = binary.BigEndian.AppendUint64(hello, wire.MagicOption)
@@ -128,7 +128,7 @@ func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, er
 		e, err := h.exportName(string(data))
 		return e, true, err
 	case wire.OptAbort:
-		h.reply(o, wire.RepAck, nil) // who aborts need not wait for the answer
+		h.reply(o, wire.RepAck, nil) // a client that aborts need not wait for the reply
 		return nil, true, nil
 	case wire.OptStartTLS:
 		err := h.startTLS(data)
@@ -153,7 +153,7 @@ func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, er
 	return nil, false, h.refuse(o, wire.RepErrUnsup, "option is not supported")
 }
 
-// exportName is the old way to begin, which knows no errors.
+// exportName answers OptExportName, which has no error reply.
 func (h *handshake) exportName(name string) (*export, error) {
 	e := h.server.find(name)
 	if e == nil {
@@ -215,8 +215,8 @@ func (h *handshake) info(o wire.Option, data []byte) (*export, error) {
 	return e, h.reply(o, wire.RepAck, nil)
 }
 
-// settle drops contexts that were chosen for another export than the one that is served, or that it has no
-// more.
+// settle drops contexts that were chosen for another export than the one that is served, or that the export no longer
+// has.
 func (h *handshake) settle(name string, e *export) {
 	if h.contextsOf != name {
 		h.contexts = nil

@@ -14,7 +14,7 @@ import (
 // After many quick requests the next ones are carried out by the worker that reads them. One of those that the
 // device holds up then still holds up nobody: neither the replies of those before it that came with it, nor
 // those behind it. Afterwards requests of its kind are not trusted, and more of them may be held up at once.
-func TestHeldUpInHand(t *testing.T) {
+func TestInlineRequestThatBlocks(t *testing.T) {
 	for _, k := range []blocktest.Kind{blocktest.Read, blocktest.Write} {
 		t.Run(fmt.Sprint(k), func(t *testing.T) {
 			dev := blocktest.NewFaulty(block.MemoryFrom([]byte(strings.Repeat("x", 4096))), nil)

@@ -12,16 +12,16 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A Redialer is an export as a [block.Device] that outlives its connections: when one is lost it connects again, within
-// a bound, and goes on. Its methods may be called concurrently.
+// A Redialer is an export as a [block.Device] that reconnects: when its connection is lost it connects again, within a
+// time limit. Its methods may be called concurrently.
 //
-// What was lost with the connection is not guessed at:
+// After a lost connection:
 //
-//   - Reads and block status are asked again.
-//   - A change that was under way fails, since the server may or may not have carried it out, and may still do so.
+//   - Reads and block status are requested again.
+//   - A change in flight fails, since the server may or may not have executed it, and may still do so.
 //   - Changes that were acknowledged and not flushed may be lost, when the server was: after it every Flush and durable
-//     write fails, as after a failed Flush (see block.Device). Who wants to go on opens the export anew.
-//   - An export that came back with another size, or without what it could do before, is refused for good.
+//     write fails, as after a failed Flush (see block.Device). To continue, open the export again.
+//   - An export that has another size after it, or lacks an ability that it had, is refused permanently.
 type Redialer struct {
 	dial  func(ctx context.Context) (*Client, error)
 	bound time.Duration
@@ -37,14 +37,14 @@ type Redialer struct {
 	changed uint64 // changes that were acknowledged, and
 	flushed uint64 // those of them that a Flush covers
 	failed  error  // of the first Flush that failed: all later ones do
-	gone    error  // why there will be no connection any more
+	gone    error  // why it does not connect again
 }
 
 // redialPause is how long a Redialer waits between attempts to connect.
 const redialPause = 100 * time.Millisecond
 
 // NewRedialer connects with dial, at first and whenever the connection is lost. ctx bounds the first connecting; each
-// later one is tried for as long as bound says, and then the device fails for good.
+// later one is tried for bound, and then the device fails permanently.
 func NewRedialer(ctx context.Context, bound time.Duration, dial func(ctx context.Context) (*Client, error)) (*Redialer, error) {
 	c, err := dial(ctx)
 	if err != nil {
@@ -62,7 +62,7 @@ func (r *Redialer) current() (*Client, error) {
 	return r.client, r.gone
 }
 
-// lost reports whether err came with the end of c's connection, which a server also announces.
+// lost reports whether err is due to the end of c's connection; a server also announces that (ESHUTDOWN).
 func lost(c *Client, err error) bool {
 	if answer := (*RemoteError)(nil); errors.As(err, &answer) {
 		return answer.Errno == wire.ESHUTDOWN
@@ -86,8 +86,8 @@ func (r *Redialer) again(do func(c *Client) error) error {
 	}
 }
 
-// change calls do, which changes data, once: when the connection is lost meanwhile it may have happened, and may still.
-// A connection that was lost before is replaced first.
+// change calls do, which changes data, once: when the connection is lost meanwhile the change may have been made, or
+// may still be. A connection that was lost before is replaced first.
 func (r *Redialer) change(do func(c *Client) error) error {
 	c, err := r.current()
 	if err == nil && c.closed() != nil {
@@ -117,7 +117,7 @@ func (r *Redialer) fail(cause error) {
 	}
 }
 
-// redial replaces the lost connection, unless somebody else has.
+// redial replaces the lost connection, unless another call has.
 func (r *Redialer) redial(old *Client, cause error) error {
 	r.redialing.Lock()
 	defer r.redialing.Unlock()
@@ -166,7 +166,7 @@ func (r *Redialer) connect(ctx context.Context) (*Client, error) {
 	}
 }
 
-// sameExport refuses an export that is not what it was.
+// sameExport refuses an export that differs from the one before.
 func (r *Redialer) sameExport(now Info) error {
 	was := r.info
 	if now.Size != was.Size || now.MinBlock > was.MinBlock || now.ReadOnly != was.ReadOnly || was.CanFlush && !now.CanFlush {
@@ -194,7 +194,7 @@ func (r *Redialer) BlockSize() int { return max(block.SectorSize, int(r.info.Min
 // Identity is that of the first Client.
 func (r *Redialer) Identity() string { return r.name }
 
-// ReadAt reads, again with another connection where one is lost.
+// ReadAt reads, and repeats it on a new connection when one is lost.
 func (r *Redialer) ReadAt(p []byte, off int64) (n int, err error) {
 	err = r.again(func(c *Client) (err error) {
 		n, err = c.ReadAt(p, off)
@@ -203,7 +203,7 @@ func (r *Redialer) ReadAt(p []byte, off int64) (n int, err error) {
 	return n, err
 }
 
-// Extents asks for extents, again likewise.
+// Extents returns extents; like ReadAt it is repeated.
 func (r *Redialer) Extents(off, n int64) (list []block.Extent, err error) {
 	err = r.again(func(c *Client) (err error) {
 		list, err = c.Extents(off, n)
@@ -269,7 +269,7 @@ func (r *Redialer) failure() error {
 	return r.failed
 }
 
-// synced calls do, which makes something durable, unless such a call failed before, and notes its failure.
+// synced calls do, which makes something durable, unless such a call failed before, and records its failure.
 func (r *Redialer) synced(do func() error) error {
 	if r.info.ReadOnly {
 		return do() // nothing can be lost

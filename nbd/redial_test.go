@@ -110,7 +110,7 @@ func wantBytes(t *testing.T, dev block.Device, off int64, want []byte) {
 	}
 }
 
-// What was acknowledged and not flushed may be lost with a connection: no later Flush says that it is durable.
+// What was acknowledged and not flushed may be lost with a connection: so every later Flush fails.
 func TestRedialerAfterUnflushedChanges(t *testing.T) {
 	for name, c := range map[string]struct {
 		change func(d *redialed) error
@@ -167,7 +167,7 @@ func TestRedialerChangeUnderWay(t *testing.T) {
 	if n := faulty.Count(); n != before+1 {
 		t.Errorf("%d requests after the cut", n-before)
 	}
-	if err := d.Flush(); err != nil { // whoever wrote was told
+	if err := d.Flush(); err != nil { // the error was reported
 		t.Error(err)
 	}
 }

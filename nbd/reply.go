@@ -8,47 +8,47 @@ import (
 	"time"
 )
 
-// A reply is what goes out for one request: a head, data behind it, and perhaps more.
+// A reply is the bytes sent for one request: a head, data, and possibly more.
 type reply struct {
 	head []byte
 	data []byte
 	more [][]byte
 }
 
-// replies is the way out of a connection. Whoever adds a reply while nobody writes becomes the writer,
-// and writes until nothing is left; who comes meanwhile only adds. So replies that meet leave in one
-// system call, and nobody waits for another's write but the writer.
+// replies is the send queue of a connection. A goroutine that adds a reply while none is writing becomes the writer,
+// and writes until the queue is empty; others only add meanwhile. So concurrent replies are sent in one system call,
+// and only the writer waits for writes.
 //
-// Every request that is under way has at most one reply here, so the queue is as bounded as they are.
+// Every request in flight has at most one reply here, so the queue is bounded like them.
 type replies struct {
 	nc      net.Conn
-	timeout time.Duration // for progress bytes to be taken
+	timeout time.Duration // for the peer to read progress bytes
 
 	mu      sync.Mutex
 	queue   []*task
 	writing bool
 	err     error // the first write that failed; later replies are dropped
 
-	// The writer's own:
+	// Only the writer uses:
 	batch   []*task
 	vectors net.Buffers
 	part    net.Buffers
 	cut     [1][]byte
-	joined  []byte // of an encrypted connection, where each Write is a record of its own
+	joined  []byte // of an encrypted connection, where each Write is one record
 }
 
-// add puts the reply of t behind the others, for the next send or flush.
+// add appends the reply of t, for the next send or flush.
 func (o *replies) add(t *task) {
 	o.mu.Lock()
 	o.queue = append(o.queue, t)
 	o.mu.Unlock()
 }
 
-// send puts the reply of t on its way. t has ended when the bytes have left, or never will: before send
-// returns, or later in another goroutine.
+// send queues the reply of t and writes. t ends when the reply was written or dropped: before send returns, or later in
+// another goroutine.
 //
-// With others, workers that are ready to run go first: where requests came in one piece their replies leave in
-// one, too. This is worth a factor of three at depth 32, and costs nothing when nobody else is ready.
+// With others, workers that are ready to run go first, so that the replies to requests that arrived together are sent
+// together. That is a factor of three at depth 32, and costs nothing when no other worker is ready.
 func (o *replies) send(t *task, others bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -65,7 +65,7 @@ func (o *replies) send(t *task, others bool) {
 	o.writeAll()
 }
 
-// flush sends what was added, unless somebody is at it.
+// flush writes the queue, unless another goroutine is writing.
 func (o *replies) flush() {
 	o.mu.Lock()
 	defer o.mu.Unlock()
@@ -91,13 +91,13 @@ func (o *replies) writeAll() {
 		o.mu.Lock()
 		if o.err == nil && err != nil {
 			o.err = err
-			o.nc.Close() // the stream is out of step; who reads finds out
+			o.nc.Close() // a reply may have been sent in part; the reader gets an error
 		}
 	}
 	o.writing = false
 }
 
-// write sends a batch, in steps for which the peer has some time each.
+// write sends a batch, in steps with a timeout each.
 func (o *replies) write(batch []*task) error {
 	v := o.vectors[:0]
 	for _, t := range batch {

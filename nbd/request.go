@@ -7,7 +7,7 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A task is a request under way, from its header to the last byte of its reply. Tasks are used again.
+// A task is a request in flight, from its header to the last byte of its reply. Tasks are reused.
 type task struct {
 	conn *conn
 	wire.Request
@@ -15,25 +15,25 @@ type task struct {
 	errno wire.Errno // of a request that is refused
 	why   string
 
-	payload *buffer // of a WRITE, or room for what a READ reads; nil for others
-	entered bool    // it counts as a user of the export's device
+	payload *buffer // of a WRITE, or for the data of a READ; nil for others
+	entered bool    // it is counted as a user of the export's device
 
 	reply
-	room [wire.ChunkSize + 12]byte // of the reply's head, where it is short
+	room [wire.ChunkSize + 12]byte // the reply's head, where it is short
 }
 
 const goingAway = "the export is going away"
 
 var tasks = sync.Pool{New: func() any { return new(task) }}
 
-// newTask decides whether the request may be carried out; if not, errno says why.
+// newTask validates the request; if it is refused, errno is set.
 func newTask(c *conn, r wire.Request) *task {
 	t := tasks.Get().(*task)
 	t.conn, t.Request = c, r
 	c.underWay.Add(1)
 	t.errno, t.why = c.validate(r)
 	if t.errno == 0 {
-		// Counted until its reply has left, so that Remove leaves nobody waiting.
+		// Counted until its reply was sent, so that Remove waits for the reply too.
 		if t.entered = !c.stopping.Load() && c.export.requests.enter(); !t.entered {
 			t.errno, t.why = wire.ESHUTDOWN, goingAway
 		}
@@ -41,8 +41,8 @@ func newTask(c *conn, r wire.Request) *task {
 	return t
 }
 
-// hold waits until the task may have a payload, and gives it one. When the connection stops meanwhile the
-// request is refused.
+// hold waits until the task may have a payload buffer, and sets it. When the connection stops meanwhile the request is
+// refused.
 func (t *task) hold() {
 	if !t.conn.held.add(int64(t.Length), t.Command) {
 		t.errno, t.why = wire.ESHUTDOWN, goingAway
@@ -51,7 +51,7 @@ func (t *task) hold() {
 	t.payload = getBuffer(t.Length)
 }
 
-// end gives back all that the task has.
+// end releases the resources of the task.
 func (t *task) end() {
 	c := t.conn
 	if t.payload != nil {
@@ -67,11 +67,10 @@ func (t *task) end() {
 	tasks.Put(t)
 }
 
-// validate is where it is decided whether a client may ask this. 0: it may. Everything behind it can
-// rely on a range inside the device and flags that mean something.
+// validate decides whether a request is legal; 0: it is. After it the range is inside the device and the flags are
+// known.
 //
-// FUA is allowed with every command, as the protocol has it, and means nothing to those that change
-// nothing.
+// FUA is allowed with every command, as in the protocol, and has no effect on those that change nothing.
 func (c *conn) validate(r wire.Request) (wire.Errno, string) {
 	e := c.export
 	known, changes := wire.FlagFUA, false

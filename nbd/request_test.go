@@ -192,7 +192,7 @@ func TestLongReadHasHoles(t *testing.T) {
 	}
 }
 
-// A status of more pieces than a reply takes is told in part, and goes on where it ended.
+// A status of more pieces than a reply can have is returned in part, and continues where it ended.
 func TestBlockStatusIsBounded(t *testing.T) {
 	stripes := func(off, n int64) ([]block.Extent, error) {
 		var list []block.Extent

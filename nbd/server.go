@@ -6,33 +6,20 @@
 //
 //	c, err := nbd.Dial(ctx, "nbd://localhost/disk") // c is a block.Device
 //
-// Guarantees: a change is acknowledged after the device returned; a flush covers every write acknowledged before it.
-// Memory is bounded whatever a peer sends.
+// A [Server] holds exports, each a [block.Device] under a name, and serves them on any number of listeners. Exports are
+// added and removed while it serves. The protocol is that of the published document: fixed newstyle handshake, structured
+// replies, block status with contexts; docs/nbd.md has a table of every feature.
 //
-// A [Server] holds exports, each a [block.Device] under a name, and serves them on any number of
-// listeners. Exports come and go while it serves. The protocol is that of the published document: fixed
-// newstyle handshake, structured replies, block status with contexts; docs/nbd.md has a table of every
-// feature.
+// # Guarantees
 //
-// # Requests
-//
-// Requests of one connection run concurrently and are answered in any order. A connection has a few
-// workers, as many as its load asks for. One of them at a time reads; when it has a request it lets the
-// next one read and carries the request out itself, so that nothing is handed over, and a request that
-// takes long (a read from disk, a flush, a write held back by a merge) delays no other request. A change whose error is
-// a [block.RetryLater] waits in the server, and is given up when its connection ends.
-// Replies that meet leave in one system call.
-//
-// # Three kinds of fault
-//
-// What a client may not ask is refused in one place (validate) and the connection goes on. A peer that
-// violates the protocol is disconnected. What a device can't do becomes an error number in one
-// switch (errno.go).
-//
-// # Bounds
-//
-// Memory is bounded whatever clients do: requests, bytes and options a connection, bytes in all, time in
-// which a peer must go on. docs/nbd.md has the numbers, [Options] those that can be chosen.
+//   - A change is acknowledged after the device returned; a flush covers every write acknowledged before it.
+//   - Requests of one connection run concurrently and are answered in any order. A slow request delays no other.
+//   - A change whose error is a [block.RetryLater] waits in the server, and is not executed any more when its connection
+//     ends.
+//   - An illegal request is answered with an error and the connection continues. A peer that violates the protocol is
+//     disconnected.
+//   - Memory is bounded whatever a peer sends: requests, bytes and options of a connection, bytes of all, and time without
+//     progress. docs/nbd.md has the numbers, [Options] those that can be chosen.
 package nbd
 
 import (
@@ -56,25 +43,23 @@ import (
 type Options struct {
 	HandshakeTimeout time.Duration // for the whole handshake; 0: 10 s
 	StallTimeout     time.Duration // for a peer to take or send the next MiB in the middle of a message; 0: 30 s
-	IdleTimeout      time.Duration // for a client to ask something when nothing is under way; 0: none
-	ShutdownTimeout  time.Duration // for requests under way when Serve is told to end; 0: 5 s
+	IdleTimeout      time.Duration // for a client to send a request when none is in flight; 0: none
+	ShutdownTimeout  time.Duration // for requests in flight when Serve is to end; 0: 5 s
 	MaxConnections   int           // more are closed at once; 0: no limit
 
-	// MaxPayloads is how many bytes of payloads longer than 64 KiB may be under way, of all connections
-	// together. Those that don't fit wait. Nobody gets all: the reads of an export, and its writes, take at most half,
-	// one connection at most a quarter, and less when others have much. 0: 1 GiB; at least 128 MiB, four times the
-	// longest payload.
+	// MaxPayloads is how many bytes of payloads longer than 64 KiB may be in flight, of all connections together. Those
+	// that don't fit wait. None gets all: the reads of an export, and its writes, take at most half, one connection at
+	// most a quarter, and less when others have much. 0: 1 GiB; at least 128 MiB, four times the longest payload.
 	MaxPayloads int64
 
-	// TLS, when there is one, is what OptStartTLS begins: at least a certificate, and with ClientAuth and
-	// ClientCAs the clients' are verified; the names of ClientCAs are not sent. A certificate that expired is logged by
-	// NewServer. With RequireTLS a client that does not begin it gets nothing,
-	// not even the names of exports; without it may stay in the clear.
+	// TLS, if not nil, is the configuration for OptStartTLS: at least a certificate. With ClientAuth and ClientCAs
+	// clients' certificates are verified; the names of ClientCAs are not sent. A certificate that expired is logged by
+	// NewServer. With RequireTLS a client that does not start TLS gets nothing, not even the names of exports; without,
+	// TLS is optional.
 	TLS        *tls.Config
 	RequireTLS bool
 
-	// Log is told what went wrong with a connection or a device, in one line. It may be called
-	// concurrently.
+	// Log is called with each failure of a connection or a device, in one line. It may be called concurrently.
 	Log func(line string)
 
 	// Logger, unless it is nil, receives the same events as records with attributes: peer, export, command, offset,
@@ -111,7 +96,8 @@ func NewServer(o Options) *Server {
 		exports: make(map[string]*export), payloads: budget{total: max(o.MaxPayloads, leastPayloads)}}
 }
 
-// leastPayloads is the least MaxPayloads: the longest payload always fits into what an idle server gives a connection.
+// leastPayloads is the least MaxPayloads: the longest payload always fits into the share of a connection of an idle
+// server.
 const leastPayloads = 4 * wire.MaxPayload
 
 func setDefault(d *time.Duration, to time.Duration) {
@@ -132,10 +118,10 @@ func (s *Server) Names() []string {
 	return names
 }
 
-// Serve accepts connections on l, which it closes, until ctx ends. Then it accepts no more, answers the
-// requests under way, refuses later ones with ESHUTDOWN, closes the connections, and flushes the device of
-// each export that is not read-only: within ShutdownTimeout, as far as it is the peers who delay it; a
-// device that doesn't come back is waited for. Devices stay open.
+// Serve accepts connections on l, which it closes, until ctx ends. Then it accepts no more, answers the requests in
+// flight, refuses later ones with ESHUTDOWN, closes the connections, and flushes the device of each export that is not
+// read-only: within ShutdownTimeout, as far as peers delay it; a device that does not return is waited for. Devices
+// stay open.
 //
 // It returns the errors of the flushes when ctx ended, else the listener's error.
 func (s *Server) Serve(ctx context.Context, l net.Listener) error {
@@ -161,7 +147,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 			}
 			return nil
 		case err != nil && temporary(err):
-			// Out of descriptors, say: whoever is connected is served, and we try again soon.
+			// For example no descriptor is left: connected clients are served, and accept is tried again soon.
 			s.log.Event(slog.LevelWarn, fmt.Sprintf("accept: %v", err), "accept failed", err)
 			time.Sleep(wait)
 			wait = min(2*wait, time.Second)
@@ -179,7 +165,7 @@ func (s *Server) accept(ctx context.Context, l net.Listener) error {
 	}
 }
 
-// flush flushes the exports that are not read-only. One that is being removed is its owner's affair.
+// flush flushes the exports that are not read-only. The caller of Remove handles one that is being removed.
 func (s *Server) flush() error {
 	var errs []error
 	for _, name := range s.Names() {

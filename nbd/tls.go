@@ -10,12 +10,10 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// startTLS answers OptStartTLS: the rest of the connection is encrypted, and nothing that was settled
-// before it counts any more.
+// startTLS answers OptStartTLS: the rest of the connection is encrypted, and everything negotiated before is discarded.
 //
-// Whatever a peer sent behind the option, before it had our answer, was sent in the clear. Taken for the
-// first words of the encrypted stream it would speak with the client's authority, so it ends the
-// connection.
+// Bytes that a peer sent after the option, before the reply, were sent unencrypted. Read as part of the encrypted
+// stream they would have the client's authority, so they end the connection.
 func (h *handshake) startTLS(data []byte) error {
 	const o = wire.OptStartTLS
 	switch {
@@ -47,9 +45,9 @@ func (h *handshake) mustEncrypt(o wire.Option) bool {
 }
 
 // withoutAuthorityNames returns a configuration that verifies clients as config does, and does not send them the names
-// of the authorities. GnuTLS before 3.8, which most NBD clients use, looks in TLS 1.3 for a certificate by authority
-// and signature algorithm together, takes an RSA certificate for unfit for the RSA-PSS signatures that TLS 1.3 asks
-// for, and sends none. Without names it sends the certificate that it has.
+// of the authorities. GnuTLS before 3.8, which most NBD clients use, searches in TLS 1.3 for a certificate by authority
+// and signature algorithm together, regards an RSA certificate as unfit for the RSA-PSS signatures that TLS 1.3
+// requires, and sends none. Without names it sends the certificate that it has.
 func withoutAuthorityNames(config *tls.Config) *tls.Config {
 	if config == nil || config.ClientCAs == nil {
 		return config

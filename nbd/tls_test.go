@@ -21,7 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// certificates makes a folder with an authority's certificates and returns configurations for both sides.
+// certificates makes a directory with an authority's certificates and returns configurations for both sides.
 func certificates(t *testing.T) (dir string, server, client *tls.Config) {
 	t.Helper()
 	return certificatesOf(t, testcerts.ECDSA, time.Now().Add(time.Hour))
@@ -334,7 +334,7 @@ func TestInteropTLSMatrix(t *testing.T) {
 	}
 }
 
-// TestExpiredCertificateIsLogged: the operator is told at the start, not by the first client.
+// TestExpiredCertificateIsLogged: it is logged at the start, not when the first client connects.
 func TestExpiredCertificateIsLogged(t *testing.T) {
 	for expiry, want := range map[time.Duration]int{-time.Minute: 1, time.Hour: 0} {
 		_, server, client := certificatesOf(t, testcerts.ECDSA, time.Now().Add(expiry))

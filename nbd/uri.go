@@ -14,7 +14,7 @@ import (
 // DefaultPort is the port of NBD over TCP.
 const DefaultPort = "10809"
 
-// A URI tells where an export is:
+// A URI is the address of an export:
 //
 //	nbd://host:port/export
 //	nbd+unix:///export?socket=path
@@ -40,7 +40,7 @@ func ParseURI(s string) (URI, error) {
 func parseURI(s string) (URI, error) {
 	parsed, err := url.Parse(s)
 	if err != nil {
-		return URI{}, errors.Unwrap(err) // what url.Parse puts around it says the URI once more
+		return URI{}, errors.Unwrap(err) // url.Parse wraps it with the URI
 	}
 	if parsed.Opaque != "" || parsed.Fragment != "" || parsed.User != nil {
 		return URI{}, errors.New("want nbd://host:port/export or nbd+unix:///export?socket=path")
@@ -125,7 +125,7 @@ func (u URI) String() string {
 	return scheme + "://" + strings.TrimSuffix(u.Address, ":"+DefaultPort) + "/" + escape(u.Export)
 }
 
-// escape percent-encodes all but letters, digits and what means nothing in a path or a query.
+// escape percent-encodes all but letters, digits and characters without a meaning in a path or a query.
 func escape(s string) string {
 	const hex = "0123456789ABCDEF"
 	b := make([]byte, 0, len(s))

@@ -12,16 +12,16 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// Requests wait in two places, here and not in a device: for room in it (block.RetryLater), and for memory for a payload
-// (budget). A request that waits when its connection ends is not executed any more: its client may have connected
-// again and written the same place meanwhile, and the old write must not follow the new one.
+// Requests wait here and not in a device, for two things: space in the device (block.RetryLater), and memory for a
+// payload (budget). A request that waits when its connection ends is not executed any more: its client may have
+// connected again and written the same place meanwhile, and the old write must not follow the new one.
 
-// errAbandoned ends a request that waited while its client, its export or the server went away.
+// errAbandoned ends a request that waited while its client disconnected, or its export or the server was shut down.
 var errAbandoned = errors.New(goingAway)
 
-// wait waits until ch is closed, or for block.RetryInterval. It reports false when the request is not to be executed any
-// more: the connection has ended or is to end, or its client has closed it. When no worker is left to read, only the
-// state of the socket tells that.
+// wait waits until ch is closed, or for block.RetryInterval. It reports false when the request is not to be executed
+// any more: the connection has ended or is to end, or its client has closed it. When no worker is left to read, that is
+// known only from the state of the socket.
 func (c *conn) wait(ch <-chan struct{}) bool {
 	again := time.NewTimer(block.RetryInterval)
 	defer again.Stop()
@@ -50,8 +50,7 @@ func (c *conn) isAbandoned() bool {
 	return c.abandoned.Load()
 }
 
-// closedByPeer reports whether the peer will send nothing more than what has arrived. It is false for a connection that
-// is no socket.
+// closedByPeer reports whether the peer has closed its sending side. It is false for a connection that is no socket.
 func closedByPeer(nc net.Conn) bool {
 	if t, ok := nc.(*tls.Conn); ok {
 		nc = t.NetConn()

@@ -14,7 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// A fullDevice has no room for what is written below byte full until room is made, and says that it may be waited for.
+// A fullDevice has no space for what is written below byte full until space is made; its error is a block.RetryLater.
 type fullDevice struct {
 	*block.Memory
 

@@ -174,7 +174,7 @@ func (p *peer) simple(cookie uint64, errno wire.Errno) {
 	}
 }
 
-// anySimple wants a simple reply that says that all is well, and returns its cookie.
+// anySimple wants a simple reply without an error, and returns its cookie.
 func (p *peer) anySimple() (cookie uint64) {
 	p.t.Helper()
 	s := wire.DecodeSimple(p.read(wire.SimpleSize))

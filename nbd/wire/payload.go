@@ -9,7 +9,7 @@ import (
 // ErrMalformed reports data that does not follow the protocol.
 var ErrMalformed = errors.New("malformed data")
 
-// cursor takes fields off a byte slice; the first one that is missing makes it bad for good.
+// cursor reads fields from a byte slice; bad is set at the first one that is missing, and stays set.
 type cursor struct {
 	b   []byte
 	bad bool
@@ -59,7 +59,7 @@ func (c *cursor) name() string {
 	return s
 }
 
-// done returns an error when something was missing, or is left over.
+// done returns an error when a field was missing, or bytes are left over.
 func (c *cursor) done(what string) error {
 	if c.bad {
 		return fmt.Errorf("%s: %w", what, ErrMalformed)
@@ -224,7 +224,7 @@ func DecodeMetaContext(b []byte) (MetaContext, error) {
 	return m, c.done("meta context")
 }
 
-// AppendServer adds the data of RepServer: an export's name, and what people should read, perhaps nothing.
+// AppendServer adds the data of RepServer: an export's name, and a text for people, which may be empty.
 //
 //	0        4            4+n
 //	+--------+---- … -----+---- … -----+

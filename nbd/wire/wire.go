@@ -1,10 +1,17 @@
-// Package wire is the NBD protocol's bytes: its numbers, and each message as plain encode and decode.
-// It does no I/O; packages that speak the protocol bring their own connections.
+// Package wire has the bytes of the NBD protocol: its numbers, and each message as plain encode and decode. It does no I/O;
+// packages that speak the protocol bring their own connections.
 //
-// Everything is big-endian. A connection begins with a handshake, in which the client sends options and
-// the server answers them, and goes on with the transmission, in which the client sends requests and the
-// server answers them in any order, told apart by the cookie. The numbers are those of the published
-// protocol document.
+//	b := wire.Request{Magic: wire.MagicRequest, Command: wire.CmdRead, Cookie: 1, Offset: off, Length: n}.Append(nil)
+//	r := wire.DecodeRequest(b) // a fixed size, so any bytes decode; the caller checks r.Magic
+//
+//	info, err := wire.DecodeInfoRequest(data) // a variable size: ErrMalformed unless data is exactly one
+//
+// Everything is big-endian. A connection begins with a handshake, in which the client sends options and the server answers
+// them. Then follows the transmission, in which the client sends requests and the server answers them in any order,
+// matched by the cookie. The numbers are those of the published protocol document.
+//
+// Guarantees: decoding never panics for the sizes that the functions ask for, allocates no more than the data is long, and
+// what is encoded decodes to the same value.
 package wire
 
 import "encoding/binary"
@@ -25,7 +32,7 @@ const (
 	FlagNoZeroes      = 1 << 1 // NBD_FLAG_NO_ZEROES, NBD_FLAG_C_NO_ZEROES
 )
 
-// Transmission flags, which tell what an export can do.
+// Transmission flags: the abilities of an export.
 const (
 	HasFlags        uint16 = 1 << iota // NBD_FLAG_HAS_FLAGS
 	ReadOnly                           // NBD_FLAG_READ_ONLY
@@ -41,7 +48,7 @@ const (
 	SendFastZero                       // NBD_FLAG_SEND_FAST_ZERO
 )
 
-// Option is what a client asks for in the handshake.
+// Option is a request of the client in the handshake.
 type Option uint32
 
 const (
@@ -90,7 +97,7 @@ const (
 	InfoBlockSize   InfoType = 3 // NBD_INFO_BLOCK_SIZE
 )
 
-// Command is what a request asks for.
+// Command is the kind of a request.
 type Command uint16
 
 const (
@@ -150,8 +157,7 @@ const (
 // MaxName is the longest name of an export or a meta context, in bytes.
 const MaxName = 4096
 
-// MaxPayload is the longest READ or WRITE that a server and a client without other agreement use, in
-// bytes.
+// MaxPayload is the longest READ or WRITE between a server and a client that negotiated nothing else, in bytes.
 const MaxPayload = 32 << 20
 
 var be = binary.BigEndian
