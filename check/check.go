@@ -5,20 +5,19 @@
 //		fmt.Println(f) // "DS015 error: area 0 slot 2, byte 0x1020: origin chunk …"
 //	}
 //
-// Opening a store (package store) stops at the first thing that can't be, as it should. Here nothing is
-// believed: the areas are read raw, one after the other, to the end mark and beyond it, and every slot is
-// held against the layout, the device's size and all slots before. What is wrong becomes a [Finding] with
-// the code of its [Problem]: the table in problems.go, from which docs/problems.md is made, has for each a
-// sentence, what Linux does, and what helps. The codes are promises; scripts may look for them.
+// Opening a store (package store) stops at the first problem. A check reads all areas raw, one after the other, to the end
+// mark and beyond it, and compares every slot with the layout, the device's size and all slots before. Each problem becomes
+// a [Finding] with the code of its [Problem]: the table in problems.go, from which docs/problems.md is made, has a sentence
+// about each, what Linux does, and the remedy.
 //
-//	header ──> chunk size ──> area 0, 1, … up to the end mark ──> behind it ──> what no slot names
-//	DS001…DS008               DS009…DS012, DS014…DS021           DS013         DS022, DS023
+//	header ──> chunk size ──> area 0, 1, … up to the end mark ──> after it ──> data chunks that no slot names
+//	DS001…DS008               DS009…DS012, DS014…DS021           DS013        DS022, DS023
 //
-// A check that finds nothing promises that the store opens and that all its chunks can be where they are
-// said to be. It reads metadata alone, never the data. Memory is a bit for each chunk on both sides, at
-// most 512 MiB for sensible sizes, whatever the device says.
+// Guarantees: a store without findings can be opened, and all its chunks are at valid places. Data is not read. Codes never
+// change their meaning. Memory is a bit for each chunk on both sides, at most 512 MiB for usual sizes, whatever the device
+// holds.
 //
-// [Options.Each] is called for every slot, so that repairing and rescuing judge slots as checking does.
+// [Options.Each] is called for every slot, so that packages repair and rescue classify slots as a check does.
 package check
 
 import (
@@ -30,24 +29,24 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// Options say how [Run] looks at a store. The zero value is ready.
+// Options are the options of [Run]. The zero value is usable.
 type Options struct {
-	// Origin, where not nil, is the device that the store belongs to: its size is looked at.
+	// Origin, where not nil, is the device that the store belongs to; its size is compared with the exceptions.
 	Origin block.Device
-	// ChunkSectors, where not 0, is believed instead of the header's chunk size, and the areas are
-	// looked at even if the header is none.
+	// ChunkSectors, where not 0, is used instead of the header's chunk size, and the areas are checked even if the
+	// header is invalid.
 	ChunkSectors uint32
 	// Limit is how many findings of one code the report has; the rest are counted. 0 means 16.
 	Limit int
-	// Each hears of every used slot, in order, with the code of the first thing that is wrong with
-	// it, or 0. OriginTooSmall is no fault of a slot and not told here.
+	// Each is called for each used slot, in order, with the code of its first problem, or 0. OriginTooSmall is no
+	// problem of a slot and not reported here.
 	Each func(e store.Entry, c Code)
-	// Progress hears how far the device has been looked at, in bytes, once an area at most.
+	// Progress is called with how much of the device was checked, in bytes, at most once an area.
 	Progress func(done, total int64)
 }
 
-// Run checks the store on dev. Whatever the device holds, or fails to read, is a finding and no error; the
-// error is ctx's, or that of options which make no sense.
+// Run checks the store on dev. Whatever the device holds, or fails to read, is a finding and no error; an error is that
+// of ctx, or of invalid options.
 func Run(ctx context.Context, dev block.Device, o Options) (*Report, error) {
 	if o.Limit == 0 {
 		o.Limit = 16
@@ -73,7 +72,7 @@ func Run(ctx context.Context, dev block.Device, o Options) (*Report, error) {
 	return s.r, nil
 }
 
-// header judges chunk 0 and finds the layout. more is false when there is nothing to look at behind it.
+// header checks chunk 0 and determines the layout. more is false when nothing after it can be checked.
 func (s *scanner) header() (more bool) {
 	size := s.r.Size
 	if size < ondisk.SectorSize {
@@ -104,7 +103,7 @@ func (s *scanner) header() (more bool) {
 	return true
 }
 
-// judgeHeader reports whether h can be believed.
+// judgeHeader reports whether h is valid.
 func (s *scanner) judgeHeader(h ondisk.Header) bool {
 	switch {
 	case h.Magic == 0:

@@ -14,7 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// image makes a COW device of so many chunks with a header and exceptions in consecutive slots.
+// image makes a COW device of the given number of chunks with a header and exceptions in consecutive slots.
 func image(sectors uint32, chunks uint64, es ...ondisk.Exception) *block.Memory {
 	l := ondisk.Layout{ChunkSectors: sectors}
 	dev := block.NewMemory(int64(chunks) * l.ChunkBytes())

@@ -8,7 +8,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// closing says what can be said only when all slots were seen.
+// closing adds the findings that are known only after all slots.
 func (s *scanner) closing() {
 	if f := s.past; f.count > 0 {
 		s.r.add(s.o.Limit, DeviceCut, func() string { return s.l.Place(f.slot) }, f.count, func() string {
@@ -36,8 +36,8 @@ func are(n uint64, what string) string {
 	return fmt.Sprintf("%d %ss are", n, what)
 }
 
-// needBytes is how long a device must be for the largest chunk that a cut store names. It may be past
-// all devices.
+// needBytes is how long a device must be for the largest chunk that a truncated store names. It may be longer than any
+// device.
 func (s *scanner) needBytes() uint64 { return s.need << s.l.Shift() }
 
 // leaked finds the data chunks below the next free one that no slot names.
@@ -76,8 +76,8 @@ func (s *scanner) dataChunks(from, to ondisk.COWChunk) uint64 {
 	return uint64(to-from) - (areas(to) - areas(from))
 }
 
-// second is a slot that says what an earlier one has said. The earlier one is looked for afterwards: to
-// remember the slots of all exceptions for it would take more memory than all the rest.
+// second is a slot that repeats a chunk of an earlier one. The earlier one is searched for afterwards: to remember the
+// slots of all exceptions would take more memory than everything else.
 type second struct {
 	code  Code
 	index int // in Report.Findings
@@ -115,7 +115,7 @@ func (s *scanner) findFirsts() error {
 		}
 	}
 	for _, t := range s.twice {
-		if !done[t] { // what was readable a moment ago no longer is
+		if !done[t] { // what was readable before no longer is
 			s.r.Findings[t.index].Detail = t.detail(s.l, store.Entry{})
 		}
 	}
@@ -140,7 +140,7 @@ func (t *second) matches(l ondisk.Layout, chunks uint64, e store.Entry) bool {
 	return e.Old == t.e.Old
 }
 
-// detail says what both slots say.
+// detail describes both slots.
 func (t *second) detail(l ondisk.Layout, e store.Entry) string {
 	if t.code == COWShared {
 		return fmt.Sprintf("COW chunk %d is said to keep origin chunk %d here, and origin chunk %d in %s", t.e.New, t.e.Old, e.Old, l.Place(e.Slot))

@@ -10,7 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/check"
 )
 
-var update = flag.Bool("update", false, "write docs/problems.md and the golden outputs anew")
+var update = flag.Bool("update", false, "write docs/problems.md and the golden outputs again")
 
 // page is docs/problems.md.
 func page() string {
@@ -20,18 +20,17 @@ func page() string {
 What ` + "`dmsnap check`" + ` can find, by code. This page is made from the table in ` + "`check/problems.go`" + ` by ` + "`make docs`" + `; the
 codes never change their meaning.
 
-An **error** means that the store can't be loaded, or that what it shows is wrong or missing somewhere. A **warning**
-means that all is right now, but that something ordinary that happens next may spoil it. A **note** means lost space,
-or nothing at all.
+An **error** means that the store can't be loaded, or that its content is wrong or missing somewhere. A **warning** means
+that the content is correct now, but that a later operation may damage it. A **note** means lost space, or no loss at all.
 
-| code | problem | severity | repair mends it |
+| code | problem | severity | repairable |
 | --- | --- | --- | --- |
 `)
 	for _, p := range check.Problems() {
 		fmt.Fprintf(&b, "| [%v](#%s) | %s | %v | %s |\n", p.Code, strings.ToLower(p.Code.String()), p.Name, p.Severity, p.Repair)
 	}
 	for _, p := range check.Problems() {
-		fmt.Fprintf(&b, "\n## %v\n\n**%s.** %s\n\n- Linux: %s\n- What helps: %s\n", p.Code, p.Name, p.Means, p.Kernel, p.Helps)
+		fmt.Fprintf(&b, "\n## %v\n\n**%s.** %s\n\n- Linux: %s\n- Remedy: %s\n", p.Code, p.Name, p.Means, p.Kernel, p.Remedy)
 	}
 	return b.String()
 }
@@ -56,7 +55,7 @@ func TestTableIsWhole(t *testing.T) {
 		if int(p.Code) != i+1 || p.Name == "" || p.Severity == 0 || p.Repair == "" {
 			t.Errorf("row %d: %+v", i+1, p)
 		}
-		for _, s := range []string{p.Means, p.Kernel, p.Helps} {
+		for _, s := range []string{p.Means, p.Kernel, p.Remedy} {
 			if !strings.HasSuffix(s, ".") {
 				t.Errorf("%v: %q is no sentence", p.Code, s)
 			}

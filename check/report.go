@@ -10,7 +10,7 @@ import (
 type Finding struct {
 	Code   Code
 	Place  string // "area 3 slot 17, byte 0x1a10"
-	Detail string // what was found there, in a sentence
+	Detail string // a sentence about what was found there
 	Count  uint64 // how many slots, chunks or bytes are concerned, as Detail says; at least 1
 }
 
@@ -22,22 +22,22 @@ func (f Finding) String() string {
 	return fmt.Sprintf("%v %v: %s: %s", f.Code, f.Problem().Severity, f.Place, f.Detail)
 }
 
-// A Report is all that [Run] has to say of a store.
+// A Report is the result of [Run].
 type Report struct {
 	Size   int64         // bytes of the device
 	Header ondisk.Header // as found
-	Layout ondisk.Layout // zero where none could be made out: then there are no areas
-	// Findings are in the order in which they were met, at most Options.Limit of each code.
+	Layout ondisk.Layout // zero where it is unknown: then no area was checked
+	// Findings are in the order of the slots, at most Options.Limit of each code.
 	Findings []Finding
-	// Found counts what was met of each code, also what is left out of Findings.
+	// Found counts the findings of each code, also those left out of Findings.
 	Found map[Code]uint64
 
-	Areas      uint64             // that hold exceptions, or the end mark, and were looked at
+	Areas      uint64             // that hold exceptions, or the end mark, and were checked
 	Slots      uint64             // used: before the end mark
-	Exceptions uint64             // of them, those that are sound
-	NextFree   ondisk.COWChunk    // the chunk that would be handed out next
+	Exceptions uint64             // of them, those without a problem
+	NextFree   ondisk.COWChunk    // the chunk that would be allocated next
 	Leaked     uint64             // data chunks below NextFree that no slot names
-	Runs       uint64             // stretches of exceptions that are consecutive on both sides
+	Runs       uint64             // ranges of exceptions that are consecutive on both sides
 	LastOrigin ondisk.OriginChunk // the largest origin chunk with a sound exception; 0 without any
 }
 
@@ -57,7 +57,7 @@ func (r *Report) Clean() bool { return len(r.Found) == 0 }
 // Has reports whether a problem was found.
 func (r *Report) Has(c Code) bool { return r.Found[c] > 0 }
 
-// add notes a finding. The detail is made only where there is room for it: a disk of garbage has millions.
+// add adds a finding. The detail is made only below the limit: a disk of garbage has millions.
 func (r *Report) add(limit int, c Code, place func() string, count uint64, detail func() string) *Finding {
 	r.Found[c]++
 	if r.Found[c] > uint64(limit) {

@@ -12,7 +12,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A scanner is one check under way.
+// A scanner is one check in progress.
 type scanner struct {
 	ctx    context.Context
 	dev    block.Device
@@ -22,21 +22,21 @@ type scanner struct {
 	chunks uint64 // whole ones on the device
 
 	olds, news set
-	maxOld     uint64 // an origin chunk from here on can't be
+	maxOld     uint64 // origin chunks from here on are impossible
 	originEnd  uint64 // an origin chunk from here on is not in the origin; MaxUint64: not known
 
-	prev      ondisk.COWChunk  // of the slot before that named a chunk in its place, or past a cut device
+	prev      ondisk.COWChunk  // of the last slot whose chunk was in allocation order, or past a truncated device
 	areaNext  uint64           // the first area chunk behind prev, so that few divisions are made
 	lastSound ondisk.Exception // to count runs
 	ended     bool             // the end mark was met
-	fetched   uint64           // means nothing; it keeps the compiler from leaving fetch out
+	fetched   uint64           // unused; it keeps the compiler from removing fetch
 
-	disorder, beyond, past first // findings that are made once, with all their slots
+	disorder, beyond, past first // findings that are reported once, with all their slots
 	need                   uint64
 	twice                  []*second
 }
 
-// first is where something was met first, and how often in all.
+// first is the first place of a problem, and how often it was found.
 type first struct {
 	slot  ondisk.Slot
 	e     ondisk.Exception
@@ -50,7 +50,7 @@ func (f *first) met(s ondisk.Slot, e ondisk.Exception) {
 	f.count++
 }
 
-// areas looks at one area after the other.
+// areas checks one area after the other.
 func (s *scanner) areas() error {
 	s.maxOld = uint64(math.MaxInt64)>>s.l.Shift() + 1 // the last chunk may overlap the largest offset
 	s.originEnd = math.MaxUint64
@@ -75,7 +75,7 @@ func (s *scanner) areas() error {
 	return nil
 }
 
-// noArea says that area should be there and is not.
+// noArea reports that an area is missing.
 func (s *scanner) noArea(area uint64) {
 	off := s.l.COWOffset(s.l.AreaChunk(area))
 	c, why := NoEndMark, "the device ends exactly there"
@@ -91,7 +91,7 @@ func (s *scanner) noArea(area uint64) {
 		})
 }
 
-// area looks at the slots of one area.
+// area checks the slots of one area.
 func (s *scanner) area(area uint64) {
 	void := first{}
 	var last ondisk.Slot
@@ -151,8 +151,8 @@ func (s *scanner) unreadable(area uint64, p store.RawPiece) {
 // fetchSlots is for how many slots ahead the words of the set are fetched.
 const fetchSlots = 64
 
-// slots judges slots up to the end mark, and returns how many bytes of b, in slots, it took: with the end
-// mark. This is the loop that tens of millions of exceptions go through.
+// slots checks slots up to the end mark, and returns how many bytes of b it checked, the end mark included. It is the
+// inner loop, for tens of millions of exceptions.
 func (s *scanner) slots(at ondisk.Slot, b []byte) int {
 	n := 0
 	for ; len(b) >= ondisk.SlotSize; b = b[ondisk.SlotSize:] {
@@ -186,7 +186,7 @@ func (s *scanner) slots(at ondisk.Slot, b []byte) int {
 	return n
 }
 
-// judge returns the first thing that is wrong with a slot, or 0, and notes all.
+// judge returns the first problem of a slot, or 0, and records all.
 func (s *scanner) judge(slot ondisk.Slot, e ondisk.Exception) Code {
 	wrong := Code(0)
 	if c := s.judgeNew(slot, e); c != 0 {
@@ -200,7 +200,7 @@ func (s *scanner) judge(slot ondisk.Slot, e ondisk.Exception) Code {
 		s.found(OriginImpossible, slot, "origin chunk %d, of %d bytes a chunk", e.Old, s.l.ChunkBytes())
 		wrong = cmpOr(wrong, OriginImpossible)
 	case wrong != 0:
-		// What is dropped for its COW chunk hides no other slot for its origin chunk.
+		// A slot that is dropped for its COW chunk does not make another slot for its origin chunk a duplicate.
 	case !s.olds.add(uint64(e.Old)):
 		s.shared(DuplicateOrigin, slot, e)
 		wrong = DuplicateOrigin
@@ -217,12 +217,12 @@ func cmpOr(a, b Code) Code {
 	return b
 }
 
-// judgeNew judges where the data is said to be.
+// judgeNew checks the COW chunk of a slot.
 func (s *scanner) judgeNew(slot ondisk.Slot, e ondisk.Exception) Code {
 	new := uint64(e.New)
 	if new > uint64(s.prev) && new < s.areaNext && new < s.chunks {
 		s.prev = e.New
-		return 0 // the usual: somewhat behind the one before, in the same stretch of data
+		return 0 // the usual case: shortly after the one before, in the same area's data
 	}
 	switch {
 	case new >= 1<<56:
@@ -241,8 +241,8 @@ func (s *scanner) judgeNew(slot ondisk.Slot, e ondisk.Exception) Code {
 	return 0
 }
 
-// pastDevice tells a device that was cut from a slot of nonsense: in a store that was cut the chunks go on
-// in the order in which they are handed out.
+// pastDevice distinguishes a truncated device from an invalid slot: in a truncated store the chunks continue in the
+// order of allocation.
 func (s *scanner) pastDevice(slot ondisk.Slot, e ondisk.Exception) Code {
 	n := slot.Area*s.l.SlotsPerArea() + slot.Index
 	if e.New == s.l.DataChunk(n) || e.New == s.l.NextData(s.prev+1) {
@@ -255,7 +255,7 @@ func (s *scanner) pastDevice(slot ondisk.Slot, e ondisk.Exception) Code {
 	return COWPastDevice
 }
 
-// found notes a finding about one slot.
+// found records a finding about one slot.
 func (s *scanner) found(c Code, slot ondisk.Slot, format string, args ...any) *Finding {
 	return s.r.add(s.o.Limit, c, func() string { return s.l.Place(slot) }, 1, func() string { return fmt.Sprintf(format, args...) })
 }

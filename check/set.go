@@ -9,8 +9,8 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A set holds chunk numbers of one side. It is made for tens of millions of them, at some nanoseconds
-// each, and for the worst that a disk can say, in bounded memory.
+// A set holds chunk numbers of one side. It is made for tens of millions of them, at some nanoseconds each, and for any
+// content of a disk, in bounded memory.
 //
 // Numbers below 2^31, which is every chunk of 4 KiB on a device of 8 TiB, are bits; the bits come in
 // segments of 64 KiB that are made when they are needed, so that they take 256 MiB at most. Larger ones
@@ -44,9 +44,9 @@ func (s *set) add(number uint64) bool {
 	return true
 }
 
-// fetch reads the words in which add will look for the origin chunks of slots b, and throws them away. They are
-// scattered over memory, a few hundred nanoseconds away each; a loop as short as this has many of them
-// under way at once, which the long one that judges slots has not.
+// fetch reads the words in which add will look for the origin chunks of slots b, and discards them. They are scattered
+// over memory, with a latency of a few hundred nanoseconds each; a loop as short as this has many such reads in flight
+// at once, which the long loop that checks slots has not.
 func (s *set) fetch(b []byte) (sum uint64) {
 	for ; len(b) >= ondisk.SlotSize; b = b[ondisk.SlotSize:] {
 		number := binary.LittleEndian.Uint64(b)
@@ -58,7 +58,7 @@ func (s *set) fetch(b []byte) (sum uint64) {
 }
 
 func (s *set) addLarge(number uint64) bool {
-	// The same number on both sides makes a stretch of consecutive ones a single run.
+	// The same number on both sides makes consecutive ones a single run.
 	return s.large.Insert(ondisk.Exception{Old: ondisk.OriginChunk(number), New: ondisk.COWChunk(number % (1 << 55))})
 }
 
@@ -69,10 +69,10 @@ func (s *set) makeSegment(at uint64) {
 	s.segments[at] = new(segment)
 }
 
-// stretch is count consecutive numbers from first on.
+// range is count consecutive numbers from first on.
 type stretch struct{ first, count uint64 }
 
-// all yields the numbers, ascending, as stretches; neighbours may touch.
+// all yields the numbers, ascending, as ranges, which may be adjacent.
 func (s *set) all() iter.Seq[stretch] {
 	return func(yield func(stretch) bool) {
 		for at, seg := range s.segments {
@@ -88,7 +88,7 @@ func (s *set) all() iter.Seq[stretch] {
 	}
 }
 
-// all yields the stretches of a segment whose first number is base.
+// all yields the ranges of a segment whose first number is base.
 func (g *segment) all(base uint64, yield func(stretch) bool) bool {
 	run := stretch{}
 	for i, word := range g {

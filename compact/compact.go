@@ -1,21 +1,26 @@
-// Package compact makes a dense store of one that has grown: exceptions in the order of the origin, without
-// holes, without what is the same on the origin, in chunks of another size if asked. Or it leaves a store
-// where it is and frees the space of what no exception uses.
+// Package compact copies a store to a dense one: exceptions in the order of the origin, without holes, optionally without
+// chunks that are the same on the origin, or in chunks of another size. Or it leaves a store where it is and frees the
+// space that no exception uses.
+//
+//	plan, err := compact.NewPlan(ctx, cow, compact.Options{Origin: origin, DropUnchanged: true}) // reads only
+//	result, err := plan.Write(ctx, out)                                                           // out: plan.Size() bytes
+//
+//	freed, err := compact.Punch(ctx, cow, nil) // in place
 //
 //	slots    chunk 9 -> 2, 4 -> 3, 5 -> 7, 8 -> 6       COW  | h | a | 9 | 4 | . | . | 8 | 5 | . |
 //	Write    chunk 4 -> 2, 5 -> 3, 8 -> 4, 9 -> 5       COW  | h | a | 4 | 5 | 8 | 9 |
 //	Punch    slots as they are                           COW  | h | a | 9 | 4 |       | 8 | 5 |
 //
-// The law of both: through the engine, the snapshot shows what it showed before, and package check finds
-// nothing new in the store.
+// Guarantee of both: the snapshot has the same content as before, and package check finds no new problem in the store.
+// NewPlan and Write never write to the old store or to the origin.
 //
 // # Chunks of another size
 //
-// A smaller chunk is a part of a stored one. A larger chunk is stored when any part of it was; what else is
-// in it the snapshot showed from the origin, so it is read from there. The last chunk ends where the origin
-// does: what a store has behind that is shown to nobody and becomes zeros, where the origin is known.
+// A smaller chunk is a part of a stored one. A larger chunk is stored when any part of it was; the rest is read from the
+// origin. The last chunk ends where the origin does: bytes of the store after that are not part of the snapshot and become
+// zeros, where the origin is known.
 //
-// A store that is merged half-way is a store like any other: what was merged is not in it any more.
+// A partly merged store is handled like any other: merged exceptions are not in it any more.
 package compact
 
 import (
@@ -31,27 +36,27 @@ import (
 )
 
 var (
-	// ErrDamaged reports a store with problems that have to be mended first (package repair).
+	// ErrDamaged reports a store with problems that have to be repaired first (package repair).
 	ErrDamaged = errors.New("store is damaged")
 
 	// ErrNeedsOrigin reports a task that can't be done without the origin's bytes.
 	ErrNeedsOrigin = errors.New("the origin is needed")
 )
 
-// Options say what the new store is to be like. The zero value asks for the same chunks, dense.
+// Options are the properties of the new store. With the zero value it has the same chunks, dense.
 type Options struct {
-	// Origin is the device that the store belongs to, nil where it is not at hand. It is only read.
+	// Origin is the device that the store belongs to, nil where it is not available. It is only read.
 	Origin block.Device
 	// DropUnchanged leaves out chunks that hold what Origin holds. The snapshot shows the same without
 	// them.
 	DropUnchanged bool
 	// ChunkSectors is the new chunk size, 0 for that of the old store.
 	ChunkSectors uint32
-	// Progress hears how many bytes of the disk were looked at, of how many.
+	// Progress is called with the bytes of the disk that were processed so far and in total.
 	Progress func(done, total int64)
 }
 
-// A Plan is what a new store will be made of. Its methods only read the old one.
+// A Plan is the plan of a new store. Its methods only read the old one.
 type Plan struct {
 	o    Options
 	old  *store.Store
@@ -69,11 +74,11 @@ type Plan struct {
 // anyDisk is an end that no disk reaches.
 const anyDisk = math.MaxInt64
 
-// NewPlan looks at the store on cow and writes nothing.
+// NewPlan checks the store on cow and writes nothing.
 //
-// Errors: store.ErrInvalid; ErrDamaged for one in which package check finds an error; ErrNeedsOrigin where
-// unchanged chunks are to be dropped, or larger chunks made that are not stored whole, and there is no
-// origin; an origin that is not this store's; a chunk size that is none.
+// Errors: store.ErrInvalid; ErrDamaged for one in which package check finds an error; ErrNeedsOrigin where unchanged
+// chunks are to be dropped, or larger chunks made that are not stored whole, and there is no origin; an origin that is
+// not this store's; an invalid chunk size.
 func NewPlan(ctx context.Context, cow block.Device, o Options) (*Plan, error) {
 	if o.DropUnchanged && o.Origin == nil {
 		return nil, fmt.Errorf("%w: what is unchanged shows only beside it", ErrNeedsOrigin)
@@ -110,7 +115,7 @@ func NewPlan(ctx context.Context, cow block.Device, o Options) (*Plan, error) {
 	return p, nil
 }
 
-// open loads a store whose findings are all at most so bad.
+// open loads a store whose findings are all at most as severe as bearable.
 func open(ctx context.Context, cow block.Device, bearable check.Severity) (*store.Store, error) {
 	r, err := check.Run(ctx, cow, check.Options{})
 	if err != nil {
@@ -173,14 +178,13 @@ func (p *Plan) size() int64 {
 // Layout is that of the new store.
 func (p *Plan) Layout() ondisk.Layout { return p.to }
 
-// EndUnknown reports that nothing told where the disk ends, and that it matters: the last stored chunk was cut
-// into smaller ones, and those behind the end of a disk that ends within it are too many. Where it does,
-// the origin must be given.
+// EndUnknown reports that the size of the disk is unknown and matters: the last stored chunk is split into smaller
+// ones, of which those after the end of the disk would be wrong. Then Options.Origin must be set.
 func (p *Plan) EndUnknown() bool {
 	return p.o.Origin == nil && p.to.Shift() < p.old.Layout().Shift() && p.old.Len() > 0
 }
 
-// LastStored is where the last stored chunk begins on the disk, and how long it is, in bytes.
+// LastStored is the range of the last stored chunk on the disk, in bytes.
 func (p *Plan) LastStored() (off, length int64) {
 	last, _ := p.old.LastOrigin()
 	return p.old.Layout().OriginOffset(last), p.old.Layout().ChunkBytes()

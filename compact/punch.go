@@ -12,24 +12,22 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A stretch is neighbouring chunks of a COW device.
+// A stretch is adjacent chunks of a COW device.
 type stretch struct {
 	first ondisk.COWChunk
 	count uint64
 }
 
-// Punch gives back the space of what the store on dev does not use: data chunks that no exception names,
-// areas behind the one with the end mark, and what lies behind the last chunk. The header and all areas in
-// use stay, whatever stands in them. It returns how many bytes were given back; what of them took space
-// before, dev alone knows. Only whole blocks of 4 KiB are.
+// Punch frees the space that the store on dev does not use: data chunks that no exception names, areas after the one
+// with the end mark, and bytes after the last chunk. The header and all areas in use stay unchanged. It returns how
+// many bytes were discarded, whether or not they took space before. Only whole blocks of 4 KiB are discarded.
 //
-// A chunk that is handed out later is written whole, and an area is zeroed before it is used (package
-// store; the kernel does the same), so that nobody reads what was there. Punching may be cut at any time
-// and started again.
+// A chunk that is allocated later is written whole, and an area is zeroed before it is used (package store; the kernel
+// does the same), so that the discarded content is never read. Punch may be interrupted at any time and started again.
 //
-// Errors: store.ErrInvalid, since an invalid store's exceptions are not read, and what they name would be
-// taken for unused; ErrDamaged also for a mere warning of package check, since slots behind a wrong end mark may
-// be worth mending; ctx's cause; those of dev.
+// Errors: store.ErrInvalid, since the exceptions of an invalid store are not read, and their chunks would count as
+// unused; ErrDamaged also for a warning of package check, since slots after a wrong end mark may be repairable; ctx's
+// cause; those of dev.
 func Punch(ctx context.Context, dev block.Device, progress func(done, total int64)) (given int64, err error) {
 	st, err := open(ctx, dev, check.Note)
 	if err != nil {
@@ -39,8 +37,8 @@ func Punch(ctx context.Context, dev block.Device, progress func(done, total int6
 	if err != nil {
 		return 0, err
 	}
-	// The race considered: a process was killed in the middle of a merge, and that slots are gone is in the
-	// cache of the operating system only. A power cut would bring them back, and their chunks would be holes.
+	// The race considered: a process was killed in the middle of a merge, and the cleared slots are in the cache of the
+	// operating system only. A power cut would bring them back, and their chunks would be holes.
 	if err := dev.Flush(); err != nil {
 		return 0, err
 	}
@@ -59,9 +57,9 @@ func Punch(ctx context.Context, dev block.Device, progress func(done, total int6
 	return given, dev.Flush()
 }
 
-// inUse returns the chunks that must stay, ascending: header, areas up to that with the end mark, data. It
-// goes through the slots in their order, in which data chunks ascend as a rule: so the list is short where the
-// store is, however scattered its origin chunks are.
+// inUse returns the chunks that must stay, ascending: header, areas up to that with the end mark, data. It reads the
+// slots in order, in which data chunks usually ascend, so that the list is short however scattered the origin chunks
+// are.
 func inUse(ctx context.Context, dev block.Device, st *store.Store) ([]stretch, error) {
 	l := st.Layout()
 	used := []stretch{{0, 1}}
@@ -83,7 +81,7 @@ func inUse(ctx context.Context, dev block.Device, st *store.Store) ([]stretch, e
 	return used, nil
 }
 
-// appendChunk adds chunk m, to the last stretch where it follows it.
+// appendChunk adds chunk m, to the last range where it follows it.
 func appendChunk(list []stretch, m ondisk.COWChunk) []stretch {
 	if last := &list[len(list)-1]; last.first+ondisk.COWChunk(last.count) == m {
 		last.count++
@@ -92,10 +90,10 @@ func appendChunk(list []stretch, m ondisk.COWChunk) []stretch {
 	return append(list, stretch{m, 1})
 }
 
-// blockBytes is the unit in which file systems keep space, as a rule: less of it can't be freed.
+// blockBytes is the usual allocation unit of file systems: less can't be freed.
 const blockBytes = 4096
 
-// unused yields offset and length, in bytes, of what lies between the stretches and behind them, as whole blocks.
+// unused yields offset and length, in bytes, of the space between the stretches and after them, as whole blocks.
 func unused(l ondisk.Layout, used []stretch, size int64) iter.Seq2[int64, int64] {
 	return func(yield func(off, n int64) bool) {
 		at := int64(0)

@@ -13,7 +13,7 @@ import (
 // pieceBytes is how much is read, compared or written at once.
 const pieceBytes = 1 << 20
 
-// A span is neighbouring chunks of the origin, of the new size unless said otherwise.
+// A span is adjacent chunks of the origin, of the new size unless stated otherwise.
 type span struct {
 	first ondisk.OriginChunk
 	count uint64 // ≥ 1
@@ -48,8 +48,8 @@ func (p *Plan) spans() iter.Seq[span] {
 	}
 }
 
-// compare tells which chunks of s, one by one, differ from the origin's: s is one chunk, or fits in a
-// piece. Only the bytes that the origin has are compared. What it returns is valid until the next call.
+// compare returns for each chunk of s whether it differs from the origin's: s is one chunk, or fits in a piece. Only
+// the bytes that the origin has are compared. What it returns is valid until the next call.
 func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
 	c := &p.same
 	if c.view == nil {
@@ -78,11 +78,11 @@ func (p *Plan) compare(ctx context.Context, s span) ([]bool, error) {
 	return c.differs, nil
 }
 
-// read fills b with what the snapshot shows at byte off, and with zeros behind the end of the disk. Holes are not read.
+// read fills b with what the snapshot shows at byte off, and with zeros after the end of the disk. Holes are not read.
 // It returns how many of these bytes are the origin's.
 func (p *Plan) read(b []byte, off int64) (origins int64, err error) {
 	inside := int64(0)
-	if off >= 0 { // else the last chunk overlaps the largest offset that there is
+	if off >= 0 { // else the last chunk extends past the largest offset
 		inside = max(0, p.end-off)
 	}
 	if inside < int64(len(b)) {

@@ -8,20 +8,19 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A Result says what a new store is made of.
+// A Result describes the new store.
 type Result struct {
 	Exceptions uint64 // chunks of the new size
 	Dropped    uint64 // chunks of the new size that were stored, at least in part, and are the origin's
 	Filled     int64  // bytes of the disk that were not stored and are now, read from the origin
 }
 
-// Write makes the new store on dst, which has at least Size bytes, and makes it durable. The order of writes is
-// that of package store: what dst held is gone from the first write on, and at every instant it holds
-// no store, or a sound one of the first so many chunks. Where there is a stretch of zeros dst gets
-// no space, if it can be without.
+// Write makes the new store on dst, which has at least Size bytes, and makes it durable. The order of writes is that of
+// package store: the previous content of dst is lost from the first write on, and at every instant dst holds no store,
+// or a valid one of the first chunks. Ranges of zeros become holes where dst supports them.
 //
-// Errors: ctx's cause; what store.Create says of dst; store.ErrFull where dst, or the file system beneath,
-// has no room; failed reads and writes.
+// Errors: ctx's cause; what store.Create says of dst; store.ErrFull where dst, or the file system beneath, has no
+// space; failed reads and writes.
 func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	st, err := store.Create(dst, p.to, true)
 	if err != nil {
@@ -52,10 +51,10 @@ type writer struct {
 	st   *store.Store
 	fill *store.Filler
 	made Result
-	done uint64 // chunks looked at
+	done uint64 // chunks processed
 }
 
-// span takes over what is to be kept of s, as many chunks at a time as fit in a piece.
+// span copies the chunks of s that are to be kept, as many at a time as fit in a piece.
 func (w *writer) span(s span) error {
 	together := max(1, uint64(pieceBytes)>>w.p.to.Shift())
 	for s.count > 0 {
@@ -72,7 +71,7 @@ func (w *writer) span(s span) error {
 	return nil
 }
 
-// part takes over the chunks of s, or those that differ.
+// part copies the chunks of s, or those that differ.
 func (w *writer) part(s span) error {
 	if !w.p.o.DropUnchanged {
 		return w.copy(s)
@@ -112,7 +111,7 @@ func (w *writer) copy(s span) error {
 	return err
 }
 
-// close gives back the space that was set aside for further chunks.
+// close frees the space that was reserved for further chunks.
 func (w *writer) close() error {
 	dev, l := w.st.Device(), w.p.to
 	end := int64(l.ChunksNeeded(w.made.Exceptions)) << l.Shift()

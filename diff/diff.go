@@ -1,25 +1,25 @@
-// Package diff reports where two views of a disk differ: a snapshot from its origin, or two snapshots of one
-// origin from each other.
+// Package diff reports where two views of a disk differ: a snapshot from its origin, or two snapshots of one origin from
+// each other.
 //
 //	d, err := diff.New(origin, st)
 //	for e := range d.Extents() { ... }              // may differ: from the exceptions alone
 //	for e, err := range d.Verified(ctx) { ... }     // bytes compared
 //
-// What an exception store knows costs nothing to ask: a chunk without an exception reads from the origin,
-// so two views that both have none there are the same. Where one has an exception they may differ:
+// A chunk without an exception is read from the origin, so two views that both have none there are the same. Where one has
+// an exception they may differ:
 //
 //	origin     ....aaaa....bbbb....cccc....
 //	COW 1          AAAA    bbbb                  exceptions: a chunk written, a chunk copied
 //	Extents        ^^^^    ^^^^                  from the exceptions alone: what may differ
 //	Verified       ^^^^    ====                  bytes were compared: Changed, and Copied
 //
-// The answer from exceptions alone is never too small. It is too large where a chunk was copied because
-// a few of its bytes were written, or because the same bytes were written again, or where two snapshots
-// both kept the same old chunk. Verified reads what Extents names, and nothing else, and tells such places
-// apart to the sector.
+// Guarantees: Extents reads no data and contains every difference. It is larger than the difference where a chunk was
+// copied because a few of its bytes were written, where the same bytes were written again, or where two snapshots both kept
+// the same old chunk. Verified reads the ranges of Extents, and nothing else, and separates them to the sector. Nothing is
+// written.
 //
 // A store maps chunks of its own size (docs/spec/dm-snapshot.md §2.4), so everything here is in bytes of the disk; two
-// stores need not have one chunk size. The last chunk ends where the origin does.
+// stores need not have the same chunk size. The last chunk ends where the origin does.
 package diff
 
 import (
@@ -29,7 +29,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A Class says what is known of an extent that some store has exceptions for.
+// A Class is the result for an extent that a store has exceptions for.
 type Class uint8
 
 const (
@@ -45,7 +45,7 @@ func (c Class) String() string {
 	return "changed"
 }
 
-// An Extent is a stretch of the disk, in bytes.
+// An Extent is a range of the disk, in bytes.
 type Extent struct {
 	Off, Length int64 // Length > 0
 	Class       Class
@@ -90,7 +90,7 @@ func (d *Diff) Extents() iter.Seq[Extent] {
 		next, stop := iter.Pull(exceptions(d.right))
 		defer stop()
 		b, more := next()
-		var open Extent // what was met last; its neighbour may still join
+		var open Extent // the last one, which may still grow
 		add := func(e Extent) bool {
 			if end := open.Off + open.Length; open.Length > 0 && e.Off <= end {
 				open.Length = max(end, e.Off+e.Length) - open.Off

@@ -39,13 +39,13 @@ func (d *Diff) Verified(ctx context.Context) iter.Seq2[Extent, error] {
 	}
 }
 
-// comparison joins what pieces say to extents.
+// comparison joins the results of pieces to extents.
 type comparison struct {
 	d       *Diff
 	a, b    []byte
 	open    Extent // still growing, when its length is not 0
 	yield   func(Extent) bool
-	stopped bool // the listener had enough
+	stopped bool // yield returned false
 }
 
 // piece compares n bytes at off.
@@ -82,7 +82,7 @@ func (c *comparison) add(e Extent) {
 	c.open = e
 }
 
-// end yields what was growing.
+// end yields the open extent.
 func (c *comparison) end() {
 	if c.open.Length > 0 && !c.stopped {
 		c.stopped = !c.yield(c.open)
@@ -90,7 +90,7 @@ func (c *comparison) end() {
 	c.open = Extent{}
 }
 
-// fail yields what is known, and then the error.
+// fail yields the open extent, and then the error.
 func (c *comparison) fail(err error, yield func(Extent, error) bool) {
 	if c.end(); !c.stopped {
 		yield(Extent{}, err)

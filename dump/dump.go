@@ -1,8 +1,11 @@
-// Package dump writes the metadata of an exception store as text that a person can read and review, and
-// makes a store of such a text again.
+// Package dump writes the metadata of an exception store as text that a person can read and review, and makes a store from
+// such a text.
 //
-// The text goes both ways for every store, sound or damaged: restoring a dump gives the same bytes of
-// metadata, and dumping that gives the same text. Nothing is judged on the way; package check does.
+//	err := dump.Text(ctx, os.Stdout, cow, dump.Options{})
+//	made, err := dump.Restore(ctx, file, func(size int64) (block.Device, error) { return block.Create("new.cow", size) })
+//
+// Guarantees: for every store, valid or damaged, restoring a dump gives the same bytes of metadata, and dumping that gives
+// the same text. Nothing is validated on the way; package check does that. Reading a dump takes bounded memory.
 //
 //	dmsnap store 1
 //	size 65536
@@ -14,20 +17,19 @@
 //	slot 9: 7 -> 3
 //	end
 //
-// The first line names the form and its version, the last shows that nothing was cut off. A size is in bytes, slots count from 0 in their area, a
-// slot says which origin chunk is kept in which COW chunk. What is not mentioned is zero: so the end mark
-// needs no line, and slots after it are written like any others. A "#" begins a comment, which restoring
-// ignores.
+// The first line names the format and its version, the last shows that nothing was cut off. A size is in bytes, slots count
+// from 0 in their area, a slot names an origin chunk and the COW chunk that stores it. Everything else is zero, so the end
+// mark needs no line, and slots after it are written like any others. A "#" begins a comment, which Restore ignores.
 //
-//	chunk-sectors 8                the layout to use, where the header does not say it
+//	chunk-sectors 8                the layout to use, where the header does not have it
 //	byte 0x10: 0badcafe            bytes at an offset of the device, at most 32, in hexadecimal
-//	byte 0x2000 x128: 41414141…    the same bytes so many times, one after the other
+//	byte 0x2000 x128: 41414141…    the same bytes, repeated 128 times
 //
-// "byte" lines hold what else is in the header's chunk, a torn end of a device, and with [Options.Data] the
-// data chunks that slots name. The order of lines after the header is free; of two that say something
-// about the same bytes the later one holds.
+// "byte" lines hold the rest of the header's chunk, a part of a slot at the end of a device, and with [Options.Data] the
+// data chunks that slots name. The order of lines after the header is free; of two lines about the same bytes the later one
+// counts.
 //
-// [Pack] writes the same, compressed, for a bug report. [JSON] is for programs and goes one way.
+// [Pack] writes the same, compressed, for a bug report. [JSON] is for programs and can't be restored.
 package dump
 
 import (
@@ -42,17 +44,17 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// Options say what is dumped. The zero value is ready.
+// Options are the options of a dump. The zero value is usable.
 type Options struct {
-	// ChunkSectors, where not 0, is believed instead of the header's chunk size.
+	// ChunkSectors, where not 0, is used instead of the header's chunk size.
 	ChunkSectors uint32
 	// Data has the data chunks dumped too.
 	Data bool
-	// Progress hears how far the device has been looked at, in bytes.
+	// Progress is called with how much of the device was read so far and in total, in bytes.
 	Progress func(done, total int64)
 }
 
-// ErrUnreadable reports that a dump has gaps: it is whole otherwise, and says where they are.
+// ErrUnreadable reports that a dump has gaps, which it lists. Otherwise it is complete.
 var ErrUnreadable = errors.New("parts of the metadata could not be read")
 
 // Text writes the metadata of dev to w as text. Errors are w's, ctx's, and ErrUnreadable.
@@ -65,7 +67,7 @@ func JSON(ctx context.Context, w io.Writer, dev block.Device, o Options) error {
 	return walk(ctx, newJSON(w), dev, o)
 }
 
-// A form is a way of writing what walk meets, in this order. Errors are kept until finish.
+// A form is an output format. walk calls its methods in this order. Errors are kept until finish.
 type form interface {
 	size(bytes int64)
 	layout(sectors, inHeader uint32) // sectors is 0 where there is none
@@ -92,10 +94,10 @@ func (r run) follows(slot, old, new uint64) bool {
 	return slot == r.slot+r.count && old == r.old+r.count && new == r.new+r.count && old != 0 && new != 0
 }
 
-// headerGuess is how much of a device is taken for its header's chunk where no chunk size says it.
+// headerGuess is the assumed size of the header's chunk where the chunk size is unknown.
 const headerGuess = 4096
 
-// walk tells f what is on dev.
+// walk calls f for the content of dev.
 func walk(ctx context.Context, f form, dev block.Device, o Options) error {
 	w := walker{ctx: ctx, f: f, dev: dev, o: o}
 	f.size(dev.Size())
@@ -126,11 +128,11 @@ type walker struct {
 	f    form
 	dev  block.Device
 	o    Options
-	l    ondisk.Layout // zero: none can be made out
+	l    ondisk.Layout // zero: unknown
 	gaps int64         // bytes
 }
 
-// head tells of the header's chunk and finds the layout.
+// head writes the header's chunk and determines the layout.
 func (w *walker) head() error {
 	var b [ondisk.HeaderSize]byte
 	var h ondisk.Header
@@ -160,7 +162,7 @@ func (w *walker) head() error {
 	return w.rest(from, end)
 }
 
-// rest tells of bytes that are no slots.
+// rest writes bytes that are no slots.
 func (w *walker) rest(off, end int64) error {
 	buf := make([]byte, 64<<10)
 	for off < end {
@@ -173,7 +175,7 @@ func (w *walker) rest(off, end int64) error {
 			off += int64(len(b))
 			continue
 		}
-		// Sector by sector: one that is bad hides no other.
+		// Sector by sector: an unreadable one affects no other.
 		for len(b) > 0 {
 			s := b[:min(ondisk.SectorSize-off%ondisk.SectorSize, int64(len(b)))]
 			if _, err := w.dev.ReadAt(s, off); err != nil {
@@ -200,7 +202,7 @@ func (w *walker) stopped() error {
 	return w.f.failed()
 }
 
-// areas tells of all areas up to the one with the end mark, or up to the end of the device.
+// areas writes all areas up to the one with the end mark, or up to the end of the device.
 func (w *walker) areas() error {
 	for area := uint64(0); ; area++ {
 		chunk := w.l.AreaChunk(area)
@@ -223,7 +225,7 @@ func (w *walker) areas() error {
 	}
 }
 
-// area tells of one area and reports whether the end mark is in it.
+// area writes one area and reports whether the end mark is in it.
 func (w *walker) area(area uint64) (ended bool) {
 	var r run
 	end, marked := uint64(0), false
@@ -258,7 +260,7 @@ func (w *walker) area(area uint64) (ended bool) {
 				r = run{i, 1, old, new}
 			}
 			if new == 0 {
-				flush() // a slot that ends the exceptions stands alone
+				flush() // the end mark is a run of its own
 			}
 		}
 		if len(b) > 0 { // the device ends within a slot
@@ -273,12 +275,12 @@ func (w *walker) area(area uint64) (ended bool) {
 	return ended
 }
 
-// data tells of the chunks that slots before the end mark name, in the order of the slots.
+// data writes the chunks that slots before the end mark name, in the order of the slots.
 func (w *walker) data() error {
 	w.f.beginData()
 	for e, err := range store.Scan(w.dev, w.l) {
 		if err != nil || e.IsEnd() {
-			return nil // what is wrong with the areas was told with the areas
+			return nil // errors in the areas were reported with the areas
 		}
 		if !w.l.IsData(e.New) || uint64(e.New) >= w.l.Chunks(w.dev.Size(), false) {
 			continue

@@ -19,8 +19,8 @@ import (
 //	            "end_slot": 1, "void": false}],
 //	 "unreadable": [{"offset": 4096, "length": 512, "error": "…"}]}
 //
-// A group of slots counts up on all three sides. Slots behind end_slot are void. Bytes are those of the
-// header's chunk and, with Options.Data, of data chunks, under "data".
+// A group of slots counts up on all three sides. Slots after end_slot are void. Bytes are those of the header's chunk
+// and, with Options.Data, of data chunks, under "data".
 type jsonForm struct {
 	w    *bufio.Writer
 	err  error

@@ -14,14 +14,14 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// Restored says what [Restore] made.
+// Restored describes the result of [Restore].
 type Restored struct {
 	Size         int64  // bytes of the device
 	ChunkSectors uint32 // 0 where the text has no usable one
 	Slots        uint64 // that the text mentions
 }
 
-// A SyntaxError says what is wrong with a text, and where.
+// A SyntaxError is an error in a text, with its line.
 type SyntaxError struct {
 	Line int // from 1; 0 for a packed dump that can't be unpacked
 	What string
@@ -37,9 +37,9 @@ func (e *SyntaxError) Error() string {
 // maxLine bounds a line of text, in bytes.
 const maxLine = 1024
 
-// Restore reads a dump, as text or packed, and writes its metadata. create is called once, when the size is
-// known, and returns a device of at least that size that reads as zeros. Nothing is judged: a damaged store
-// is restored damaged. Restore does not flush the device.
+// Restore reads a dump, as text or packed, and writes its metadata. create is called once, when the size is known, and
+// returns a device of at least that size that reads as zeros. Nothing is validated: a damaged store is restored
+// damaged. Restore does not flush the device.
 //
 // Errors: a *SyntaxError; those of r, create and the device; ctx's. Memory is bounded, and a line makes
 // at most a mebibyte, whatever the text says.
@@ -67,7 +67,7 @@ type parser struct {
 	dev    block.Device
 	made   Restored
 	l      ondisk.Layout // zero until it is known
-	fixed  bool          // by a chunk-sectors line, so that the header's counts for nothing
+	fixed  bool          // by a chunk-sectors line, which overrides the header's
 	area   uint64
 	inArea bool
 	ended  bool
@@ -117,7 +117,7 @@ func (p *parser) all() error {
 	}
 }
 
-// one obeys a line.
+// one executes a line.
 func (p *parser) one(s string) error {
 	if p.line == 1 {
 		if s != firstLine {
@@ -167,7 +167,7 @@ func (p *parser) size(words []string) (err error) {
 	return err
 }
 
-// numbers reads words as numbers of at most so many bits; exactly one, unless there are more names.
+// numbers reads words as numbers of at most the given number of bits; exactly one, unless there are more names.
 func (p *parser) numbers(words []string, bits, base int, names ...string) ([]uint64, error) {
 	if names == nil {
 		names = []string{""}
@@ -298,7 +298,7 @@ func (p *parser) bytes(words []string) error {
 	return p.write([]byte(strings.Repeat(string(b), int(count))), int64(off))
 }
 
-// write takes bytes for the device.
+// write queues bytes for the device.
 func (p *parser) write(b []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(b)), p.made.Size); err != nil {
 		return p.wrong("%d bytes at 0x%x are past the end of the device of %d bytes", len(b), off, p.made.Size)

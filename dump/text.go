@@ -13,14 +13,14 @@ const (
 	firstLine = "dmsnap store 1"
 	lastLine  = "end"
 
-	// maxRun and maxRepeat bound what one line of text stands for: a mebibyte. So a short text can't
-	// keep restoring busy for ever.
+	// maxRun and maxRepeat bound what one line of text stands for: a mebibyte. So a short text can't make Restore run
+	// without end.
 	maxRun    = 1 << 16
 	maxRepeat = 1 << 15
 	lineBytes = 32
 )
 
-// text is the form of the package comment.
+// text is the text form, described in the package comment.
 type text struct {
 	w   *bufio.Writer
 	err error
@@ -118,7 +118,7 @@ func (t *text) gap(off, n int64, err error) {
 	b := strconv.AppendInt(append(t.b, "# unreadable: "...), n, 10)
 	b = strconv.AppendInt(append(b, " bytes at 0x"...), off, 16)
 	b = append(b, ": "...)
-	t.line(strconv.AppendQuote(b, err.Error())) // quoted: a path in it may have anything
+	t.line(strconv.AppendQuote(b, err.Error())) // quoted: a path in it may have any characters
 }
 
 func (t *text) hexLine(off int64, b []byte, count int) {
@@ -147,7 +147,7 @@ func (h *hexLines) add(off int64, p []byte) {
 	}
 }
 
-// piece takes bytes that lie within a line.
+// piece adds bytes that are within one line.
 func (h *hexLines) piece(off int64, p []byte) {
 	switch {
 	case h.n > 0 && h.n < lineBytes && off%lineBytes != 0 && off == h.off+int64(h.n):

@@ -34,7 +34,7 @@ type Driver struct {
 	loop     *loop
 	progress func(Progress)
 	complete func() error    // nil, or Options.Completed
-	ctx      context.Context // canceled by Stop: no step waits for room any more
+	ctx      context.Context // canceled by Stop, which ends a step that waits for space
 	cancel   context.CancelFunc
 	ended    chan struct{} // closed when the goroutine has ended
 
@@ -44,8 +44,8 @@ type Driver struct {
 	changed chan struct{} // closed and replaced when state changes
 }
 
-// Start drives m, which must have been resumed, until it is complete or Stop is called. Stop must be
-// called in the end, so that the Driver's goroutine ends.
+// Start drives m, which must have been resumed, until it is complete or Stop is called. Stop must be called eventually,
+// so that the Driver's goroutine ends.
 func Start(m *snapshot.Merging, o Options) *Driver {
 	d := &Driver{loop: newLoop(m, o), progress: o.Progress, complete: o.Completed, state: Running,
 		ended: make(chan struct{}), changed: make(chan struct{})}
@@ -54,7 +54,7 @@ func Start(m *snapshot.Merging, o Options) *Driver {
 	return d
 }
 
-// run makes steps while there is something to do.
+// run makes steps until the merge is complete or stopped.
 func (d *Driver) run() {
 	defer close(d.ended)
 	defer d.cancel()
@@ -69,8 +69,8 @@ func (d *Driver) run() {
 		case err != nil:
 			d.move(Failed, err, Running, Paused)
 		case done:
-			// The race considered: Stop between the last step and here. The merge is complete all the
-			// same, and says so.
+			// The race considered: Stop between the last step and here. The merge is complete anyway, and that is its
+			// state.
 			err := d.loop.m.Close()
 			if err == nil && d.complete != nil {
 				err = d.complete()
@@ -83,8 +83,8 @@ func (d *Driver) run() {
 	}
 }
 
-// restAfter is how long to leave the disks and processors to the clients after a step that took so long, while so
-// many of their requests came: as long again, so that they get half of the time undivided.
+// restAfter is how long to pause after a step that took that long, when clients made requests meanwhile: as long as the
+// step, so that clients have the disks and processors for half of the time.
 func restAfter(took time.Duration, requests uint64) time.Duration {
 	if requests == 0 {
 		return 0
@@ -92,7 +92,7 @@ func restAfter(took time.Duration, requests uint64) time.Duration {
 	return min(took, time.Second)
 }
 
-// rest waits, or until the driver is paused or stopped.
+// rest waits, at most until the driver is paused or stopped.
 func (d *Driver) rest(long time.Duration) {
 	state, changed, _ := d.look()
 	if state != Running {
@@ -127,7 +127,7 @@ func (d *Driver) look() (State, <-chan struct{}, error) {
 	return d.state, d.changed, d.err
 }
 
-// move goes to a state from one of those named, and does nothing in any other.
+// move changes to a state from one of those given, and does nothing in any other.
 func (d *Driver) move(to State, err error, from ...State) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -141,33 +141,32 @@ func (d *Driver) move(to State, err error, from ...State) {
 	}
 }
 
-// Pause stops merging after the step under way. The origin goes on showing the merged content.
+// Pause stops merging after the current step. The origin still shows the merged content.
 func (d *Driver) Pause() { d.move(Paused, nil, Running) }
 
-// Resume goes on merging, also after a step failed.
+// Resume continues merging, also after a step failed.
 func (d *Driver) Resume() { d.move(Running, nil, Paused, Failed) }
 
-// Stop ends the driver after the step under way, or while it waits for room in the COW device of another snapshot, and
-// waits for that. The Merging stays loaded unless it
-// was complete: close it, or start another driver.
+// Stop ends the driver after the current step, or while it waits for space in the COW device of another snapshot, and
+// waits until it has ended. The Merging stays loaded unless it was complete: close it, or start another driver.
 func (d *Driver) Stop() {
 	d.move(Stopped, ErrStopped, Running, Paused, Failed)
 	d.cancel()
 	<-d.ended
 }
 
-// State returns what the driver is doing. The error says why the merge failed, or that the devices
-// could not be flushed when it was complete.
+// State returns what the driver is doing. The error is why the merge failed, or why the devices could not be flushed
+// when it was complete.
 func (d *Driver) State() (State, error) {
 	state, _, err := d.look()
 	return state, err
 }
 
-// Progress tells how far the merge is.
+// Progress returns how far the merge is.
 func (d *Driver) Progress() Progress { return d.loop.progress() }
 
-// Wait waits until the merge is complete (nil), failed (its error) or stopped (ErrStopped), or until ctx
-// ends (the cause of that). It goes on waiting while the merge is paused.
+// Wait waits until the merge is complete (nil), failed (its error) or stopped (ErrStopped), or until ctx ends (the
+// cause of that). It keeps waiting while the merge is paused.
 func (d *Driver) Wait(ctx context.Context) error {
 	for {
 		state, changed, err := d.look()

@@ -8,24 +8,19 @@
 //	err = d.Wait(ctx)
 //
 // Guarantees: an exception is dropped after its data is durable on the origin. A merge that was stopped or killed
-// continues when it is started again.
+// continues when it is started again: merged chunks stay merged, and the others are still in the store.
 //
-// A merge copies the exceptions of a snapshot's store into the origin, the last ones first, and drops
-// each from the store once its data is durable on the origin (docs/spec/dm-snapshot.md §7). One
-// [snapshot.Merging.Step] does that for one window of exceptions and can be cut off anywhere; this
-// package has the loops around it:
+// A merge copies the exceptions of a snapshot's store into the origin, the last ones first, and drops each from the store
+// once its data is durable on the origin (docs/spec/dm-snapshot.md §7). One [snapshot.Merging.Step] does that for one
+// window of exceptions and can be interrupted anywhere; this package has the loops around it, which stop between steps:
 //
-//   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] reports
-//     what it would do, and writes nothing.
-//   - [WriteUndo] keeps what Offline is going to overwrite in a store that takes the merge back, and
-//     [CheckUndo] knows it again.
-//   - [PlanSiblings] reports what other snapshots of the origin have to preserve, [VisibleSiblings] finds some.
-//   - [Begin] makes the side file that says that an offline merge is not complete, [ReadSideFile] finds it.
+//   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] reports what it would do, and writes
+//     nothing.
+//   - [WriteUndo] saves what Offline is going to overwrite in a store that reverts the merge, and [CheckUndo] checks that
+//     store.
+//   - [Begin] makes the side file of an offline merge that is not complete, [ReadSideFile] finds it.
 //   - [Driver] merges in the background while the origin is in use: pause, resume, wait, stop.
-//   - [Run] is the plain loop, for whoever has a Merging of their own.
-//
-// All of them stop between two steps. What was merged stays merged and what was not is still in the
-// store, so a merge that was stopped, or killed, goes on when it is started again.
+//   - [Run] is the plain loop, for callers that have a Merging.
 package merge
 
 import (
@@ -36,12 +31,11 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// DefaultWindow is how much one step merges unless told otherwise, in bytes. Larger windows copy in
-// larger pieces and flush less often; writes to a window wait while it is merged, so it should take
-// no longer than a client is willing to wait.
+// DefaultWindow is how much one step merges by default, in bytes. Larger windows copy in larger pieces and flush less
+// often; writes to a window wait while it is merged, so it should take no longer than clients can wait.
 //
-// Offline, where nobody waits but who wants to interrupt, windows grow up to MaxWindow as long as a step takes
-// little time, and shrink again when it takes long.
+// Offline, where only an interruption waits, windows grow up to MaxWindow as long as a step is short, and shrink again
+// when it is long.
 const (
 	DefaultWindow = 32 << 20
 	MaxWindow     = 256 << 20
@@ -50,14 +44,14 @@ const (
 	slowStep  = time.Second
 )
 
-// Options say how to drive a merge. The zero value is good.
+// Options are the options of a merge. The zero value is usable.
 type Options struct {
-	// Window is how much one step merges, in bytes; 0 means DefaultWindow, and for Offline and Run that
-	// it may grow from there. A step merges at least one chunk.
+	// Window is how much one step merges, in bytes; 0 means DefaultWindow, and for Offline and Run that it grows from
+	// there. A step merges at least one chunk.
 	Window int64
 
-	// Progress is called before the first step and after each, from the goroutine that makes the
-	// steps. It should return soon.
+	// Progress is called before the first step and after each, from the goroutine that makes the steps. It should
+	// return quickly.
 	Progress func(Progress)
 
 	// Siblings are the other snapshots of the origin, which Offline has preserve what they show. With a Driver they are
@@ -69,7 +63,7 @@ type Options struct {
 	Completed func() error
 }
 
-// Progress is how far a merge is. Total counts the exceptions that were there when the driving began.
+// Progress is how far a merge is. Total counts the exceptions at the start.
 type Progress struct {
 	MergedChunks uint64
 	TotalChunks  uint64
@@ -90,7 +84,7 @@ func (p Progress) Percent() float64 {
 	return 100 * float64(p.MergedChunks) / float64(p.TotalChunks)
 }
 
-// loop is a merge with what is counted about it.
+// loop is a merge with its counters.
 type loop struct {
 	m      *snapshot.Merging
 	window uint64 // exceptions a step
@@ -99,7 +93,7 @@ type loop struct {
 	adapt  bool   // window follows the time that steps take
 }
 
-// newLoop begins to count. m has been resumed.
+// newLoop returns the loop of a merge that has been resumed.
 func newLoop(m *snapshot.Merging, o Options) *loop {
 	window := o.Window
 	if window <= 0 {
@@ -110,15 +104,15 @@ func newLoop(m *snapshot.Merging, o Options) *loop {
 	return &loop{m: m, window: uint64(max(1, window/chunk)), chunk: chunk, total: st.Len()}
 }
 
-// progress tells how far the merge is. What is left is asked of the store and not counted along: after
-// a failure the store may be loaded anew, and only it knows what its disk holds.
+// progress returns how far the merge is. The remaining exceptions are read from the store and not counted: after a
+// failure the store may be loaded again, with what is on the disk.
 func (l *loop) progress() Progress {
 	left := min(l.m.Store().Len(), l.total)
 	return Progress{MergedChunks: l.total - left, TotalChunks: l.total, ChunkBytes: l.chunk}
 }
 
-// step makes one step. done: nothing was left. While another snapshot has no room for what it has to keep, it waits,
-// until there may be room or ctx ends, and leaves the repetition to the caller.
+// step makes one step. done: nothing was left. While another snapshot has no space for chunks that it must keep, step
+// waits until there may be space or ctx ends, and the caller repeats it.
 func (l *loop) step(ctx context.Context) (done bool, err error) {
 	began := time.Now()
 	n, err := l.m.Step(l.window)
@@ -134,7 +128,7 @@ func (l *loop) step(ctx context.Context) (done bool, err error) {
 	return n == 0, nil
 }
 
-// nextWindow is the window, in exceptions, after a step of one took so long.
+// nextWindow is the next window, in exceptions, after a step with this window took that long.
 func nextWindow(window uint64, took time.Duration, chunk uint64) uint64 {
 	switch {
 	case took < quickStep:
@@ -145,8 +139,9 @@ func nextWindow(window uint64, took time.Duration, chunk uint64) uint64 {
 	return window
 }
 
-// Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of
-// that), also while a step waits for room in the COW device of another snapshot. m must have been resumed; it stays loaded, to be closed or run again by the caller.
+// Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of that), also
+// while a step waits for space in the COW device of another snapshot. m must have been resumed; the caller closes it or
+// runs it again.
 func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 	l := newLoop(m, o)
 	l.adapt = o.Window <= 0

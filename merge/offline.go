@@ -11,18 +11,18 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A Work is what a merge has to do.
+// A Work is the amount of work of a merge.
 type Work struct {
 	ChunkSectors uint32
 	Chunks       uint64 // exceptions to merge
-	Runs         uint64 // stretches of them that are consecutive on both devices
-	Ranges       uint64 // stretches of the origin that are overwritten
+	Runs         uint64 // runs of them that are consecutive on both devices
+	Ranges       uint64 // ranges of the origin that are overwritten
 	Bytes        int64  // to copy to the origin
 	UndoBytes    int64  // size of a store that keeps what is overwritten; see WriteUndo
 }
 
-// Plan tells what Offline would do with these devices, or the error with which it would refuse. It
-// writes nothing; the devices may be read-only.
+// Plan returns what Offline would do with these devices, or the error with which it would refuse. It writes nothing;
+// the devices may be read-only.
 func Plan(origin, cow block.Device) (Work, error) {
 	m, err := load(origin, cow)
 	if err != nil {
@@ -49,8 +49,8 @@ func workOf(st *store.Store, size int64) Work {
 	return w
 }
 
-// Offline merges the store on cow into origin while nothing else uses the two, and leaves an empty
-// store. Work is what was to be done when it began.
+// Offline merges the store on cow into origin while nothing else uses the two, and leaves an empty store. The result is
+// the work at the beginning.
 //
 // It refuses, with nothing written, what store.Open refuses, an invalid store (store.ErrInvalid), an
 // origin that is smaller than the store's chunks need, and a COW device that is the origin; and what PlanSiblings refuses.
@@ -59,9 +59,8 @@ func workOf(st *store.Store, size int64) Work {
 // at every instant. When such a snapshot is lost nevertheless, because its COW device failed, Offline stops after the step under
 // way, with that error.
 //
-// When ctx ends it stops after the step under way and returns the cause; when a step fails, that error.
-// Either way the store is sound and calling Offline again goes on with what is left. Until then the
-// origin alone is a mixture.
+// When ctx ends it stops after the current step and returns the cause; when a step fails, that error. In both cases the
+// store is valid, and calling Offline again continues. Until then the origin alone is a mixture of both contents.
 func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, error) {
 	over := snapshot.NewOrigin(origin)
 	m, err := loadOn(over, cow)

@@ -147,9 +147,9 @@ const (
 	maxSlots   = 1 << 16 // of a store
 )
 
-// VisibleSiblings returns the paths of regular files in some folders that hold valid stores which fit the origin: a merge
-// changes what they show as snapshots of it, if that is what they are. Devices that are known, by what block.Same compares,
-// are left out, and so are hidden files. Nothing is locked; what can't be read is left out.
+// VisibleSiblings returns the paths of regular files in some directories that hold valid stores which fit the origin: a
+// merge changes what they show as snapshots of it, if that is what they are. Devices that are known, by what block.Same
+// compares, are left out, and so are hidden files. Nothing is locked; what can't be read is left out.
 func VisibleSiblings(origin block.Device, folders []string, known ...block.Device) (paths []string) {
 	looked, seen := 0, append([]block.Device{origin}, known...)
 	for _, folder := range folders {

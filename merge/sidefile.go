@@ -20,25 +20,26 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// ErrUnfinished reports an origin that an offline merge of another COW device has begun to change and not completed:
-// the origin alone is a mixture.
+// ErrUnfinished reports an origin that an offline merge of another COW device has started to change and not completed:
+// the origin alone is a mixture of both contents.
 var ErrUnfinished = errors.New("an offline merge into this origin is not complete")
 
-// ErrNoSideFile reports an origin beside which no side file can be made: a block device, or a file in a folder that
-// can't be written to or has no room.
+// ErrNoSideFile reports an origin for which no side file can be made: a block device, or a file in a directory that
+// can't be written to or has no space.
 var ErrNoSideFile = errors.New("no side file can be made beside the origin")
 
 const (
 	sideFileSuffix = ".merging"
-	sideFileBytes  = 64 << 10 // bounds what is read of one
+	sideFileBytes  = 64 << 10 // largest size that is read
 )
 
-// A SideFile says that an offline merge into an origin is under way. It is the file ORIGIN.merging beside the origin,
-// behind symbolic links, and is there, durably, from before the first byte of the origin changes until the last one is
-// durable. Whoever calls its methods has the origin locked as a writer; [ReadSideFile] may be called at any time.
+// A SideFile marks an offline merge into an origin as incomplete. It is the file ORIGIN.merging in the directory of the
+// origin (symbolic links resolved), and exists, durably, from before the first byte of the origin changes until the
+// last one is durable. Callers of its methods hold the origin's lock as a writer; [ReadSideFile] may be called at any
+// time.
 //
-// The COW device that is merged is known again by a random id in its first sector (ondisk.MergeLabel), wherever it has
-// been moved. So is an undo store of the merge (by its ondisk.UndoLabel), which takes the merge back.
+// The merged COW device is identified by a random id in its first sector (ondisk.MergeLabel), also after it was moved.
+// So is an undo store of the merge (by its ondisk.UndoLabel), which reverts the merge.
 type SideFile struct {
 	path string
 	old  *sideFileBody // before Begin; nil where there was none
@@ -47,13 +48,13 @@ type SideFile struct {
 
 // sideFileBody is the content of a side file.
 type sideFileBody struct {
-	About string `json:"about"` // for a person who opens it
+	About string `json:"about"` // for people
 	COW   string `json:"cow"`   // the path as it was; for messages only
 	ID    string `json:"id"`    // of COW's MergeLabel
 
 	// Undo are the ids of the undo stores of this merge.
 	Undo []undoStore `json:"undo,omitempty"`
-	// Back is the undo store that is being merged, to take the merge back.
+	// Back is the undo store that is being merged, to revert the merge.
 	Back *takingBack `json:"taking_back,omitempty"`
 }
 
@@ -127,7 +128,7 @@ func ReadSideFile(origin string) (*SideFile, error) {
 // Path is the path of the side file.
 func (s *SideFile) Path() string { return s.path }
 
-// COW is where the COW device was that is merged, or the undo store, if the merge is being taken back.
+// COW is the path of the COW device that is merged, or of the undo store, if the merge is being reverted.
 func (s *SideFile) COW() string {
 	if s.now.Back != nil {
 		return s.now.Back.COW
@@ -135,7 +136,7 @@ func (s *SideFile) COW() string {
 	return s.now.COW
 }
 
-// TakingBack reports whether an undo store is merged to take an earlier merge back.
+// TakingBack reports whether an undo store is merged to revert an earlier merge.
 func (s *SideFile) TakingBack() bool { return s.now.Back != nil }
 
 // Refuse returns the error for a COW device that does not belong to the merge.
@@ -144,7 +145,7 @@ func (s *SideFile) Refuse() error {
 		ErrUnfinished, s.COW(), s.path)
 }
 
-// Check returns ErrUnfinished for a store that does not belong to the merge: the origin is a mixture to it. The store
+// Check returns ErrUnfinished for a store that does not belong to the merge: the origin is a mixture for it. The store
 // that is being merged belongs to it, and so do its undo stores.
 func (s *SideFile) Check(cow block.Device) error {
 	merging, undos, err := s.read(cow)
@@ -157,7 +158,7 @@ func (s *SideFile) Check(cow block.Device) error {
 	return s.Refuse()
 }
 
-// read returns the ids of a store's labels: as one that is merged, and as an undo store. "" is none.
+// read returns the ids of a store's labels: as a merged store, and as an undo store. "" is none.
 func (s *SideFile) read(cow block.Device) (merging, undos string, err error) {
 	var b [ondisk.SectorSize]byte
 	if _, err := cow.ReadAt(b[:], 0); err != nil {
@@ -181,9 +182,9 @@ func (s *SideFile) undoStore(id string) *undoStore {
 }
 
 // Begin makes the side file durable, for a merge of cow into the origin, with the id in cow's first sector before it.
-// With a side file that is there cow's merge continues, or is taken back, or cow is refused (ErrUnfinished, nothing is
-// changed) unless replace is set. ErrNoSideFile: none can be made.
-// It is called before the first byte of the origin is written.
+// If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing is
+// changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
+// written.
 func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, error) {
 	path, err := sideFilePath(origin)
 	if err != nil {
@@ -237,16 +238,16 @@ func (s *SideFile) begin(origin, cowPath string, cow block.Device) error {
 	return s.write(origin)
 }
 
-// label gives a store a new id, durably.
+// label writes a new id to a store, durably.
 func label(cow block.Device) (string, error) {
 	var t ondisk.MergeLabel
 	rand.Read(t.ID[:])
 	return hex.EncodeToString(t.ID[:]), undo.ChangeFirst(cow, t.Encode)
 }
 
-// Undo notes that the undo store of cow's merge is there, durably and before the merge goes on, so that it is known
-// when it is merged. It does nothing while a merge is taken back: an undo store of that is of no use to this origin
-// before it is complete, and then there is no side file.
+// Undo records the undo store of cow's merge, durably and before the merge continues, so that it is recognised when it
+// is merged. It does nothing while a merge is reverted: an undo store of that is of no use before it is complete, and
+// then there is no side file.
 func (s *SideFile) Undo(origin string, cow block.Device) error {
 	t, ok, err := readLabel(cow)
 	if err != nil || !ok || s.now.Back != nil {
@@ -260,7 +261,7 @@ func (s *SideFile) Undo(origin string, cow block.Device) error {
 	return s.write(origin)
 }
 
-// write makes the side file durable, as readable as the origin is.
+// write makes the side file durable, with the permissions of the origin.
 func (s *SideFile) write(origin string) error {
 	b, err := json.MarshalIndent(s.now, "", "  ")
 	if err != nil {
@@ -283,7 +284,7 @@ func (s *SideFile) write(origin string) error {
 	return err
 }
 
-// Cancel makes the side file what it was before Begin: nothing of the origin was changed since.
+// Cancel restores the side file as it was before Begin. The origin must be unchanged since.
 func (s *SideFile) Cancel(origin string) error {
 	if s.old == nil {
 		return s.remove()
@@ -292,8 +293,8 @@ func (s *SideFile) Cancel(origin string) error {
 	return s.write(origin)
 }
 
-// End removes the side file, durably, when the merge of cow is complete and durable. After an undo store that was made
-// when the merge had begun it stays: the origin is as it was when that undo store was made.
+// End removes the side file, durably, when the merge of cow is complete and durable. It stays after the merge of an
+// undo store that was made when the merge had already begun: the origin is as it was when that undo store was made.
 func (s *SideFile) End(origin string, cow block.Device) error {
 	merging, undos, err := s.read(cow)
 	if err != nil {

@@ -13,26 +13,25 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// ErrNotUndo reports a device that does not keep what a merge is going to overwrite.
+// ErrNotUndo reports a device that is not the undo store of this merge.
 var ErrNotUndo = errors.New("not the undo store of this merge")
 
-// undoPiece is how much of an origin is gathered for one write to an undo store, in bytes.
+// undoPiece is how much of an origin is collected for one write to an undo store, in bytes.
 const undoPiece = 4 << 20
 
-// WriteUndo makes of kept, which has at least Work.UndoBytes, the store that takes the merge of cow into
-// origin back: an exception with the origin's content of now for every chunk that the merge is going to
-// overwrite. It is an ordinary store, in chunks of cow's size, so that
+// WriteUndo creates on kept, which has at least Work.UndoBytes, the store that reverts the merge of cow into origin: an
+// exception with the origin's present content for every chunk that the merge is going to overwrite. It is an ordinary
+// store, in chunks of cow's size, so that
 //
 //   - as a snapshot of the origin it shows what the origin held, before the merge, half-way and after it;
-//   - merged into the origin it puts that back.
+//   - merged into the origin it restores that.
 //
-// It is written before the merge begins and not along with it: when there is no room for it nothing has
-// been merged, and once it is complete a later failure of it does not affect the merge. It is
-// durable when WriteUndo returns. Whoever gives kept a name does so then, and calls [CheckUndo] before
-// [Offline], also when an interrupted merge is to go on.
+// It is written before the merge begins and not along with it: when there is no space for it nothing has been merged,
+// and once it is complete a later failure of it does not affect the merge. It is durable when WriteUndo returns. Then
+// the caller gives kept its name, and calls [CheckUndo] before [Offline], also to continue an interrupted merge.
 //
-// The last thing that is written is a label in cow that says whose undo store kept is; origin is only read. When
-// ctx ends its cause is returned. Errors: as Plan; what store.Create says of kept; store.ErrFull.
+// The last write is a label in cow that links it with kept; origin is only read. When ctx ends its cause is returned.
+// Errors: as Plan; what store.Create says of kept; store.ErrFull.
 func WriteUndo(ctx context.Context, origin, cow, kept block.Device, o Options) error {
 	m, err := load(origin, cow)
 	if err != nil {
@@ -87,13 +86,13 @@ func fillUndo(ctx context.Context, origin block.Device, from, st *store.Store, p
 	return st.Sync()
 }
 
-// CheckUndo returns nil when kept is what WriteUndo wrote for this merge, which may have gone on since, or
-// be complete; it makes kept durable again, for whoever wrote it may have been killed. Otherwise the error
-// wraps ErrNotUndo and says why, and merging would overwrite what kept does not have. Other errors: as Plan.
+// CheckUndo returns nil when kept is what WriteUndo wrote for this merge, which may have continued since, or be
+// complete; it makes kept durable again, since the program that wrote it may have been killed. Otherwise the error
+// wraps ErrNotUndo with the reason, and merging would overwrite data that kept does not have. Other errors: as Plan.
 //
-// What is asked: that kept is a sound store, with a label that ties it to cow and to an origin of this size; that nothing of it
-// was taken back; that it has an exception for each chunk that is still to be merged. Who wrote to the
-// origin meanwhile can't be known: while a merge is half done nobody else may use the origin.
+// It checks that kept is a valid store, with a label that links it with cow and with an origin of this size; that it
+// was not merged itself; and that it has an exception for each chunk that is still to be merged. Writes to the origin
+// meanwhile can't be detected: nothing else may use the origin while a merge is incomplete.
 func CheckUndo(origin, cow, kept block.Device) error {
 	m, err := load(origin, cow)
 	if err != nil {
@@ -113,7 +112,7 @@ func CheckUndo(origin, cow, kept block.Device) error {
 	return st.Sync()
 }
 
-// snapshotStore opens a store that is to be relied on.
+// snapshotStore opens a persistent store.
 func snapshotStore(dev block.Device) (*store.Store, error) {
 	st, err := store.Open(dev)
 	if err == nil {
@@ -122,7 +121,7 @@ func snapshotStore(dev block.Device) (*store.Store, error) {
 	return st, err
 }
 
-// checkLabels holds against each other what undo store and merged store say of themselves.
+// checkLabels compares the labels of undo store and merged store.
 func checkLabels(origin block.Device, from, st *store.Store) error {
 	mine, tied, err := readLabel(st.Device())
 	if err != nil {
@@ -163,15 +162,14 @@ func checkCovers(undo, from *store.Store) error {
 	return nil
 }
 
-// finishLabel notes in a merged store that its merge is complete: what is written to it from now on is no
-// longer what an undo store was made for.
+// finishLabel records in a merged store that its merge is complete: later exceptions in it have no undo store.
 func finishLabel(m *snapshot.Merging) error {
 	dev := m.Store().Device()
 	t, ok, err := readLabel(dev)
 	if err != nil || !ok {
 		return err
 	}
-	t.Merged = true // written anew where it says so already: that may have been read from the cache only
+	t.Merged = true // written again even if it is set: it may have been read from the cache only
 	return undo.ChangeFirst(dev, t.Encode)
 }
 

@@ -24,12 +24,12 @@ type undoWorld struct {
 	before []byte
 }
 
-// newUndoWorld makes an origin of so many sectors and a snapshot in chunks of so many, both written to.
+// newUndoWorld makes an origin of the given number of sectors and a snapshot in chunks of so many, both written to.
 func newUndoWorld(t testing.TB, r *rand.Rand, sectors, chunkSectors, writes int, as snapshot.StoreType) undoWorld {
 	t.Helper()
 	content := make([]byte, sectors*512)
 	fill(r, content)
-	clear(content[len(content)/3 : len(content)/2]) // a stretch of zeros
+	clear(content[len(content)/3 : len(content)/2]) // a range of zeros
 	l := ondisk.Layout{ChunkSectors: uint32(chunkSectors)}
 	size := int64(l.ChunksNeeded(l.Chunks(int64(len(content)), true))) * l.ChunkBytes()
 	w := undoWorld{world: world{origin: block.MemoryFrom(content), cow: block.NewMemory(size)}}

@@ -23,7 +23,7 @@ var update = flag.Bool("update", false, "write the golden outputs anew")
 
 const catalogue = "../check/testdata"
 
-// A damaged is a store of the catalogue: the text of its folder, and what comments in it ask for.
+// A damaged is a store of the catalogue: the text of its directory, and what comments in it ask for.
 type damaged struct {
 	text   string
 	blocks int          // of the device
@@ -106,8 +106,8 @@ func print(b *bytes.Buffer, r *check.Report) {
 	}
 }
 
-// TestDamageCatalogue: every problem of the table has a folder of its name. The first check finds it,
-// repair mends it as the table says, the second check is silent. Golden: golden.txt.
+// TestDamageCatalogue: every problem of the table has a directory of its name. The first check finds it, repair mends
+// it as the table says, the second check is silent. Golden: golden.txt.
 func TestDamageCatalogue(t *testing.T) {
 	for _, problem := range check.Problems() {
 		t.Run(problem.Code.String(), func(t *testing.T) {
@@ -122,27 +122,27 @@ func TestDamageCatalogue(t *testing.T) {
 				t.Errorf("%v is not found", problem.Code)
 			}
 			if problem.Repair == check.WithChunkSize {
-				if _, err := repair.NewPlan(t.Context(), dev, repair.Options{}); !errors.Is(err, repair.ErrNotMended) {
+				if _, err := repair.NewPlan(t.Context(), dev, repair.Options{}); !errors.Is(err, repair.ErrNotRepairable) {
 					t.Errorf("without the chunk size: %v", err)
 				}
 			}
 			if out := d.mend(t, &golden, dev); out != nil {
 				second := checked(t, out, d.origin)
 				print(&golden, second)
-				if mended := problem.Repair != check.NotMended; mended != second.Clean() {
+				if repairable := problem.Repair != check.NotRepairable; repairable != second.Clean() {
 					t.Errorf("the table says that repair mends it: %s; then check finds %v", problem.Repair, second.Findings)
 				}
 				if st, err := store.Open(out); err != nil || st.Err() != nil {
 					t.Errorf("the repaired store does not open: %v", err)
 				}
-			} else if problem.Repair != check.NotMended {
+			} else if problem.Repair != check.NotRepairable {
 				t.Error("the table says that repair mends it")
 			}
 			if !bytes.Equal(dev.Bytes(), before) {
 				t.Error("the damaged store was changed")
 			}
 			compare(t, filepath.Join(folder, "golden.txt"), golden.String())
-			if problem.Repair != check.NotMended {
+			if problem.Repair != check.NotRepairable {
 				d.mendInPlace(t, dev)
 			}
 		})
@@ -166,7 +166,7 @@ func compare(t *testing.T, path, got string) {
 func (d damaged) mend(t *testing.T, golden *bytes.Buffer, dev block.Device) *block.Memory {
 	t.Helper()
 	p, err := repair.NewPlan(t.Context(), dev, d.repair)
-	if errors.Is(err, repair.ErrNotMended) {
+	if errors.Is(err, repair.ErrNotRepairable) {
 		fmt.Fprintf(golden, "repair: exit 2\n  %v\n", err)
 		return nil
 	}

@@ -12,9 +12,9 @@ import (
 
 const copyBytes = 1 << 20
 
-// Fresh copies what is kept into a new store on dst, which has at least Size bytes, and makes it durable.
-// Slots stay in their order, chunks become dense. A chunk whose data can't be read is dropped and counts as
-// lost, with the code Unreadable. What dst held is gone.
+// Fresh copies what is kept into a new store on dst, which has at least Size bytes, and makes it durable. Slots keep
+// their order, chunks become dense. A chunk whose data can't be read is dropped and counts as lost, with the code
+// Unreadable. The previous content of dst is lost.
 func (p *Plan) Fresh(ctx context.Context, dst block.Device) error {
 	st, err := store.Create(dst, p.l, true)
 	if err != nil {
@@ -41,7 +41,7 @@ func (p *Plan) Fresh(ctx context.Context, dst block.Device) error {
 			}
 			kept = append(kept, es...)
 		} else {
-			for _, e := range es { // one that is bad takes no other with it
+			for _, e := range es { // an unreadable one affects no other
 				if err := block.ReadSparse(p.dev, b[:c], p.l.COWOffset(e.New)); err != nil {
 					p.dropped[e.Old] = check.Unreadable
 					continue

@@ -12,19 +12,19 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// A move takes a chunk from the end of a store to a hole.
+// A move copies a chunk from the end of a store to a hole.
 type move struct{ from, to ondisk.COWChunk }
 
-// inPlace is how the store on its own device becomes sound.
+// inPlace is the repair of a store on its own device.
 type inPlace struct {
 	p     *Plan
 	olds  []ondisk.OriginChunk // by slot, counted through all areas; slot n names DataChunk(n)
 	moves []move
 }
 
-// arrange gives the n exceptions the first n data chunks. Those that are there already stay; those behind
-// fill the holes, so that as little as possible is copied. What they fill is named by no exception that is
-// kept, so that nothing is lost when the copying is cut: the slots still name the old places.
+// arrange gives the n exceptions the first n data chunks. Exceptions that are there already stay; those after them fill
+// the holes, so that as little as possible is copied. No kept exception uses these holes, so that nothing is lost when
+// copying is interrupted: the slots still name the old chunks.
 func (p *Plan) arrange() *inPlace {
 	n := uint64(len(p.kept))
 	a := &inPlace{p: p, olds: make([]ondisk.OriginChunk, n)}
@@ -50,7 +50,7 @@ func (p *Plan) arrange() *inPlace {
 	return a
 }
 
-// piece is how much of an area is looked at and written at once.
+// piece is how much of an area is compared and written at once.
 const piece = 64 << 10
 
 // slots fills want with what an area must hold from slot i on, at byte off of the device.
@@ -66,7 +66,7 @@ func (a *inPlace) slots(want []byte, area, i uint64) {
 	}
 }
 
-// areas hands over what the areas must hold and do not, in pieces: all up to the one with the end mark.
+// areas calls take with the pieces of the areas, up to the one with the end mark, whose content must change.
 func (a *inPlace) areas(take func(off int64, want []byte, area, i uint64) error) error {
 	l, n := a.p.l, uint64(len(a.olds))
 	want := make([]byte, min(l.ChunkBytes(), piece))
@@ -87,7 +87,7 @@ func (a *inPlace) areas(take func(off int64, want []byte, area, i uint64) error)
 	return nil
 }
 
-// holds reports whether the device has these bytes at off. Where it is too short it has not.
+// holds reports whether the device has these bytes at off. A device that is too short has not.
 func (a *inPlace) holds(off int64, want []byte) (bool, error) {
 	if off+int64(len(want)) > a.p.dev.Size() {
 		return false, nil
@@ -133,14 +133,14 @@ func (a *inPlace) changes() (list []undo.Change, first []byte, differs bool, err
 	return list, first, differs || len(list) > 0, err
 }
 
-// InPlace makes the store on its own device sound. Before anything is written it calls save with a function
-// that writes an undo file to w; save makes that durable, and an error from it ends the work. Nothing to do means
-// that save is not called.
+// InPlace repairs the store on its own device. Before anything is written it calls save with a function that writes an
+// undo file to w; save makes that durable, and an error from it ends InPlace. save is not called when nothing has to
+// change.
 //
-// Order: save; a label in the first sector, durable; chunks into holes; flush; areas; flush; header, durable. A cut
-// in between leaves a store that may be neither the old nor the new one: [TakeBack] brings the old one back.
+// Order: save; a label in the first sector, durable; chunks into holes; flush; areas; flush; header, durable. A crash
+// in between leaves a store that may be neither the old nor the new one: [TakeBack] restores the old one.
 //
-// In place nothing may be unreadable: that is an error, with the metadata untouched.
+// Data that can't be read is an error in place, with the metadata unchanged.
 func (p *Plan) InPlace(ctx context.Context, save func(write func(w io.Writer) error) error) (changed bool, err error) {
 	if err := store.CheckBlockSize(p.l, p.dev); err != nil {
 		return false, err
@@ -169,7 +169,7 @@ func (p *Plan) InPlace(ctx context.Context, save func(write func(w io.Writer) er
 	return true, a.write(ctx)
 }
 
-// write does it.
+// write makes the changes.
 func (a *inPlace) write(ctx context.Context) error {
 	p := a.p
 	buf := make([]byte, p.l.ChunkBytes())
@@ -190,7 +190,7 @@ func (a *inPlace) write(ctx context.Context) error {
 	if err := p.dev.Flush(); err != nil {
 		return err
 	}
-	// Not cut from here on: it is soon done.
+	// ctx is not observed from here on: the rest is short.
 	err := a.areas(func(off int64, want []byte, _, _ uint64) error {
 		_, err := p.dev.WriteAt(want, off)
 		return err
@@ -208,18 +208,18 @@ func (a *inPlace) write(ctx context.Context) error {
 	return block.WriteDurable(p.dev, want, 0)
 }
 
-// TakeBack takes an InPlace back, also one that was cut, and also that of rescue.Revalidation: it puts on dev what
-// the undo file keeps, durably. size is how long dev was before; a caller that can makes it so long again.
+// TakeBack reverts an InPlace, also an interrupted one, and also that of rescue.Revalidation: it writes the content of
+// the undo file to dev, durably. size is the size of dev before; the caller truncates dev to it where possible.
 //
-// Errors: ErrUndoFile and ErrUndoOther, with nothing changed; those of file and dev, ctx's.
+// Errors: ErrUndoFile and ErrUndoOther, with nothing changed; errors of file and dev, and that of ctx.
 func TakeBack(ctx context.Context, file io.ReadSeeker, dev block.Device) (size, bytes int64, err error) {
 	s, err := undo.Apply(ctx, file, dev)
 	return s.Size, s.Bytes, err
 }
 
 var (
-	// ErrUndoFile reports a file that is no undo file, or not a whole one.
+	// ErrUndoFile reports a file that is not a complete undo file.
 	ErrUndoFile = undo.ErrFormat
-	// ErrUndoOther reports an undo file that is of another store, or one that was written to since.
+	// ErrUndoOther reports an undo file of another store, or of a store that was written to since.
 	ErrUndoOther = undo.ErrOtherDevice
 )

@@ -1,15 +1,21 @@
-// Package repair makes a sound store of a damaged one: it keeps what can be believed, says what it dropped,
-// and judges by package check, so that a repaired store is one that check calls clean.
+// Package repair makes a valid store from a damaged one: it keeps every valid exception and reports what it drops. Package
+// check decides what is valid, so that a repaired store has no findings.
+//
+//	plan, err := repair.NewPlan(ctx, cow, repair.Options{}) // reads only
+//	for _, l := range plan.Lost() { ... }                   // what will be lost
+//	err = plan.Fresh(ctx, out)                              // a new store on another device, or:
+//	err = plan.InPlace(ctx, save)                           // the same store, with an undo file
 //
 //	check.Run ──> Plan: kept exceptions, dropped slots ──┬──> Fresh: copied into a new store
 //	                                                     └──> InPlace: undo file, moved chunks, areas, header
 //
-// Of two slots that claim the same chunk, on either side, the first is kept. The second is most often one
-// that stood behind the end mark, void, until a kernel added slots up to it and brought it to life; then it
-// names a chunk that was handed out again (specification 2.6, H4). What stands behind the end mark is
-// dropped: such slots were never acknowledged, or are merged already (H8).
+// Of two slots with the same chunk, on either side, the first is kept. The second is most often a void slot after the end
+// mark, until a kernel added slots up to it and made it valid again; then it names a chunk that was allocated again
+// (docs/spec/dm-snapshot.md §2.6, H4). Slots after the end mark are dropped: they were never acknowledged, or are merged
+// already (§8.2, H8). Where an exception is dropped, the snapshot shows the present content of the origin.
 //
-// A dropped exception means that the snapshot shows what the origin has there today.
+// Guarantees: NewPlan and Fresh never write to the damaged store. InPlace writes nothing before the undo file is durable,
+// and [TakeBack] restores the old bytes, also after a crash in the middle.
 package repair
 
 import (
@@ -24,15 +30,14 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// ErrNotMended reports a store that repair has no means for: it is marked invalid, or nothing says how
-// large its chunks are.
-var ErrNotMended = errors.New("repair can't mend this")
+// ErrNotRepairable reports a store that can't be repaired: it is marked invalid, or its chunk size is unknown.
+var ErrNotRepairable = errors.New("repair is not possible")
 
-// Options say how a store is looked at. The zero value is ready.
+// Options are the options of [NewPlan]. The zero value is usable.
 type Options struct {
-	// ChunkSectors, where not 0, is believed instead of the header, which may be no header at all.
+	// ChunkSectors, where not 0, is used instead of the chunk size in the header, which may be destroyed.
 	ChunkSectors uint32
-	// Progress hears how many bytes of data were copied, of how many.
+	// Progress is called with the bytes of data copied so far and in total.
 	Progress func(done, total int64)
 }
 
@@ -42,13 +47,13 @@ type Range struct {
 	Length int64 `json:"length"`
 }
 
-// A Lost range had an exception that was dropped, for the reason Code.
+// A Lost range had an exception that was dropped because of the problem Code.
 type Lost struct {
 	Range
 	Code check.Code `json:"code"`
 }
 
-// A Plan is what can be kept of a store.
+// A Plan is the result of a repair before anything is written: what is kept, and what is lost.
 type Plan struct {
 	Report *check.Report
 
@@ -59,12 +64,10 @@ type Plan struct {
 	dropped map[ondisk.OriginChunk]check.Code
 }
 
-// maxDropped bounds how many dropped exceptions are named one by one. A store of which more are wrong is a
-// store of garbage.
+// maxDropped bounds how many dropped exceptions are listed.
 const maxDropped = 1 << 20
 
-// NewPlan looks at the store on dev and writes nothing. ErrNotMended says why it can't be repaired; other
-// errors are those of check.Run.
+// NewPlan checks the store on dev and writes nothing. Errors: ErrNotRepairable, with the reason; those of check.Run.
 func NewPlan(ctx context.Context, dev block.Device, o Options) (*Plan, error) {
 	p := &Plan{o: o, dev: dev, dropped: map[ondisk.OriginChunk]check.Code{}}
 	r, err := check.Run(ctx, dev, check.Options{ChunkSectors: o.ChunkSectors, Each: func(e store.Entry, c check.Code) {
@@ -84,7 +87,7 @@ func NewPlan(ctx context.Context, dev block.Device, o Options) (*Plan, error) {
 	if err := refuse(r); err != nil {
 		return nil, err
 	}
-	for _, e := range p.kept { // a chunk of which another slot was kept is not lost
+	for _, e := range p.kept { // a chunk with another slot that is kept is not lost
 		if len(p.dropped) == 0 {
 			break
 		}
@@ -93,7 +96,7 @@ func NewPlan(ctx context.Context, dev block.Device, o Options) (*Plan, error) {
 	return p, nil
 }
 
-// refuse says why a store with this report can't be repaired.
+// refuse returns why a store with this report can't be repaired.
 func refuse(r *check.Report) error {
 	for _, f := range r.Findings {
 		switch f.Code {
@@ -105,11 +108,11 @@ func refuse(r *check.Report) error {
 		default:
 			continue
 		}
-		help := f.Problem().Helps
+		help := f.Problem().Remedy
 		if r.Layout.ChunkSectors == 0 && f.Problem().Severity == check.Error && f.Code != check.DeviceTooSmall && f.Code != check.MarkedInvalid {
 			help = "repair can be told the chunk size that the header should have"
 		}
-		return fmt.Errorf("%w: %v: %s: %s", ErrNotMended, f, f.Problem().Name, help)
+		return fmt.Errorf("%w: %v: %s: %s", ErrNotRepairable, f, f.Problem().Name, help)
 	}
 	return nil
 }
@@ -120,7 +123,7 @@ func (p *Plan) Len() uint64 { return uint64(len(p.kept)) }
 // Bytes is how much data they are.
 func (p *Plan) Bytes() int64 { return int64(len(p.kept)) * p.l.ChunkBytes() }
 
-// Layout is the store's.
+// Layout is the layout of the store.
 func (p *Plan) Layout() ondisk.Layout { return p.l }
 
 // Kept returns the ranges of the origin that have an exception which is kept, ascending.
@@ -142,8 +145,8 @@ func (p *Plan) Kept() []Range {
 	return ranges
 }
 
-// Lost returns the ranges of the origin whose exceptions are dropped, ascending; those of which Fresh could
-// not read the data among them, once it has run. It names a million chunks at most.
+// Lost returns the ranges of the origin whose exceptions are dropped, ascending; after Fresh also those whose data it
+// could not read. It has a million chunks at most.
 func (p *Plan) Lost() []Lost {
 	olds := make([]ondisk.OriginChunk, 0, len(p.dropped))
 	for old := range p.dropped {
@@ -153,7 +156,7 @@ func (p *Plan) Lost() []Lost {
 	var lost []Lost
 	for _, old := range olds {
 		if uint64(old) >= 1<<63>>p.l.Shift() {
-			continue // no such byte
+			continue // past the largest offset
 		}
 		off, code := p.l.OriginOffset(old), p.dropped[old]
 		if k := len(lost) - 1; k >= 0 && lost[k].Off+lost[k].Length == off && lost[k].Code == code {
@@ -165,8 +168,8 @@ func (p *Plan) Lost() []Lost {
 	return lost
 }
 
-// Missing returns findings that say that there were exceptions of which nothing is known: areas cut off,
-// and sectors of slots that can't be read.
+// Missing returns the findings of exceptions that existed and are unknown: areas past the end of the device, and
+// sectors of slots that can't be read.
 func (p *Plan) Missing() []check.Finding {
 	var list []check.Finding
 	for _, f := range p.Report.Findings {
@@ -177,8 +180,8 @@ func (p *Plan) Missing() []check.Finding {
 	return list
 }
 
-// Size is how long a device must be for the repaired store, in bytes: as long as it is, or longer where
-// there is no room for the end mark.
+// Size is how long a device must be for the repaired store, in bytes: its present size, or more where there is no space
+// for the end mark.
 func (p *Plan) Size() int64 {
 	return max(p.dev.Size(), int64(p.l.ChunksNeeded(p.Len()))*p.l.ChunkBytes())
 }

@@ -61,7 +61,7 @@ func FuzzRepair(f *testing.F) {
 		dev := image(b, int64(sectors), l)
 		before := dev.Bytes()
 		p, err := repair.NewPlan(t.Context(), dev, repair.Options{})
-		if errors.Is(err, repair.ErrNotMended) {
+		if errors.Is(err, repair.ErrNotRepairable) {
 			return
 		}
 		if err != nil {
@@ -121,7 +121,7 @@ func TestKernelCases(t *testing.T) {
 		dev := block.MemoryFrom(cow)
 		p, err := repair.NewPlan(t.Context(), dev, repair.Options{})
 		if c.Header.Valid == 0 {
-			if !errors.Is(err, repair.ErrNotMended) {
+			if !errors.Is(err, repair.ErrNotRepairable) {
 				t.Errorf("%s: %v", c.Name, err)
 			}
 			continue

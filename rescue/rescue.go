@@ -5,17 +5,16 @@
 //
 // Guarantee: Open and Write never write to the origin or the COW device.
 //
-// When a COW device was full, Linux marks its store invalid and refuses everything, though nothing of what
-// the store holds was lost: an exception that is in an area has its data on the device, written before it.
-// What did get lost is knowledge: of a chunk without an exception the origin has the only copy, and nobody
-// kept it from being overwritten after the store had become invalid. So each byte of the snapshot is
+// When a COW device becomes full, Linux marks its store invalid and refuses all access, though nothing in the store is
+// lost: an exception in an area has its data on the device, written before it. What is lost is the certainty about chunks
+// without an exception: the origin has the only copy, and it was not preserved any more after the store had become invalid.
+// So each byte of the snapshot is
 //
-//	certain    as the snapshot showed it: the chunk has an exception, or the store is valid, whole and not in use
-//	doubtful   what the origin holds now; it may have been overwritten since
+//	certain    as the snapshot showed it: the chunk has an exception, or the store is valid, complete and not in use
+//	doubtful   the present content of the origin, which may have been overwritten since
 //	lost       neither: the exception's data can't be read, or is not on the device any more
 //
-// A [Rescue] is made by looking at a store without believing it (package check), and written out with
-// [Rescue.Write].
+// [Open] reads the metadata as package check does, without relying on it, and [Rescue.Write] writes the recovered image.
 package rescue
 
 import (
@@ -32,13 +31,13 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// Class says what a byte of a rescued snapshot is worth.
+// Class is the reliability of a byte of a rescued snapshot.
 type Class uint8
 
 const (
 	Certain  Class = iota // as the snapshot showed it
 	Doubtful              // the origin's content of today
-	Lost                  // not to be had; the origin's content, or zeros where that can't be read either
+	Lost                  // not available; the origin's content, or zeros where that can't be read either
 )
 
 var classes = [...]string{"certain", "doubtful", "lost"}
@@ -66,24 +65,24 @@ type Range struct {
 	Class  Class `json:"class"`
 }
 
-// Options say how to look at the store. The zero value is ready.
+// Options are the options of [Open]. The zero value is usable.
 type Options struct {
-	ChunkSectors uint32 // believed instead of the header's, for a header that is damaged; 0: the header's
+	ChunkSectors uint32 // used instead of that in a damaged header; 0: the header's
 
-	// Live says that somebody may be writing to the store and its origin: what has no exception is
-	// doubtful then, also where the store is valid, as it may get one, and be overwritten, at any time.
+	// Live: the store and its origin may be in use. Chunks without an exception are doubtful then, even if the store is
+	// valid, as they may be overwritten at any time.
 	Live bool
 }
 
-// A Rescue is a store that was looked at, with its origin.
+// A Rescue is an analysed store and its origin.
 type Rescue struct {
 	origin, cow block.Device
 	report      *check.Report
 	layout      ondisk.Layout
-	kept        chunkmap.Map // exceptions to go by
+	kept        chunkmap.Map // exceptions that are used
 	doubtful    chunkSet     // of those, the ones that contradict another
 	lost        chunkSet     // exceptions whose data is not on the device
-	whole       bool         // what has no exception is as it was
+	whole       bool         // chunks without an exception are unchanged
 }
 
 // A chunkSet is a set of origin chunks, in a few bytes each whatever they are.
@@ -91,13 +90,12 @@ type chunkSet struct{ chunkmap.Map }
 
 // add is called with chunks that an exception can name: their numbers are below 2^54.
 func (c *chunkSet) add(old ondisk.OriginChunk) {
-	c.Insert(ondisk.Exception{Old: old, New: ondisk.COWChunk(old) + 1}) // neighbours join to runs
+	c.Insert(ondisk.Exception{Old: old, New: ondisk.COWChunk(old) + 1}) // adjacent ones join to runs
 }
 
-// Open looks at the store on cow and at its origin. Nothing is written.
+// Open reads the metadata of the store on cow. Nothing is written.
 //
-// It fails when the layout of the areas can't be made out (then Options.ChunkSectors helps, if somebody
-// knows it), and with ctx's error.
+// It fails when the layout of the areas is unknown (then set Options.ChunkSectors), and with ctx's error.
 func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, error) {
 	r := &Rescue{origin: origin, cow: cow}
 	var err error
@@ -113,7 +111,7 @@ func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, er
 	}
 	rep := r.report
 	r.whole = rep.Header.Valid != 0 && rep.Header.Magic == ondisk.Magic && !o.Live
-	// With these there may be exceptions, or there were, that nothing is known of, or the origin is another disk.
+	// With these problems exceptions may be missing, or the origin is another disk.
 	for _, c := range []check.Code{check.DeviceTooSmall, check.NoEndMark, check.AreaPastDevice, check.Unreadable, check.HeaderNamed, check.OriginImpossible, check.OriginTooSmall} {
 		r.whole = r.whole && !rep.Has(c)
 	}
@@ -129,7 +127,7 @@ func (r *Rescue) addSlot(e store.Entry, c check.Code) {
 	case 0, check.OutOfOrder, check.OriginTooSmall:
 		r.kept.Insert(e.Exception)
 	case check.DuplicateOrigin, check.COWShared:
-		// One of the two is right, and nobody can tell which. Kernels before 6.12 believed the first.
+		// One of the two is right, but it is unknown which. Kernels before 6.12 use the first.
 		if !r.kept.Insert(e.Exception) {
 			r.lost.Delete(e.Old)
 		}
@@ -141,13 +139,13 @@ func (r *Rescue) addSlot(e store.Entry, c check.Code) {
 	}
 }
 
-// Report is what check said of the store.
+// Report is the report of package check about the store.
 func (r *Rescue) Report() *check.Report { return r.report }
 
 // Size is that of the snapshot in bytes: the origin's.
 func (r *Rescue) Size() int64 { return r.origin.Size() }
 
-// Behind is how many bytes the store has for chunks behind the end of the origin, which is too small then. They are not
+// Behind is how many bytes the store has for chunks after the end of the origin, which is too small then. They are not
 // in the image.
 func (r *Rescue) Behind() int64 {
 	chunks, behind := r.layout.Chunks(r.Size(), true), uint64(0)
@@ -159,7 +157,7 @@ func (r *Rescue) Behind() int64 {
 	return int64(behind) << r.layout.Shift()
 }
 
-// A stretch is consecutive bytes of the snapshot that are alike.
+// A stretch is consecutive bytes of the snapshot of one class on one device.
 type stretch struct {
 	off, end int64
 	class    Class
@@ -167,7 +165,7 @@ type stretch struct {
 	at       int64        // at this byte
 }
 
-// stretches yields the whole snapshot, ascending. It takes as long as there are runs in the store, however they lie.
+// ranges yields the whole snapshot, ascending. Its time is proportional to the number of runs in the store.
 func (r *Rescue) stretches() iter.Seq[stretch] {
 	return func(yield func(stretch) bool) {
 		chunks := r.layout.Chunks(r.Size(), true)
@@ -202,9 +200,9 @@ func (r *Rescue) stretches() iter.Seq[stretch] {
 	}
 }
 
-// A cursor goes through the runs of a map in ascending order.
+// A cursor iterates over the runs of a map in ascending order.
 type cursor struct {
-	run  chunkmap.Run // the first that ends behind the chunk that was asked for; Count 0: there is none
+	run  chunkmap.Run // the first that ends after the wanted chunk; Count 0: there is none
 	next func() (chunkmap.Run, bool)
 	stop func()
 }
@@ -216,7 +214,7 @@ func newCursor(m *chunkmap.Map) *cursor {
 	return c
 }
 
-// seek reports whether chunk old is in the map, and up to which chunk that stays so. old ascends from call to call.
+// seek reports whether chunk old is in the map, and up to which chunk that is so. old ascends from call to call.
 func (c *cursor) seek(old uint64) (in bool, until uint64) {
 	for c.run.Count > 0 && uint64(c.run.Old)+c.run.Count <= old {
 		c.run, _ = c.next()
@@ -240,7 +238,7 @@ func (r *Rescue) Plan() []Range {
 	return ranges
 }
 
-// join appends x, or makes the last range longer.
+// join appends x, or extends the last range.
 func join(ranges []Range, x Range) []Range {
 	if k := len(ranges) - 1; k >= 0 && ranges[k].Class == x.Class && ranges[k].Off+ranges[k].Length == x.Off {
 		ranges[k].Length += x.Length
@@ -254,8 +252,8 @@ func join(ranges []Range, x Range) []Range {
 
 const copyBytes = 1 << 20 // read at once around a sector that can't be read
 
-// Write writes the best that can be had of the snapshot to out, which reads as zeros and is as long as Size,
-// and returns what each part is worth. It writes in ascending order. Sectors that can't be read are lost, and left out.
+// Write writes everything that can be recovered of the snapshot to out, which reads as zeros and is as long as Size,
+// and returns the class of each part. It writes in ascending order. Sectors that can't be read are lost, and left out.
 // Holes are not read. progress, where not nil, is called with how many bytes are done.
 //
 // Errors: those of writing, and ctx's.
@@ -269,7 +267,7 @@ func (r *Rescue) Write(ctx context.Context, out block.Device, progress func(done
 	return w.ranges, nil
 }
 
-// A writer writes stretches to out.
+// A writer writes ranges to out.
 type writer struct {
 	ctx         context.Context
 	out         block.Device
@@ -279,7 +277,7 @@ type writer struct {
 	ranges      []Range
 }
 
-// stretch writes s, but for its holes.
+// range writes s, but for its holes.
 func (w *writer) stretch(s stretch) error {
 	for s.off < s.end {
 		err := block.Copy(w.out, s.off, s.dev, s.at, s.end-s.off, block.IntoZeros, func(n int64) error {
@@ -307,7 +305,7 @@ func (w *writer) stretch(s stretch) error {
 	return context.Cause(w.ctx)
 }
 
-// part writes the first n bytes of s, where something can't be read.
+// part writes the first n bytes of s, of which some can't be read.
 func (w *writer) part(s stretch, n int64) error {
 	if w.buf == nil {
 		w.buf = make([]byte, copyBytes)
@@ -324,7 +322,7 @@ func (w *writer) part(s stretch, n int64) error {
 	return context.Cause(w.ctx)
 }
 
-// show calls progress, at most once for so much as is read at once.
+// show calls progress, at most once for each copyBytes.
 func (w *writer) show(done int64) {
 	if w.progress != nil && (done-w.shown >= copyBytes || done == w.size) {
 		w.progress(done)

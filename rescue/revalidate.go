@@ -11,14 +11,14 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Revalidation makes a store that is marked invalid load again. What it then shows is what Plan says,
-// doubtful parts among them, and nothing tells them from the rest any more.
+// A Revalidation marks an invalid store valid again, so that it can be loaded. Its content then is that of Plan,
+// including doubtful parts, which are not marked any more.
 type Revalidation struct {
 	cow    block.Device
 	report *check.Report
 }
 
-// NewRevalidation looks at a store, invalid or not. One with anything else wrong is refused; repair helps there.
+// NewRevalidation checks a store, invalid or not. A store with any other problem is refused; see package repair.
 func NewRevalidation(ctx context.Context, cow block.Device) (*Revalidation, error) {
 	rep, err := check.Run(ctx, cow, check.Options{})
 	if err != nil {
@@ -40,8 +40,8 @@ func (v *Revalidation) KeptBytes() int64 {
 	return int64(v.report.Exceptions) * v.report.Layout.ChunkBytes()
 }
 
-// InPlace marks the store itself valid. Before that it calls save, once, as repair.Plan.InPlace does; with
-// nothing to do it doesn't. The change is one sector, durable when InPlace returns.
+// InPlace marks the store itself valid. Before that it calls save, once, as repair.Plan.InPlace does; with nothing to
+// do it does not. The change is one sector, durable when InPlace returns.
 func (v *Revalidation) InPlace(ctx context.Context, save func(write func(w io.Writer) error) error) (changed bool, err error) {
 	if v.Valid() {
 		return false, nil

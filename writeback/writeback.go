@@ -1,19 +1,19 @@
-// Package writeback keeps writes in memory for a while before they go to a device.
-//
-// [Device] stands over a block device. [Device.WriteBack] takes bytes and returns; from then on they are
-// dirty: reads find them, and they are written to the device beneath when a Flush comes, when half the limit is
-// reached, or when the delay is over, whichever is first. Before any of them is written there, a barrier runs:
-// a function of the owner's that makes durable what has to be durable first. So many writes share one barrier.
+// Package writeback keeps writes in memory for a while before they are written to a device.
 //
 //	dev := writeback.New(disk, writeback.Options{Limit: 64 << 20, Delay: 100 * time.Millisecond, Barrier: sync})
 //	err := dev.WriteBack(p, off) // acknowledged
 //	err = dev.Flush()            // barrier, writes in the order of their offsets, flush of disk
 //
-// Guarantees: reads return what was written last. A write by any other method, a zeroing or a discard that
-// overlaps dirty bytes comes after them on the device beneath. Flush makes durable all that was written before it,
-// and fails while any of it is dirty. Dirty bytes that can't be written stay dirty, are tried again at each Flush
-// and once a second, and are tried one by one, so that one bad block costs no other; until they are written
-// WriteBack takes nothing more. A failed flush of the device beneath is permanent.
+// A [Device] is stacked on a block device. Bytes passed to [Device.WriteBack] are dirty when it returns: reads return them,
+// and they are written to the underlying device by a Flush, at half of the limit, or after the delay, whichever comes first.
+// Before any of them is written there, a barrier runs: a function of the caller that makes durable what has to be durable
+// first. So many writes share one barrier.
+//
+// Guarantees: reads return what was written last. A write by any other method, a zeroing or a discard that overlaps dirty
+// bytes is made on the underlying device after them. Flush makes durable everything that was written before it, and fails
+// while any of it is dirty. Dirty bytes that can't be written stay dirty and are tried again at each Flush and once a
+// second, block by block, so that one bad block affects no other; until they are written WriteBack accepts nothing more. A
+// failed flush of the underlying device is permanent.
 package writeback
 
 import (
@@ -38,21 +38,21 @@ const (
 	noLimit    = int(^uint(0) >> 1) // failures of the last attempt
 )
 
-// Options are how writes are kept. The zero value keeps none.
+// Options are the limits of dirty bytes. With the zero value none are kept.
 type Options struct {
 	// Limit is how many bytes may be dirty, about; 0: WriteBack must not be called.
 	Limit int64
-	// Delay is after how long dirty bytes are written without being asked for.
+	// Delay is how long bytes stay dirty at most.
 	Delay time.Duration
-	// Barrier is called before dirty bytes are written to the device beneath, once for many; when it fails none of
-	// them is written. nil: nothing has to be done first.
+	// Barrier is called before dirty bytes are written to the underlying device, once for many; when it fails none of
+	// them is written. nil: no barrier.
 	Barrier func() error
-	// Lock is held while Barrier runs. The timer and Flush take it; whoever calls another method that may write
-	// (WriteBack, WriteOut, WriteAt, WriteDurableAt, ZeroAt, Discard, Finish) holds it already, which several may
-	// at once: it is for excluding what must not change while Barrier runs. nil: none is needed.
+	// Lock is held while Barrier runs. The timer and Flush take it; callers of the other methods that may write
+	// (WriteBack, WriteOut, WriteAt, WriteDurableAt, ZeroAt, Discard, Finish) hold it already, several at a time: it
+	// protects state that must not change while Barrier runs. nil: none is needed.
 	Lock sync.Locker
 	// Notify is called with the error of an attempt to write dirty bytes that failed after one that did not, and with
-	// nil when an attempt succeeds after that. It must neither block nor call back. nil: nobody is told.
+	// nil when an attempt succeeds after that. It must neither block nor call back.
 	Notify func(err error)
 }
 
@@ -68,16 +68,16 @@ type Device struct {
 
 	mu      sync.Mutex
 	dirty   map[int64]*dirtyBlock // by offset / blockSize
-	leaving map[int64]*dirtyBlock // those that the round under way, or the last one that failed, is to write; unchanged until they are
-	left    uint64                // how often blocks were taken out of leaving
+	leaving map[int64]*dirtyBlock // those that the current round, or the last one that failed, writes; unchanged until they are written
+	left    uint64                // how often blocks were removed from leaving
 	timer   *time.Timer
 
 	blocks  atomic.Int64          // in both maps; changed with mu held
 	failing atomic.Pointer[error] // of the last round
-	failed  atomic.Pointer[error] // of a flush of the device beneath, or of dirty bytes that were given up
+	failed  atomic.Pointer[error] // of a flush of the underlying device, or of dirty bytes that were discarded
 }
 
-// forward is block.Forward under a name that keeps the device beneath out of reach of the package's users.
+// forward is block.Forward under an unexported name, so that users of the package can't reach the underlying device.
 type forward = block.Forward
 
 // New returns a device over dev without dirty bytes. The caller keeps dev open until Finish.
@@ -88,7 +88,7 @@ func New(dev block.Device, opts Options) *Device {
 	return &Device{forward: block.NewForward(dev), dev: dev, opts: opts}
 }
 
-// A dirtyBlock is what is dirty of blockSize bytes: the sectors whose bits are set.
+// A dirtyBlock has the dirty sectors of blockSize bytes: those whose bits are set.
 type dirtyBlock struct {
 	sectors uint8
 	data    [blockSize]byte
@@ -96,7 +96,7 @@ type dirtyBlock struct {
 
 var spareBlocks = sync.Pool{New: func() any { return new(dirtyBlock) }}
 
-// runs calls do for each stretch of dirty bytes of b.
+// runs calls do for each range of dirty bytes of b.
 func (b *dirtyBlock) runs(do func(from, to int64)) {
 	for left, at := uint(b.sectors), 0; left != 0; {
 		skip := bits.TrailingZeros(left)
@@ -107,12 +107,12 @@ func (b *dirtyBlock) runs(do func(from, to int64)) {
 	}
 }
 
-// A Range is a stretch of bytes.
+// A Range is a range of bytes.
 type Range struct{ Off, Length int64 }
 
 func (r Range) String() string { return fmt.Sprintf("%d-%d", r.Off, r.Off+r.Length-1) }
 
-// A LostError reports acknowledged writes that were given up, because they could not be written.
+// A LostError reports acknowledged writes that were discarded, because they could not be written.
 type LostError struct {
 	Ranges []Range // ascending
 	Err    error   // why
@@ -130,17 +130,17 @@ func (e *LostError) Error() string {
 
 func (e *LostError) Unwrap() error { return e.Err }
 
-// A WriteError reports dirty bytes that the device beneath did not take, as opposed to an error of the barrier.
+// A WriteError reports that writing dirty bytes to the underlying device failed, as opposed to the barrier.
 type WriteError struct{ Err error }
 
 func (e *WriteError) Error() string { return "write acknowledged bytes: " + e.Err.Error() }
 func (e *WriteError) Unwrap() error { return e.Err }
 
-// A Status is one look at a device.
+// A Status is the state of a device at one moment.
 type Status struct {
 	Dirty   int64 // bytes, rounded up to blocks of 4 KiB
-	Failing error // why the last attempt to write them failed; nil: it did not. The next one may succeed
-	Failed  error // why every Flush fails from now on; nil: it does not
+	Failing error // why the last attempt to write them failed; nil: it succeeded. The next one may succeed
+	Failed  error // why every Flush fails from now on; nil: none failed
 }
 
 // Status returns the state of the device. It waits for no I/O.
@@ -155,7 +155,7 @@ func (d *Device) Status() Status {
 	return s
 }
 
-// CanWriteBack reports whether WriteBack takes a write of n bytes at off: whole sectors, and not too many.
+// CanWriteBack reports whether WriteBack accepts a write of n bytes at off: whole sectors, and not too many.
 func (d *Device) CanWriteBack(off, n int64) bool {
 	return d.opts.Limit > 0 && n <= largest && off%block.SectorSize == 0 && n%block.SectorSize == 0
 }
@@ -191,10 +191,10 @@ func (d *Device) firstDirty(first, last int64) (at int64, found bool) {
 	return at, found
 }
 
-// WriteBack takes len(p) bytes for off, for which CanWriteBack is true. When it returns nil they are dirty. While
-// there are as many as may be, or the last attempt to write them failed, it writes them first.
+// WriteBack accepts len(p) bytes at off, for which CanWriteBack is true. When it returns nil they are dirty. At the
+// limit, or after a failed attempt to write dirty bytes, it writes those first.
 //
-// Errors: those of WriteOut, with nothing taken.
+// Errors: those of WriteOut, with nothing accepted.
 func (d *Device) WriteBack(p []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(p)), d.dev.Size()); err != nil {
 		return err
@@ -223,7 +223,7 @@ func (d *Device) WriteBack(p []byte, off int64) error {
 		b.sectors |= uint8(1<<(n/block.SectorSize)-1) << (in / block.SectorSize)
 		p, off = p[n:], off+int64(n)
 	}
-	// The timer is set when all is in place: one that fired before would find nothing, and nobody would set it again.
+	// The timer is set last: if it fired before, it would find nothing, and would not be set again.
 	half := d.opts.Limit / blockSize / 2
 	switch after := int64(len(d.dirty)); {
 	case before < half && half <= after:
@@ -234,7 +234,7 @@ func (d *Device) WriteBack(p []byte, off int64) error {
 	return nil
 }
 
-// setTimer has dirty bytes written after a while. d.mu is held.
+// setTimer schedules the writing of dirty bytes. d.mu is held.
 func (d *Device) setTimer(after time.Duration) {
 	if d.timer == nil {
 		d.timer = time.AfterFunc(after, func() { d.writeOutLocked() })
@@ -255,8 +255,8 @@ func (d *Device) writeOutLocked() error {
 	return d.WriteOut()
 }
 
-// WriteOut writes all that was dirty when it was called to the device beneath, after the barrier. It makes nothing
-// durable. Calls that meet share the work. What can't be written stays dirty.
+// WriteOut writes all that was dirty when it was called to the underlying device, after the barrier. It makes nothing
+// durable. Concurrent calls share the work. What can't be written stays dirty.
 //
 // Errors: that of the barrier, or a *WriteError.
 func (d *Device) WriteOut() error { return d.writeOut(failures) }
@@ -293,8 +293,8 @@ func (d *Device) writeOut(failures int) error {
 	return err
 }
 
-// take makes what is dirty ready to be written. What a failed round left goes before what came later: then again is
-// true, and take is to be called once more. d.writing is held.
+// take moves dirty blocks to leaving, to be written. Blocks that a failed round left are written before later ones:
+// then again is true, and take is to be called once more. d.writing is held.
 func (d *Device) take() (again bool) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
@@ -305,7 +305,7 @@ func (d *Device) take() (again bool) {
 	return false
 }
 
-// round is the order that matters: the barrier, then the writes. d.writing is held.
+// round runs the barrier, then the writes. d.writing is held.
 func (d *Device) round(failures int) error {
 	if len(d.leaving) == 0 {
 		return nil
@@ -316,9 +316,8 @@ func (d *Device) round(failures int) error {
 	return d.writeLeaving(failures)
 }
 
-// writeLeaving writes the blocks of d.leaving in the order of their offsets, neighbours together, and takes out those
-// that are written. A write that failed is made again block by block; the error is returned all the same.
-// d.writing is held.
+// writeLeaving writes the blocks of d.leaving in the order of their offsets, adjacent ones together, and removes those
+// that are written. A write that failed is repeated block by block; its error is returned anyway. d.writing is held.
 func (d *Device) writeLeaving(failures int) error {
 	w := &writer{d: d, failures: failures}
 	scratch.With(scratch.Most, func(buf []byte) error {
@@ -336,7 +335,7 @@ func (d *Device) writeLeaving(failures int) error {
 	return nil
 }
 
-// A writer gathers neighbouring blocks for one write.
+// A writer collects adjacent blocks for one write.
 type writer struct {
 	d        *Device
 	buf      []byte
@@ -347,7 +346,7 @@ type writer struct {
 	failures int            // that are still allowed
 }
 
-// add adds the dirty bytes of block k, which lie behind those that were added before.
+// add adds the dirty bytes of block k, which are after those that were added before.
 func (w *writer) add(k int64) {
 	b := w.d.leaving[k]
 	b.runs(func(from, to int64) {
@@ -363,7 +362,7 @@ func (w *writer) add(k int64) {
 	})
 }
 
-// flush writes what was gathered.
+// flush writes the collected blocks.
 func (w *writer) flush() {
 	if len(w.buf) > 0 {
 		err := w.err
@@ -377,7 +376,7 @@ func (w *writer) flush() {
 	w.buf, w.gathered = w.buf[:0], w.gathered[:0]
 }
 
-// oneByOne writes the gathered blocks one by one, after the write of all of them failed with err.
+// oneByOne writes the collected blocks one by one, after the write of all of them failed with err.
 func (w *writer) oneByOne(err error) {
 	if w.err == nil {
 		w.err, w.bad = err, map[int64]bool{}
@@ -403,7 +402,7 @@ func (d *Device) writeBlock(k int64) (err error) {
 	return err
 }
 
-// keep takes all blocks out of d.leaving but the bad ones. d.writing is held.
+// keep removes all blocks from d.leaving but the bad ones. d.writing is held.
 func (d *Device) keep(bad map[int64]bool) {
 	d.mu.Lock()
 	written := d.leaving
@@ -423,8 +422,8 @@ func (d *Device) keep(bad map[int64]bool) {
 	}
 }
 
-// ReadAt reads the device beneath with the dirty bytes laid over. Bytes that were dirty when the read began may have
-// been written, and be no longer here, when the device has been read: then it is read again.
+// ReadAt reads the underlying device, overlaid with the dirty bytes. Bytes that were dirty when the read began may have
+// been written and removed before the device was read: then it is read again.
 func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 	if d.blocks.Load() == 0 {
 		return d.dev.ReadAt(p, off)
@@ -448,7 +447,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 	}
 }
 
-// lay lays the dirty bytes of len(p) bytes at off over p. d.mu is held.
+// lay copies the dirty bytes in the range to p. d.mu is held.
 func (d *Device) lay(p []byte, off int64) {
 	if len(p) == 0 {
 		return
@@ -484,7 +483,7 @@ func (d *Device) makeWay(op string, off, n int64) error {
 	return d.WriteOut()
 }
 
-// WriteAt writes to the device beneath, after the dirty bytes that it overlaps.
+// WriteAt writes to the underlying device, after the dirty bytes that it overlaps.
 func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	if err := d.makeWay("write", off, int64(len(p))); err != nil {
 		return 0, err
@@ -492,7 +491,7 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	return d.dev.WriteAt(p, off)
 }
 
-// WriteDurableAt writes durably to the device beneath, after the dirty bytes that it overlaps.
+// WriteDurableAt writes durably to the underlying device, after the dirty bytes that it overlaps.
 func (d *Device) WriteDurableAt(p []byte, off int64) error {
 	if err := d.makeWay("write", off, int64(len(p))); err != nil {
 		return err
@@ -503,7 +502,7 @@ func (d *Device) WriteDurableAt(p []byte, off int64) error {
 // WriteLastAt is ErrUnsupported.
 func (d *Device) WriteLastAt(p []byte, off int64) error { return block.ErrUnsupported }
 
-// ZeroAt zeroes a range of the device beneath, after the dirty bytes in it were written.
+// ZeroAt zeroes a range of the underlying device, after the dirty bytes in it were written.
 func (d *Device) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := d.makeWay("zero", off, n); err != nil {
 		return err
@@ -511,7 +510,7 @@ func (d *Device) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	return d.forward.ZeroAt(off, n, flags)
 }
 
-// Discard discards a range of the device beneath, after the dirty bytes in it were written.
+// Discard discards a range of the underlying device, after the dirty bytes in it were written.
 func (d *Device) Discard(off, n int64) error {
 	if err := d.makeWay("discard", off, n); err != nil {
 		return err
@@ -519,7 +518,7 @@ func (d *Device) Discard(off, n int64) error {
 	return d.forward.Discard(off, n)
 }
 
-// Extents returns the extents of the device beneath; dirty bytes are data. It writes nothing and waits for nothing.
+// Extents returns the extents of the underlying device; dirty bytes are data. It writes nothing and waits for nothing.
 func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 	if d.blocks.Load() == 0 || n <= 0 {
 		return d.forward.Extents(off, n)
@@ -540,14 +539,14 @@ func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 	case at*blockSize > off:
 		return d.forward.Extents(off, at*blockSize-off)
 	}
-	if end > (off+n-1)/blockSize { // the last block may end behind the largest offset
+	if end > (off+n-1)/blockSize { // the last block may end after the largest offset
 		return []block.Extent{{Length: n}}, nil
 	}
 	return []block.Extent{{Length: end*blockSize - off}}, nil
 }
 
-// Flush makes durable all that was written before the call: it writes out, and flushes the device beneath. After a
-// failed flush there, and after Finish gave bytes up, it fails permanently.
+// Flush makes durable all that was written before the call: it writes out, and flushes the underlying device. After a
+// failed flush there, and after Finish discarded bytes, it fails permanently.
 func (d *Device) Flush() error {
 	if err := d.writeOutLocked(); err != nil {
 		return err
@@ -558,15 +557,15 @@ func (d *Device) Flush() error {
 	if err := d.dev.Flush(); err != nil {
 		d.failed.CompareAndSwap(nil, &err)
 	}
-	// A flush beside this one may have failed, and have been told of what this one answers for.
+	// A concurrent flush may have failed and have got the report of what this one is responsible for.
 	if failed := d.failed.Load(); failed != nil {
 		return *failed
 	}
 	return nil
 }
 
-// Reserve reserves space on the device beneath for what is dirty, where that can: it fails, with the content
-// unchanged, where writing is bound to fail for want of space.
+// Reserve reserves space on the underlying device for dirty bytes, where it supports that. It fails, with the content
+// unchanged, where writing would fail for lack of space.
 func (d *Device) Reserve() error {
 	for _, r := range d.ranges() {
 		if _, err := block.Allocate(d.dev, r.Off, r.Length); err != nil {
@@ -601,8 +600,8 @@ func (d *Device) ranges() []Range {
 	return list
 }
 
-// Finish makes the last attempt to write what is dirty, each block of it, and gives up what can't be written: a
-// *LostError says what. It flushes nothing. Later calls of Flush fail when bytes were given up.
+// Finish makes the last attempt to write what is dirty, each block of it, and discards what can't be written, which a
+// *LostError lists. It flushes nothing. Later calls of Flush fail when bytes were discarded.
 func (d *Device) Finish() error {
 	err := d.writeOut(noLimit)
 	d.writing.Lock()

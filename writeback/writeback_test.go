@@ -282,7 +282,7 @@ func TestWrittenInTime(t *testing.T) {
 	}
 }
 
-// TestAFailedFlushIsPermanent, also where the device beneath forgets it.
+// TestAFailedFlushIsPermanent, also where the underlying device forgets it.
 func TestAFailedFlushIsPermanent(t *testing.T) {
 	forgetful := &forgetful{Device: block.NewMemory(1 << 20), fail: true}
 	dev := writeback.New(forgetful, writeback.Options{Limit: 1 << 20, Delay: time.Hour})

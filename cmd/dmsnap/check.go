@@ -49,8 +49,8 @@ type findingResult struct {
 	Helps    string         `json:"helps"`
 }
 
-// remedyText is a remedy in words of the command line.
-func remedyText(r check.Remedy) string {
+// repairText is a repairability in words of the command line.
+func repairText(r check.Repairability) string {
 	if r == check.WithChunkSize {
 		return "with --chunk-size"
 	}
@@ -188,7 +188,7 @@ func (o *checkOptions) result(path string, r *check.Report) checkResult {
 			continue
 		}
 		res.Found[f.Code] = r.Found[f.Code]
-		res.Findings = append(res.Findings, findingResult{f.Code, p.Name, p.Severity, f.Place, f.Detail, f.Count, p.Means, p.Kernel, remedyText(p.Repair), p.Helps})
+		res.Findings = append(res.Findings, findingResult{f.Code, p.Name, p.Severity, f.Place, f.Detail, f.Count, p.Means, p.Kernel, repairText(p.Repair), p.Remedy})
 	}
 	res.Clean = len(res.Findings) == 0
 	return res
@@ -220,7 +220,7 @@ func (res checkResult) print(w io.Writer, r *check.Report) error {
 		if more := res.Found[p.Code] - shown; more > 0 {
 			fmt.Fprintf(w, "    and %d more\n", more)
 		}
-		if _, err := fmt.Fprintf(w, "  Repairable: %s. %s\n", remedyText(p.Repair), p.Helps); err != nil {
+		if _, err := fmt.Fprintf(w, "  Repairable: %s. %s\n", repairText(p.Repair), p.Remedy); err != nil {
 			return err
 		}
 	}

@@ -98,7 +98,7 @@ func TestCatalogueByVerbs(t *testing.T) {
 				t.Errorf("check: status %d, %s%s", o.status, o.out, o.stderr)
 			}
 			before := digests(t, dir)
-			if problem.Repair == check.NotMended && problem.Code != check.OriginTooSmall {
+			if problem.Repair == check.NotRepairable && problem.Code != check.OriginTooSmall {
 				dmsnap("repair", cow, out).wantRefused(t, cow, problem.Code.String())
 				wantSame(t, dir, before)
 				return

@@ -1,14 +1,14 @@
-// Package undo keeps what is about to be overwritten in a store, so that a change in place can be taken back.
+// Package undo saves the bytes of a store that are about to be overwritten, so that a change in place can be reverted.
 //
-// Who changes a store first lets [Undo.Save] write the undo file, makes that durable, then calls [Undo.Mark], and only
-// then begins. [Apply] puts the old bytes back, whether the change was completed, cut half-way, or never begun;
-// it may itself be cut and started again.
+// Before the change, [Undo.Save] writes the undo file, the caller makes that durable and calls [Undo.Mark]. [Apply]
+// restores the old bytes, whether the change was completed, interrupted, or never begun; it may itself be interrupted
+// and started again.
 //
 // An undo file is applied to the store that it was made for, or to a copy of it, and to nothing else
-// (docs/decisions/0006-undo-formats.md). Mark puts a random id, which the file has too, into the store's first
-// sector (ondisk.ChangeLabel); it is the first thing that changes and the last thing that is put back. And
-// each sector must be as it was before the change, or as the change makes it: what somebody wrote since is not
-// lost. An undo file is a line of text, a line of JSON, records, and a checksum:
+// (docs/decisions/0006-undo-formats.md). Mark puts a random id, which the file has too, into the store's first sector
+// (ondisk.ChangeLabel); it is the first change and the last one that is reverted. Each sector must be as it was before
+// the change, or as the change makes it, so that later writes are not lost. An undo file is a line of text, a line of
+// JSON, records, and a checksum:
 //
 //	dmsnap undo 2
 //	{"size":1060864,"changed_size":1064960,"id":"…"}
@@ -35,14 +35,14 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Change is bytes of a device that are going to be overwritten, behind its first sector.
+// A Change is bytes of a device that are going to be overwritten, after its first sector.
 type Change struct {
 	Off, Length int64
 	// After fills p with what is going to be at off, which lies in the range.
 	After func(p []byte, off int64) error
 }
 
-// An Undo is a change of a device that can be taken back.
+// An Undo is a change of a device that can be reverted.
 type Undo struct {
 	dev     block.Device
 	changes []Change
@@ -53,8 +53,8 @@ type Undo struct {
 
 // Saved describes an undo file.
 type Saved struct {
-	// Size is how long the device was, in bytes, and ChangedSize how long the change makes it.
-	// Apply does not make a device shorter: a caller that can does so afterwards.
+	// Size is how long the device was, in bytes, and ChangedSize how long the change makes it. Apply does not make a
+	// device shorter: the caller does so afterwards where possible.
 	Size        int64 `json:"size"`
 	ChangedSize int64 `json:"changed_size"`
 	// ID is in the first sector of the changed device too.
@@ -63,7 +63,7 @@ type Saved struct {
 	Bytes int64 `json:"-"`
 }
 
-// ErrFormat reports a file that is no undo file, or not a whole one.
+// ErrFormat reports a file that is not a complete undo file.
 var ErrFormat = errors.New("not a whole undo file")
 
 // ErrOtherDevice reports an undo file that is not of this device, or of an earlier state of it.
@@ -87,8 +87,8 @@ func New(dev block.Device, changes []Change, first []byte, changedSize int64) *U
 	return u
 }
 
-// Save writes the undo file to w. What lies past the end of the device, where the change makes it longer, is left
-// out. The caller makes w durable before it calls Mark.
+// Save writes the undo file to w. Ranges past the end of the device, where the change makes it longer, are left out.
+// The caller makes w durable before it calls Mark.
 func (u *Undo) Save(ctx context.Context, w io.Writer) error {
 	sum := sha256.New()
 	out := io.MultiWriter(w, sum)
@@ -164,7 +164,7 @@ func unlabelled(sector []byte) []byte {
 	return b
 }
 
-// Mark makes the device, durably, the one that the undo file is for.
+// Mark writes the label that links the device with the undo file, durably.
 func (u *Undo) Mark() error {
 	return ChangeFirst(u.dev, func(sector []byte) { ondisk.ChangeLabel{ID: u.id}.Encode(sector) })
 }
@@ -182,7 +182,7 @@ func ChangeFirst(dev block.Device, change func(sector []byte)) error {
 	return nil
 }
 
-// Apply puts back on dev what r keeps, durably. The whole file is compared with dev before anything is written.
+// Apply restores the bytes in r on dev, durably. The whole file is compared with dev before anything is written.
 // Errors: ErrFormat, ErrOtherDevice (with nothing changed), those of r and dev, ctx's.
 func Apply(ctx context.Context, r io.ReadSeeker, dev block.Device) (Saved, error) {
 	start, err := r.Seek(0, io.SeekCurrent)
@@ -205,7 +205,7 @@ func Apply(ctx context.Context, r io.ReadSeeker, dev block.Device) (Saved, error
 			_, err := dev.WriteAt(b, off)
 			return err
 		}
-		// The first sector, with the label, is put back when all else is durable.
+		// The first sector, with the label, is restored when all else is durable.
 		if err := dev.Flush(); err != nil {
 			return err
 		}
@@ -223,7 +223,7 @@ type comparison struct {
 	other  error // the first difference that the change does not explain
 }
 
-// differs notes why the device is another one. It counts when the file turns out to be a complete one.
+// differs records why the device is another one. It is reported if the file is complete.
 func (c *comparison) differs(format string, args ...any) {
 	if c.other == nil {
 		c.other = fmt.Errorf("%w: "+format, append([]any{ErrOtherDevice}, args...)...)
@@ -262,7 +262,7 @@ func (c *comparison) record(s Saved, off int64, before, after []byte) error {
 	return nil
 }
 
-// judge refuses a device that is not the one that was changed.
+// judge refuses a device other than the one that was changed.
 func (c *comparison) judge() error {
 	switch {
 	case c.other != nil:
@@ -275,7 +275,7 @@ func (c *comparison) judge() error {
 	return nil
 }
 
-// read hands each record to take.
+// read calls take for each record.
 func read(ctx context.Context, r io.Reader, take func(s Saved, off int64, before, after []byte) error) (s Saved, err error) {
 	in := &summed{in: bufio.NewReaderSize(r, headBytes), sum: sha256.New()}
 	if s, err = readHead(in); err != nil {
@@ -331,7 +331,7 @@ func readHead(in *summed) (s Saved, err error) {
 	return s, nil
 }
 
-// summed reads and adds up what it read.
+// summed reads and computes the checksum of what it read.
 type summed struct {
 	in  *bufio.Reader
 	sum hash.Hash

@@ -22,7 +22,7 @@ import (
 func TestRepairedStores(t *testing.T) {
 	need(t)
 	for _, problem := range check.Problems() {
-		if problem.Repair == check.NotMended {
+		if problem.Repair == check.NotRepairable {
 			continue
 		}
 		t.Run(problem.Code.String(), func(t *testing.T) {
