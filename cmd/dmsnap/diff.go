@@ -3,12 +3,9 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"iter"
-	"strconv"
 
 	"github.com/spf13/cobra"
 
@@ -69,21 +66,15 @@ Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is in
 	return c
 }
 
-// A diffPrinter prints extents, which come in ascending order, and then a summary.
-type diffPrinter interface {
-	extent(e diff.Extent) error
-	end() error
-}
-
 // printer returns the printer of the requested format.
-func (o *diffOptions) printer(w io.Writer, size int64) (diffPrinter, error) {
+func (o *diffOptions) printer(w io.Writer, size int64) (diff.Printer, error) {
 	switch o.format {
 	case "text":
 		return &diffText{w: w, size: size, verified: o.verify}, nil
 	case "ranges":
-		return diffRanges{w}, nil
+		return diff.NewRangePrinter(w), nil
 	case "json":
-		return &diffJSON{list: jsonList{w: w}, size: size}, nil
+		return diff.NewJSONPrinter(w, size), nil
 	}
 	return nil, fmt.Errorf("--format %q: must be text, ranges or json", o.format)
 }
@@ -144,7 +135,7 @@ func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, ba
 	if err != nil {
 		return err
 	}
-	extents := fromExceptions(ctx, d)
+	extents := d.Stored(ctx)
 	defer bar.end()
 	if o.verify {
 		extents = d.Verified(ctx)
@@ -153,35 +144,20 @@ func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, ba
 	for e, err := range extents {
 		if err == nil {
 			differs = differs || e.Class == diff.Changed
-			err = p.extent(e)
+			err = p.Extent(e)
 			bar.show(e.Off+e.Length, d.Size())
 		}
 		if err != nil {
 			return errors.Join(err, w.Flush())
 		}
 	}
-	if err := errors.Join(p.end(), w.Flush()); err != nil {
+	if err := errors.Join(p.End(), w.Flush()); err != nil {
 		return err
 	}
 	if differs {
 		return errNo
 	}
 	return nil
-}
-
-// fromExceptions is Extents in the form of Verified.
-func fromExceptions(ctx context.Context, d *diff.Diff) iter.Seq2[diff.Extent, error] {
-	return func(yield func(diff.Extent, error) bool) {
-		for e := range d.Extents() {
-			if ctx.Err() != nil {
-				yield(e, context.Cause(ctx))
-				return
-			}
-			if !yield(e, nil) {
-				return
-			}
-		}
-	}
 }
 
 // diffText is for people: ranges that differ, and a summary.
@@ -193,7 +169,8 @@ type diffText struct {
 	changed, copied int64 // bytes
 }
 
-func (p *diffText) extent(e diff.Extent) error {
+// Extent prints a range that differs.
+func (p *diffText) Extent(e diff.Extent) error {
 	if e.Class == diff.Copied {
 		p.copied += e.Length
 		return nil
@@ -204,7 +181,8 @@ func (p *diffText) extent(e diff.Extent) error {
 	return err
 }
 
-func (p *diffText) end() error {
+// End prints the summary.
+func (p *diffText) End() error {
 	verb := "may differ"
 	if p.verified {
 		verb = "differ"
@@ -218,89 +196,5 @@ func (p *diffText) end() error {
 		fmt.Fprintf(p.w, "; %s are stored and the same", bytesText(p.copied))
 	}
 	_, err := fmt.Fprintln(p.w)
-	return err
-}
-
-// diffRanges is for scripts.
-type diffRanges struct{ w io.Writer }
-
-func (p diffRanges) extent(e diff.Extent) error {
-	if e.Class != diff.Changed {
-		return nil
-	}
-	b := strconv.AppendInt(make([]byte, 0, 40), e.Off, 10)
-	b = strconv.AppendInt(append(b, ' '), e.Length, 10)
-	_, err := p.w.Write(append(b, '\n'))
-	return err
-}
-
-func (p diffRanges) end() error { return nil }
-
-// diffRange is a range in JSON.
-type diffRange struct {
-	Start   int64 `json:"start"`  // bytes
-	Length  int64 `json:"length"` // bytes
-	Changed bool  `json:"changed"`
-	Stored  bool  `json:"stored"` // a store has exceptions for it
-}
-
-// diffJSON fills what is between the extents, so that the list covers the disk.
-type diffJSON struct {
-	list jsonList
-	off  int64 // end of what was printed
-	size int64
-}
-
-func (p *diffJSON) extent(e diff.Extent) error {
-	if err := p.same(e.Off); err != nil {
-		return err
-	}
-	p.off += e.Length
-	return p.list.add(diffRange{e.Off, e.Length, e.Class == diff.Changed, true})
-}
-
-// same prints that nothing is stored up to byte end.
-func (p *diffJSON) same(end int64) error {
-	if end == p.off {
-		return nil
-	}
-	r := diffRange{Start: p.off, Length: end - p.off}
-	p.off = end
-	return p.list.add(r)
-}
-
-func (p *diffJSON) end() error {
-	return errors.Join(p.same(p.size), p.list.end())
-}
-
-// A jsonList writes a list as it comes, an element a line: lists of exceptions are too long to hold.
-type jsonList struct {
-	w     io.Writer
-	begun bool
-}
-
-func (l *jsonList) add(v any) error {
-	b, err := json.Marshal(v)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(l.w, "%s%s", l.separator(), b)
-	return err
-}
-
-func (l *jsonList) separator() string {
-	if l.begun {
-		return ",\n"
-	}
-	l.begun = true
-	return "[\n"
-}
-
-func (l *jsonList) end() error {
-	text := "\n]\n"
-	if !l.begun {
-		text = "[]\n"
-	}
-	_, err := io.WriteString(l.w, text)
 	return err
 }

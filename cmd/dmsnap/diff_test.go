@@ -11,6 +11,8 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dmsnap/dmsnap/diff"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -59,7 +61,7 @@ func TestDiff(t *testing.T) {
 		}
 	}
 
-	var list []diffRange
+	var list []diff.JSONRange
 	out := differing(t, "diff", p.origin, p.cow, "--json", "--verify")
 	if err := json.Unmarshal([]byte(out), &list); err != nil {
 		t.Fatalf("%v in %s", err, out)
@@ -186,17 +188,17 @@ func TestList(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	type listed struct {
-		storeList
-		Runs []listedRun `json:"runs"`
+		inspect.StoreList
+		Runs []inspect.Run `json:"runs"`
 	}
 	got := mustJSON[listed](t, "list", p.cow)
-	want := []listedRun{
-		{0, 2, 1, 0, 8192, 4096},
-		{24, 3, 2, 98304, 12288, 8192},
-		{122, 5, 1, 499712, 20480, 4096},
-		{256, 6, 1, 1048576, 24576, 4096},
+	want := []inspect.Run{
+		{OriginChunk: 0, COWChunk: 2, Chunks: 1, OriginOffset: 0, COWOffset: 8192, Length: 4096},
+		{OriginChunk: 24, COWChunk: 3, Chunks: 2, OriginOffset: 98304, COWOffset: 12288, Length: 8192},
+		{OriginChunk: 122, COWChunk: 5, Chunks: 1, OriginOffset: 499712, COWOffset: 20480, Length: 4096},
+		{OriginChunk: 256, COWChunk: 6, Chunks: 1, OriginOffset: 1048576, COWOffset: 24576, Length: 4096},
 	}
-	if fmt.Sprint(got.Runs) != fmt.Sprint(want) || got.storeList != (storeList{p.cow, 8, 5}) {
+	if fmt.Sprint(got.Runs) != fmt.Sprint(want) || got.StoreList != (inspect.StoreList{Path: p.cow, ChunkSectors: 8, Exceptions: 5}) {
 		t.Errorf("listed %+v, want %v", got, want)
 	}
 	text := mustRun(t, "list", p.cow)

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/bytesize"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -26,7 +27,7 @@ A COW on a block device is made longer with the tool that manages the device (lv
   dmsnap grow --control ctl.sock vm1 10GiB`,
 		Args: cobra.ExactArgs(2),
 		RunE: func(c *cobra.Command, args []string) error {
-			size, err := parseSize(args[1])
+			size, err := bytesize.Parse(args[1])
 			if err != nil {
 				return err
 			}

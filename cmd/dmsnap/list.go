@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -14,7 +13,6 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
-	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -43,7 +41,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or damage
 			w := bufio.NewWriterSize(c.OutOrStdout(), 64<<10)
 			list := listText
 			if asJSON {
-				list = listJSON
+				list = inspect.ListJSON
 			}
 			return errors.Join(list(ctx, w, args[0], st), w.Flush())
 		},
@@ -78,49 +76,6 @@ func openStoreToRead(path string, live bool) (openDisk, *store.Store, error) {
 	return cow, st, nil
 }
 
-// storeList is what list prints as JSON; the runs follow as its last field.
-type storeList struct {
-	Path         string `json:"path"`
-	ChunkSectors uint32 `json:"chunk_sectors"`
-	Exceptions   uint64 `json:"exceptions"`
-}
-
-// listedRun is a run in JSON.
-type listedRun struct {
-	OriginChunk  uint64 `json:"origin_chunk"`
-	COWChunk     uint64 `json:"cow_chunk"`
-	Chunks       uint64 `json:"chunks"`
-	OriginOffset int64  `json:"origin_offset"` // bytes
-	COWOffset    int64  `json:"cow_offset"`    // bytes
-	Length       int64  `json:"length"`        // bytes, whole chunks
-}
-
-func runOf(l ondisk.Layout, r store.Run) listedRun {
-	return listedRun{uint64(r.Old), uint64(r.New), r.Count, l.OriginOffset(r.Old), l.COWOffset(r.New), int64(r.Count) << l.Shift()}
-}
-
-func listJSON(ctx context.Context, w io.Writer, path string, st *store.Store) error {
-	head, err := json.Marshal(storeList{path, st.Layout().ChunkSectors, st.Len()})
-	if err != nil {
-		return err
-	}
-	fmt.Fprintf(w, "%s,\"runs\":", head[:len(head)-1])
-	runs := jsonList{w: w}
-	for r := range st.Exceptions() {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		if err := runs.add(runOf(st.Layout(), r)); err != nil {
-			return err
-		}
-	}
-	if err := runs.end(); err != nil {
-		return err
-	}
-	_, err = io.WriteString(w, "}\n")
-	return err
-}
-
 func listText(ctx context.Context, w io.Writer, path string, st *store.Store) error {
 	const row = "%14v  %23v  %23v  %s\n"
 	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
@@ -129,7 +84,7 @@ func listText(ctx context.Context, w io.Writer, path string, st *store.Store) er
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		e := runOf(st.Layout(), r)
+		e := inspect.RunOf(st.Layout(), r)
 		if _, err := fmt.Fprintf(w, row, e.OriginOffset, chunkRange(e.OriginChunk, e.Chunks), chunkRange(e.COWChunk, e.Chunks), bytesText(e.Length)); err != nil {
 			return err
 		}

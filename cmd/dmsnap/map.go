@@ -1,12 +1,9 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"image/color"
 	"io"
-	"math"
 	"os"
 	"text/tabwriter"
 
@@ -16,9 +13,6 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/picture"
-	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server/api"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 type mapOptions struct {
@@ -64,60 +58,6 @@ reduces it to 0.`,
 	return c
 }
 
-// mapResult is what map prints as JSON. Cells are equal parts of the disk, or of COW, in order; the value of a cell is
-// the fraction of it that is used, 0 to 1.
-type mapResult struct {
-	Path string `json:"path"`
-	api.Figures
-	DiskBytes     int64         `json:"disk_bytes"`
-	DiskKnown     bool          `json:"disk_known"` // else disk_bytes is where the last exception ends
-	StoredBytes   int64         `json:"stored_bytes"`
-	UnusedChunks  uint64        `json:"unused_chunks"` // allocated, but used by no exception
-	Fragmentation fragmentation `json:"fragmentation"`
-	DiskCells     []float64     `json:"disk_cells"`
-	COWCells      []float64     `json:"cow_cells"`
-}
-
-// fragmentation says how the order of COW differs from the disk's.
-type fragmentation struct {
-	Runs         uint64  `json:"runs"`          // consecutive on both sides
-	MeanBytes    int64   `json:"mean_bytes"`    // of a run
-	LongestBytes int64   `json:"longest_bytes"` // of a run
-	Neighbours   uint64  `json:"neighbours"`    // pairs of neighbouring chunks of the disk that are both stored
-	Jumps        uint64  `json:"jumps"`         // those that are no neighbours in COW, where an area between them does not count
-	Percent      float64 `json:"percent"`       // jumps of neighbours
-}
-
-func fragmentationOf(ctx context.Context, st *store.Store) (f fragmentation, err error) {
-	l := st.Layout()
-	var old ondisk.OriginChunk // after the last run, on both sides
-	var new ondisk.COWChunk
-	longest := uint64(0)
-	for r := range st.Exceptions() {
-		if ctx.Err() != nil {
-			return f, context.Cause(ctx)
-		}
-		if f.Runs > 0 && r.Old == old {
-			f.Neighbours++
-			if r.New != l.NextData(new) {
-				f.Jumps++
-			}
-		}
-		f.Runs++
-		f.Neighbours += r.Count - 1
-		longest = max(longest, r.Count)
-		old, new = r.Old+ondisk.OriginChunk(r.Count), r.New+ondisk.COWChunk(r.Count)
-	}
-	if f.Runs > 0 {
-		f.MeanBytes = int64(float64(st.Len()) / float64(f.Runs) * float64(l.ChunkBytes()))
-	}
-	f.LongestBytes = int64(longest) << l.Shift()
-	if f.Neighbours > 0 {
-		f.Percent = 100 * float64(f.Jumps) / float64(f.Neighbours)
-	}
-	return f, nil
-}
-
 func (o *mapOptions) run(c *cobra.Command, path string) error {
 	if o.colour != "auto" && o.colour != "always" && o.colour != "never" {
 		return fmt.Errorf("--color %q: must be auto, always or never", o.colour)
@@ -137,17 +77,23 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 		return err
 	}
 	defer cow.Close()
-	m := mapResult{Path: path, Figures: inspect.Figures(st), StoredBytes: int64(st.Len()) << st.Layout().Shift()}
-	if err := o.sizeDisk(&m, st); err != nil {
-		return about(path, err)
+	disk := int64(-1)
+	if o.origin != "" {
+		// Only its size is used.
+		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
+		if err != nil {
+			return err
+		}
+		defer origin.Close()
+		disk = origin.Size()
 	}
 	ctx, stop := untilSignal()
 	defer stop()
-	if m.Fragmentation, err = fragmentationOf(ctx, st); err != nil {
-		return err
+	m, err := inspect.MapOf(ctx, path, st, disk)
+	if err != nil {
+		return about(path, err)
 	}
-	m.UnusedChunks = (m.SectorsAllocated-m.MetadataSectors)/uint64(m.ChunkSectors) - m.Exceptions
-	return o.show(c, st, m, inputs)
+	return o.show(c, m, inputs)
 }
 
 // checkOutputs checks every output file before the first one is written.
@@ -169,34 +115,6 @@ func (o *mapOptions) checkOutputs(inputs []string) error {
 	return nil
 }
 
-// sizeDisk finds how large the disk is, by the origin or by the last exception.
-func (o *mapOptions) sizeDisk(m *mapResult, st *store.Store) error {
-	if o.origin == "" {
-		if last, ok := st.LastOrigin(); ok {
-			_, m.DiskBytes = st.Layout().OriginRange(last, 1, math.MaxInt64)
-		}
-		return nil
-	}
-	// Only its size is used.
-	origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
-	if err != nil {
-		return err
-	}
-	defer origin.Close()
-	m.DiskBytes, m.DiskKnown = origin.Size(), true
-	m.StoredBytes -= max(0, m.pastEnd(st))
-	return st.CheckOrigin(m.DiskBytes)
-}
-
-// pastEnd is the part of a stored last chunk that is after the end of the disk.
-func (m *mapResult) pastEnd(st *store.Store) int64 {
-	last, ok := st.LastOrigin()
-	if !ok {
-		return 0
-	}
-	return st.Layout().OriginOffset(last+1) - m.DiskBytes
-}
-
 // Cells of a row and rows of a strip. In letters a cell is twice as high as wide, so there are fewer.
 const (
 	mapColumns   = 64
@@ -206,9 +124,9 @@ const (
 	jsonCells    = 1024
 )
 
-func (o *mapOptions) show(c *cobra.Command, st *store.Store, m mapResult, inputs []string) error {
+func (o *mapOptions) show(c *cobra.Command, m *inspect.Map, inputs []string) error {
 	if o.svg != "" || o.png != "" {
-		panels := mapPanels(st, m, imageColumns, diskRows, cowRows)
+		panels := m.Panels(imageColumns, diskRows, cowRows, bytesText)
 		for _, out := range []struct {
 			path  string
 			write func(io.Writer, ...picture.Panel) error
@@ -223,28 +141,19 @@ func (o *mapOptions) show(c *cobra.Command, st *store.Store, m mapResult, inputs
 		}
 	}
 	if o.asJSON {
-		m.DiskCells, m.COWCells = cellsOf(diskStrip(st, m, jsonCells)), cellsOf(cowStrip(st, m, jsonCells))
+		m.FillCells(jsonCells)
 		return printJSON(c, m)
 	}
-	return o.print(c.OutOrStdout(), st, m)
+	return o.print(c.OutOrStdout(), m)
 }
 
-// cellsOf returns the fraction of each cell that is not background.
-func cellsOf(s *picture.Strip) []float64 {
-	cells := make([]float64, s.Cells())
-	for i := range cells {
-		cells[i] = math.Round(1e6*(1-s.Share(i, 0))) / 1e6
-	}
-	return cells
-}
-
-func (o *mapOptions) print(w io.Writer, st *store.Store, m mapResult) error {
+func (o *mapOptions) print(w io.Writer, m *inspect.Map) error {
 	columns, colours := o.terminal(w)
 	rows, draw := 2, picture.Panel.Letters
 	if colours {
 		rows, draw = 1, picture.Panel.Colours
 	}
-	for _, p := range mapPanels(st, m, columns, diskRows/rows, cowRows/rows) {
+	for _, p := range m.Panels(columns, diskRows/rows, cowRows/rows, bytesText) {
 		if err := draw(p, w); err != nil {
 			return err
 		}
@@ -278,58 +187,4 @@ func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 		colours = o.colour == "always"
 	}
 	return columns, colours
-}
-
-var (
-	mapGround   = color.RGBA{0xd8, 0xd8, 0xd8, 255}
-	mapMetadata = color.RGBA{0x7a, 0x5c, 0xa8, 255}
-	mapUnused   = color.RGBA{0xe0, 0x9a, 0x2b, 255}
-	mapData     = color.RGBA{0x1f, 0x6f, 0xb4, 255}
-)
-
-// mapPanels draws both maps.
-func mapPanels(st *store.Store, m mapResult, columns, diskRows, cowRows int) []picture.Panel {
-	size := bytesText(m.DiskBytes)
-	if !m.DiskKnown {
-		size += " or more"
-	}
-	return []picture.Panel{
-		{Title: "disk, " + size, Strip: diskStrip(st, m, columns*diskRows), Columns: columns, Label: bytesText},
-		{Title: fmt.Sprintf("%s, %s", m.Path, bytesText(int64(m.TotalSectors)*ondisk.SectorSize)),
-			Strip: cowStrip(st, m, columns*cowRows), Columns: columns, Label: bytesText},
-	}
-}
-
-// diskStrip is the map of the disk.
-func diskStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
-	l := st.Layout()
-	s := picture.NewStrip(m.DiskBytes, cells, picture.Class{Name: "as the origin", Letter: '.', Colour: mapGround},
-		picture.Class{Name: "in COW", Letter: 'c', Colour: mapData})
-	for r := range st.Exceptions() {
-		s.Add(l.OriginOffset(r.Old), int64(r.Count)<<l.Shift(), 1)
-	}
-	return s
-}
-
-// cowStrip is the map of COW.
-func cowStrip(st *store.Store, m mapResult, cells int) *picture.Strip {
-	const metadata, unused, data = 1, 2, 3
-	l := st.Layout()
-	s := picture.NewStrip(int64(m.TotalSectors)*ondisk.SectorSize, cells, picture.Class{Name: "free", Letter: '.', Colour: mapGround},
-		picture.Class{Name: "header and areas", Letter: 'm', Colour: mapMetadata},
-		picture.Class{Name: "unused", Letter: 'u', Colour: mapUnused}, picture.Class{Name: "data", Letter: 'd', Colour: mapData})
-	s.Add(0, l.ChunkBytes(), metadata)
-	for area := range m.MetadataSectors/uint64(l.ChunkSectors) - 1 {
-		s.Add(l.COWOffset(l.AreaChunk(area)), l.ChunkBytes(), metadata)
-	}
-	for r := range st.Exceptions() {
-		s.Add(l.COWOffset(r.New), int64(r.Count)<<l.Shift(), data)
-	}
-	// The rest of the allocated part is unused. Its place within a cell is not shown.
-	end := int64(m.SectorsAllocated) * ondisk.SectorSize
-	for i := range s.Cells() {
-		off, n := s.Bounds(i)
-		s.Add(off, min(n, end-off)-(n-s.Bytes(i, 0)), unused)
-	}
-	return s
 }

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"github.com/dmsnap/dmsnap/inspect"
+
 	"bytes"
 	"encoding/xml"
 	"errors"
@@ -16,12 +18,12 @@ func TestMap(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	before := digests(t, p.dir)
-	m := mustJSON[mapResult](t, "map", p.cow, "--origin", p.origin)
+	m := mustJSON[inspect.Map](t, "map", p.cow, "--origin", p.origin)
 	if m.DiskBytes != int64(len(p.content)) || !m.DiskKnown || m.StoredBytes != 4*4096+2048 || m.UnusedChunks != 0 || m.Exceptions != 5 {
 		t.Errorf("figures %+v", m)
 	}
 	// Chunks 24 and 25 are the one pair of neighbours, side by side in COW too.
-	if want := (fragmentation{Runs: 4, MeanBytes: 5120, LongestBytes: 8192, Neighbours: 1}); m.Fragmentation != want {
+	if want := (inspect.Fragmentation{Runs: 4, MeanBytes: 5120, LongestBytes: 8192, Neighbours: 1}); m.Fragmentation != want {
 		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
 	}
 	if len(m.DiskCells) != jsonCells || m.DiskCells[0] != 1 || m.DiskCells[500] != 0 || m.DiskCells[jsonCells-1] != 1 {
@@ -51,16 +53,16 @@ func TestMapOfAFragmentedStore(t *testing.T) {
 	p.withStore(t) // COW chunks 2, 3 and 4, 5, 6 for origin chunks 0, 24 and 25, 122, 256
 	patch(4096+3*16, 26)(t, &p)
 	patch(4096+4*16+8, 20)(t, &p)
-	m := mustJSON[mapResult](t, "map", p.cow)
-	if want := (fragmentation{Runs: 3, MeanBytes: 6826, LongestBytes: 12288, Neighbours: 2}); m.Fragmentation != want {
+	m := mustJSON[inspect.Map](t, "map", p.cow)
+	if want := (inspect.Fragmentation{Runs: 3, MeanBytes: 6826, LongestBytes: 12288, Neighbours: 2}); m.Fragmentation != want {
 		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
 	}
 	if m.UnusedChunks != 14 { // 6 to 19
 		t.Errorf("%d unused chunks", m.UnusedChunks)
 	}
 	patch(4096+2*16, 27)(t, &p)
-	m = mustJSON[mapResult](t, "map", p.cow)
-	if want := (fragmentation{Runs: 5, MeanBytes: 4096, LongestBytes: 4096, Neighbours: 1, Jumps: 1, Percent: 100}); m.Fragmentation != want {
+	m = mustJSON[inspect.Map](t, "map", p.cow)
+	if want := (inspect.Fragmentation{Runs: 5, MeanBytes: 4096, LongestBytes: 4096, Neighbours: 1, Jumps: 1, Percent: 100}); m.Fragmentation != want {
 		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
 	}
 	if text := mustRun(t, "map", p.cow); !strings.Contains(text, "14 chunks allocated and used by no exception") || !strings.Contains(text, "U") {
@@ -73,8 +75,8 @@ func TestMapAcrossAnArea(t *testing.T) {
 	p := newPair(t)
 	mustRun(t, "create", p.origin, p.cow, "--chunk-size", "512")
 	p.write(t, 512, make([]byte, 40*512))
-	m := mustJSON[mapResult](t, "map", p.cow)
-	if want := (fragmentation{Runs: 2, MeanBytes: 10240, LongestBytes: 32 * 512, Neighbours: 39}); m.Fragmentation != want {
+	m := mustJSON[inspect.Map](t, "map", p.cow)
+	if want := (inspect.Fragmentation{Runs: 2, MeanBytes: 10240, LongestBytes: 32 * 512, Neighbours: 39}); m.Fragmentation != want {
 		t.Errorf("fragmentation %+v, want %+v", m.Fragmentation, want)
 	}
 }
@@ -82,8 +84,8 @@ func TestMapAcrossAnArea(t *testing.T) {
 func TestMapOfAnEmptyStore(t *testing.T) {
 	p := newPair(t)
 	mustRun(t, "create", p.origin, p.cow)
-	m := mustJSON[mapResult](t, "map", p.cow)
-	if m.DiskBytes != 0 || m.DiskKnown || m.Fragmentation != (fragmentation{}) || len(m.DiskCells) != 1 {
+	m := mustJSON[inspect.Map](t, "map", p.cow)
+	if m.DiskBytes != 0 || m.DiskKnown || m.Fragmentation != (inspect.Fragmentation{}) || len(m.DiskCells) != 1 {
 		t.Errorf("%+v", m)
 	}
 	mustRun(t, "map", p.cow)

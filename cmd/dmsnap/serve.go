@@ -223,7 +223,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	log, endLog := newLog(stderr)
 	defer endLog()
-	passed, err := passedListeners()
+	passed, err := server.PassedListeners()
 	if err != nil {
 		return err
 	}

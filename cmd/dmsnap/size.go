@@ -2,42 +2,11 @@ package main
 
 import (
 	"fmt"
-	"math"
 	"strconv"
-	"strings"
 
+	"github.com/dmsnap/dmsnap/internal/bytesize"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
-
-// sizeUnits are the suffixes of a size: s for sectors, powers of 1024, and, as in GNU tools, powers of 1000 with a plain
-// B. Case is ignored.
-var sizeUnits = map[string]int64{
-	"": 1, "b": 1, "s": ondisk.SectorSize,
-	"k": 1 << 10, "ki": 1 << 10, "kib": 1 << 10, "kb": 1e3,
-	"m": 1 << 20, "mi": 1 << 20, "mib": 1 << 20, "mb": 1e6,
-	"g": 1 << 30, "gi": 1 << 30, "gib": 1 << 30, "gb": 1e9,
-	"t": 1 << 40, "ti": 1 << 40, "tib": 1 << 40, "tb": 1e12,
-	"p": 1 << 50, "pi": 1 << 50, "pib": 1 << 50, "pb": 1e15,
-}
-
-// parseSize reads a size: "4KiB", "64M", "4k", "16s" (sectors), "1048576". It returns bytes.
-func parseSize(s string) (int64, error) {
-	digits := strings.TrimRight(s, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ")
-	unit, known := sizeUnits[strings.ToLower(s[len(digits):])]
-	n, err := strconv.ParseUint(digits, 10, 63)
-	if !known || err != nil && !isRange(err) {
-		return 0, fmt.Errorf("%q is not a size such as 4096, 16s (sectors), 4KiB, 64M or 10GiB", s)
-	}
-	if err != nil || int64(n) > math.MaxInt64/unit {
-		return 0, fmt.Errorf("size %q is too large", s)
-	}
-	return int64(n) * unit, nil
-}
-
-func isRange(err error) bool {
-	e, ok := err.(*strconv.NumError)
-	return ok && e.Err == strconv.ErrRange
-}
 
 // A sizeFlag is the value of an option that takes a size, in bytes.
 type sizeFlag struct {
@@ -53,7 +22,7 @@ func (f *sizeFlag) String() string {
 }
 
 func (f *sizeFlag) Set(s string) (err error) {
-	f.bytes, err = parseSize(s)
+	f.bytes, err = bytesize.Parse(s)
 	f.set = err == nil
 	return err
 }
@@ -73,16 +42,4 @@ func (f *sizeFlag) chunkSectors() (uint32, error) {
 }
 
 // bytesText formats a number of bytes: "1.5 GiB".
-func bytesText(n int64) string {
-	if n < 1<<10 {
-		return fmt.Sprintf("%d bytes", n)
-	}
-	f, units := float64(n)/(1<<10), []string{"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
-	for f >= 1024 && len(units) > 1 {
-		f, units = f/1024, units[1:]
-	}
-	if f == math.Trunc(f) {
-		return fmt.Sprintf("%.0f %s", f, units[0])
-	}
-	return fmt.Sprintf("%.1f %s", f, units[0])
-}
+func bytesText(n int64) string { return bytesize.Text(n) }

@@ -1,4 +1,4 @@
-package main
+package server
 
 import (
 	"errors"
@@ -13,9 +13,9 @@ import (
 // firstPassed is the number of the first descriptor that a service manager passes on.
 const firstPassed = 3
 
-// passedListeners returns the sockets that a service manager passed to this process, by name (FileDescriptorName= in a
-// systemd socket unit). The environment variables that describe them are removed, so that no child process uses them.
-func passedListeners() (map[string]net.Listener, error) {
+// PassedListeners returns the sockets that a service manager passed to this process, by name (FileDescriptorName= in a
+// systemd socket unit): "nbd", and "control" for the control API; none when there are none. The environment variables that describe them are removed, so that no child process uses them.
+func PassedListeners() (map[string]net.Listener, error) {
 	defer os.Unsetenv("LISTEN_PID")
 	defer os.Unsetenv("LISTEN_FDS")
 	defer os.Unsetenv("LISTEN_FDNAMES")

@@ -1,0 +1,45 @@
+// Package jsonlist writes a JSON list as its elements come, one to a line: lists of exceptions are too long to hold.
+package jsonlist
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+)
+
+// A Writer writes a list.
+type Writer struct {
+	w     io.Writer
+	begun bool
+}
+
+// New returns a writer of a list to w.
+func New(w io.Writer) *Writer { return &Writer{w: w} }
+
+// Add writes one element.
+func (l *Writer) Add(v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(l.w, "%s%s", l.separator(), b)
+	return err
+}
+
+func (l *Writer) separator() string {
+	if l.begun {
+		return ",\n"
+	}
+	l.begun = true
+	return "[\n"
+}
+
+// End completes the list; one without elements is empty.
+func (l *Writer) End() error {
+	text := "\n]\n"
+	if !l.begun {
+		text = "[]\n"
+	}
+	_, err := io.WriteString(l.w, text)
+	return err
+}
