@@ -147,11 +147,15 @@ const (
 	maxSlots   = 1 << 16 // of a store
 )
 
-// VisibleSiblings returns the paths of regular files in some directories that hold valid stores which fit the origin: a
-// merge changes what they show as snapshots of it, if that is what they are. Devices that are known, by what block.Same
-// compares, are left out, and so are hidden files. Nothing is locked; what can't be read is left out.
-func VisibleSiblings(origin block.Device, folders []string, known ...block.Device) (paths []string) {
-	looked, seen := 0, append([]block.Device{origin}, known...)
+// VisibleSiblings returns the paths of regular files in some directories that hold valid stores which fit the origin: a merge
+// changes what they show as snapshots of it, if that is what they are. Hidden files are left out, and cow, its undo stores,
+// the store whose undo store it is, and the siblings that are known. Nothing is locked; what can't be read is left out.
+func VisibleSiblings(origin, cow block.Device, folders []string, known ...Sibling) (paths []string) {
+	seen := []block.Device{origin, cow}
+	for _, s := range known {
+		seen = append(seen, s.COW)
+	}
+	looked := 0
 	for _, folder := range folders {
 		entries, _ := os.ReadDir(folder)
 		for _, e := range entries {
@@ -166,7 +170,7 @@ func VisibleSiblings(origin block.Device, folders []string, known ...block.Devic
 			if err != nil {
 				continue
 			}
-			if !slices.ContainsFunc(seen, func(d block.Device) bool { return block.Same(d, f) }) && fits(f, origin.Size()) {
+			if !slices.ContainsFunc(seen, func(d block.Device) bool { return block.Same(d, f) }) && fits(f, origin.Size()) && !sameMerge(f, cow) {
 				paths = append(paths, path)
 				seen = append(seen, f) // by its identity, which outlives it
 			}
@@ -174,6 +178,14 @@ func VisibleSiblings(origin block.Device, folders []string, known ...block.Devic
 		}
 	}
 	return paths
+}
+
+// sameMerge reports whether dev and cow are an undo store and the store that it was made for: one has what a merge of the other
+// overwrites.
+func sameMerge(dev, cow block.Device) bool {
+	its, tied, err := readLabel(dev)
+	mine, known, mineErr := readLabel(cow)
+	return err == nil && mineErr == nil && tied && known && its.ID == mine.ID && its.Undo != mine.Undo
 }
 
 // fits reports whether dev holds a valid store of an origin of size bytes, as far as its first slots say.

@@ -377,8 +377,34 @@ func TestVisibleSiblings(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer merged.Close()
-	got := merge.VisibleSiblings(w.origin, []string{dir, dir, path("none")}, merged)
+	got := merge.VisibleSiblings(w.origin, merged, []string{dir, dir, path("none")})
 	if !slices.Equal(got, []string{path("other.cow")}) {
 		t.Errorf("%v", got)
+	}
+	if err := os.Remove(path("z-link")); err != nil {
+		t.Fatal(err)
+	}
+	plan, err := merge.Plan(w.origin, merged)
+	if err != nil {
+		t.Fatal(err)
+	}
+	undo, err := block.Create(path("undo.cow"), plan.UndoBytes)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer undo.Close()
+	if err := merge.WriteUndo(t.Context(), w.origin, merged, undo, merge.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	other, err := block.Open(path("other.cow"), block.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer other.Close()
+	if got := merge.VisibleSiblings(w.origin, merged, []string{dir}, merge.Sibling{COW: other}); len(got) != 0 {
+		t.Errorf("a sibling that is known and an undo store of the merge: %v", got)
+	}
+	if got := merge.VisibleSiblings(w.origin, other, []string{dir}, merge.Sibling{COW: merged}); !slices.Equal(got, []string{path("undo.cow")}) {
+		t.Errorf("an undo store of another merge: %v", got)
 	}
 }

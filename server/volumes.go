@@ -65,6 +65,9 @@ func (s *Server) attachVolumes() (err error) {
 	if s.together {
 		return nil
 	}
+	if half := s.half.Load(); half != nil && !s.opts.Force {
+		return half.Refuse()
+	}
 	if !s.opts.ReadOnly {
 		if err := s.allowFileWrites(); err != nil {
 			return err

@@ -26,7 +26,7 @@ func examples(c *cobra.Command) []string {
 
 // exampleFolder makes the files that the examples name: an origin with stores that are sound, invalid and damaged, and
 // an image to update.
-func exampleFolder(t *testing.T) string {
+func exampleFolder(t *testing.T, v *cobra.Command) string {
 	t.Helper()
 	k := newKit(t)
 	dir, err := os.MkdirTemp("", "ex-") // short: it will have unix sockets
@@ -42,6 +42,9 @@ func exampleFolder(t *testing.T) string {
 	// The other host is this one.
 	if err := os.WriteFile(filepath.Join(dir, "ssh"), []byte("#!/bin/sh\nshift\nexec \"$@\"\n"), 0o755); err != nil {
 		t.Fatal(err)
+	}
+	if strings.Contains(v.Example, "vm.img") {
+		writeLVMImage(t, filepath.Join(dir, "vm.img"))
 	}
 	if err := os.Symlink(program(t), filepath.Join(dir, "dmsnap")); err != nil {
 		t.Fatal(err)
@@ -90,15 +93,12 @@ func TestExamples(t *testing.T) {
 	root := newRoot()
 	for _, v := range append(root.Commands(), root) {
 		t.Run(v.Name(), func(t *testing.T) {
-			dir := exampleFolder(t)
-			if strings.Contains(v.Example, "vm.img") {
-				writeLVMImage(t, filepath.Join(dir, "vm.img"))
-			}
+			dir := exampleFolder(t, v)
 			if strings.Contains(v.Example, "--control ctl.sock") {
 				defer serveExample(t, dir, "dmsnap serve disk.img vm1.cow --export-origin --socket nbd.sock --control ctl.sock")()
 				if v.Name() == "merge" || v.Name() == "grow" || v.Name() == "status" { // its other lines use disk.img offline
 					other := filepath.Join(dir, "offline")
-					from := exampleFolder(t)
+					from := exampleFolder(t, v)
 					if err := os.Rename(from, other); err != nil {
 						t.Fatal(err)
 					}

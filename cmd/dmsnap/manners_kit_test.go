@@ -94,13 +94,17 @@ func doneBy(o outcome) error {
 func kitIn(dir string) *kit {
 	k := &kit{dir: dir, in: filepath.Join(dir, "in"), out: filepath.Join(dir, "out"), path: map[string]string{}}
 	for _, name := range inputNames {
-		k.path[name] = filepath.Join(k.in, strings.ToLower(name)+".file")
+		folder := k.in
+		if name != "ORIGIN" && name != "COW" {
+			folder = filepath.Join(k.in, "more") // a merge warns of other stores beside its own
+		}
+		k.path[name] = filepath.Join(folder, strings.ToLower(name)+".file")
 	}
 	for _, name := range []string{"OUT", "ALSO", "FOLDER", "SOCKET"} {
 		k.path[name] = filepath.Join(k.out, strings.ToLower(name))
 	}
 	k.path["CONTROL"] = filepath.Join(k.in, "control.sock")
-	os.Mkdir(k.in, 0o755)
+	os.MkdirAll(filepath.Join(k.in, "more"), 0o755)
 	os.Mkdir(k.out, 0o755)
 	return k
 }

@@ -21,19 +21,31 @@ type mergeResult struct {
 	Ranges       uint64 `json:"ranges"`         // ranges of the origin that are overwritten
 	UndoBytes    int64  `json:"undo_bytes"`     // size of an undo store
 	Undo         string `json:"undo,omitempty"` // its path
+
+	Siblings []mergeSibling `json:"siblings,omitempty"`        // other snapshots that preserve what is overwritten
+	Others   []string       `json:"other_snapshots,omitempty"` // stores in the same folder that do not
+}
+
+// mergeSibling is a sibling of an offline merge as JSON.
+type mergeSibling struct {
+	COW     string `json:"cow"`
+	Invalid bool   `json:"invalid,omitempty"` // there is nothing to preserve
+	Chunks  uint64 `json:"chunks"`            // to preserve
+	Free    uint64 `json:"free_chunks"`       // that there is room for
 }
 
 // offlineMerge holds the options of an offline merge.
 type offlineMerge struct {
 	dryRun, force, asJSON, raw bool
 	undo                       string
+	siblings                   []string
 }
 
 func newMerge() *cobra.Command {
 	var o offlineMerge
 	var live liveMerge
 	c := &cobra.Command{
-		Use:   "merge {ORIGIN COW | --control PATH [NAME]}",
+		Use:   "merge {ORIGIN COW | DISK#VG/SNAPSHOT | --control PATH [NAME]}",
 		Short: "Merge a snapshot back into its origin",
 		Long: `Merge a snapshot back into its origin: afterwards the origin has the content of the snapshot, and the store is
 empty.
@@ -41,6 +53,15 @@ empty.
 ORIGIN COW merges offline. The merge may be interrupted or killed at any time: run the same command again, and it
 continues. Until it is complete, ORIGIN alone is a mixture of old and new content. A merge that is refused (an
 invalid store, an origin that is too small, a store in use) changes nothing.
+
+Other snapshots of ORIGIN change with it: where they have no exceptions of their own they show the new content of ORIGIN,
+mixed with what they have. --sibling COW, once for each, preserves them: before a block of ORIGIN is overwritten, each
+keeps the old one in its COW, as with a write to a served ORIGIN. The merge is refused when one of them has no room for
+that. Stores in the folders of ORIGIN and COW that may be other snapshots of ORIGIN are named in a warning.
+
+DISK#VG/SNAPSHOT merges a snapshot volume into its origin inside DISK, without root or activation; all other snapshots of
+that origin are preserved. The volume group is not changed: SNAPSHOT stays, as an empty snapshot. ORIGIN may be
+DISK#VG/LV or DISK#pN, with COW a file. A group that is active on this host is refused.
 
 --undo FILE saves what is overwritten, as a store: dmsnap merge ORIGIN FILE undoes the merge, and until then dmsnap
 export ORIGIN FILE or a read-only serve shows the origin as it was. FILE gets its name when it is complete and
@@ -61,19 +82,21 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 		Example: `  dmsnap merge --dry-run disk.img disk.cow
   dmsnap merge disk.img disk.cow
   dmsnap merge disk.img more.cow --undo before.cow
+  dmsnap merge disk.img vm1.cow --sibling monday.cow --sibling tuesday.cow
+  dmsnap merge vm.img#vg0/before
   dmsnap merge --control ctl.sock vm1 --wait`,
 		Args: func(c *cobra.Command, args []string) error {
 			switch {
-			case live.control == "" && len(args) != 2:
-				return errors.New("ORIGIN and COW are required, or --control PATH")
+			case live.control == "" && (len(args) == 0 || len(args) > 2):
+				return errors.New("ORIGIN and COW are required, or DISK#VG/SNAPSHOT, or --control PATH")
 			case live.control == "" && (live.pause || live.resume || live.wait):
 				return errors.New("--pause, --resume and --wait require --control PATH")
 			case live.control != "" && len(args) > 1:
 				return errors.New("with --control, at most one NAME is accepted")
 			case live.control != "" && (o.dryRun || o.undo != "" || o.raw):
 				return errors.New("--dry-run, --undo and --raw are for an offline merge")
-			case live.control != "" && o.force:
-				return errors.New("--force is for an offline merge")
+			case live.control != "" && (o.force || len(o.siblings) > 0):
+				return errors.New("--force and --sibling are for an offline merge")
 			}
 			return nil
 		},
@@ -81,11 +104,12 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 			if live.control != "" {
 				return live.run(c, args, o.asJSON)
 			}
-			return o.run(c, args[0], args[1])
+			return o.run(c, args)
 		},
 	}
 	f := c.Flags()
 	f.BoolVarP(&o.dryRun, "dry-run", "n", false, "show what would be merged, write nothing")
+	f.StringArrayVar(&o.siblings, "sibling", nil, "preserve what another snapshot of ORIGIN, with this COW, shows (repeatable)")
 	f.StringVar(&o.undo, "undo", "", "save what is overwritten in this store")
 	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices, and into an origin with an incomplete merge of another COW")
 	addRaw(f, &o.raw)
@@ -99,16 +123,16 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 	return c
 }
 
-func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
+func (o *offlineMerge) run(c *cobra.Command, args []string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: o.dryRun, Used: o.force}, o.raw)
+	in, err := o.open(args)
 	if err != nil {
-		return err
+		return advise(err)
 	}
 	res := mergeResult{DryRun: o.dryRun, Undo: o.undo}
-	work, err := o.merge(ctx, c, origin, cow, []string{originPath, cowPath})
-	if err := errors.Join(err, about(cowPath, both.Close())); err != nil {
+	work, err := o.merge(ctx, c, in, &res)
+	if err := errors.Join(err, about(in.cowName, in.Close())); err != nil {
 		return err
 	}
 	res.ChunkSectors, res.Chunks, res.Runs, res.Ranges = work.ChunkSectors, work.Chunks, work.Runs, work.Ranges
@@ -116,46 +140,73 @@ func (o *offlineMerge) run(c *cobra.Command, originPath, cowPath string) error {
 	if o.asJSON {
 		return printJSON(c, res)
 	}
-	return res.print(c, originPath, cowPath)
+	return res.print(c, in.originName, in.cowName)
 }
 
 func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error {
 	what := fmt.Sprintf("%d chunks in %d runs, %s", res.Chunks, res.Runs, bytesText(res.Bytes))
 	if res.DryRun {
-		return printf(c, "%s: to merge: %s; %d ranges of %s are overwritten; an undo store takes %s\n", cowPath, what,
-			res.Ranges, originPath, bytesText(res.UndoBytes))
+		if err := printf(c, "%s: to merge: %s; %d ranges of %s are overwritten; an undo store takes %s\n", cowPath, what,
+			res.Ranges, originPath, bytesText(res.UndoBytes)); err != nil {
+			return err
+		}
+		return res.printSiblings(c, "is to preserve %d chunks, with room for %d")
 	}
-	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil || res.Undo == "" {
+	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil {
+		return err
+	}
+	if err := res.printSiblings(c, "preserved %d chunks, with room for %d before"); err != nil || res.Undo == "" {
 		return err
 	}
 	return printf(c, "%s: has what was overwritten; to undo the merge: dmsnap merge %s %s\n", res.Undo, originPath, res.Undo)
 }
 
-// merge does what was asked for with the devices, whose paths are the inputs.
-func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow block.Device, inputs []string) (merge.Work, error) {
+func (res mergeResult) printSiblings(c *cobra.Command, format string) error {
+	for _, s := range res.Siblings {
+		text := "is invalid: there is nothing to preserve"
+		if !s.Invalid {
+			text = fmt.Sprintf(format, s.Chunks, s.Free)
+		}
+		if err := printf(c, "%s: %s\n", s.COW, text); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// merge does what was asked for.
+func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, in *mergeInputs, res *mergeResult) (merge.Work, error) {
+	origin, cow, inputs := in.origin, in.cow, in.files
 	work, err := merge.Plan(origin, cow)
 	if err != nil {
-		return work, about(inputs[1], err)
+		return work, about(in.cowName, err)
+	}
+	if err := in.planSiblings(o.undo, res, work); err != nil {
+		return work, err
 	}
 	half, err := o.sideFile(inputs[0], cow)
 	if err != nil {
-		return work, about(inputs[1], advise(err))
+		return work, about(in.cowName, advise(err))
 	}
 	if o.dryRun {
-		return work, o.checkUndo(origin, cow, inputs)
+		if err := o.checkUndo(in); err != nil {
+			return work, err
+		}
+		in.warnOfOthers(c, res, o.asJSON)
+		return work, nil
 	}
 	var begun *merge.SideFile
 	if half != nil {
 		// An undo store is known by a label that making an undo store of its own replaces: it is noted before.
-		if err := o.checkUndo(origin, cow, inputs); err != nil {
+		if err := o.checkUndo(in); err != nil {
 			return work, err
 		}
-		if begun, err = o.begin(c, inputs, cow); err != nil {
+		if begun, err = o.begin(c, in); err != nil {
 			return work, err
 		}
 	}
 	if o.undo != "" {
-		kept, err := o.keep(ctx, c, origin, cow, work.UndoBytes, inputs)
+		kept, err := o.keep(ctx, c, in, work.UndoBytes)
 		if err != nil {
 			if begun != nil {
 				err = errors.Join(err, begun.Cancel(inputs[0]))
@@ -165,7 +216,7 @@ func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow 
 		defer kept.Close() // nothing is written to it
 	}
 	if half == nil && work.Chunks > 0 {
-		if begun, err = o.begin(c, inputs, cow); err != nil {
+		if begun, err = o.begin(c, in); err != nil {
 			return work, err
 		}
 	}
@@ -176,8 +227,9 @@ func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, origin, cow 
 		}
 		completed = func() error { return about(inputs[0], begun.End(inputs[0], cow)) }
 	}
-	work, err = mergeDevices(ctx, c, origin, cow, completed)
-	return work, about(inputs[1], err)
+	in.warnOfOthers(c, res, o.asJSON)
+	work, err = mergeDevices(ctx, c, origin, cow, in.siblings, completed)
+	return work, about(in.cowName, err)
 }
 
 // sideFile returns the side file that an earlier part of this merge has left beside the origin, or nil. One of another
@@ -194,18 +246,18 @@ func (o *offlineMerge) sideFile(originPath string, cow block.Device) (*merge.Sid
 }
 
 // begin writes the side file. If none can be made, it prints a warning and returns nil.
-func (o *offlineMerge) begin(c *cobra.Command, inputs []string, cow block.Device) (*merge.SideFile, error) {
-	begun, err := merge.Begin(inputs[0], inputs[1], cow, o.force)
+func (o *offlineMerge) begin(c *cobra.Command, in *mergeInputs) (*merge.SideFile, error) {
+	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, o.force)
 	if errors.Is(err, merge.ErrNoSideFile) {
-		fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, inputs[0])
+		fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, in.originName)
 		return nil, nil
 	}
-	return begun, about(inputs[1], err)
+	return begun, about(in.cowName, err)
 }
 
-func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device, completed func() error) (merge.Work, error) {
+func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device, siblings []merge.Sibling, completed func() error) (merge.Work, error) {
 	bar := newProgress(c.ErrOrStderr(), "merge")
-	work, err := merge.Offline(ctx, origin, cow, merge.Options{Completed: completed, Progress: func(p merge.Progress) {
+	work, err := merge.Offline(ctx, origin, cow, merge.Options{Siblings: siblings, Completed: completed, Progress: func(p merge.Progress) {
 		bar.show(p.MergedBytes(), p.TotalBytes())
 	}})
 	bar.end()

@@ -16,24 +16,24 @@ import (
 
 // keep writes the undo store of a merge, or opens an existing one that belongs to it. It stays open, and locked, during
 // the merge.
-func (o *offlineMerge) keep(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, inputs []string) (*block.File, error) {
-	kept, err := o.openUndo(origin, cow, false, inputs)
+func (o *offlineMerge) keep(ctx context.Context, c *cobra.Command, in *mergeInputs, size int64) (*block.File, error) {
+	kept, err := o.openUndo(in, false)
 	replace := o.force && errors.Is(err, merge.ErrNotUndo)
 	if err == nil || !replace && !errors.Is(err, fs.ErrNotExist) {
 		return kept, err
 	}
-	if err := o.writeUndo(ctx, c, origin, cow, size, replace, inputs); err != nil {
+	if err := o.writeUndo(ctx, c, in, size, replace); err != nil {
 		return nil, err
 	}
-	return o.openUndo(origin, cow, false, inputs)
+	return o.openUndo(in, false)
 }
 
 // openUndo opens an undo store that belongs to the merge.
-func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs []string) (*block.File, error) {
-	for _, in := range inputs {
-		err := checkDifferent(in, o.undo)
+func (o *offlineMerge) openUndo(in *mergeInputs, readOnly bool) (*block.File, error) {
+	for _, file := range in.files {
+		err := checkDifferent(file, o.undo)
 		if errors.Is(err, snapshot.ErrSameDevice) {
-			err = fmt.Errorf("%s: is the same file as %s", o.undo, in)
+			err = fmt.Errorf("%s: is the same file as %s", o.undo, file)
 		}
 		if err != nil {
 			return nil, err
@@ -43,7 +43,7 @@ func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs 
 	if err != nil {
 		return nil, err
 	}
-	if err = merge.CheckUndo(origin, cow, kept); err == nil {
+	if err = merge.CheckUndo(in.origin, in.cow, kept); err == nil {
 		// The process that named it may have been killed before the name was durable.
 		err = block.SyncDirectory(filepath.Dir(o.undo))
 	}
@@ -58,10 +58,10 @@ func (o *offlineMerge) openUndo(origin, cow block.Device, readOnly bool, inputs 
 }
 
 // writeUndo writes the undo store, of size bytes; it gets its name when it is complete and durable.
-func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, cow block.Device, size int64, replace bool, inputs []string) error {
+func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, in *mergeInputs, size int64, replace bool) error {
 	bar := newProgress(c.ErrOrStderr(), "keep")
-	err := writeOutputDevice(o.undo, replace, inputs, size, func(dst *block.File) error {
-		return merge.WriteUndo(ctx, origin, cow, dst, merge.Options{Progress: func(p merge.Progress) {
+	err := writeOutputDevice(o.undo, replace, in.files, size, func(dst *block.File) error {
+		return merge.WriteUndo(ctx, in.origin, in.cow, dst, merge.Options{Progress: func(p merge.Progress) {
 			bar.show(p.MergedBytes(), p.TotalBytes())
 		}})
 	})
@@ -73,11 +73,11 @@ func (o *offlineMerge) writeUndo(ctx context.Context, c *cobra.Command, origin, 
 }
 
 // checkUndo refuses an undo store that a merge would refuse. It writes nothing.
-func (o *offlineMerge) checkUndo(origin, cow block.Device, inputs []string) error {
+func (o *offlineMerge) checkUndo(in *mergeInputs) error {
 	if o.undo == "" {
 		return nil
 	}
-	kept, err := o.openUndo(origin, cow, true, inputs)
+	kept, err := o.openUndo(in, true)
 	switch {
 	case err == nil:
 		return kept.Close()

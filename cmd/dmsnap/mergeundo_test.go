@@ -138,7 +138,7 @@ func TestMergeUndoIsLocked(t *testing.T) {
 	defer origin.Close()
 	defer cow.Close()
 	o := offlineMerge{undo: filepath.Join(p.dir, "undo.cow")}
-	kept, err := o.keep(t.Context(), newMerge(), origin, cow, 100<<20, []string{p.origin, p.cow})
+	kept, err := o.keep(t.Context(), newMerge(), &mergeInputs{origin: origin, cow: cow, files: []string{p.origin, p.cow}}, 100<<20)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -65,12 +65,12 @@ func TestMergeKilledLeavesASideFile(t *testing.T) {
 	dmsnap("serve", p.origin).wantRefused(t, "not complete", p.cow, "--force") // would make one
 	dmsnap("serve", p.origin, p.cow, "--store", "N", "--create").wantRefused(t, "not complete", "--force")
 	wantSame(t, p.dir, files)
-	mustRun(t, "merge", p.origin, moved)
+	mustRun(t, "merge", p.origin, moved, "--sibling", other)
 	wantContent(t, p.origin, shown)
 	if s, err := merge.ReadSideFile(p.origin); s != nil || err != nil {
 		t.Errorf("after the merge: %v, %v", s, err)
 	}
-	mustRun(t, "merge", p.origin, other)
+	mustRun(t, "merge", p.origin, other, "--sibling", moved)
 }
 
 // An undo store takes back a merge that was killed, without force, and the side file goes when the origin is whole.
