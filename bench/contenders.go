@@ -117,7 +117,7 @@ func serveQcow2(l *lab, base, image, socket string) []string {
 	return []string{"qemu-nbd", "-t", "-e", "64", "-f", "qcow2", "-k", socket, image}
 }
 
-// serveCOW keeps what is written in an unlinked file in the scratch folder.
+// serveCOW keeps what is written in an unlinked file in the scratch directory.
 func serveCOW(blocks string) func(l *lab, base, image, socket string) []string {
 	return func(l *lab, base, image, socket string) []string {
 		return []string{"env", "TMPDIR=" + l.dir, "nbdkit", "-f", "-U", socket, "--filter=cow", "file", base, "cow-block-size=" + blocks}

@@ -101,7 +101,7 @@ func (r *report) printCurves(w io.Writer) error {
 	return err
 }
 
-// writeCurves puts the curves into a folder: curves.json, curves.md, curves.svg.
+// writeCurves puts the curves into a directory: curves.json, curves.md, curves.svg.
 func (r *report) writeCurves(dir string) error {
 	return errors.Join(os.MkdirAll(dir, 0o755), writeAll(dir, map[string]func(io.Writer) error{
 		"curves.json": r.printJSON, "curves.md": r.printCurves, "curves.svg": r.plotCurves}))

@@ -18,7 +18,7 @@ import (
 // originSize is the size of the origin of every workload that does not say otherwise, in bytes.
 const originSize = 1 << 30
 
-// A lab is where one run takes place: a scratch folder with the images.
+// A lab is where one run takes place: a scratch directory with the images.
 type lab struct {
 	settings
 	dir    string

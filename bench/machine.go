@@ -22,7 +22,7 @@ type machine struct {
 	Cores      int               `json:"cores"`
 	MemoryMiB  int64             `json:"memory_mib"`
 	Kernel     string            `json:"kernel"`
-	FileSystem string            `json:"file_system"` // of the scratch folder
+	FileSystem string            `json:"file_system"` // of the scratch directory
 	Go         string            `json:"go"`
 	Commit     string            `json:"commit"`
 	Load       float64           `json:"load_before"` // processes that wanted a core in the minute before
@@ -77,7 +77,7 @@ func firstLine(ctx context.Context, argv ...string) string {
 	return string(bytes.TrimSpace(line))
 }
 
-// fileSystem is the type of the file system a folder is on.
+// fileSystem is the type of the file system a directory is on.
 func fileSystem(dir string) string {
 	f, err := os.Open("/proc/self/mountinfo")
 	if err != nil {

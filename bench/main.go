@@ -124,7 +124,7 @@ func (l *lab) measure(ctx context.Context, rows []row, print func(*report, io.Wr
 	return print(report, os.Stdout)
 }
 
-// newLab makes the scratch folder.
+// newLab makes the scratch directory.
 func newLab(s settings) (*lab, error) {
 	binary, err := filepath.Abs(s.binary)
 	if err != nil {

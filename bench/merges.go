@@ -27,7 +27,7 @@ var (
 	contiguous = &job{name: "contiguous", rw: "write", block: 64 << 10, depth: 8, size: mergeBytes, sync: true}
 )
 
-// in returns a lab in a folder of its own, with origins of another size.
+// in returns a lab in a directory of its own, with origins of another size.
 func (l *lab) in(name string, origin int64) (*lab, error) {
 	other := *l
 	other.dir, other.origin = filepath.Join(l.dir, name), origin

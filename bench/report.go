@@ -26,13 +26,13 @@ func (r *report) printJSON(w io.Writer) error {
 	return e.Encode(r)
 }
 
-// write puts the table into a folder: results.json, table.md, ratios.svg.
+// write puts the table into a directory: results.json, table.md, ratios.svg.
 func (r *report) write(dir string) error {
 	return errors.Join(os.MkdirAll(dir, 0o755), writeAll(dir, map[string]func(io.Writer) error{
 		"results.json": r.printJSON, "table.md": r.printTable, "ratios.svg": r.plotRatios}))
 }
 
-// writeAll writes each file of a folder.
+// writeAll writes each file of a directory.
 func writeAll(dir string, files map[string]func(io.Writer) error) error {
 	var errs []error
 	for name, print := range files {

@@ -19,7 +19,7 @@ type row struct {
 	// run measures one contender once.
 	run  func(ctx context.Context, l *lab, c contender, round int) (sample, error)
 	bars []bar
-	// cleanup, where there is one, removes what the row left in the scratch folder.
+	// cleanup, where there is one, removes what the row left in the scratch directory.
 	cleanup func(l *lab) error
 }
 

@@ -115,7 +115,7 @@ func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err e
 	return c, block.WithPath(cowPath, err)
 }
 
-// size is the size of a new COW file for an origin of so many bytes.
+// size is the size of a new COW file for an origin of the given number of bytes.
 func (o *Options) size(l ondisk.Layout, origin int64) (int64, error) {
 	if o.Size != 0 {
 		if least := 2 * l.ChunkBytes(); o.Size < least {
@@ -167,8 +167,8 @@ func (u unnamed) WriteDurableAt(p []byte, off int64) error {
 	return err
 }
 
-// CreateScratch makes a COW file that holds every chunk of an origin of so many bytes and no store, for a transient
-// snapshot.
+// CreateScratch makes a COW file that holds every chunk of an origin of the given number of bytes and no store, for a
+// transient snapshot.
 func CreateScratch(path string, originSize int64, chunkSectors uint32) error {
 	l, err := ondisk.NewLayout(chunkSectors)
 	if err != nil {

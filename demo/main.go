@@ -39,7 +39,7 @@ func main() {
 	}
 }
 
-// demo is one run in a folder of its own.
+// demo is one run in a directory of its own.
 type demo struct {
 	binary   string
 	dir      string
@@ -238,7 +238,7 @@ func (d *demo) checkFileSystem(name string) error {
 	return nil
 }
 
-// dmsnap runs the binary in the demo's folder and shows command and answer.
+// dmsnap runs the binary in the demo's directory and shows command and answer.
 func (d *demo) dmsnap(args ...string) error {
 	fmt.Println("$ dmsnap", strings.Join(args, " "))
 	cmd := exec.Command(d.binary, args...)
@@ -277,7 +277,7 @@ func (d *demo) serve() (*server, error) {
 		fmt.Println("   " + lines.Text())
 		f := strings.Fields(lines.Text())
 		if len(f) >= 2 && strings.Contains(f[1], "://") {
-			// The server runs in the demo's folder; we don't.
+			// The server runs in the demo's directory; we don't.
 			s.uris[f[0]] = strings.Replace(f[1], "socket=nbd.sock", "socket="+d.path("nbd.sock"), 1)
 		}
 	}

@@ -242,7 +242,7 @@ func appendRecord(b []byte, r record) []byte {
 	return append(b, r.digests...)
 }
 
-// records decodes the heads of a frame of a disk of so many bytes; data are its new bytes, unpacked.
+// records decodes the heads of a frame of a disk of the given number of bytes; data are its new bytes, unpacked.
 func (f *frame) records(size int64, data []byte) ([]record, error) {
 	bad := func(problem string) ([]record, error) { return nil, &FormatError{f.at, problem} }
 	var all []record

@@ -26,7 +26,8 @@ type history struct {
 	originHas []byte
 }
 
-// newHistory writes at random to an origin of size bytes and to its snapshots, in chunks of so many sectors.
+// newHistory writes at random to an origin of size bytes and to its snapshots, in chunks of the given number of
+// sectors.
 func newHistory(t *testing.T, seed uint64, size int64, sectors uint32) *history {
 	t.Helper()
 	r := rand.New(rand.NewPCG(seed, 1))

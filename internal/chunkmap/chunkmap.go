@@ -132,10 +132,10 @@ func (m *Map) Delete(old ondisk.OriginChunk) bool {
 	return true
 }
 
-// Run describes the longest uniform stretch of at most max ≥ 1 origin chunks from old on: either all in
-// consecutive COW chunks from new on, or all without an exception. It ends at the largest number there
-// is. Pages are looked at one after the other; a change meanwhile may show in a later one. A stretch with exceptions is
-// cut after 64 pages, so that a caller who uses it in small parts does not have it measured to its end each time.
+// Run describes the longest uniform range of at most max ≥ 1 origin chunks from old on: either all in consecutive COW
+// chunks from new on, or all without an exception. It ends at the largest number there is. Pages are looked at one
+// after the other; a change meanwhile may show in a later one. A range with exceptions is cut after 64 pages, so that a
+// caller who uses it in small parts does not have it measured to its end each time.
 func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
 	if max == 0 {
 		panic("chunkmap: a run of no chunks")
@@ -169,7 +169,7 @@ func (m *Map) runInPage(number uint64, at int) (new, n uint64, mapped bool) {
 	if p == nil {
 		return 0, uint64(pageChunks - at), false
 	}
-	new, k, mapped := p.stretch(at)
+	new, k, mapped := p.uniform(at)
 	return new, uint64(k), mapped
 }
 
@@ -238,7 +238,7 @@ func (m *Map) pageRuns(runs []Run, number uint64) []Run {
 		return runs
 	}
 	for at := 0; at < pageChunks; {
-		new, n, mapped := p.stretch(at)
+		new, n, mapped := p.uniform(at)
 		if mapped {
 			runs = append(runs, Run{ondisk.OriginChunk(number<<pageShift) + ondisk.OriginChunk(at), ondisk.COWChunk(new), uint64(n)})
 		}

@@ -9,20 +9,20 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// TestConcurrent has writers insert and delete, each in stretches of its own that share pages, while
-// readers look. What an insertion has returned for must be found, by everybody, where it was put; every
-// chunk has one home of which it is known in advance.
+// TestConcurrent has writers insert and delete, each in ranges of its own that share pages, while readers look. What an
+// insertion has returned for must be found, by everybody, where it was put; every chunk has one home of which it is
+// known in advance.
 func TestConcurrent(t *testing.T) {
 	const (
 		writers = 3
 		chunks  = 10000
 	)
-	// Stretches of seven consecutive homes, and those of the writers by turns.
+	// Ranges of seven consecutive homes, and those of the writers by turns.
 	home := func(old ondisk.OriginChunk) ondisk.COWChunk {
 		return ondisk.COWChunk(old/7*1000 + old%7 + 2)
 	}
 	var m Map
-	var stable [writers]atomic.Uint64 // chunks below are there for good
+	var stable [writers]atomic.Uint64 // chunks below are there permanently
 	var writing, reading sync.WaitGroup
 	var done atomic.Bool
 	for w := range writers {

@@ -168,8 +168,8 @@ func (p *page) setEntry(i int, e uint64) {
 	p.words[i/2] = p.words[i/2]&^(math.MaxUint32<<shift) | e<<shift
 }
 
-// tableStretch is stretch for a table.
-func (p *page) tableStretch(at int) (new uint64, n int, mapped bool) {
+// tableUniform is uniform for a table.
+func (p *page) tableUniform(at int) (new uint64, n int, mapped bool) {
 	first := p.entry(at)
 	for n = 1; at+n < pageChunks; n++ {
 		e := p.entry(at + n)

@@ -68,10 +68,10 @@ func (p *page) get(at int) (new uint64, mapped bool) {
 	return 0, false
 }
 
-// stretch describes the longest uniform stretch from chunk at on, within the page.
-func (p *page) stretch(at int) (new uint64, n int, mapped bool) {
+// uniform describes the longest uniform range from chunk at on, within the page.
+func (p *page) uniform(at int) (new uint64, n int, mapped bool) {
 	if p.form() >= narrowTable {
-		return p.tableStretch(at)
+		return p.tableUniform(at)
 	}
 	i := p.find(at)
 	if i >= 0 {

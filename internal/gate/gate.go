@@ -1,11 +1,10 @@
 // Package gate orders the work on the chunks of one snapshot: one owner a chunk, and readers that an
 // owner can wait for, kept only while they are held.
 //
-// Owners exclude each other chunk by chunk: whoever makes an exception, or writes while a merge is under
-// way. Readers are requests that read a chunk from the origin because it has no exception. They never
-// wait, not even for an owner, so that reading a chunk that is just being copied takes no longer than
-// reading any other (checklist 47). They are only ever waited for, by [Gate.Drain], before the origin
-// changes beneath them (specification 5.6).
+// Owners exclude each other chunk by chunk: whoever makes an exception, or writes while a merge is under way. Readers
+// are requests that read a chunk from the origin because it has no exception. They never wait, not even for an owner,
+// so that reading a chunk that is just being copied takes no longer than reading any other (checklist 47). They are
+// only ever waited for, by [Gate.Drain], before the origin changes beneath them (docs/spec/dm-snapshot.md §5.6).
 //
 // There are as many holders at a time as there are requests under way, mostly below a hundred, so they
 // are two plain lists, one of owners and one of readers, each under a mutex. Whoever comes looks once

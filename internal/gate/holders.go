@@ -39,7 +39,7 @@ type ticket struct {
 	serial uint64
 }
 
-// gate returns the gate of a ticket, which its holder keeps for good.
+// gate returns the gate of a ticket, which its holder keeps permanently.
 func (t ticket) gate(done string) *Gate {
 	if t.holder == nil {
 		panic("gate: " + done + " what was never held")

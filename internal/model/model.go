@@ -51,7 +51,7 @@ func (o *Origin) Attach(c Config) *Snapshot {
 	return s
 }
 
-// insert has writes visit s: larger chunks first, equals in the order of their coming (specification 5.2).
+// insert has writes visit s: larger chunks first, equals in the order of their coming (docs/spec/dm-snapshot.md §5.2).
 func (o *Origin) insert(s *Snapshot) {
 	i := 0
 	for i < len(o.active) && o.active[i].Chunk >= s.Chunk {
@@ -137,7 +137,7 @@ func (o *Origin) BeginMerge(s *Snapshot) bool {
 	if slices.Contains(o.active, s) {
 		s.Detach()
 	} else {
-		s.overflowed = false // loaded anew
+		s.overflowed = false // loaded again
 	}
 	o.Merging = s
 	return true

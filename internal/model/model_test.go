@@ -38,7 +38,7 @@ func want(t *testing.T, what string, got, want any) {
 	}
 }
 
-// TestStatusTexts: the table of specification 6.6, observed on a kernel.
+// TestStatusTexts: the table of docs/spec/dm-snapshot.md §6.6, observed on a kernel.
 func TestStatusTexts(t *testing.T) {
 	for _, c := range []struct {
 		store      string
@@ -64,7 +64,7 @@ func TestStatusTexts(t *testing.T) {
 	}
 }
 
-// TestWhenFull: the table of specification 2.8, but that what needs an area past the end is refused (H10).
+// TestWhenFull: the table of docs/spec/dm-snapshot.md §2.8, but that what needs an area past the end is refused (H10).
 func TestWhenFull(t *testing.T) {
 	for sectors, fit := range map[int64]int{33: 31, 34: 31, 35: 32, 36: 33} {
 		for store, then := range map[string]string{"P": "Invalid", "PO": "Overflow"} {
@@ -96,7 +96,7 @@ func TestSlots(t *testing.T) {
 	want(t, "on disk", synced, 70)
 }
 
-// TestMergeExampleA: specification 4.3 A, and C for the numbers across an area.
+// TestMergeExampleA: docs/spec/dm-snapshot.md §4.3 A, and C for the numbers across an area.
 func TestMergeExampleA(t *testing.T) {
 	o, s := world(400, Config{Store: "P", Chunk: 8, COW: 1024})
 	for _, chunk := range []int64{10, 11, 12, 20, 30, 29, 28, 40, 41} {

@@ -12,8 +12,8 @@ import (
 // The extended attribute that is a file's access list, which together with the mode says who may use it.
 const accessList = "system.posix_acl_access"
 
-// keepAttributes gives f the extended attributes of the file at path, and no access list where that has none: f
-// may have one from its folder.
+// keepAttributes gives f the extended attributes of the file at path, and no access list where that has none: f may
+// have one from its directory.
 func keepAttributes(f *os.File, path string) error {
 	names, err := attributes(path)
 	if err != nil {

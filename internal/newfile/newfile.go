@@ -1,13 +1,12 @@
 // Package newfile makes output files: a file has its name only when it is complete and durable.
 //
-// [Write] fills a temporary file beside the target, makes it durable, renames it to the target and makes the
-// folder durable. A crash leaves the old target, or the new one; at worst the temporary file (".NAME.*.part")
-// is left too.
+// [Write] fills a temporary file beside the target, makes it durable, renames it to the target and makes the directory
+// durable. A crash leaves the old target, or the new one; at worst the temporary file (".NAME.*.part") is left too.
 //
 // A target that exists is replaced with [Options].Replace only, and never while it is in use: it is locked as for
-// writing (docs/decisions/0001-locks.md) before anything is written, and until it is replaced. The new file
-// keeps its mode, owner, access list and other extended attributes. A target behind a symbolic link is replaced
-// where it lies; the link stays. Devices, pipes, sockets, folders and the inputs are never replaced.
+// writing (docs/decisions/0001-locks.md) before anything is written, and until it is replaced. The new file keeps its
+// mode, owner, access list and other extended attributes. A target behind a symbolic link is replaced where it lies;
+// the link stays. Devices, pipes, sockets, directories and the inputs are never replaced.
 package newfile
 
 import (
@@ -60,9 +59,9 @@ func Check(path string, o Options) error {
 // Write has fill write a new file, and names it path when it is complete and durable. Without an error from fill
 // nothing of the file is visible under its name before.
 //
-// Errors: fs.ErrExist for a target that may not be replaced, ErrNotRegular, block.ErrInUse for a target that is
-// in use, those of the operating system and of fill. After an error the target is as it was, unless only the
-// last step failed, which makes the folder durable.
+// Errors: fs.ErrExist for a target that may not be replaced, ErrNotRegular, block.ErrInUse for a target that is in use,
+// those of the operating system and of fill. After an error the target is as it was, unless only the last step failed,
+// which makes the directory durable.
 func Write(path string, o Options, fill func(*os.File) error) (err error) {
 	t, err := o.open(path)
 	if err != nil {
@@ -75,7 +74,7 @@ func Write(path string, o Options, fill func(*os.File) error) (err error) {
 	}
 	defer func() {
 		if err != nil {
-			os.Remove(f.Name()) // gone already when only the folder could not be made durable
+			os.Remove(f.Name()) // gone already when only the directory could not be made durable
 		}
 	}()
 	if err = t.fill(f, fill); err == nil {

@@ -28,7 +28,7 @@ func write(t *testing.T, path, s string) {
 	}
 }
 
-// wantFiles wants these files, and no others, in a folder: name and content alternate.
+// wantFiles wants these files, and no others, in a directory: name and content alternate.
 func wantFiles(t *testing.T, dir string, want ...string) {
 	t.Helper()
 	list, err := os.ReadDir(dir)
@@ -244,7 +244,7 @@ func TestKeepsAccess(t *testing.T) {
 		}
 	}
 
-	// A folder's default list does not get to a file that had none.
+	// A directory's default list does not get to a file that had none.
 	if noACL == nil && unix.Setxattr(dir, "system.posix_acl_default", acl, 0) == nil {
 		plain := filepath.Join(dir, "plain")
 		write(t, plain, "old")

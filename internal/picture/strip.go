@@ -1,5 +1,5 @@
-// Package picture draws what is where on a disk: a strip of cells, each standing for an equal stretch of the
-// disk and coloured by what that stretch holds, folded into rows like text.
+// Package picture draws what is where on a disk: a strip of cells, each standing for an equal range of the disk and
+// coloured by what that range holds, folded into rows like text.
 //
 //	   0  ....ddD.............
 //	1 GiB ..d.....DDDDd.......
@@ -33,7 +33,7 @@ type Strip struct {
 	bytes   []int64 // cells × classes without the ground
 }
 
-// NewStrip returns a strip for length ≥ 0 bytes with so many cells, fewer when there are fewer bytes, and
+// NewStrip returns a strip for length ≥ 0 bytes with the given number of cells, fewer when there are fewer bytes, and
 // at least one. It needs 8 bytes a cell and class.
 func NewStrip(length int64, cells int, classes ...Class) *Strip {
 	if length < 0 || cells < 1 || len(classes) < 1 {

@@ -1,5 +1,5 @@
-// Package testcerts makes certificates for tests of TLS, in a folder as NBD programs expect it. Only tests
-// import it.
+// Package testcerts makes certificates for tests of TLS, in a directory as NBD programs expect it. Only tests import
+// it.
 package testcerts
 
 import (
@@ -70,8 +70,8 @@ func (a *Authority) Write(dir string) error {
 	return a.WriteKind(dir, ECDSA, time.Now().Add(time.Hour))
 }
 
-// WriteKind writes ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem and client-key.pem to a folder,
-// for the server localhost, 127.0.0.1 and ::1. Keys are of the kind, certificates valid until expiry.
+// WriteKind writes ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem and client-key.pem to a directory, for
+// the server localhost, 127.0.0.1 and ::1. Keys are of the kind, certificates valid until expiry.
 func (a *Authority) WriteKind(dir string, kind KeyKind, expiry time.Time) error {
 	if err := os.WriteFile(filepath.Join(dir, "ca-cert.pem"), a.pem, 0o600); err != nil {
 		return err

@@ -46,8 +46,8 @@ func Loop(t testing.TB, file string, sectorSize int) string {
 	return dev
 }
 
-// Mount mounts source on a new folder and returns the folder. options are those of mount(2), such as "size=16m" of a
-// tmpfs. It is unmounted when the test ends, also while files in it are open.
+// Mount mounts source on a new directory and returns the directory. options are those of mount(2), such as "size=16m"
+// of a tmpfs. It is unmounted when the test ends, also while files in it are open.
 func Mount(t testing.TB, source, fsType, options string) string {
 	t.Helper()
 	need(t, "a mount")

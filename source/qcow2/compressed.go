@@ -90,7 +90,7 @@ func decodeZstd(out, in []byte) error {
 	return nil
 }
 
-// frameBytes returns the length of the zstd frame that b begins with (RFC 8878 §3.1).
+// frameBytes returns the length of the zstd frame that b begins with (RFC 8878, section 3.1).
 func frameBytes(b []byte) (int, error) {
 	var h zstd.Header
 	if err := h.Decode(b); err != nil {

@@ -27,10 +27,10 @@ import (
 	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
 
-// scratch is the folder of everything that the tests make. It is removed when this process ends in whatever way.
+// scratch is the directory of everything that the tests make. It is removed when this process ends in whatever way.
 var scratch string
 
-// janitorOf names the variable that makes a process the one that cleans up; its value is the scratch folder.
+// janitorOf names the variable that makes a process the one that cleans up; its value is the scratch directory.
 const janitorOf = "DMSNAP_E2E_JANITOR"
 
 func TestMain(m *testing.M) {
@@ -45,8 +45,8 @@ func TestMain(m *testing.M) {
 	os.Exit(withScratch(m.Run))
 }
 
-// withScratch makes the scratch folder, runs f, and removes the folder: by a process that also notices when
-// this one is killed.
+// withScratch makes the scratch directory, runs f, and removes the directory: by a process that also notices when this
+// one is killed.
 func withScratch(f func() int) (status int) {
 	var err error
 	// Socket paths are bounded: a short name.
@@ -81,8 +81,8 @@ func withScratch(f func() int) (status int) {
 	return f()
 }
 
-// cleanUp waits until the tests' process has ended, ends what it left running in the scratch folder, unmounts what is
-// mounted there, and removes it.
+// cleanUp waits until the tests' process has ended, ends what it left running in the scratch directory, unmounts what
+// is mounted there, and removes it.
 func cleanUp(dir string) {
 	signal.Ignore(syscall.SIGINT, syscall.SIGHUP)
 	io.Copy(io.Discard, os.Stdin)
@@ -141,7 +141,7 @@ func seedOf(t *testing.T) (seed uint64, given bool) {
 	return seed, true
 }
 
-// newFolder makes a folder for one test, removed at its end.
+// newFolder makes a directory for one test, removed at its end.
 func newFolder(t testing.TB) string {
 	t.Helper()
 	dir, err := os.MkdirTemp(scratch, "t")
@@ -156,7 +156,7 @@ func newFolder(t testing.TB) string {
 	return dir
 }
 
-// newFS mounts a file system with the folders "o" for origins and "c" for COW devices. The test is skipped where
+// newFS mounts a file system with the directories "o" for origins and "c" for COW devices. The test is skipped where
 // none can be mounted.
 func newFS(t testing.TB) *faultfs.FS {
 	t.Helper()

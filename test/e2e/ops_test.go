@@ -411,7 +411,7 @@ func (w *world) opRefusedVerb() {
 	}
 }
 
-// answered waits until what is late can't come any more: it sleeps, and takes what it sees then for good.
+// answered waits until what is late can't come any more: it sleeps, and takes what it sees then permanently.
 func (w *world) answered() {
 	time.Sleep(100 * time.Millisecond)
 	for _, export := range w.exports() {

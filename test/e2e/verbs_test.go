@@ -11,7 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
 
-// fileVerb is a verb that writes a file OUT in the folder of COW devices.
+// fileVerb is a verb that writes a file OUT in the directory of COW devices.
 type fileVerb struct {
 	name string
 	args func(r *rig, out string) []string
@@ -60,7 +60,7 @@ func newVerbRig(t *testing.T) (r *rig, view []byte) {
 	return r, view
 }
 
-// folder returns what is in the folder of COW devices.
+// directory returns what is in the directory of COW devices.
 func (r *rig) folder() map[string]string {
 	r.t.Helper()
 	list, err := os.ReadDir(filepath.Join(r.fs.Dir(), "c"))
@@ -74,9 +74,9 @@ func (r *rig) folder() map[string]string {
 	return all
 }
 
-// Each verb that writes a file, and each of its calls on files that can fail: the verb ends with status 2, leaves what was
-// there as it was, and OUT is missing, or complete where only the flush of the folder failed. When it succeeds OUT
-// survives a power cut.
+// Each verb that writes a file, and each of its calls on files that can fail: the verb ends with status 2, leaves what
+// was there as it was, and OUT is missing, or complete where only the flush of the directory failed. When it succeeds
+// OUT survives a power cut.
 func TestVerbsWhenACallFails(t *testing.T) {
 	r, view := newVerbRig(t)
 	before := r.folder()

@@ -538,7 +538,7 @@ func (w *world) check(v *view, allowed ...string) {
 	}
 }
 
-// noLeftovers checks that the folder of COW devices holds nothing else.
+// noLeftovers checks that the directory of COW devices holds nothing else.
 func (w *world) noLeftovers() {
 	list, err := os.ReadDir(w.cowDir)
 	w.must(err, "COW folder")

@@ -52,7 +52,7 @@ func tool(t *testing.T, name, debianPackage string) string {
 	return ""
 }
 
-// world is a folder with an origin, a snapshot and a server.
+// world is a directory with an origin, a snapshot and a server.
 type world struct {
 	t    *testing.T
 	dir  string
@@ -77,7 +77,7 @@ func newWorld(t *testing.T) *world {
 	return w
 }
 
-// keep logs what the last server said, and saves the files in the folder DMSNAP_KEEP, if that is set.
+// keep logs what the last server said, and saves the files in the directory DMSNAP_KEEP, if that is set.
 func (w *world) keep() {
 	if w.log != nil {
 		w.t.Logf("the server's log:\n%s", w.log)
@@ -90,8 +90,7 @@ func (w *world) keep() {
 
 func (w *world) path(name string) string { return filepath.Join(w.dir, name) }
 
-// run runs a program in the world's folder and returns what it printed; anything but exit 0 fails the
-// test.
+// run runs a program in the world's directory and returns what it printed; anything but exit 0 fails the test.
 func (w *world) run(name string, args ...string) string {
 	w.t.Helper()
 	cmd := exec.Command(name, args...)

@@ -45,8 +45,8 @@ func stages() []stage {
 	return all
 }
 
-// fill makes steps for so many exceptions: one chunk in four by a write to the origin, the others in
-// pairs by writes to the snapshot, in an order that leaves short runs.
+// fill makes steps for the given number of exceptions: one chunk in four by a write to the origin, the others in pairs
+// by writes to the snapshot, in an order that leaves short runs.
 func fill(chunk, exceptions int64) []step {
 	var steps []step
 	bytes := chunk * 512

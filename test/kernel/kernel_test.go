@@ -12,8 +12,8 @@ import (
 	"github.com/dmsnap/dmsnap/test/kernel/machine"
 )
 
-// The pool is a sparse disk in the guest's memory from which devices are cut. Each has its own stretch,
-// long enough to grow in.
+// The pool is a sparse disk in the guest's memory from which devices are cut. Each has its own range, long enough to
+// grow in.
 const (
 	pool      = "/dev/loop0"
 	poolBytes = 1 << 42

@@ -31,7 +31,7 @@ type volumes struct {
 
 const lvmDisk = "/dev/loop1"
 
-// newVolumes makes a volume group with a base of so many bytes, full of the stream of originSeed, and a
+// newVolumes makes a volume group with a base of the given number of bytes, full of the stream of originSeed, and a
 // snapshot with chunks of 4 KiB.
 func newVolumes(t *testing.T, base, snap string) *volumes {
 	if _, err := exec.LookPath("lvm"); err != nil {

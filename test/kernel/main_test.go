@@ -20,7 +20,7 @@ import (
 // unavailable says why there is no kernel to ask, or is empty.
 var unavailable = "no kernel is asked without DMSNAP_KERNEL=1 (make test-kernel)"
 
-// binaries is the folder of the static programs that run inside guests.
+// binaries is the directory of the static programs that run inside guests.
 var binaries string
 
 // A judge is a kind of machine: how it is started, and why that is impossible here.

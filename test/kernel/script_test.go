@@ -120,7 +120,7 @@ func sound(chunk, chunks int64) int64 {
 	return chunks
 }
 
-// grown is the size of a COW device after a growth of so many sectors.
+// grown is the size of a COW device after a growth of the given number of sectors.
 func grown(c snapConf, by int64) int64 {
 	sectors := c.cowSectors + by
 	return max(sectors, sound(c.chunk, sectors/c.chunk)*c.chunk)

@@ -186,9 +186,9 @@ func (k *kernel) merged(name string) string {
 	return ""
 }
 
-// mergeFor loads a snapshot-merge table for the devices disk and cow0 afresh, with every write to the
-// origin held up for a moment, and takes it away again after so many milliseconds: the step under way is
-// completed, the rest stays. It returns the last status.
+// mergeFor loads a snapshot-merge table for the devices disk and cow0 afresh, with every write to the origin held up
+// for a moment, and takes it away again after the given number of milliseconds: the step under way is completed, the
+// rest stays. It returns the last status.
 func (k *kernel) mergeFor(ms, originSectors int64, c snapConf) string {
 	k.t.Helper()
 	const slow = 2 // milliseconds a write

@@ -49,7 +49,7 @@ type FS struct {
 // ErrUnavailable wraps the reason why this machine can't mount a FUSE file system.
 var ErrUnavailable = errors.New("no FUSE file system can be mounted")
 
-// Start mounts a new, empty file system on a folder that exists.
+// Start mounts a new, empty file system on a directory that exists.
 func Start(dir string) (*FS, error) {
 	if f, err := os.OpenFile("/dev/fuse", os.O_RDWR, 0); err != nil {
 		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -91,8 +91,8 @@ type pipes struct {
 // Dir returns the mount point.
 func (f *FS) Dir() string { return f.dir }
 
-// Folder makes a folder in the root, or changes its limit: the bytes that its files may occupy together, 0 for no
-// limit. A folder is like a file system of its own. Only folders can hold files.
+// Folder makes a directory in the root, or changes its limit: the bytes that its files may occupy together, 0 for no
+// limit. A directory is like a file system of its own. Only directories can hold files.
 func (f *FS) Folder(name string, limit int64) error {
 	return f.rpc.Call("Control.Folder", FolderArgs{name, limit}, new(int))
 }
@@ -118,7 +118,7 @@ func (f *FS) Hits() (hits []Hit, err error) {
 	return hits, err
 }
 
-// Used returns the bytes that the files of a folder occupy.
+// Used returns the bytes that the files of a directory occupy.
 func (f *FS) Used(folder string) (n int64, err error) {
 	err = f.rpc.Call("Control.Used", folder, &n)
 	return n, err

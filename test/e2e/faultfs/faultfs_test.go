@@ -18,7 +18,7 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// start mounts a file system with one folder "d" and returns the folder's path.
+// start mounts a file system with one directory "d" and returns the directory's path.
 func start(t *testing.T, limit int64) (*FS, string) {
 	t.Helper()
 	f, err := Start(t.TempDir())
@@ -70,7 +70,7 @@ func holds(t *testing.T, f *os.File, c byte, off, n int64) bool {
 	return bytes.Equal(b, bytes.Repeat([]byte{c}, int(n)))
 }
 
-// What was flushed survives a power cut, the rest by sectors; names need a flush of the folder.
+// What was flushed survives a power cut, the rest by sectors; names need a flush of the directory.
 func TestPowerCut(t *testing.T) {
 	f, dir := start(t, 0)
 	d, err := os.Open(dir)
@@ -190,7 +190,7 @@ func TestRules(t *testing.T) {
 	must(t, <-done)
 }
 
-// The files of a folder share its room. Holes take none, punching gives room back.
+// The files of a directory share its room. Holes take none, punching gives room back.
 func TestRoom(t *testing.T) {
 	f, dir := start(t, 64<<10)
 	a, b := open(t, filepath.Join(dir, "a")), open(t, filepath.Join(dir, "b"))

@@ -198,7 +198,7 @@ func (n *folderNode) Rename(_ context.Context, name string, parent fs.InodeEmbed
 	return 0
 }
 
-// Fsync of a folder makes its names durable.
+// Fsync of a directory makes its names durable.
 func (n *folderNode) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	errno, _ := n.v.enter(SyncDir, n.d.name)
 	defer n.v.mu.Unlock()

@@ -24,12 +24,12 @@ const (
 // fail change nothing.
 type Rule struct {
 	Op    Op
-	File  string        // pattern of path.Match for the file's name; of the folder's for SyncDir
+	File  string        // pattern of path.Match for the file's name; of the directory's for SyncDir
 	Errno syscall.Errno // 0 with Hang or Short alone
 	Skip  int           // so many calls pass first
 	Every int           // of the later ones each Every-th is meant; 0 or 1: all
 	Count int           // so many are meant; 0: all
-	Short int           // of Write: writes so many bytes and reports that
+	Short int           // of Write: writes the given number of bytes and reports that
 	Hang  bool          // waits for Release before anything else
 }
 

@@ -16,8 +16,8 @@ const (
 // maxVersions bounds the contents that are remembered for one sector between two flushes.
 const maxVersions = 4
 
-// volume is the content of the file system: top-level folders with files. It outlives mounts. The
-// mutex protects everything; methods whose comment says so expect it to be held.
+// volume is the content of the file system: top-level directories with files. It outlives mounts. The mutex protects
+// everything; methods whose comment says so expect it to be held.
 type volume struct {
 	mu      sync.Mutex
 	nextIno uint64
@@ -29,14 +29,14 @@ type volume struct {
 	hanging int
 }
 
-// folder is a top-level folder. It has a limit of its own, as if it were a file system of its own.
+// directory is a top-level directory. It has a limit of its own, as if it were a file system of its own.
 type folder struct {
 	name    string
 	ino     uint64
 	limit   int64 // bytes that its files may occupy; 0: no limit
 	names   map[string]*file
 	durable map[string]*file // the names after a power cut
-	log     []nameChange     // since the last fsync of the folder
+	log     []nameChange     // since the last fsync of the directory
 }
 
 // nameChange is one atomic change of names: a name that is gone and one that is there, either may be "".
@@ -135,7 +135,7 @@ func (c *content) setSize(size int64) {
 	c.size = size
 }
 
-// used is the space that the files of a folder occupy, in bytes.
+// used is the space that the files of a directory occupy, in bytes.
 func (d *folder) used() (n int64) {
 	for _, f := range d.names {
 		n += int64(len(f.current.pages)) * pageSize
@@ -143,8 +143,8 @@ func (d *folder) used() (n int64) {
 	return n
 }
 
-// room returns how many pages from first up to and including last can be written or reserved: those that
-// are there, and as many others as the folder's limit leaves.
+// room returns how many pages from first up to and including last can be written or reserved: those that are there, and
+// as many others as the directory's limit leaves.
 func (d *folder) room(f *file, first, last int64) (n int64) {
 	left := int64(1) << 40
 	if d.limit > 0 {
@@ -315,7 +315,7 @@ func apply(names map[string]*file, c nameChange) {
 	}
 }
 
-// syncNames makes the folder's names durable.
+// syncNames makes the directory's names durable.
 func (d *folder) syncNames() {
 	for _, c := range d.log {
 		apply(d.durable, c)
@@ -351,7 +351,7 @@ func (v *volume) cut(seed uint64) (lost int) {
 	return lost
 }
 
-// sorted returns the folders by name.
+// sorted returns the directories by name.
 func (v *volume) sorted() []*folder {
 	list := make([]*folder, 0, len(v.folders))
 	for _, d := range v.folders {

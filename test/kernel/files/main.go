@@ -4,10 +4,10 @@
 //	files write DIR LOG SEED DEVICE   until something fails, which is its proper end
 //	files verify DIR LOG              prints what it found; status 1 when something is missing or wrong
 //
-// LOG is on another file system, which stays. Before a file is replaced or deleted a line says so, and one
-// says so when that is durable: a file that was written under another name, made durable, renamed, and whose
-// folder was made durable. A file system that keeps its word then shows each file as the last durable
-// change left it, or as one that was begun later, whole.
+// LOG is on another file system, which stays. Before a file is replaced or deleted a line says so, and one says so when
+// that is durable: a file that was written under another name, made durable, renamed, and whose directory was made
+// durable. A file system that keeps its word then shows each file as the last durable change left it, or as one that
+// was begun later, whole.
 //
 // An fsync that succeeded isn't enough to say so. When another writer's commit fails because the device is gone,
 // and takes our change with it, ext4 of Linux 6.1 may find no transaction left to wait for and report success

@@ -2,9 +2,9 @@
 // test on the host tells it, line by line (package job). It is static, so that it runs in user-mode Linux
 // over the host's files as well as in an initramfs.
 //
-// It is told by variables of the kernel's command line: DMSNAP_LINE, the device of the line to the
-// host; DMSNAP_SHARE, "hostfs:DIR" or "9p:TAG"; DMSNAP_MODULES, the folder with modules.dep, where the
-// modules were not loaded from an initramfs; DMSNAP_ROOT, the tag of the host's root folder, where they were.
+// It is told by variables of the kernel's command line: DMSNAP_LINE, the device of the line to the host; DMSNAP_SHARE,
+// "hostfs:DIR" or "9p:TAG"; DMSNAP_MODULES, the directory with modules.dep, where the modules were not loaded from an
+// initramfs; DMSNAP_ROOT, the tag of the host's root directory, where they were.
 package main
 
 import (
@@ -59,8 +59,8 @@ func run() error {
 	return serve(line)
 }
 
-// leaveInitramfs loads the modules that an initramfs brought, in the order it says, and moves to the root
-// folder that the host shares under a tag. Without an initramfs there is nothing to leave.
+// leaveInitramfs loads the modules that an initramfs brought, in the order it says, and moves to the root directory
+// that the host shares under a tag. Without an initramfs there is nothing to leave.
 func leaveInitramfs() error {
 	order, err := os.ReadFile("/modules/order")
 	if err != nil {
@@ -81,7 +81,7 @@ func leaveInitramfs() error {
 	return errors.Join(unix.Chroot("/host"), unix.Chdir("/"))
 }
 
-// mountAll makes a system of a kernel that has a root folder and nothing else.
+// mountAll makes a system of a kernel that has a root directory and nothing else.
 func mountAll() error {
 	for _, m := range []struct{ what, where, options string }{
 		{"proc", "/proc", ""}, {"sysfs", "/sys", ""}, {"devtmpfs", "/dev", ""}, {"tmpfs", poolDir, "size=90%"},

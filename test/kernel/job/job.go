@@ -10,7 +10,7 @@ type Op struct {
 	Do string
 
 	Dev  string `json:",omitempty"` // a path in the guest: a block device or a file
-	Path string `json:",omitempty"` // a name in the folder shared with the host
+	Path string `json:",omitempty"` // a name in the directory shared with the host
 	Off  int64  `json:",omitempty"` // bytes
 	N    int64  `json:",omitempty"` // bytes; 0 means to the end of the device, where that makes sense
 	Seed uint64 `json:",omitempty"` // whose stream is written, see kernelcase.Stream
@@ -38,7 +38,7 @@ const (
 	Pool   = "pool"   // (re)create the pool: a sparse file of N bytes behind the loop device Dev, all zero
 	Sleep  = "sleep"  // N milliseconds: for pacing loads, never for waiting that something happened
 	Until  = "until"  // run Argv again and again until its output contains Stdin, at most Seconds
-	Mkdir  = "mkdir"  // make the folder Dev
+	Mkdir  = "mkdir"  // make the directory Dev
 
 	// Mapped devices. Dev is dm:NAME, in the operations above too; so it is in tables, in the
 	// place of a device's number.

@@ -174,7 +174,7 @@ func (m *Machine) Name(what string) string {
 // Disk is the guest's path of disk i of Config.Disks.
 func (m *Machine) Disk(i int) string { return m.disk + string(rune('a'+i)) }
 
-// Share is the host's path of the folder that both see.
+// Share is the host's path of the directory that both see.
 func (m *Machine) Share() string { return m.share }
 
 // Console returns the last of what the kernel said.

@@ -13,8 +13,8 @@ import (
 	"time"
 )
 
-// What a guest in qemu loads before it can see the host's folders, and what tests want beyond [Wanted]
-// that user-mode Linux has built in.
+// What a guest in qemu loads before it can see the host's directories, and what tests want beyond [Wanted] that
+// user-mode Linux has built in.
 var qemuModules = []string{"virtio_pci", "virtio_console", "virtio_blk", "9pnet_virtio", "9p", "crc32c_generic", "crc32c_intel", "ext4", "xfs"}
 
 // HaveQEMU returns why a kernel in qemu can't be had here, or nil.
@@ -31,8 +31,8 @@ func HaveQEMU() error {
 	return err
 }
 
-// qemuKernel finds the kernel's image and its modules: in the folder DMSNAP_KERNEL_IMAGE, into which a
-// kernel's package was unpacked, or where an installed one is.
+// qemuKernel finds the kernel's image and its modules: in the directory DMSNAP_KERNEL_IMAGE, into which a kernel's
+// package was unpacked, or where an installed one is.
 func qemuKernel() (image, modules string, err error) {
 	root := os.Getenv("DMSNAP_KERNEL_IMAGE")
 	images, err := filepath.Glob(root + "/boot/vmlinuz-*")
@@ -50,8 +50,8 @@ func qemuKernel() (image, modules string, err error) {
 	return "", "", fmt.Errorf("no modules for %s in %s", release, root)
 }
 
-// QEMU boots a distribution's kernel with two CPUs, without the help of hardware. Its root folder is the
-// host's, read-only. What the guest wrote to a disk and was told of is in the host's file.
+// QEMU boots a distribution's kernel with two CPUs, without the help of hardware. Its root directory is the host's,
+// read-only. What the guest wrote to a disk and was told of is in the host's file.
 func QEMU(c Config) (*Machine, error) {
 	image, modules, err := qemuKernel()
 	if err != nil {
@@ -96,8 +96,8 @@ func dialSoon(path string) (conn net.Conn, err error) {
 	return nil, err
 }
 
-// writeInitramfs makes an archive of the guest's program and of the modules it needs before it sees the
-// host's folders, with the order in which to load them.
+// writeInitramfs makes an archive of the guest's program and of the modules it needs before it sees the host's
+// directories, with the order in which to load them.
 func writeInitramfs(path, guest, modules string) error {
 	program, err := os.ReadFile(guest)
 	if err != nil {

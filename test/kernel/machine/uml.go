@@ -9,14 +9,14 @@ import (
 	"path/filepath"
 )
 
-// umlModules is where Debian's package keeps the modules, a folder a version.
+// umlModules is where Debian's package keeps the modules, a directory a version.
 const umlModules = "/usr/lib/uml/modules"
 
 // A Config says how a machine is to be.
 type Config struct {
 	Guest  string   // the program of test/kernel/guest
 	Shim   string   // for UML: what BuildShim made, or empty
-	Dir    string   // an empty folder for the machine's use; Dir/share is seen by both
+	Dir    string   // an empty directory for the machine's use; Dir/share is seen by both
 	Memory int      // MiB; 0 means 1024
 	Disks  []string // files of the host that the guest gets as disks, in order
 
@@ -67,8 +67,8 @@ func BuildShim(dir string) (string, error) {
 	return shim, nil
 }
 
-// UML boots Debian's user-mode Linux over the host's root folder, read-only. Disks appear as
-// /dev/ubda, /dev/ubdb, … ([Machine.Disk]): what the guest wrote to one is in the host's file, flushed or not.
+// UML boots Debian's user-mode Linux over the host's root directory, read-only. Disks appear as /dev/ubda, /dev/ubdb, …
+// ([Machine.Disk]): what the guest wrote to one is in the host's file, flushed or not.
 func UML(c Config) (*Machine, error) {
 	modules, err := umlModuleDir()
 	if err != nil {
