@@ -15,15 +15,15 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// Options say what a new store is to be like.
+// Options are the properties of a new store.
 type Options struct {
 	ChunkSectors uint32 // 0: 8, chunks of 4 KiB
-	Size         int64  // of the COW file in bytes; 0: large enough never to overflow
-	Overwrite    bool   // make the store over whatever is there
-	Raw          bool   // the origin's bytes are the disk, whatever they look like
+	Size         int64  // of the COW file in bytes; 0: large enough for every chunk of the origin
+	Overwrite    bool   // overwrite the content of the COW device
+	Raw          bool   // the origin is a raw disk, whatever signatures are in it
 }
 
-// ErrSize reports an Options.Size that is too small, or 0 where no file is large enough never to overflow.
+// ErrSize reports an Options.Size that is too small, or 0 where no file is large enough for every chunk of the origin.
 var ErrSize = errors.New("size of the COW file")
 
 // Created describes a new store.
@@ -37,8 +37,8 @@ type Created struct {
 	vacant  bool  // and was empty
 }
 
-// Undo takes back what Create made, which nobody may use yet: a file that was made is removed, an empty one is as it
-// was. A store that was made over something else stays.
+// Undo reverts Create, as long as the store is not in use: a file that was made is removed, an empty one is as it was.
+// A store that overwrote other content stays.
 func (c Created) Undo() error {
 	switch {
 	case c.isNew:
@@ -155,9 +155,9 @@ func (o *Options) makeStore(cow *block.File, dev block.Device, c *Created) (err 
 	return err
 }
 
-// unnamed is a file that has its name only when newfile.Write has made it durable as a whole. Nobody finds a store in
-// it before, so the order in which its parts become durable does not matter, and one flush is enough: on a disk each
-// costs as much as the rest of Create.
+// unnamed is a file that has its name only when newfile.Write has made it durable as a whole. It can't be found before,
+// so the order in which its parts become durable does not matter, and one flush is enough: on a disk each costs as much
+// as the rest of Create.
 type unnamed struct{ *block.File }
 
 func (unnamed) Flush() error { return nil }

@@ -38,8 +38,8 @@ func OpenOrigin(path string, o block.Options, raw bool) (*block.File, error) {
 	return f, nil
 }
 
-// CheckOrigin refuses an origin whose last bytes are in no chunk, and, unless raw, one that is known to be no raw disk,
-// with an *image.NotRawError.
+// CheckOrigin refuses an origin that does not end at a sector boundary, and, unless raw, one that is known not to be a
+// raw disk, with an *image.NotRawError.
 func CheckOrigin(path string, origin block.Device, raw bool) error {
 	if !raw {
 		if err := image.CheckRaw(origin); err != nil {
@@ -52,8 +52,8 @@ func CheckOrigin(path string, origin block.Device, raw bool) error {
 	return nil
 }
 
-// CheckDifferent refuses one disk under two names, before the second is opened: the error would otherwise be that the
-// disk is in use, by the first. A COW device that does not exist is different.
+// CheckDifferent refuses two paths of one disk before the second is opened: otherwise the error would be that the disk
+// is in use, by the first. A COW device that does not exist is different.
 func CheckDifferent(originPath, cowPath string) error {
 	o, err := OpenDevice(originPath, block.Options{ReadOnly: true, Lock: block.LockNone})
 	if err != nil {

@@ -9,21 +9,21 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// What CheckEmpty reads, in bytes.
+// The places that CheckEmpty reads, in bytes.
 const (
 	endBytes    = 4 << 20   // at either end: every place where blkid looks is in these, but for known mirrors
 	extentBytes = 64 << 10  // of the beginning of each range in between that has data
-	maxExtents  = 512       // so many of those ranges
+	maxExtents  = 512       // number of those ranges
 	pieceBytes  = 256 << 10 // at once
 )
 
 // mirrors are places in between at which file systems keep copies of their superblock (btrfs).
 var mirrors = []int64{64 << 20, 256 << 30}
 
-// A NotEmptyError reports a device that holds something.
+// A NotEmptyError reports a device that is not empty.
 type NotEmptyError struct {
 	Content Content
-	Off     int64 // of the first byte that is not zero, as far as was looked
+	Off     int64 // of the first byte that is not zero, among the places that were read
 }
 
 func (e *NotEmptyError) Error() string {
@@ -39,7 +39,7 @@ func (e *NotEmptyError) Error() string {
 	}
 }
 
-// Unwrap makes an exception store recognisable as store.ErrExists.
+// Unwrap returns store.ErrExists for an exception store.
 func (e *NotEmptyError) Unwrap() error {
 	if e.Content.Kind == Store {
 		return store.ErrExists
@@ -47,12 +47,12 @@ func (e *NotEmptyError) Unwrap() error {
 	return nil
 }
 
-// CheckEmpty returns nil when dev shows no sign of holding anything, so that something new may be written to it: zeros
-// in the first and the last 4 MiB, at the superblock copies in between, and where the data of a sparse file begins. It
-// reads at most 40 MiB. A device of no bytes is empty.
+// CheckEmpty returns nil when dev appears to be empty, so that new content may be written to it: zeros in the first and
+// the last 4 MiB, at the superblock copies in between, and where the data of a sparse file begins. It reads at most 40
+// MiB. A device of no bytes is empty.
 //
-// Errors: a *NotEmptyError that says what was found, which wraps store.ErrExists for an exception store; those of
-// reads, since what can't be read is not known to be empty.
+// Errors: a *NotEmptyError with what was found, which wraps store.ErrExists for an exception store; those of reads,
+// since unreadable bytes may not be empty.
 func CheckEmpty(dev block.Device) error {
 	off, err := firstData(dev)
 	if err != nil || off < 0 {
@@ -65,7 +65,7 @@ func CheckEmpty(dev block.Device) error {
 	return &NotEmptyError{c, off}
 }
 
-// firstData returns where the first byte is that is not zero, in the places that CheckEmpty looks at; -1: nowhere.
+// firstData returns where the first byte is that is not zero, in the places that CheckEmpty reads; -1: none.
 func firstData(dev block.Device) (int64, error) {
 	size := dev.Size()
 	front := min(size, endBytes)

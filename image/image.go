@@ -21,7 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A Kind is something that disks and files can hold.
+// A Kind is a kind of content of disks and files.
 type Kind struct {
 	Name  string // stable, for scripts: "ext4", "qcow2"
 	About string // for people: "file system"
@@ -31,7 +31,7 @@ type Kind struct {
 // String returns the name and what it means.
 func (k Kind) String() string { return k.Name + ", " + k.About }
 
-// A Role is what something can be to dmsnap.
+// A Role is how dmsnap can use some content.
 type Role uint8
 
 const (
@@ -42,7 +42,7 @@ const (
 	Own            // a file that dmsnap wrote
 )
 
-// A Detail is a figure of what was found: text, or a size.
+// A Detail is a property of the content: text, or a size.
 type Detail struct {
 	Name   string
 	Text   string // as it is on the disk: not checked for control characters
@@ -78,8 +78,8 @@ type Content struct {
 // headBytes is how much of the beginning is read at once. Signatures that are elsewhere are read one by one.
 const headBytes = 72 << 10
 
-// Probe recognises what dev holds. The signature that says most wins: a GPT over the boot sector in front of it. The
-// error is that of a read.
+// Probe identifies the content of dev. The most specific signature counts: a GPT rather than the boot sector in front
+// of it. The error is that of a read.
 func Probe(dev block.Device) (Content, error) {
 	size := dev.Size()
 	if size == 0 {
@@ -120,7 +120,7 @@ func Probe(dev block.Device) (Content, error) {
 	return Content{Kind: Unknown}, nil
 }
 
-// A NotRawError reports a file that holds a disk in a form of its own: its bytes are not the disk's.
+// A NotRawError reports a file whose bytes are not those of a disk, but an image in another format.
 type NotRawError struct{ Kind Kind }
 
 func (e *NotRawError) Error() string {
@@ -133,8 +133,8 @@ func (e *NotRawError) Error() string {
 	return fmt.Sprintf("is a %s (%s), not a raw disk", e.Kind.Name, e.Kind.About)
 }
 
-// CheckRaw returns a *NotRawError when dev is known to hold something else than a disk's own bytes: an image of
-// another format, compressed data, a file of dmsnap. What is unknown passes. Other errors are those of reads.
+// CheckRaw returns a *NotRawError when dev is known to hold something other than the bytes of a disk: an image of
+// another format, compressed data, a file of dmsnap. Unknown content is accepted. Other errors are those of reads.
 func CheckRaw(dev block.Device) error {
 	c, err := Probe(dev)
 	if err != nil {

@@ -9,13 +9,13 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// A signature is a kind and the bytes by which it is known.
+// A signature is a kind and the bytes that identify it.
 type signature struct {
 	Kind
 	off   int64 // from the beginning; negative: from the end
 	magic string
-	// details says more from the first headBytes of the device, of which only the magic is certain; a field that is
-	// not there reads as zeros. False: it is no such thing after all.
+	// details reads properties from the first headBytes of the device, of which only the magic is certain; missing
+	// fields are zeros. False: the content is not of this kind.
 	details func(head []byte) (list []Detail, is bool)
 	// align, where not 0, rounds the end down to a multiple before a negative off is added.
 	align int64
@@ -32,8 +32,8 @@ func (s signature) offset(size int64) int64 {
 	return size + s.off
 }
 
-// signatures are looked for in this order: what says more comes first. A partition table may be in a sector in front of
-// an LVM label, a boot sector in front of a file system. What is at the end may be left from an earlier use.
+// signatures are searched for in this order: the most specific first. A partition table may be in a sector in front of
+// an LVM label, a boot sector in front of a file system. Signatures at the end may be left from an earlier use.
 var signatures = concat([]signature{
 	{Kind{"dump", "text of dmsnap dump", Own}, 0, "dmsnap store 1\n", nil, 0},
 	{Kind{"packed-dump", "packed text of dmsnap dump", Own}, 0, "dmsnap packed store 1\n", nil, 0},
@@ -152,7 +152,7 @@ func swap(pages ...int64) (all []signature) {
 }
 
 // zfs returns the signatures of the uberblocks in the first label of a ZFS disk. Slots are 1 KiB or larger, and any of
-// them may be in use; those at multiples of 4 KiB are looked at.
+// them may be in use; those at multiples of 4 KiB are read.
 func zfs() (all []signature) {
 	for off := int64(128 << 10); off < 256<<10; off += 4096 {
 		for _, magic := range []string{"\x0c\xb1\xba\x00\x00\x00\x00\x00", "\x00\x00\x00\x00\x00\xba\xb1\x0c"} {
@@ -162,7 +162,7 @@ func zfs() (all []signature) {
 	return all
 }
 
-// promise returns the signatures of RAID members, so many sectors before the end.
+// promise returns the signatures of Promise RAID members, at these numbers of sectors before the end.
 func promise(sectors ...int64) (all []signature) {
 	for _, n := range sectors {
 		all = append(all, signature{Kind{"promise-raid", "member of a Promise RAID", RawDisk}, -n * ondisk.SectorSize, "Promise Technology, Inc.", nil, 0})
@@ -170,13 +170,13 @@ func promise(sectors ...int64) (all []signature) {
 	return all
 }
 
-// label is a name in a field that zeros fill up.
+// label is a name in a field that is padded with zeros.
 func label(b []byte) string {
 	name, _, _ := bytes.Cut(b, []byte{0})
 	return string(bytes.TrimSpace(name))
 }
 
-// known leaves out what is empty.
+// known returns the details that are not empty.
 func known(list ...Detail) (kept []Detail) {
 	for _, d := range list {
 		if d.Text != "" || d.IsSize {
@@ -186,7 +186,7 @@ func known(list ...Detail) (kept []Detail) {
 	return kept
 }
 
-// sizeDetail is a number of bytes, which a damaged field may have at anything.
+// sizeDetail is a size in bytes; in a damaged field it may have any value.
 func sizeDetail(n uint64) Detail { return Detail{Name: "size", Bytes: n, IsSize: true} }
 
 func qcow2(h []byte) ([]Detail, bool) {
@@ -235,7 +235,7 @@ func ext(h []byte) ([]Detail, bool) {
 	compatible, incompatible := binary.LittleEndian.Uint32(s[92:]), binary.LittleEndian.Uint32(s[96:])
 	blocks := uint64(binary.LittleEndian.Uint32(s[4:]))
 	const journal, extents, bits64 = 4, 0x40, 0x80
-	if shift > 6 || blocks == 0 { // two bytes are soon there by chance
+	if shift > 6 || blocks == 0 { // two bytes of magic may match by chance
 		return nil, false
 	}
 	version := "ext2"
@@ -256,7 +256,7 @@ func xfs(h []byte) ([]Detail, bool) {
 	return known(Detail{Name: "label", Text: label(h[108:120])}, sizeDetail(min(size, 1<<47)*uint64(min(binary.BigEndian.Uint32(h[4:]), 1<<16)))), true
 }
 
-// mbr counts the partitions. Each has one of two flags; anything else there is no table.
+// mbr counts the partitions. Each has one of two flag values; with any other it is no table.
 func mbr(h []byte) ([]Detail, bool) {
 	n := 0
 	for i := range 4 {

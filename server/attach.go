@@ -71,7 +71,7 @@ func readStoreType(s string) (snapshot.StoreType, error) {
 	return 0, refuse(api.CodeBadRequest, "store: must be P, PO or N")
 }
 
-// needs is what has to be made for an attachment: later ones can be undone less well.
+// needs is what has to be made for an attachment; the hardest to undo comes last.
 type needs int
 
 const (
@@ -95,8 +95,8 @@ func (a attachment) needs() needs {
 	return newStore
 }
 
-// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one. undo takes back
-// what was made, after the device was closed.
+// openCOW opens the COW device of an attachment, with a store for it unless it is a transient one. undo reverts what
+// was made, after the device was closed.
 func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err error) {
 	undo = func() error { return nil }
 	defer func() {

@@ -33,15 +33,14 @@ func CheckSocketPath(path string) error {
 // umask guards the process's file mode mask.
 var umask sync.Mutex
 
-// ListenUnix listens on a unix socket that its owner alone may connect to (mode 0600). A socket that nobody listens
-// on any more, left by a server that was killed, is replaced; anything else at the path is an error. Of several
-// servers that start at the same time one gets the socket. The listener removes the socket when it is closed, unless
-// another one has taken its place.
+// ListenUnix listens on a unix socket that its owner alone may connect to (mode 0600). A stale socket, left by a server
+// that was killed, is replaced; anything else at the path is an error. Of several servers that start at the same time
+// one gets the socket. The listener removes the socket when it is closed, unless another one has taken its place.
 func ListenUnix(path string) (net.Listener, error) {
 	if err := CheckSocketPath(path); err != nil {
 		return nil, err
 	}
-	unlock, err := lockFolder(filepath.Dir(path))
+	unlock, err := lockDirectory(filepath.Dir(path))
 	if err != nil {
 		return nil, block.WithPath(path, err)
 	}
@@ -81,7 +80,7 @@ type ownSocket struct {
 // Close removes the socket, if the path still leads to it, and stops listening.
 func (u *ownSocket) Close() error {
 	u.once.Do(func() {
-		unlock, err := lockFolder(filepath.Dir(u.path))
+		unlock, err := lockDirectory(filepath.Dir(u.path))
 		if err != nil {
 			return // a socket that is left can be replaced; one of another server can't be restored
 		}
@@ -93,12 +92,12 @@ func (u *ownSocket) Close() error {
 	return u.UnixListener.Close()
 }
 
-// folderPatience is how long another program may hold the lock of a folder.
-const folderPatience = 5 * time.Second
+// directoryLockTimeout is how long to wait for the lock of a directory.
+const directoryLockTimeout = 5 * time.Second
 
-// lockFolder excludes other servers from changing sockets in a folder. Where the folder can't be read, or its file
-// system has no locks, it excludes nobody.
-func lockFolder(path string) (unlock func(), err error) {
+// lockDirectory excludes other servers from changing sockets in a directory. Where the directory can't be read, or its
+// file system has no locks, it has no effect.
+func lockDirectory(path string) (unlock func(), err error) {
 	d, err := os.Open(path)
 	if errors.Is(err, fs.ErrPermission) {
 		return func() {}, nil
@@ -114,14 +113,14 @@ func lockFolder(path string) (unlock func(), err error) {
 		case err != syscall.EWOULDBLOCK && err != syscall.EINTR:
 			d.Close()
 			return func() {}, nil
-		case time.Since(began) > folderPatience:
+		case time.Since(began) > directoryLockTimeout:
 			d.Close()
 			return nil, fmt.Errorf("%s: another program holds the folder's lock", path)
 		}
 	}
 }
 
-// removeStale removes a socket that nobody listens on.
+// removeStale removes a socket without a listener.
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -191,7 +190,7 @@ func tcpAddress(address string) (network, full string, err error) {
 func exportURI(l net.Addr, name string, tls bool) string {
 	u := nbd.URI{Network: l.Network(), Address: l.String(), Export: name, TLS: tls}
 	if path, err := filepath.Abs(u.Address); err == nil && u.Network == "unix" {
-		u.Address = path // the client may work in another folder
+		u.Address = path // the client may work in another directory
 	}
 	return u.String()
 }

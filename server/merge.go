@@ -81,7 +81,7 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	return v.merge.status(), nil
 }
 
-// endOffline ends what an offline merge had begun, when a live one has completed it.
+// endOffline removes the side file of an offline merge that a live one has completed.
 func (s *Server) endOffline(half *merge.SideFile, cow block.Device) error {
 	if err := half.End(s.file.Path(), cow); err != nil {
 		return err

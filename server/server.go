@@ -20,7 +20,7 @@
 //   - When Serve returns after its context ended, requests under way have been answered. When Close returns nil,
 //     every acknowledged write is durable.
 //
-// Errors that a client of the API is meant to distinguish are *api.Error, with a code; their words are the API's.
+// Errors that a client of the API can distinguish are *api.Error, with a code; their messages name fields of the API.
 package server
 
 import (
@@ -55,17 +55,17 @@ import (
 // OriginName is the name of the origin's export, unless the origin is a logical volume: then it is the name of that.
 const OriginName = "origin"
 
-// FullPolicy says what becomes of writes that need room in a COW device that has none.
+// FullPolicy is what to do with writes that need space in a full COW device.
 type FullPolicy string
 
 // The policies. The zero value is FullFail, and FullInvalidate for a snapshot of store PO.
 const (
 	FullFail       FullPolicy = "fail"       // they fail
-	FullPause      FullPolicy = "pause"      // they wait until there is room
-	FullInvalidate FullPolicy = "invalidate" // as the kernel has it: the snapshot becomes invalid, with PO overflows
+	FullPause      FullPolicy = "pause"      // they wait until there is space
+	FullInvalidate FullPolicy = "invalidate" // as in the kernel: the snapshot becomes invalid, or with PO overflows
 )
 
-// fullPolicies are the policies as the engine has them.
+// fullPolicies are the engine's values of the policies.
 var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
 	"": snapshot.FullFail, FullFail: snapshot.FullFail, FullPause: snapshot.FullPause, FullInvalidate: snapshot.FullInvalidate,
 }
@@ -74,13 +74,13 @@ var fullPolicies = map[FullPolicy]snapshot.FullPolicy{
 type Options struct {
 	ReadOnly  bool              // open everything read-only; every export is
 	Force     bool              // serve an origin that the kernel uses, too: mounted, or held by another device; or that is half merged
-	Raw       bool              // the origin's bytes are the disk, whatever they look like
+	Raw       bool              // the origin is a raw disk, whatever signatures are in it
 	Sync      snapshot.SyncMode // when a write to a snapshot is durable
 	OnFull    FullPolicy
 	Grow      snapshot.Growth // how COW files become longer when they are full
 	Merge     merge.Options   // of live merges
 	NBD       nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
-	VhostUser string          // folder of sockets NAME.sock, on which virtual machines find the exports too (package vhost); "": none
+	VhostUser string          // directory of sockets NAME.sock, on which virtual machines find the exports too (package vhost); "": none
 	SysFS     string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
@@ -92,7 +92,7 @@ type Options struct {
 	Logger *slog.Logger
 }
 
-// Origin writes may stay in memory until exceptions are durable: so many bytes, for so long.
+// Limits of origin writes that stay in memory until exceptions are durable.
 const (
 	writeBackLimit = 64 << 20
 	writeBackDelay = 100 * time.Millisecond
@@ -150,9 +150,9 @@ func noSnapshot(name string) error {
 
 var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
 
-// Open opens the disk at path, which may be an address (package source/address), as an origin without snapshots. It is open for
-// reading, and locked so that nobody writes to it, until ExportOrigin or StartMerge needs more: many servers may use one base
-// that nobody may write to. The caller closes the server.
+// Open opens the disk at path, which may be an address (package source/address), as an origin without snapshots. It is
+// open for reading, and locked against writers, until ExportOrigin or StartMerge opens it for writing: many servers may
+// share one base. The caller closes the server.
 //
 // The snapshots of a logical volume are attached by AttachVolumes, and before anything may be written to the origin.
 func Open(path string, o Options) (*Server, error) {
@@ -321,8 +321,8 @@ func (s *Server) Attach(q api.AttachRequest) (api.Snapshot, error) {
 	return s.statusOf(v), nil
 }
 
-// AttachAll is Attach for several snapshots: all of them, in this order, or none. What has to be made is made when
-// everything else was found in order.
+// AttachAll is Attach for several snapshots: all of them, in this order, or none. Files and stores are made after all
+// checks.
 func (s *Server) AttachAll(list []api.AttachRequest) (err error) {
 	var all []attachment
 	for _, q := range list {
@@ -424,7 +424,7 @@ func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error)
 	return v, nil
 }
 
-// eventText is a line of the log: the kernel's words, with the cause where they don't say it.
+// eventText is a line of the log: the text of the event, with its cause where the text does not contain it.
 func eventText(e snapshot.Event) string {
 	if e.Err != nil && (e.Kind == snapshot.EventInvalid || e.Kind == snapshot.EventFull || e.Kind == snapshot.EventMergeFailed) {
 		return strings.TrimSuffix(e.Text, ".") + ". Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
@@ -432,7 +432,7 @@ func eventText(e snapshot.Event) string {
 	return e.Text
 }
 
-// eventLevel is how much an event matters.
+// eventLevel is the log level of an event.
 func eventLevel(k snapshot.EventKind) slog.Level {
 	switch k {
 	case snapshot.EventInvalid, snapshot.EventMergeFailed:
@@ -443,11 +443,12 @@ func eventLevel(k snapshot.EventKind) slog.Level {
 	return slog.LevelInfo
 }
 
-// largeStore is the number of exceptions from which loading a store leaves tens of MB of garbage behind.
+// largeStore is the number of exceptions from which loading a store leaves tens of MB of garbage.
 const largeStore = 1 << 20
 
-// releaseLoaded gives the memory back that only loading a large store needed. The runtime would keep it for minutes:
-// 22.6 bytes an exception are resident instead of 12.5 (docs/benchmarks.md), 80 MB instead of 12 for 4 M sequential ones.
+// releaseLoaded returns memory to the system that only loading a large store needed. The runtime would keep it for
+// minutes: 22.6 bytes an exception are resident instead of 12.5 (docs/benchmarks.md), 80 MB instead of 12 for 4 M
+// sequential ones.
 func releaseLoaded(snap *snapshot.Snapshot) {
 	if snap.Status().Exceptions >= largeStore {
 		runtime.GC() // buffers kept in pools outlive one collection
@@ -505,7 +506,7 @@ func (s *Server) Drop(ctx context.Context, name string) error {
 	return v.close()
 }
 
-// Grow makes the COW device of a snapshot size bytes long, and lets writes that wait for room continue.
+// Grow makes the COW device of a snapshot size bytes long, and makes writes that wait for space try again.
 func (s *Server) Grow(name string, size int64) (api.Snapshot, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -570,7 +571,7 @@ func (s *Server) Serve(ctx context.Context, l, control net.Listener) error {
 	return s.Start(ctx, l, control)()
 }
 
-// flushLoop makes durable, now and then, what clients wrote to snapshots and did not flush.
+// flushLoop periodically flushes snapshots that clients wrote to without a flush.
 func (s *Server) flushLoop(ctx context.Context, every time.Duration) {
 	t := time.NewTicker(every)
 	defer t.Stop()

@@ -20,7 +20,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
 
-// pair is an origin of 1 MiB and a COW file with an empty store, in a folder of their own.
+// pair is an origin of 1 MiB and a COW file with an empty store, in a directory of their own.
 type pair struct {
 	dir, origin, cow string
 	content          []byte // of the origin

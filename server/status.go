@@ -9,7 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// FiguresOf returns what a status says, in the types of the API.
+// FiguresOf converts a status to the types of the API.
 func FiguresOf(st snapshot.Status) api.Figures {
 	f := api.Figures{Store: st.Store.String(), State: api.State(st.State), Valid: st.State != snapshot.StateInvalid,
 		ChunkSectors: st.ChunkSectors, Exceptions: st.Exceptions, SectorsAllocated: st.Allocated,
@@ -76,7 +76,7 @@ func (s *Server) Snapshot(name string) (api.Snapshot, error) {
 	return s.statusOf(v), nil
 }
 
-// waiting is the number of writes to an export that wait for room.
+// waiting is the number of writes to an export that wait for space.
 func (s *Server) waiting(name string) int64 {
 	c, _ := s.nbd.Counters(name)
 	return c.Waiting

@@ -31,15 +31,15 @@ func (d *switchedDevice) Acquire() block.Device {
 
 func (d *switchedDevice) Release() { d.mu.RUnlock() }
 
-// newSwitchDevice returns an export's device with dev behind it.
+// newSwitchDevice returns an export's device over dev.
 func newSwitchDevice(dev block.Device) *switchDevice {
 	s := &switchDevice{behind: switchedDevice{dev: dev}}
 	s.Forward = block.NewHeldForward(&s.behind)
 	return s
 }
 
-// replace puts the device that with returns behind the export, while no request is under way. New requests wait
-// meanwhile. When with fails, everything stays as it was.
+// replace makes the device that with returns the underlying device of the export, while no request is in flight. New
+// requests wait meanwhile. When with fails, everything stays as it was.
 func (s *switchDevice) replace(with func() (block.Device, error)) error {
 	s.behind.mu.Lock()
 	defer s.behind.mu.Unlock()

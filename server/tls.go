@@ -10,11 +10,11 @@ import (
 	"path/filepath"
 )
 
-// LoadTLS reads a server's certificates from a folder, under the names that libnbd, qemu and nbdkit use:
+// LoadTLS reads a server's certificates from a directory, under the names that libnbd, qemu and nbdkit use:
 //
 //	server-cert.pem, server-key.pem   the server's
 //	ca-cert.pem                       the authority of its clients; with it, clients without a certificate
-//	                                  that it signed are refused. Without it anybody may connect.
+//	                                  that it signed are refused. Without it any client may connect.
 func LoadTLS(dir string) (*tls.Config, error) {
 	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "server-cert.pem"), filepath.Join(dir, "server-key.pem"))
 	if err != nil {

@@ -122,7 +122,7 @@ func (s *Server) attachVolume(v lvm.Snapshot) error {
 
 func noError() error { return nil }
 
-// detach takes back the attaching of all snapshots but the first n, which nobody uses yet. mu is held.
+// detach detaches all snapshots but the first n; none is in use yet. mu is held.
 func (s *Server) detach(n int) error {
 	var errs []error
 	for _, v := range slices.Backward(s.snapshots[n:]) {

@@ -21,7 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/source/lvm"
 )
 
-// lvmImage writes a disk that a real lvm2 made, a case of package lvm, into a folder of its own.
+// lvmImage writes a disk that a real lvm2 made, a case of package lvm, into a directory of its own.
 func lvmImage(t *testing.T, name string) (path string, content []byte) {
 	t.Helper()
 	f, err := os.Open(filepath.Join("../source/lvm/testdata", name, "disk0.gz"))

@@ -1,5 +1,4 @@
-// Package chunkmap holds which origin chunk lives in which chunk of the COW device: exceptions by the
-// tens of millions, in a few bytes each.
+// Package chunkmap maps origin chunks to chunks of the COW device: tens of millions of exceptions, in a few bytes each.
 //
 // The origin is cut into pages of 1024 chunks. A page that holds something is found by its number in
 // one of 64 hash tables, each with a lock of its own:
@@ -19,10 +18,10 @@
 // exception. Both have a wide variant, of twice the size, for homes with large numbers: a run from 2^44
 // on, a table's chunk from 2^32-1 on.
 //
-// So an exception costs about 10 bytes when they are scattered (12 at the point where a list becomes a
-// table, 4 in a full table), a tenth of a byte when they are in order, and about 90 where each has a page
-// of its own: no more, whatever numbers a hostile disk names. The hash is seeded, so that such a disk
-// can't choose pages that collide either.
+// So an exception costs about 10 bytes when they are scattered (12 at the point where a list becomes a table, 4 in a
+// full table), a tenth of a byte when they are in order, and about 90 where each has a page of its own: no more,
+// whatever numbers are on a hostile disk. The hash is seeded, so that such a disk can't choose pages that collide
+// either.
 package chunkmap
 
 import (
@@ -56,7 +55,7 @@ type shard struct {
 	_   [8]byte
 }
 
-// A Run is Count consecutive origin chunks from Old on, that live in as many from New on.
+// A Run is Count consecutive origin chunks from Old on, stored in as many COW chunks from New on.
 type Run struct {
 	Old   ondisk.OriginChunk
 	New   ondisk.COWChunk
@@ -72,7 +71,7 @@ func (m *Map) shardOf(hash uint64) *shard { return &m.shards[hash%shards] }
 // Len is the number of exceptions.
 func (m *Map) Len() uint64 { return m.n.Load() }
 
-// Get returns where old lives.
+// Get returns the COW chunk of old.
 func (m *Map) Get(old ondisk.OriginChunk) (ondisk.COWChunk, bool) {
 	number, at := split(old)
 	h := hash(number)
@@ -135,7 +134,7 @@ func (m *Map) Delete(old ondisk.OriginChunk) bool {
 // Run describes the longest uniform range of at most max ≥ 1 origin chunks from old on: either all in consecutive COW
 // chunks from new on, or all without an exception. It ends at the largest number there is. Pages are looked at one
 // after the other; a change meanwhile may show in a later one. A range with exceptions is cut after 64 pages, so that a
-// caller who uses it in small parts does not have it measured to its end each time.
+// caller who uses it in small parts does not measure it to its end each time.
 func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n uint64, mapped bool) {
 	if max == 0 {
 		panic("chunkmap: a run of no chunks")
@@ -189,9 +188,8 @@ func (m *Map) continued(number, last, new uint64) (n uint64) {
 	return n
 }
 
-// All yields the exceptions in ascending order of Old, joined to runs as long as they go. No lock is held
-// while it yields: it copies one page at a time, so a page is consistent, and changes meanwhile may or
-// may not show.
+// All yields the exceptions in ascending order of Old, joined to runs as long as possible. No lock is held while it
+// yields: it copies one page at a time, so a page is consistent, and changes meanwhile may or may not show.
 func (m *Map) All() iter.Seq[Run] {
 	return func(yield func(Run) bool) {
 		var last Run

@@ -14,7 +14,7 @@ type directory struct {
 	used  int
 }
 
-// The seeds differ from process to process, so that nobody can write a disk whose pages collide.
+// The seeds differ from process to process, so that no disk can be made whose pages collide.
 var seed, multiplier = rand.Uint64(), rand.Uint64() | 1
 
 // hash mixes the number of a page. Its low bits choose the shard, all of them the slot.

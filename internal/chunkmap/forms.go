@@ -111,7 +111,7 @@ func (p *page) dropRun(i int) {
 	}
 }
 
-// widenFor makes a narrow list wide if it has no room for the home of r.
+// widenFor makes a narrow list wide if the home of r does not fit.
 func (p *page) widenFor(r run) {
 	if r.new < 1<<homeBits || p.form() == wideList {
 		return
@@ -123,7 +123,7 @@ func (p *page) widenFor(r run) {
 	p.become(wideList, words)
 }
 
-// toTable makes a list a table of the form, or returns false when the table has no room for a home.
+// toTable makes a list a table of the form, or returns false when a home does not fit into the table.
 func (p *page) toTable(form int) bool {
 	t := page{words: make([]uint64, pageChunks/2)}
 	if form == wideTable {

@@ -9,10 +9,9 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
-// InsertAll inserts the exceptions and returns how many: all, or those before the first whose Old has one
-// already, be it from before or by an earlier one of es. In the second case it may have inserted later
-// ones too, never in the place of an earlier one: a store that names an origin chunk twice is found out,
-// and its Map is thrown away.
+// InsertAll inserts the exceptions and returns how many: all, or those before the first whose Old has one already, be
+// it from before or by an earlier one of es. In the second case it may have inserted later ones too, never in the place
+// of an earlier one: a store with an origin chunk twice is detected, and its Map is discarded.
 //
 // It is the way to load a store. Scattered exceptions go in several times as fast as by Insert when they
 // come in large parts; a million of them are 16 MiB here and as much again for sorting. Lookups may wait
@@ -65,7 +64,7 @@ const (
 
 var scratch sync.Pool // of *[]ondisk.Exception
 
-// partOf says where old is sorted to: by shard, then by the place of its page in the directory.
+// partOf returns the part that old is sorted into: by shard, then by the place of its page in the directory.
 func partOf(old ondisk.OriginChunk) int {
 	number, _ := split(old)
 	h := hash(number)

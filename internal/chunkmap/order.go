@@ -155,7 +155,7 @@ func (m *Map) hasPage(number uint64) bool {
 func (m *Map) forgetPage(number uint64) {
 	h := hash(number)
 	s := m.shardOf(h)
-	s.mu.RLock() // nobody makes it meanwhile
+	s.mu.RLock() // so that it is not made again meanwhile
 	defer s.mu.RUnlock()
 	if s.dir.find(h, number) == nil {
 		m.order.remove(number)

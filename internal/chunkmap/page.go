@@ -11,8 +11,7 @@ const (
 	lastChunk  = math.MaxUint64
 )
 
-// A page is 1024 consecutive origin chunks, in the smallest form that holds them. It has words as long
-// as it holds something.
+// A page is 1024 consecutive origin chunks, in the smallest form that holds them. words is nil when it is empty.
 type page struct {
 	tag   uint64 // number of the page << pageShift | form
 	words []uint64
@@ -37,7 +36,7 @@ const (
 	maxRuns = pageChunks / 3
 )
 
-// A run is count chunks of the page from first on, that live in as many COW chunks from new on.
+// A run is count chunks of the page from first on, stored in as many COW chunks from new on.
 type run struct {
 	first, count int
 	new          uint64
@@ -54,7 +53,7 @@ func (p *page) become(form int, words []uint64) {
 	p.tag, p.words = p.number()<<pageShift|uint64(form), words
 }
 
-// get returns where chunk at lives.
+// get returns the COW chunk of chunk at.
 func (p *page) get(at int) (new uint64, mapped bool) {
 	if p.form() >= narrowTable {
 		e := p.entry(at)
@@ -95,7 +94,7 @@ func (p *page) insert(at int, new uint64) bool {
 		return true
 	}
 	i := p.find(at)
-	var left, right run // the neighbours that it continues
+	var left, right run // the adjacent runs
 	if i >= 0 {
 		left = p.run(i)
 		if at < left.end() {
@@ -123,8 +122,8 @@ func (p *page) insert(at int, new uint64) bool {
 	return true
 }
 
-// delete removes chunk at, or returns false when it isn't there. A table that empties is given up; one
-// that becomes sparse stays a table, as deleting is the way to a page's end.
+// delete removes chunk at, or returns false when it isn't there. An empty table is removed; one that becomes sparse
+// stays a table, since a merge deletes all entries soon.
 func (p *page) delete(at int) bool {
 	if p.form() >= narrowTable {
 		if p.entry(at) == 0 {

@@ -1,17 +1,16 @@
-// Package gate orders the work on the chunks of one snapshot: one owner a chunk, and readers that an
-// owner can wait for, kept only while they are held.
+// Package gate synchronises work on the chunks of one snapshot: a chunk has at most one owner, and readers that an owner
+// can wait for.
 //
-// Owners exclude each other chunk by chunk: whoever makes an exception, or writes while a merge is under way. Readers
-// are requests that read a chunk from the origin because it has no exception. They never wait, not even for an owner,
-// so that reading a chunk that is just being copied takes no longer than reading any other (checklist 47). They are
-// only ever waited for, by [Gate.Drain], before the origin changes beneath them (docs/spec/dm-snapshot.md §5.6).
+// Owners exclude each other chunk by chunk: a request that makes an exception, or one that writes while a merge is active.
+// Readers are requests that read a chunk from the origin because it has no exception. They never wait, not even for an
+// owner, so that reading a chunk that is being copied takes no longer than reading any other (checklist 47). Others wait
+// for them, by [Gate.Drain], before the origin changes (docs/spec/dm-snapshot.md §5.6).
 //
-// There are as many holders at a time as there are requests under way, mostly below a hundred, so they
-// are two plain lists, one of owners and one of readers, each under a mutex. Whoever comes looks once
-// through the list, counts those it has to wait for, and leaves itself with each; the last of them that
-// goes wakes it. So what a release costs depends on who waits for it, not on how many there are. Those
-// that wait are in the list of owners too, and a later one that overlaps waits behind them: the waits
-// point back in time, which rules out a deadlock, and an owner of much doesn't starve.
+// There are as many holders as requests in flight, usually below a hundred, so they are two plain lists, one of owners and
+// one of readers, each under a mutex. A new owner goes through the list once, counts the holders that it has to wait for,
+// and registers with each; the last of them to release wakes it. So the cost of a release depends on who waits for it, not
+// on the number of holders. Waiting owners are in the list too, and a later one that overlaps waits for them: all waits are
+// for earlier holders, which rules out a deadlock, and an owner of many chunks does not starve.
 package gate
 
 import (
@@ -49,12 +48,11 @@ func (g *Gate) DrainWaits() latency.Histogram { return g.drains.Histogram() }
 // An Owned is what Own returned: chunks owned until Release.
 type Owned struct{ ticket }
 
-// Own waits until nobody else owns a chunk of the spans, and then owns all of them at once: so callers
-// that own several spans can't deadlock with each other. Spans are ascending and disjoint. Whoever owns a
-// chunk must not ask for it again.
+// Own waits until no chunk of the spans has another owner, and then owns all of them at once: so callers that own
+// several spans can't deadlock with each other. Spans are ascending and disjoint. An owner of a chunk must not call Own
+// for it again.
 //
-// First come, first served among those that overlap: a merge that wants a whole window gets it however
-// many small owners follow.
+// First come, first served among those that overlap: a merge gets its whole window however many small owners follow.
 func (g *Gate) Own(spans ...Span) Owned {
 	hull := hullOf(spans)
 	g.owning.Lock()
@@ -70,7 +68,7 @@ func (g *Gate) Own(spans ...Span) Owned {
 	return o
 }
 
-// Release gives the chunks up. Releasing twice panics.
+// Release ends the ownership. Releasing twice panics.
 func (o Owned) Release() {
 	g := o.gate("released")
 	g.owning.Lock()
@@ -78,13 +76,13 @@ func (o Owned) Release() {
 	g.owners.drop(o.ticket, "released")
 }
 
-// A Reader is what Enter returned: somebody who may be reading until Leave.
+// A Reader is what Enter returned: it may be reading until Leave.
 type Reader struct{ ticket }
 
-// Enter registers a reader of the span. It never waits for anybody.
+// Enter registers a reader of the span. It never waits.
 //
-// A caller looks after Enter whether it still has to read from the origin. Whoever made an exception
-// drains after that, so it either finds this reader, or had made the exception visible before Enter.
+// After Enter the caller checks again whether it has to read from the origin. The request that makes an exception calls
+// Drain after that, so it either finds this reader, or the exception was visible before Enter.
 func (g *Gate) Enter(s Span) Reader {
 	g.reading.Lock()
 	h := g.readers.take(g, nil)

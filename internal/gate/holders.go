@@ -6,18 +6,18 @@ import (
 	"github.com/dmsnap/dmsnap/latency"
 )
 
-// A holder is one owner, one who waits to be, one reader, or one who drains.
+// A holder is an owner, a waiting owner, a reader, or a call of Drain.
 type holder struct {
 	gate   *Gate
-	serial uint64        // goes up with each use, so that a ticket of a former use is recognised
-	at     int           // its place in the list
+	serial uint64        // increases with each use, so that a ticket of an earlier use is recognised
+	at     int           // its index in the list
 	spans  []Span        // an owner's
 	waits  int           // how many holders it still waits for
 	ready  chan struct{} // gets a value when waits is 0 again; made at the first wait
-	behind []*holder     // who wait for it
+	behind []*holder     // holders that wait for it
 }
 
-// waitFor makes h wait until x goes.
+// waitFor makes h wait until x releases.
 func (h *holder) waitFor(x *holder) {
 	if h.ready == nil {
 		h.ready = make(chan struct{}, 1)
@@ -39,7 +39,7 @@ type ticket struct {
 	serial uint64
 }
 
-// gate returns the gate of a ticket, which its holder keeps permanently.
+// gate returns the gate of a ticket. A holder never changes its gate.
 func (t ticket) gate(done string) *Gate {
 	if t.holder == nil {
 		panic("gate: " + done + " what was never held")
@@ -47,8 +47,8 @@ func (t ticket) gate(done string) *Gate {
 	return t.holder.gate
 }
 
-// holders is the list of those who hold, in no order, and what is kept for the next ones. The hulls lie
-// in the list because every search goes through all of it.
+// holders is the list of holders, unordered, and of unused ones for reuse. The hulls are in the list because every
+// search goes through all of it.
 type holders struct {
 	list   []held
 	unused []*holder
@@ -82,9 +82,9 @@ func (l *holders) add(h *holder, hull Span) {
 
 // queue makes h, which has come last, wait for all in the list that overlap it.
 //
-// Not for each: one that covers all of h waits itself for those that came before and overlap h, so h
-// needs to wait only for the latest such and for those after it. Without that a thousand who want the
-// same chunk would make half a million entries.
+// It need not wait for each: a holder that covers all of h waits itself for earlier ones that overlap h, so h waits
+// only for the latest such holder and for those after it. Otherwise a thousand requests for the same chunk would make
+// half a million entries.
 func (l *holders) queue(h *holder, hull Span) {
 	since, overlap := uint64(0), false
 	for _, x := range l.list {
@@ -117,7 +117,7 @@ func (h *holder) overlaps(x *holder) bool {
 		if len(many) > 1 {
 			i = sort.Search(len(many), func(i int) bool { return many[i].Last >= s.First })
 		}
-		many = many[i:] // the next span lies behind
+		many = many[i:] // the next span is after it
 		if len(many) == 0 {
 			return false
 		}
@@ -128,7 +128,7 @@ func (h *holder) overlaps(x *holder) bool {
 	return false
 }
 
-// drop takes the holder of a ticket out of the list and wakes those who waited for it alone.
+// drop removes the holder of a ticket from the list and wakes holders that waited only for it.
 func (l *holders) drop(t ticket, done string) {
 	h := t.holder
 	if h.serial != t.serial {
@@ -141,15 +141,15 @@ func (l *holders) drop(t ticket, done string) {
 	l.list = l.list[:last]
 	for _, w := range h.behind {
 		if w.waits--; w.waits == 0 {
-			w.ready <- struct{}{} // has room: it waits once in a use
+			w.ready <- struct{}{} // never blocks: a holder waits once in a use
 		}
 	}
 	l.giveBack(h)
 }
 
-// giveBack keeps h for another use, without what was unusually large.
+// giveBack keeps h for reuse, without slices that are unusually large.
 func (l *holders) giveBack(h *holder) {
-	h.serial = 0 // nobody's
+	h.serial = 0 // unused
 	clear(h.behind)
 	h.spans, h.behind = h.spans[:0], h.behind[:0]
 	if cap(h.spans) > 16 {

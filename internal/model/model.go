@@ -1,5 +1,5 @@
-// Package model says what an origin and its snapshots must show: a second, deliberately simple telling of
-// the specification, without devices, caches, locks or durability. Tests hold the engine against it.
+// Package model is the reference for the content of an origin and its snapshots: a second, deliberately simple
+// implementation of the specification, without devices, caches, locks or durability. Tests compare the engine with it.
 //
 // Taking a snapshot copies the whole disk. What the engine finds out by looking where a chunk lives is here
 // simply the copy; which chunks have exceptions is kept beside it, and decides nothing but what is counted,
@@ -24,14 +24,14 @@ const (
 	OK       Result = iota
 	Invalid         // the snapshot is invalid
 	Overflow        // a PO snapshot was full once
-	NoRoom          // there is no room, and the policy is to fail the write and nothing else
+	NoRoom          // there is no space, and the policy is only to fail the write
 )
 
 func (r Result) String() string { return [...]string{"ok", "invalid", "overflow", "no room"}[r] }
 
 // An Origin is a disk with snapshots.
 type Origin struct {
-	Raw     []byte      // what stands on its disk
+	Raw     []byte      // the content of its disk
 	Merging *Snapshot   // whose exceptions lie over the disk, nil: none
 	active  []*Snapshot // in the order in which a write visits them
 	known   []*Snapshot // all that there ever were
@@ -69,8 +69,8 @@ func (o *Origin) Read(at, n int64) []byte {
 	return slices.Clone(shown[at*Sector : (at+n)*Sector])
 }
 
-// Write writes to the origin. It fails with NoRoom only, for the sake of a snapshot that is protected; what
-// was written before the first sector that is not, in pieces of one kind of chunks, stays.
+// Write writes to the origin. It fails only with NoRoom, to protect a snapshot; parts of the request before that, in
+// pieces of one kind of chunks, stay written.
 func (o *Origin) Write(at int64, p []byte) Result {
 	m := o.Merging
 	if m == nil || m.invalid {
@@ -143,9 +143,9 @@ func (o *Origin) BeginMerge(s *Snapshot) bool {
 	return true
 }
 
-// Step merges the last exceptions, at most max of them; with max 0 the run that a kernel would merge: the
-// last one and those before it in its area that lead up to it, in origin and COW device alike. It returns
-// how many. NoRoom makes the merge a failed one, until the next step.
+// Step merges the last exceptions, at most max of them; with max 0 the run that a kernel would merge: the last one and
+// those before it in its area that are consecutive with it on the origin and on the COW device. It returns how many.
+// NoRoom makes the merge a failed one, until the next step.
 func (o *Origin) Step(limit int64) (int64, Result) {
 	m := o.Merging
 	n := int64(len(m.order))

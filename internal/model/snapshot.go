@@ -14,7 +14,7 @@ type Config struct {
 	Always   bool  // every write is durable
 	Zeroes   bool  // discard_zeroes_cow
 	Passdown bool  // discard_passdown_origin
-	FailFull bool  // without room writes fail, here and on the origin, and nothing else happens
+	FailFull bool  // without space writes fail, here and on the origin, and nothing else happens
 	GrowStep int64 // by how much the COW device is made longer when it is full, 0: never
 	GrowMax  int64 // its greatest size then, 0: any
 }
@@ -25,7 +25,7 @@ type Snapshot struct {
 	origin     *Origin
 	view       []byte  // as long as the origin
 	order      []int64 // origin chunks in the order of their exceptions
-	synced     int     // so many of them are on disk at least
+	synced     int     // the number of them that are certainly on disk
 	invalid    bool
 	overflowed bool
 	failed     bool // the last step of its merge failed
@@ -68,7 +68,7 @@ func (s *Snapshot) home(i int64) int64 {
 	return 1 + (1 + i/s.slots()) + i
 }
 
-// leadsTo reports whether two exceptions of one area are neighbours in the origin and in the COW device.
+// leadsTo reports whether two exceptions of one area are adjacent on the origin and on the COW device.
 func (s *Snapshot) leadsTo(i, j int64) bool {
 	return s.order[i]+1 == s.order[j] && s.home(i)+1 == s.home(j)
 }
@@ -95,8 +95,7 @@ func (s *Snapshot) Valid() bool { return !s.invalid }
 // Exceptions is how many there are.
 func (s *Snapshot) Exceptions() int { return len(s.order) }
 
-// Slots are the exceptions as they stand, or are going to stand, in the areas: origin chunk, COW chunk. The
-// first synced of them are on disk.
+// Slots are the exceptions in the order of their slots: origin chunk, COW chunk. The first synced of them are on disk.
 func (s *Snapshot) Slots() (slots [][2]int64, synced int) {
 	for i, chunk := range s.order {
 		slots = append(slots, [2]int64{chunk, s.home(int64(i))})
@@ -125,7 +124,7 @@ func (s *Snapshot) chunks(at, n int64) (all []int64) {
 	return all
 }
 
-// except makes an exception, unless there is one, and if there is room.
+// except makes an exception, unless there is one, and if there is space.
 func (s *Snapshot) except(chunk int64) bool {
 	if s.index(chunk) >= 0 {
 		return true
@@ -182,7 +181,7 @@ func (s *Snapshot) refused() Result {
 	return OK
 }
 
-// Write writes to the snapshot. A request that finds no room has changed the chunks before that.
+// Write writes to the snapshot. A request that runs out of space has changed the chunks before that.
 func (s *Snapshot) Write(at int64, p []byte) Result {
 	if r := s.refused(); r != OK {
 		return r

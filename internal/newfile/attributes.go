@@ -66,7 +66,7 @@ func readAttribute(path, name string) ([]byte, error) {
 	return grown(func(b []byte) (int, error) { return unix.Getxattr(path, name, b) })
 }
 
-// grown calls a function that says how much room it needs when it is given none.
+// grown calls a function that returns the needed size when it is called without a buffer.
 func grown(call func([]byte) (int, error)) ([]byte, error) {
 	for {
 		n, err := call(nil)

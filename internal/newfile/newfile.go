@@ -5,8 +5,8 @@
 //
 // A target that exists is replaced with [Options].Replace only, and never while it is in use: it is locked as for
 // writing (docs/decisions/0001-locks.md) before anything is written, and until it is replaced. The new file keeps its
-// mode, owner, access list and other extended attributes. A target behind a symbolic link is replaced where it lies;
-// the link stays. Devices, pipes, sockets, directories and the inputs are never replaced.
+// mode, owner, access list and other extended attributes. A target behind a symbolic link is replaced; the link stays.
+// Devices, pipes, sockets, directories and the inputs are never replaced.
 package newfile
 
 import (

@@ -46,8 +46,7 @@ func PNG(w io.Writer, panels ...Panel) error {
 	return png.Encode(w, img)
 }
 
-// SVG writes the panels with their titles, labels and legends. Pointing at a cell shows which bytes it
-// stands for, and what they are.
+// SVG writes the panels with their titles, labels and legends. Pointing at a cell shows its range and its classes.
 func SVG(w io.Writer, panels ...Panel) error {
 	b := bufio.NewWriter(w)
 	width, height := 0, border
@@ -68,7 +67,7 @@ func SVG(w io.Writer, panels ...Panel) error {
 	return b.Flush()
 }
 
-// svgHeight is the room for title, rows, legend and what separates it from the next panel.
+// svgHeight is the height of title, rows, legend and the gap to the next panel.
 func (p Panel) svgHeight() int {
 	return lineHeight + p.rows()*cellSide + len(p.Strip.classes)*lineHeight + 2*border
 }
@@ -99,7 +98,7 @@ func (p Panel) svg(b *bufio.Writer, top int) {
 	}
 }
 
-// alike counts the cells from i on, before end, that are wholly of the same class; others stand alone.
+// alike counts the cells from i on, before end, that are wholly of the same class; a mixed cell counts alone.
 func (p Panel) alike(i, end int) int {
 	class, share := p.Strip.shown(i)
 	n := 1
@@ -111,7 +110,7 @@ func (p Panel) alike(i, end int) int {
 	return n
 }
 
-// tip says which bytes n cells from i on are, and which part of the first is of which class.
+// tip describes the range of n cells from i on, and the classes of the first one.
 func (p Panel) tip(i, n int) string {
 	off, _ := p.Strip.Bounds(i)
 	last, length := p.Strip.Bounds(i + n - 1)

@@ -4,10 +4,9 @@
 //	   0  ....ddD.............
 //	1 GiB ..d.....DDDDd.......
 //
-// A Strip is told extents of classes and knows, for every cell, which share of its bytes is of which class.
-// One strip can be drawn as letters for a log, as half blocks for a terminal with colours, as a PNG and as
-// an SVG. A cell often stands for gigabytes: whatever is small must still be seen, since it is what people
-// look for, so a single chunk is shown stronger than its share.
+// A Strip counts, for every cell, the share of its bytes of each class. One strip can be drawn as letters for a log, as
+// half blocks for a terminal with colours, as a PNG and as an SVG. A cell often stands for gigabytes: small ranges must
+// still be visible, so a single chunk is drawn stronger than its share.
 package picture
 
 import (
@@ -23,9 +22,9 @@ type Class struct {
 	Colour color.RGBA
 }
 
-// A Strip counts the bytes of each class in each of its cells. The first class is the ground: what nobody
-// added. Later classes are more important: where a cell has room for one alone, the last one present
-// is shown. A Strip may be drawn concurrently, and not while extents are added.
+// A Strip counts the bytes of each class in each of its cells. The first class is the background: bytes that were not
+// added. Later classes are more important: where a cell can show only one, the last one present is shown. A Strip may
+// be drawn concurrently, and not while extents are added.
 type Strip struct {
 	length  int64
 	classes []Class
@@ -49,7 +48,7 @@ func (s *Strip) Cells() int { return s.cells }
 // Classes returns the classes, the ground first.
 func (s *Strip) Classes() []Class { return s.classes }
 
-// Bounds returns the bytes that cell i stands for. Cells differ by one byte at most.
+// Bounds returns the range of cell i. Cells differ by one byte at most.
 func (s *Strip) Bounds(i int) (off, n int64) {
 	off = mulDiv(int64(i), s.length, int64(s.cells))
 	return off, mulDiv(int64(i)+1, s.length, int64(s.cells)) - off
@@ -62,8 +61,8 @@ func mulDiv(a, b, c int64) int64 {
 	return int64(q)
 }
 
-// Add says that n bytes at off are of a class other than the ground. What lies outside the strip is left
-// out. The extents added must not overlap; where they do, the shares are too large.
+// Add adds n bytes at off of a class other than the background. Bytes outside the strip are ignored. The extents added
+// must not overlap; where they do, the shares are too large.
 func (s *Strip) Add(off, n int64, class int) {
 	if class < 1 || class >= len(s.classes) {
 		panic(fmt.Sprintf("picture: class %d of %d", class, len(s.classes)))
@@ -173,7 +172,7 @@ func (m *mixture) colour() color.RGBA {
 	return color.RGBA{at(m.r), at(m.g), at(m.b), 255}
 }
 
-// Percent says a share as a legend has it: what is there at all is never "0.0 %".
+// Percent formats a share for a legend: a share that is not zero is never "0.0 %".
 func Percent(part, whole int64) string {
 	if part <= 0 || whole <= 0 {
 		return "0 %"

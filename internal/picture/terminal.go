@@ -13,13 +13,13 @@ type Panel struct {
 	Title   string
 	Strip   *Strip
 	Columns int                    // cells a row, > 0
-	Label   func(off int64) string // says a byte offset; nil: no labels
+	Label   func(off int64) string // formats a byte offset; nil: no labels
 }
 
 // rows is the number of rows.
 func (p Panel) rows() int { return (p.Strip.cells + p.Columns - 1) / p.Columns }
 
-// label is what stands before a row.
+// label is the text before a row.
 func (p Panel) label(row int) string {
 	if p.Label == nil {
 		return ""

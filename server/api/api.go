@@ -48,11 +48,11 @@ type Origin struct {
 	ReadOnly  bool   `json:"read_only"`
 	URI       string `json:"uri,omitempty"`        // of its export, if it has one
 	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
-	Waiting   int64  `json:"waiting"`              // writes to it that wait for room in a snapshot
+	Waiting   int64  `json:"waiting"`              // writes to it that wait for space in a snapshot's COW device
 
 	State      OriginState `json:"state"`
 	Error      string      `json:"error,omitempty"` // why the state is not ok
-	DirtyBytes int64       `json:"dirty_bytes"`     // acknowledged writes that are in memory only
+	DirtyBytes int64       `json:"dirty_bytes"`     // acknowledged writes that are not written to the disk yet
 
 	Counters OriginCounters `json:"counters"`
 }
@@ -75,7 +75,7 @@ type Snapshot struct {
 	URI       string `json:"uri"`
 	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
 	Merged    bool   `json:"merged"`               // its live merge is complete; the export is the origin
-	// Waiting is the number of writes to it that wait for room.
+	// Waiting is the number of writes to it that wait for space in the COW device.
 	Waiting int64 `json:"waiting"`
 	Figures
 	Counters Counters `json:"counters"`
@@ -120,7 +120,7 @@ type Bucket struct {
 
 // Figures are the state of a snapshot's store in numbers.
 type Figures struct {
-	Store            string  `json:"store"` // P, PO or N; the disk does not tell P from PO
+	Store            string  `json:"store"` // P, PO or N; P and PO are the same on disk
 	State            State   `json:"state"`
 	Valid            bool    `json:"valid"`
 	ChunkSectors     uint32  `json:"chunk_sectors"`
@@ -129,7 +129,7 @@ type Figures struct {
 	TotalSectors     uint64  `json:"total_sectors"`
 	MetadataSectors  uint64  `json:"metadata_sectors"`
 	Percent          float64 `json:"percent"`            // allocated of total
-	Full             bool    `json:"full"`               // the last write that needed room found none: such writes fail or wait
+	Full             bool    `json:"full"`               // there was no space for the last write that needed some: such writes fail or wait
 	Unmarked         bool    `json:"unmarked,omitempty"` // invalid, but the COW device could not be marked so
 	Error            string  `json:"error,omitempty"`    // why the store refuses writes
 	Dmsetup          string  `json:"dmsetup"`            // the kernel's status text
@@ -150,7 +150,7 @@ type Merge struct {
 // AttachRequest is the body of POST /v1/snapshots.
 type AttachRequest struct {
 	Name      string `json:"name"`
-	COW       string `json:"cow,omitempty"`        // path; a relative one counts from the server's working folder
+	COW       string `json:"cow,omitempty"`        // path; a relative one counts from the server's working directory
 	COWBase64 []byte `json:"cow_base64,omitempty"` // the bytes of one that is not UTF-8, instead of COW
 	Create    bool   `json:"create,omitempty"`     // make the file, or the store on it, where there is none
 	Force     bool   `json:"force,omitempty"`      // overwrite what the COW device holds; attach a store of a longer disk

@@ -2,7 +2,7 @@ package api
 
 import "net/http"
 
-// A Code says of what kind an error is, for programs.
+// A Code is the kind of an error, for programs.
 type Code string
 
 // The codes of errors.
