@@ -5,6 +5,7 @@ import (
 	"errors"
 
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/vhost"
 )
 
@@ -13,7 +14,8 @@ func (s *Server) addExport(e nbd.Export) error {
 	if err := s.nbd.Add(e); err != nil || s.vhost == nil {
 		return err
 	}
-	err := s.vhost.Add(vhost.Export{Name: e.Name, Device: e.Device, ReadOnly: e.ReadOnly, CanTrim: e.CanTrim})
+	err := s.vhost.Add(vhost.Export{Name: e.Name, Device: e.Device, ReadOnly: e.ReadOnly, CanTrim: e.CanTrim,
+		Durable: s.opts.Sync == snapshot.SyncAlways && e.Name != s.name})
 	if err != nil {
 		err = errors.Join(err, s.nbd.Remove(context.Background(), e.Name))
 	}

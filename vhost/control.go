@@ -372,6 +372,13 @@ func (s *session) setInflight(m *message) error {
 		s.inflight.release()
 	}
 	s.inflight, s.inflightQueueSize = mem, queueSize
+	stride := inflightStride(queueSize)
+	if err := guard(s.shared(), func() { s.unflushed.set(mem.bytes, uint64(queues)*stride, stride) }); err != nil {
+		return err
+	}
+	if s.unflushed.lost {
+		s.log("%v; flushes fail until the guest's driver starts anew", errLost)
+	}
 	return s.update()
 }
 

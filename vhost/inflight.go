@@ -27,7 +27,7 @@ func validQueueSize(n uint32) bool { return n >= 1 && n <= 32768 && bits.OnesCou
 
 // newInflight makes the memory for the in-flight areas of a front-end.
 func newInflight(queues, queueSize uint16) (fd int, size uint64, err error) {
-	size = uint64(queues) * inflightStride(queueSize)
+	size = uint64(queues)*inflightStride(queueSize) + unflushedSize
 	fd, err = unix.MemfdCreate("vhost-inflight", unix.MFD_CLOEXEC|unix.MFD_ALLOW_SEALING)
 	if err != nil {
 		return -1, 0, err

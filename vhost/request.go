@@ -107,7 +107,7 @@ func (s *session) executeHeader(c *chain, room uint64) (written uint64, err erro
 	case reqOut:
 		return 0, s.transfer(c, sector, payload, true)
 	case reqFlush:
-		return 0, s.do(func() error { return s.export.Device.Flush() })
+		return 0, s.do(func() error { return s.unflushed.flush(s.export.Device.Flush) })
 	case reqGetID:
 		id := make([]byte, idSize)
 		copy(id, s.export.ID)
@@ -144,6 +144,7 @@ func (s *session) transfer(c *chain, sector, n uint64, write bool) error {
 						return block.WriteDurable(dev, p, off)
 					}
 					_, err := dev.WriteAt(p, off)
+					s.wrote()
 					return err
 				}
 				if _, err := dev.ReadAt(p, off); err != nil {
@@ -161,6 +162,13 @@ func (s *session) transfer(c *chain, sector, n uint64, write bool) error {
 		done += m
 	}
 	return nil
+}
+
+// wrote records a change that is not durable yet.
+func (s *session) wrote() {
+	if !s.export.Durable {
+		s.unflushed.wrote()
+	}
 }
 
 // ranges discards or zeroes the range of a request's segment.
@@ -199,7 +207,9 @@ func (s *session) ranges(c *chain, kind uint32, payload uint64) error {
 			}
 			err = block.Zero(dev, off, n, f)
 		}
-		if err == nil && s.writeThrough() {
+		if !s.writeThrough() {
+			s.wrote()
+		} else if err == nil {
 			err = dev.Flush()
 		}
 		return err

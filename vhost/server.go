@@ -51,6 +51,7 @@ type Export struct {
 	Device block.Device
 
 	ReadOnly bool   // changes fail, whatever the device can do
+	Durable  bool   // each change is durable when the device's method returns
 	CanTrim  bool   // DISCARD is offered, and becomes block.Discard
 	ID       string // serial number, of which guests see 20 bytes; "": Name
 	Queues   int    // virtqueues that are offered; 0: 4, at most 64

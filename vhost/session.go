@@ -60,6 +60,7 @@ type session struct {
 	rings              []ring
 	inflight           *mapping // nil without in-flight tracking
 	inflightQueueSize  uint16
+	unflushed          unflushed // writes that a killed process would lose
 
 	tableMu sync.Mutex
 	table   *table // guest memory now
@@ -127,6 +128,14 @@ func (s *session) run() error {
 func (s *session) close() {
 	s.fail(net.ErrClosed)
 	s.quiesce()
+	if s.unflushed.pending() {
+		// So that a server which is started again has lost nothing.
+		var err error
+		fault := guard(s.shared(), func() { err = s.unflushed.flush(s.export.Device.Flush) })
+		if err = errors.Join(fault, err); err != nil {
+			s.log("flush at the end of a connection: %v", err)
+		}
+	}
 	for i := range s.rings {
 		r := &s.rings[i]
 		if r.kick != nil {

@@ -200,6 +200,73 @@ func TestReconnectResumesInFlight(t *testing.T) {
 	}
 }
 
+// When a back-end is killed, what it completed and did not flush may be lost: each flush fails until the driver starts anew.
+// Nothing is lost when all was flushed, or when the back-end ended in order.
+func TestReconnectAfterUnflushedWrites(t *testing.T) {
+	for _, c := range []struct {
+		name                           string
+		write, flush, killed, wantLost bool
+	}{
+		{"killed", true, false, true, true},
+		{"killed after a flush", true, true, true, false},
+		{"killed after reads", false, false, true, false},
+		{"ended in order", true, false, false, false},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			_, path := serve(t, block.NewMemory(1<<20), nil)
+			f := dial(t, path)
+			f.negotiate(allFeatures)
+			fd, payload := f.inflightFD()
+			defer unix.Close(fd)
+			f.start(0)
+			guest := &client{f, 1 << 20}
+			p := blocktest.Pattern(4096, 3)
+			guest.want(0, 4, 0, nil, false)
+			if c.write {
+				guest.want(0, 1, 8, p, true)
+			}
+			if c.flush {
+				guest.want(0, 4, 0, nil, false)
+			}
+			guest.want(0, 0, 0, make([]byte, 512), false)
+			// A process that is killed leaves the memory as it is now.
+			left := make([]byte, binary.LittleEndian.Uint64(payload))
+			if _, err := unix.Pread(fd, left, 0); err != nil {
+				t.Fatal(err)
+			}
+			f.c.Close()
+			_, other := serve(t, block.NewMemory(1<<20), nil) // of another process; waits for the session that is ending
+			if c.killed {
+				time.Sleep(100 * time.Millisecond)
+				if _, err := unix.Pwrite(fd, left, 0); err != nil {
+					t.Fatal(err)
+				}
+			} else {
+				dial(t, path).close() // is served when the first session has ended
+			}
+			conn, err := net.DialUnix("unix", nil, &net.UnixAddr{Name: other, Net: "unix"})
+			if err != nil {
+				t.Fatal(err)
+			}
+			f.c = conn
+			f.negotiate(allFeatures)
+			f.set(32, payload, fd)
+			f.start(0)
+			for range 2 {
+				if err := guest.ok(guest.do(4, 0, nil, false)); (err != nil) != c.wantLost {
+					t.Fatalf("flush: %v", err)
+				}
+			}
+			if c.wantLost {
+				guest.want(0, 1, 8, p, true) // writes go on
+				fresh, _ := f.inflightFD()
+				defer unix.Close(fresh)
+				guest.want(0, 4, 0, nil, false)
+			}
+		})
+	}
+}
+
 // full is a block.RetryLater.
 type full struct{ ch, held chan struct{} }
 
