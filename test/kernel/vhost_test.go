@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"bytes"
 	"context"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -23,9 +22,6 @@ import (
 // the origin, which the snapshot preserves, and is killed with the server: what it flushed is there.
 func TestVhostUser(t *testing.T) {
 	need(t)
-	if judging.name != "uml" {
-		t.Skip("SKIPPED: user-mode Linux alone gets disks by vhost-user here")
-	}
 	for _, tool := range []string{"mkfs.ext4", "e2fsck"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("SKIPPED: no %s here (Debian's package e2fsprogs)", tool)
@@ -40,27 +36,7 @@ func TestVhostUser(t *testing.T) {
 	disk := bytes.Repeat([]byte("as it was before"), 4<<20) // 64 MiB
 	write(t, path("disk.img"), disk)
 
-	server := exec.Command(filepath.Join(binaries, "dmsnap"), "serve", path("disk.img"), "vm="+path("vm.cow"), "old="+path("old.cow"), "--create",
-		"--export-origin", "--socket", path("nbd.sock"), "--vhost-user", dir)
-	var log bytes.Buffer
-	server.Stderr = &log
-	out, err := server.StdoutPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := server.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		server.Process.Kill()
-		server.Wait()
-		if t.Failed() {
-			t.Logf("the server's log:\n%s", &log)
-		}
-	})
-	for lines := bufio.NewScanner(out); lines.Scan() && !strings.Contains(lines.Text(), "origin.sock"); {
-	}
-
+	server := serveVhost(t, dir)
 	m, err := newMachine(machine.Config{Dir: t.TempDir(), VhostUser: []string{path("vm.sock"), path("origin.sock")}})
 	if err != nil {
 		t.Fatal(err)
@@ -127,5 +103,100 @@ func TestVhostUser(t *testing.T) {
 		t.Errorf("file %s, which was made durable, has %q, %v", last, got, err)
 	}
 	t.Logf("%s files were made durable", last)
-	io.Copy(io.Discard, out)
+}
+
+// serveVhost starts a server of disk.img with two snapshots in dir, and waits until it listens.
+func serveVhost(t *testing.T, dir string) *exec.Cmd {
+	t.Helper()
+	path := func(name string) string { return filepath.Join(dir, name) }
+	server := exec.Command(filepath.Join(binaries, "dmsnap"), "serve", path("disk.img"), "vm="+path("vm.cow"), "old="+path("old.cow"), "--create",
+		"--export-origin", "--socket", path("nbd.sock"), "--vhost-user", dir)
+	var log bytes.Buffer
+	server.Stderr = &log
+	out, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		server.Process.Kill()
+		server.Wait()
+		if t.Failed() {
+			t.Logf("the server's log:\n%s", &log)
+		}
+	})
+	for lines := bufio.NewScanner(out); lines.Scan() && !strings.Contains(lines.Text(), "origin.sock"); {
+	}
+	return server
+}
+
+// TestVhostUserReconnect: qemu connects again to a server that was started again. After one that ended in order the guest
+// goes on as if nothing had been; after one that was killed with completed writes that no flush made durable, flushes fail.
+func TestVhostUserReconnect(t *testing.T) {
+	need(t)
+	if judging.name != "qemu" {
+		t.Skip("SKIPPED: user-mode Linux does not connect again: make test-kernel-qemu")
+	}
+	dir, err := os.MkdirTemp("", "vh-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	path := func(name string) string { return filepath.Join(dir, name) }
+	write(t, path("disk.img"), bytes.Repeat([]byte("as it was before"), 4<<20))
+	server := serveVhost(t, dir)
+	m, err := newMachine(machine.Config{Dir: t.TempDir(), VhostUser: []string{path("vm.sock")}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Kill)
+	k := newKernelOf(t, m)
+	k.must(job.Op{Do: job.Until, Argv: []string{"ls", "/dev"}, Stdin: "vda", Seconds: 60})
+
+	// Numbered blocks, each written past the cache, while servers come and go.
+	load := k.spawn("load.log", "/bin/sh", "-c", "i=0; while [ ! -e /run/stop ]; do printf '%4096d' $i | dd of=/dev/vda bs=4k seek=$i oflag=direct conv=notrunc 2>/dev/null "+
+		"|| exit 1; i=$((i+1)); echo $i > /run/count; done")
+	for range 3 {
+		time.Sleep(2 * time.Second)
+		if err := server.Process.Signal(syscall.SIGTERM); err != nil {
+			t.Fatal(err)
+		}
+		if err := server.Wait(); err != nil {
+			t.Fatal("the server did not end in order: ", err)
+		}
+		time.Sleep(300 * time.Millisecond)
+		server = serveVhost(t, dir)
+	}
+	time.Sleep(2 * time.Second)
+	k.sh("touch /run/stop")
+	k.reap(load)
+	count := strings.TrimSpace(k.sh("cat /run/count"))
+	k.sh("blockdev --flushbufs /dev/vda && sync /dev/vda && i=0; while [ $i -lt " + count + " ]; do printf '%4096d' $i; i=$((i+1)); done > /run/want; " +
+		"dd if=/dev/vda of=/run/got bs=4k iflag=direct count=" + count + " 2>/dev/null && cmp /run/want /run/got")
+	t.Logf("%s blocks over four servers", count)
+	if count == "" || len(count) < 2 {
+		t.Errorf("only %s blocks", count)
+	}
+
+	// One that is killed: what it completed last was not flushed.
+	k.sh("dd if=/dev/urandom of=/dev/vda bs=4k count=10 seek=9000 oflag=direct conv=notrunc 2>/dev/null")
+	server.Process.Kill()
+	server.Wait()
+	serveVhost(t, dir)
+	time.Sleep(2 * time.Second)
+	k.sh("dd if=/dev/vda of=/dev/null bs=4k count=1 iflag=direct 2>/dev/null")
+	if r := k.do(job.Op{Do: job.Exec, Argv: []string{"/bin/sh", "-c", "dd if=/dev/zero of=/dev/vda bs=4k count=1 seek=9100 oflag=direct conv=notrunc,fsync"}, Seconds: 60}); r[0].Code == 0 {
+		t.Error("a flush succeeds after writes that may be lost")
+	}
+	m.Kill()
+	dev, err := block.Open(path("vm.cow"), block.Options{ReadOnly: true, Lock: block.LockNone})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer dev.Close()
+	if report, err := check.Run(context.Background(), dev, check.Options{}); err != nil || report.Worst() >= check.Error {
+		t.Fatalf("%+v, %v", report, err)
+	}
 }

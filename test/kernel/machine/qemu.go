@@ -78,6 +78,13 @@ func QEMU(c Config) (*Machine, error) {
 	for _, d := range c.Disks {
 		args = append(args, "-drive", "if=virtio,format=raw,file="+d)
 	}
+	for i, path := range c.VhostUser {
+		args = append(args, "-chardev", fmt.Sprintf("socket,id=vhost%d,path=%s,reconnect=1", i, path),
+			"-device", fmt.Sprintf("vhost-user-blk-pci,chardev=vhost%d,num-queues=2", i))
+	}
+	if len(c.VhostUser) > 0 { // they see the guest's memory
+		args = append(args, "-object", fmt.Sprintf("memory-backend-memfd,id=mem,size=%dM,share=on", memory(c)), "-machine", "memory-backend=mem")
+	}
 	cmd := exec.Command("qemu-system-x86_64", args...)
 	return boot(line{cmd: cmd, disk: "/dev/vd", connect: func() (io.WriteCloser, io.Reader, error) {
 		conn, err := dialSoon(socket)

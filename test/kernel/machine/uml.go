@@ -20,7 +20,7 @@ type Config struct {
 	Memory int      // MiB; 0 means 1024
 	Disks  []string // files of the host that the guest gets as disks, in order
 
-	VhostUser []string // sockets of vhost-user-blk back-ends, which the guest gets as /dev/vda, …; user-mode Linux only
+	VhostUser []string // sockets of vhost-user-blk back-ends, which the guest gets as /dev/vda, …
 }
 
 // Modules that every guest loads.
