@@ -35,7 +35,7 @@ var floors = map[string]int{
 	"stream": 5,
 	"nbd":    5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
-	"server":     6,
+	"server": 6, "source": 6,
 	"inspect":    7,
 	"cmd/dmsnap": 8,
 

@@ -22,7 +22,7 @@ type Result struct {
 // Errors: ctx's cause; what store.Create says of dst; store.ErrFull where dst, or the file system beneath, has no
 // space; failed reads and writes.
 func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
-	st, err := store.Create(dst, p.to, true)
+	st, err := store.CreateFor(dst, p.to, true, p.old.OriginFormat())
 	if err != nil {
 		return Result{}, err
 	}

@@ -21,6 +21,8 @@ type Options struct {
 	Size         int64  // of the COW file in bytes; 0: large enough for every chunk of the origin
 	Overwrite    bool   // overwrite the content of the COW device
 	Raw          bool   // the origin is a raw disk, whatever signatures are in it
+	Open         Opener // of the origin; nil: OpenRaw
+	Format       string // of the origin, for CreateFor; "": ondisk.RawFormat
 }
 
 // ErrSize reports an Options.Size that is too small, or 0 where no file is large enough for every chunk of the origin.
@@ -29,7 +31,8 @@ var ErrSize = errors.New("size of the COW file")
 // Created describes a new store.
 type Created struct {
 	Layout ondisk.Layout
-	Size   int64 // of the COW device, in bytes
+	Size   int64  // of the COW device, in bytes
+	Format string // of the origin
 
 	path    string
 	isNew   bool  // the file was made
@@ -63,19 +66,29 @@ func (c Created) Undo() error {
 // Create makes an empty store on a COW device for an origin, of which only the size is used. A COW file that does not
 // exist is made, sparse; it has its name only when the store is complete and durable. An existing file or block device
 // is used at its size, or made Options.Size long, when it is empty (image.CheckEmpty) or Options.Overwrite is set. When Create fails no file is left that was not there before.
+//
+// The format of an origin that is not raw is recorded in the store (ondisk.OriginLabel).
 func Create(originPath, cowPath string, o Options) (Created, error) {
 	if _, err := o.layout(); err != nil {
 		return Created{}, err
 	}
-	if err := CheckDifferent(originPath, cowPath); err != nil {
-		return Created{}, err
+	open := o.Open
+	if open == nil {
+		open = OpenRaw
 	}
 	// Others may write to the origin meanwhile: only its size is needed.
-	origin, err := OpenOrigin(originPath, block.Options{ReadOnly: true, Lock: block.LockShared}, o.Raw)
+	origin, err := open(originPath, OriginOptions{Options: block.Options{ReadOnly: true, Lock: block.LockShared}, Raw: o.Raw})
 	if err != nil {
 		return Created{}, err
 	}
 	defer origin.Close()
+	if err := CheckSize(origin); err != nil {
+		return Created{}, block.WithPath(originPath, err)
+	}
+	if err := CheckCOW(origin, originPath, cowPath); err != nil {
+		return Created{}, err
+	}
+	o.Format = origin.Format()
 	return CreateFor(origin, cowPath, o)
 }
 
@@ -84,7 +97,7 @@ func (o *Options) layout() (ondisk.Layout, error) {
 	return ondisk.NewLayout(cmp.Or(o.ChunkSectors, ondisk.DefaultChunkSectors))
 }
 
-// CreateFor is Create for an origin that is open, and another disk than the COW device.
+// CreateFor is Create for an origin that is open, and another disk than the COW device. Its format is Options.Format.
 func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err error) {
 	if c.Layout, err = o.layout(); err != nil {
 		return c, err
@@ -95,6 +108,7 @@ func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err e
 	if c.Size, err = o.size(c.Layout, origin.Size()); err != nil {
 		return c, block.WithPath(cowPath, err)
 	}
+	c.Format = cmp.Or(o.Format, ondisk.RawFormat)
 	c.path = cowPath
 	if _, err = os.Lstat(cowPath); errors.Is(err, fs.ErrNotExist) {
 		c.isNew = true
@@ -151,7 +165,7 @@ func (o *Options) makeStore(cow *block.File, dev block.Device, c *Created) (err 
 		}
 	}
 	c.Size = cow.Size()
-	_, err = store.Create(dev, c.Layout, true)
+	_, err = store.CreateFor(dev, c.Layout, true, c.Format)
 	return err
 }
 

@@ -1,7 +1,10 @@
 // Package cowfile opens origins and COW devices by their paths, and makes COW files.
 //
 //	_, err := cowfile.Create("disk.img", "disk.cow", cowfile.Options{})
-//	origin, cow, err := cowfile.OpenPair("disk.img", "disk.cow", block.Options{}, false)
+//	origin, err := cowfile.OpenRaw("disk.img", cowfile.OriginOptions{})
+//	cow, err := cowfile.OpenDevice("disk.cow", block.Options{})
+//
+// Origins in other formats, over NBD, or inside a disk are opened by an [Opener]: package source has one.
 //
 // What it opens is locked as block.Options say (docs/decisions/0001-locks.md). A COW file that Create makes has its
 // name only when the store in it is complete and durable. Every error names the path.
@@ -13,8 +16,6 @@ import (
 	"io/fs"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/image"
-	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -25,33 +26,6 @@ func OpenDevice(path string, o block.Options) (*block.File, error) {
 	return f, block.WithPath(path, err)
 }
 
-// OpenOrigin opens an origin, which CheckOrigin must accept.
-func OpenOrigin(path string, o block.Options, raw bool) (*block.File, error) {
-	f, err := OpenDevice(path, o)
-	if err != nil {
-		return nil, err
-	}
-	if err := CheckOrigin(path, f, raw); err != nil {
-		f.Close()
-		return nil, err
-	}
-	return f, nil
-}
-
-// CheckOrigin refuses an origin that does not end at a sector boundary, and, unless raw, one that is known not to be a
-// raw disk, with an *image.NotRawError.
-func CheckOrigin(path string, origin block.Device, raw bool) error {
-	if !raw {
-		if err := image.CheckRaw(origin); err != nil {
-			return block.WithPath(path, err)
-		}
-	}
-	if origin.Size()%ondisk.SectorSize != 0 {
-		return fmt.Errorf("%s: size of %d bytes is not a whole number of %d-byte sectors", path, origin.Size(), ondisk.SectorSize)
-	}
-	return nil
-}
-
 // CheckDifferent refuses two paths of one disk before the second is opened: otherwise the error would be that the disk
 // is in use, by the first. A COW device that does not exist is different.
 func CheckDifferent(originPath, cowPath string) error {
@@ -60,6 +34,11 @@ func CheckDifferent(originPath, cowPath string) error {
 		return err
 	}
 	defer o.Close()
+	return CheckCOW(rawOrigin{o}, originPath, cowPath)
+}
+
+// CheckCOW is CheckDifferent for an origin that is open.
+func CheckCOW(origin Origin, originName, cowPath string) error {
 	c, err := OpenDevice(cowPath, block.Options{ReadOnly: true, Lock: block.LockNone})
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
@@ -68,30 +47,10 @@ func CheckDifferent(originPath, cowPath string) error {
 		return err
 	}
 	defer c.Close()
-	if block.Overlap(o, c) {
-		return fmt.Errorf("%s: %w (%s)", cowPath, snapshot.ErrSameDevice, originPath)
+	if origin.Overlaps(c) {
+		return fmt.Errorf("%s: %w (%s)", cowPath, snapshot.ErrSameDevice, originName)
 	}
 	return nil
-}
-
-// OpenPair opens an origin, which CheckOrigin must accept, and a COW device that holds a store.
-func OpenPair(originPath, cowPath string, o block.Options, raw bool) (origin, cow *block.File, err error) {
-	if err := CheckDifferent(originPath, cowPath); err != nil {
-		return nil, nil, err
-	}
-	if origin, err = OpenOrigin(originPath, o, raw); err != nil {
-		return nil, nil, err
-	}
-	if cow, err = OpenDevice(cowPath, o); err != nil {
-		origin.Close()
-		return nil, nil, err
-	}
-	if err = CheckStore(cowPath, cow); err != nil {
-		cow.Close()
-		origin.Close()
-		return nil, nil, err
-	}
-	return origin, cow, nil
 }
 
 // CheckStore refuses a COW device whose header is not one of a store that can be read: ondisk.ErrNoStore for one

@@ -2,10 +2,12 @@ package ondisk
 
 import (
 	"encoding/binary"
+	"fmt"
 	"hash/crc32"
+	"strings"
 )
 
-// Undo labels are in the first sector of a store, after the header, in bytes that the format leaves unused and the
+// Labels are in the first sector of a store, after the header, in bytes that the format leaves unused and the
 // kernel does not read (docs/spec/dm-snapshot.md §2.2). The sector is replaced whole or not at all. A kernel that marks
 // the store invalid overwrites them with zeros.
 
@@ -111,6 +113,50 @@ func (t MergeLabel) Encode(sector []byte) { encodeID(sector[mergeLabelAt:], merg
 func DecodeMergeLabel(sector []byte) (t MergeLabel, ok bool) {
 	t.ID, ok = decodeID(sector[mergeLabelAt:], mergeLabelMagic)
 	return t, ok
+}
+
+// An OriginLabel records the format of the origin that a store is for, where that is not raw: without it the store's
+// origin is a raw disk, whatever its bytes look like by now. It is kept when the store is marked invalid.
+//
+//	448     magic, 16 bytes
+//	464     name of the format, 16 bytes, filled up with zeros
+//	480     CRC-32C of the 32 bytes before it, 4
+type OriginLabel struct{ Format string }
+
+// RawFormat is the format of an origin whose bytes are the disk.
+const RawFormat = "raw"
+
+const (
+	originLabelAt    = 448
+	originLabelMagic = "dmsnap origin 1\x00"
+)
+
+// Encode puts t in a store's first sector. A format of RawFormat, or none, puts nothing there. It panics when the name is
+// longer than 16 bytes.
+func (t OriginLabel) Encode(sector []byte) {
+	if t.Format == "" || t.Format == RawFormat {
+		return
+	}
+	var id [16]byte
+	if copy(id[:], t.Format) < len(t.Format) {
+		panic("ondisk: name of an origin's format: " + t.Format)
+	}
+	encodeID(sector[originLabelAt:], originLabelMagic, id)
+}
+
+// DecodeOriginLabel reads the label of a store's first sector: RawFormat where there is none. A damaged one is a
+// *CorruptError, since the store shows wrong content over an origin that is read in another format.
+func DecodeOriginLabel(sector []byte) (OriginLabel, error) {
+	b := sector[originLabelAt:]
+	if string(b[:16]) != originLabelMagic {
+		return OriginLabel{RawFormat}, nil
+	}
+	id, ok := decodeID(b, originLabelMagic)
+	name := strings.TrimRight(string(id[:]), "\x00")
+	if !ok || name == "" {
+		return OriginLabel{}, &CorruptError{Place: fmt.Sprintf("header, byte 0x%x", originLabelAt), What: "the label with the origin's format is damaged"}
+	}
+	return OriginLabel{name}, nil
 }
 
 // encodeID writes a label that consists of a magic and an id.

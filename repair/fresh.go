@@ -16,7 +16,11 @@ const copyBytes = 1 << 20
 // their order, chunks become dense. A chunk whose data can't be read is dropped and counts as lost, with the code
 // Unreadable. The previous content of dst is lost.
 func (p *Plan) Fresh(ctx context.Context, dst block.Device) error {
-	st, err := store.Create(dst, p.l, true)
+	format, err := store.OriginFormat(p.dev)
+	if err != nil {
+		return err
+	}
+	st, err := store.CreateFor(dst, p.l, true, format)
 	if err != nil {
 		return err
 	}

@@ -107,7 +107,7 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 	if s.opts.ReadOnly && (a.create || a.store == snapshot.Transient) {
 		return nil, undo, errReadOnly
 	}
-	if err := cowfile.CheckDifferent(s.file.Path(), a.path); err != nil {
+	if err := cowfile.CheckCOW(s.file, s.address.Path, a.path); err != nil {
 		return nil, undo, err
 	}
 	if half := s.half.Load(); half != nil && !a.force && (a.needs() != nothingNew || a.store == snapshot.Transient) {
@@ -131,7 +131,9 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 		}
 		return cow, undo, nil
 	}
-	err = cowfile.CheckStore(a.path, cow)
+	if err = cowfile.CheckStore(a.path, cow); err == nil && !s.opts.Raw {
+		err = block.WithPath(a.path, cowfile.CheckFormat(s.file, cow))
+	}
 	if half := s.half.Load(); err == nil && half != nil && !a.force {
 		err = block.WithPath(a.path, half.Check(cow))
 	}
@@ -155,7 +157,7 @@ func (s *Server) createCOW(a attachment) (undo func() error, err error) {
 		}
 		return undo, err
 	}
-	c, err := cowfile.CreateFor(s.origin, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force})
+	c, err := cowfile.CreateFor(s.origin, a.path, cowfile.Options{ChunkSectors: a.chunkSectors, Overwrite: a.force, Format: s.file.Format()})
 	if err == nil {
 		undo = c.Undo
 	}

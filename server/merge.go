@@ -83,10 +83,10 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 
 // endOffline removes the side file of an offline merge that a live one has completed.
 func (s *Server) endOffline(half *merge.SideFile, cow block.Device) error {
-	if err := half.End(s.file.Path(), cow); err != nil {
+	if err := half.End(s.address.Path, cow); err != nil {
 		return err
 	}
-	now, err := merge.ReadSideFile(s.file.Path())
+	now, err := merge.ReadSideFile(s.address.Path)
 	s.half.Store(now) // without mu, whose owner may wait for the driver
 	return err
 }

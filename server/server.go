@@ -75,6 +75,8 @@ type Options struct {
 	ReadOnly  bool              // open everything read-only; every export is
 	Force     bool              // serve an origin that the kernel uses, too: mounted, or held by another device; or that is half merged
 	Raw       bool              // the origin is a raw disk, whatever signatures are in it
+	Format    string            // of the origin, by the labels of its stores (cowfile.FormatOf); empty: it is found out
+	Open      cowfile.Opener    // of the origin; nil: cowfile.OpenRaw
 	Sync      snapshot.SyncMode // when a write to a snapshot is durable
 	OnFull    FullPolicy
 	Grow      snapshot.Growth // how COW files become longer when they are full
@@ -106,8 +108,8 @@ const flushEvery = 5 * time.Second
 type Server struct {
 	path      string // of the origin, or its address
 	address   address.Address
-	name      string // of the origin's export
-	file      *block.File
+	name      string         // of the origin's export
+	file      cowfile.Origin // the whole disk
 	origin    *snapshot.Origin
 	volumes   *lvm.Origin                    // what the origin is in a volume group, or nil
 	addressed string                         // the volume of it that the address names: itself or a snapshot
@@ -170,13 +172,21 @@ func Open(path string, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := address.OpenDisk(a, block.Options{ReadOnly: true}, cmp.Or(o.SysFS, "/sys"))
+	if o.Open == nil {
+		o.Open = cowfile.OpenRaw
+	}
+	whole, err := o.Open(a.Path, cowfile.OriginOptions{Options: block.Options{ReadOnly: true}, Raw: o.Raw, Format: o.Format})
 	if err != nil {
 		return nil, err
 	}
-	half, err := checkDisk(d, o)
+	d, err := address.OpenDiskOn(a, whole, cmp.Or(o.SysFS, "/sys"))
 	if err != nil {
-		d.Close()
+		whole.Close()
+		return nil, err
+	}
+	half, err := checkDisk(d, whole, o)
+	if err != nil {
+		whole.Close()
 		return nil, err
 	}
 	var opts []snapshot.OriginOption
@@ -190,7 +200,7 @@ func Open(path string, o Options) (*Server, error) {
 			log.Event(slog.LevelError, "origin: "+unwritten+": "+err.Error(), unwritten, err)
 		}
 	}))
-	s := &Server{path: path, name: OriginName, address: d.Address, file: d.File, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
+	s := &Server{path: path, name: OriginName, address: d.Address, file: whole, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
 		opts: o, log: log, nbd: nbd.NewServer(o.NBD), vhost: newVhost(o)}
 	if d.Volume != nil {
 		s.name = d.Volume.Name
@@ -201,13 +211,16 @@ func Open(path string, o Options) (*Server, error) {
 }
 
 // checkDisk refuses a disk that can't be an origin, and returns the side file of an incomplete merge into it.
-func checkDisk(d *address.Disk, o Options) (*merge.SideFile, error) {
-	// What a guest writes to a logical volume never makes it a container.
-	if err := cowfile.CheckOrigin(d.Address.String(), d.Dev, o.Raw || d.Volume != nil); err != nil {
-		return nil, err
+func checkDisk(d *address.Disk, whole cowfile.Origin, o Options) (*merge.SideFile, error) {
+	err := cowfile.CheckSize(d.Dev)
+	if err == nil && d.Volume == nil && !d.Address.Plain() { // what a guest writes to a logical volume never makes it a container
+		err = cowfile.OriginOptions{Raw: o.Raw, Format: o.Format}.CheckRaw(d.Dev)
+	}
+	if err != nil {
+		return nil, block.WithPath(d.Address.String(), err)
 	}
 	if !o.Force {
-		if err := d.File.CheckUnused(); err != nil {
+		if err := whole.CheckUnused(); err != nil {
 			return nil, err
 		}
 	}
@@ -215,6 +228,9 @@ func checkDisk(d *address.Disk, o Options) (*merge.SideFile, error) {
 		if err := checkVolumes(d, o); err != nil {
 			return nil, block.WithPath(d.Address.String(), err)
 		}
+	}
+	if _, err := os.Lstat(d.Address.Path); err != nil { // it is no file
+		return nil, nil
 	}
 	half, err := merge.ReadSideFile(d.Address.Path)
 	if o.Force && errors.Is(err, merge.ErrUnfinished) {
@@ -247,7 +263,11 @@ func (s *Server) Device(name string) (block.Device, error) {
 	return v.dev, nil
 }
 
-// ExportOrigin exports the origin itself, as [OriginName] or under the name of the logical volume that it is.
+// OriginFormat returns the format that the origin's file was opened in.
+func (s *Server) OriginFormat() string { return s.file.Format() }
+
+// ExportOrigin exports the origin itself, as [OriginName] or under the name of the logical volume that it is; read-only where it
+// can only be read.
 func (s *Server) ExportOrigin() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -262,11 +282,12 @@ func (s *Server) exportOrigin() error {
 	if s.find(s.name) != nil {
 		return nameTaken(s.name)
 	}
-	if err := s.allowOriginWrites(); err != nil {
+	// An origin that is only read is exported so.
+	if err := s.allowOriginWrites(); err != nil && !errors.Is(err, cowfile.ErrOnlyRead) {
 		return err
 	}
 	err := s.addExport(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
-		ReadOnly: s.originReadOnly(), MultiConn: true})
+		ReadOnly: s.file.ReadOnly() || s.originReadOnly(), MultiConn: true})
 	s.exported = s.exported || err == nil
 	return err
 }
@@ -296,7 +317,7 @@ func (s *Server) allowFileWrites() error {
 			err = errors.Join(err, s.file.DenyWrites())
 		}
 	}
-	return block.WithPath(s.file.Path(), err)
+	return block.WithPath(s.address.Path, err)
 }
 
 func nameTaken(name string) error {

@@ -51,7 +51,7 @@ func (s *Server) Status() api.Status {
 }
 
 func (s *Server) originStatus() api.Origin {
-	r := api.Origin{Path: s.path, Name: s.name, SizeBytes: s.origin.Size(), ReadOnly: s.originReadOnly(), State: api.OriginOK}
+	r := api.Origin{Path: s.path, Name: s.name, Format: s.file.Format(), SizeBytes: s.origin.Size(), ReadOnly: s.originReadOnly(), State: api.OriginOK}
 	c := s.origin.Counters()
 	r.Counters = api.OriginCounters{SyncWaits: latencyOf(c.SyncWaits), WriteBacks: c.WriteBacks}
 	st := s.origin.WriteBackStatus()

@@ -5,7 +5,6 @@ import (
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/ondisk"
 )
 
 // Invalidate makes the store invalid, permanently: from now on it refuses everything but lookups, and its header on
@@ -39,22 +38,20 @@ func (s *Store) Invalidate(why error) error {
 		b := metaBlock(s.layout)
 		block.Zero(s.dev, b, s.layout.ChunkBytes()-b, 0)
 	}
-	if err := writeMark(s.dev, s.layout, h); err != nil {
+	if err := writeMark(s.dev, s.firstBlock(h)); err != nil {
 		return fmt.Errorf("mark store invalid: %w", err)
 	}
 	s.marked = true
 	return nil
 }
 
-// writeMark is writeHeader on a device that may have failed before.
-func writeMark(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
-	err := writeHeader(dev, l, h)
+// writeMark writes the first block of chunk 0, durably, on a device that may have failed before.
+func writeMark(dev block.Device, first []byte) error {
+	err := block.WriteDurable(dev, first, 0)
 	if err == nil {
 		return nil
 	}
-	buf := make([]byte, metaBlock(l))
-	h.Encode(buf)
-	if last := block.WriteLast(dev, buf, 0); last != nil {
+	if last := block.WriteLast(dev, first, 0); last != nil {
 		return fmt.Errorf("%w; and once more: %w", err, last)
 	}
 	return nil

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"iter"
@@ -17,6 +18,12 @@ import (
 // and after the header, flush, then the header, durably. Until that last write dev holds no store, or the rest of the
 // previous one: that can be opened, and its data may be lost.
 func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
+	return CreateFor(dev, l, force, ondisk.RawFormat)
+}
+
+// CreateFor is Create for an origin of a format: with another one than ondisk.RawFormat the first sector has an
+// ondisk.OriginLabel.
+func CreateFor(dev block.Device, l ondisk.Layout, force bool, format string) (*Store, error) {
 	if size := dev.Size(); l.Chunks(size, false) < uint64(ondisk.FirstDataChunk) {
 		return nil, fmt.Errorf("COW device of %d bytes is too small for a store: header and first area need %d", size, 2*l.ChunkBytes())
 	}
@@ -32,6 +39,7 @@ func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
 		}
 	}
 	s := newStore(dev, l)
+	s.format = format
 	s.header = ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: ondisk.Version, ChunkSectors: l.ChunkSectors}
 	if err := s.writeEmpty(); err != nil {
 		return nil, fmt.Errorf("create store: %w", err)
@@ -55,14 +63,29 @@ func (s *Store) writeEmpty() error {
 	if err := s.dev.Flush(); err != nil {
 		return err
 	}
-	return writeHeader(s.dev, s.layout, s.header)
+	return block.WriteDurable(s.dev, s.firstBlock(s.header), 0)
 }
 
-// writeHeader writes the first block of chunk 0, durably.
-func writeHeader(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
-	buf := make([]byte, metaBlock(l))
-	h.Encode(buf)
-	return block.WriteDurable(dev, buf, 0)
+// firstBlock is the first block of chunk 0 with header h. Of the labels it has the origin's alone.
+func (s *Store) firstBlock(h ondisk.Header) []byte {
+	b := make([]byte, metaBlock(s.layout))
+	h.Encode(b)
+	ondisk.OriginLabel{Format: s.format}.Encode(b)
+	return b
+}
+
+// OriginFormat returns the format of the origin that the store is for: ondisk.RawFormat unless its label says otherwise.
+func (s *Store) OriginFormat() string { return cmp.Or(s.format, ondisk.RawFormat) }
+
+// OriginFormat returns what the label of the store on dev says; see Store.OriginFormat. Of the header it judges nothing. A
+// damaged label is a *ondisk.CorruptError.
+func OriginFormat(dev block.Device) (string, error) {
+	_, sector, err := readFirst(dev)
+	if err != nil {
+		return "", err
+	}
+	label, err := ondisk.DecodeOriginLabel(sector)
+	return label.Format, err
 }
 
 // ReadHeader reads the header of dev without validating it. A device shorter than a header is a *ondisk.CorruptError.
@@ -71,27 +94,33 @@ func writeHeader(dev block.Device, l ondisk.Layout, h ondisk.Header) error {
 // lost. The mark of an invalid store counts even if only the cache has it: the program that wrote it continued as if it
 // were on the disk.
 func ReadHeader(dev block.Device) (ondisk.Header, error) {
-	if dev.Size() < ondisk.SectorSize {
-		return ondisk.Header{}, &ondisk.CorruptError{Place: "header, byte 0x0",
-			What: fmt.Sprintf("device of %d bytes ends before the end of the header's sector", dev.Size())}
-	}
-	h, err := readHeader(dev)
-	if err != nil || h.Valid == 0 {
-		return h, err
-	}
-	if err := block.DropCache(dev, 0, ondisk.SectorSize); err != nil {
-		return ondisk.Header{}, fmt.Errorf("read header: %w", err)
-	}
-	return readHeader(dev)
+	h, _, err := readFirst(dev)
+	return h, err
 }
 
-// readHeader is ReadHeader through the cache. dev is not too short.
-func readHeader(dev block.Device) (ondisk.Header, error) {
-	var buf [ondisk.SectorSize]byte
-	if _, err := dev.ReadAt(buf[:], 0); err != nil {
+// readFirst is ReadHeader; it also returns the sector.
+func readFirst(dev block.Device) (h ondisk.Header, sector []byte, err error) {
+	if dev.Size() < ondisk.SectorSize {
+		return h, nil, &ondisk.CorruptError{Place: "header, byte 0x0",
+			What: fmt.Sprintf("device of %d bytes ends before the end of the header's sector", dev.Size())}
+	}
+	sector = make([]byte, ondisk.SectorSize)
+	if h, err = readHeader(dev, sector); err != nil || h.Valid == 0 {
+		return h, sector, err
+	}
+	if err := block.DropCache(dev, 0, ondisk.SectorSize); err != nil {
+		return ondisk.Header{}, nil, fmt.Errorf("read header: %w", err)
+	}
+	h, err = readHeader(dev, sector)
+	return h, sector, err
+}
+
+// readHeader reads the sector of the header as it is cached.
+func readHeader(dev block.Device, sector []byte) (ondisk.Header, error) {
+	if _, err := dev.ReadAt(sector, 0); err != nil {
 		return ondisk.Header{}, fmt.Errorf("read header: %w", err)
 	}
-	return ondisk.DecodeHeader(buf[:]), nil
+	return ondisk.DecodeHeader(sector), nil
 }
 
 // CheckBlockSize refuses a chunk that is no multiple of a device's logical block (docs/spec/dm-snapshot.md §2.3).
@@ -141,15 +170,19 @@ func Open(dev block.Device) (*Store, error) { return open(dev, false) }
 func OpenToRead(dev block.Device) (*Store, error) { return open(dev, true) }
 
 func open(dev block.Device, toRead bool) (*Store, error) {
-	h, err := ReadHeader(dev)
+	h, sector, err := readFirst(dev)
 	if err != nil {
 		return nil, err
 	}
 	if err := h.Check(); err != nil {
 		return nil, err
 	}
+	label, err := ondisk.DecodeOriginLabel(sector)
+	if err != nil {
+		return nil, err
+	}
 	s := newStore(dev, ondisk.Layout{ChunkSectors: h.ChunkSectors})
-	s.header = h
+	s.header, s.format = h, label.Format
 	if err := CheckBlockSize(s.layout, dev); err != nil && !toRead {
 		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid on-disk chunk size %d: %v", h.ChunkSectors, err)}
 	}

@@ -78,6 +78,7 @@ type Store struct {
 	dev       block.Device
 	layout    ondisk.Layout
 	header    ondisk.Header // as found or written; transient: zero
+	format    string        // of the origin; empty: ondisk.RawFormat
 	transient bool
 
 	exceptions chunkmap.Map // those committed

@@ -18,7 +18,7 @@ type checkOptions struct {
 	level     levelFlag
 	chunkSize sizeFlag
 	liveRead  bool
-	raw       bool
+	disk      diskFlags
 	asJSON    bool
 }
 
@@ -87,7 +87,7 @@ Exit status: 0 no problem was found, 1 problems were found, 2 trouble.`,
 	f.StringVar(&o.origin, "origin", "", "also check the store against the size of this origin")
 	f.Var(&o.level, "level", "report problems of at least this severity: note, warning or error")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.BoolVar(&o.liveRead, "live-read", false, "check a store that is in use")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
@@ -116,22 +116,27 @@ func (f *sizeFlag) orHeader() (uint32, error) {
 	return f.chunkSectors()
 }
 
-// openToRead opens an address for reading. A disk that has a writer is refused, unless live is set.
-func openToRead(path string, live bool) (openDisk, error) { return openReading(path, live, false) }
+// openStoreDevice opens a device that holds a store for reading: of a snapshot volume the COW volume. One that has a writer is
+// refused, unless live is set.
+func openStoreDevice(path string, live bool) (openDisk, error) {
+	f, err := openStore(path, block.Options{ReadOnly: true, Lock: readingLock(live)})
+	return f, adviseLive(err, live)
+}
 
-// openStoreDevice is openToRead for a store: of a snapshot volume the COW volume.
-func openStoreDevice(path string, live bool) (openDisk, error) { return openReading(path, live, true) }
-
-func openReading(path string, live, asStore bool) (openDisk, error) {
-	lock := block.LockRead
+// readingLock is the lock of a verb that has --live-read.
+func readingLock(live bool) block.LockMode {
 	if live {
-		lock = block.LockShared
+		return block.LockShared
 	}
-	f, err := openAddress(path, block.Options{ReadOnly: true, Lock: lock}, asStore)
+	return block.LockRead
+}
+
+// adviseLive adds --live-read to the error of a disk that has a writer.
+func adviseLive(err error, live bool) error {
 	if errors.Is(err, block.ErrInUse) && !live {
-		err = fmt.Errorf("%w; --live-read reads it nevertheless", err)
+		return fmt.Errorf("%w; --live-read reads it nevertheless", err)
 	}
-	return f, err
+	return err
 }
 
 func (o *checkOptions) run(c *cobra.Command, path string) error {
@@ -141,11 +146,8 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	}
 	opts := check.Options{ChunkSectors: sectors}
 	if o.origin != "" {
-		if err := checkDifferent(o.origin, path); err != nil {
-			return err
-		}
 		// Only its size is used.
-		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
+		origin, err := o.disk.openOrigin(o.origin, path, block.Options{ReadOnly: true, Lock: block.LockShared})
 		if err != nil {
 			return err
 		}

@@ -14,9 +14,10 @@ import (
 )
 
 type compactOptions struct {
-	dropUnchanged, punch, force, asJSON, raw bool
-	origin                                   string
-	chunkSize                                sizeFlag
+	dropUnchanged, punch, force, asJSON bool
+	origin                              string
+	disk                                diskFlags
+	chunkSize                           sizeFlag
 }
 
 // compactResult is what compact prints as JSON.
@@ -75,7 +76,7 @@ A store in use is refused, and so are a damaged one (see dmsnap repair) and an i
 	}
 	f := c.Flags()
 	f.BoolVar(&o.dropUnchanged, "drop-unchanged", false, "omit chunks whose content equals the origin's; requires --origin")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.StringVar(&o.origin, "origin", "", "the origin of the store; it is only read")
 	f.Var(&o.chunkSize, "chunk-size", "size of the new chunks, a power of two from 512 to 1GiB (default: unchanged)")
 	f.BoolVar(&o.punch, "punch", false, "free the unused chunks of COW in place")
@@ -106,10 +107,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	opts := compact.Options{DropUnchanged: o.dropUnchanged, ChunkSectors: sectors}
 	inputs := []string{path}
 	if o.origin != "" {
-		if err := checkDifferent(o.origin, path); err != nil {
-			return err
-		}
-		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true}, o.raw)
+		origin, err := o.disk.openOrigin(o.origin, path, block.Options{ReadOnly: true})
 		if err != nil {
 			return err
 		}

@@ -6,9 +6,11 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source"
 )
 
 // creation holds the options of a new store.
@@ -17,7 +19,7 @@ type creation struct {
 	cowSize   sizeFlag
 	store     storeFlag
 	force     bool
-	raw       bool
+	disk      diskFlags
 	json      bool
 }
 
@@ -33,8 +35,9 @@ sets another size. An existing file or block device keeps its size (an empty fil
 must be empty: zeros wherever "dmsnap inspect" and blkid(8) look, at both ends. --force creates the store over
 existing content, which is lost.
 
-An ORIGIN that is a qcow2 or VMDK image, compressed, or otherwise known not to be a raw disk is refused, unless
---raw says that its own bytes are the disk.
+ORIGIN may be a qcow2 image, an NBD URI, or a part of a disk (DISK#p2, DISK#VG/LV). The format of an image is recorded in
+COW; a store without that record has a raw origin. An ORIGIN that is a VMDK image, compressed, or otherwise known not to be
+a raw disk is refused. --raw says that its own bytes are the disk.
 
 A create that fails leaves no incomplete file.`,
 		Example: `  dmsnap create disk.img new.cow
@@ -50,8 +53,8 @@ A create that fails leaves no incomplete file.`,
 			if o.json {
 				return printJSON(c, made)
 			}
-			return printf(c, "%s: empty store, %s a chunk, room for %s of changes\n", made.Path,
-				bytesText(int64(made.ChunkSectors)*ondisk.SectorSize), bytesText(made.roomBytes()))
+			return printf(c, "%s: empty store, %s a chunk, room for %s of changes; the origin is %s\n", made.Path,
+				bytesText(int64(made.ChunkSectors)*ondisk.SectorSize), bytesText(made.roomBytes()), made.OriginFormat)
 		},
 	}
 	f := c.Flags()
@@ -59,7 +62,7 @@ A create that fails leaves no incomplete file.`,
 	f.Var(&o.cowSize, "cow-size", "size of the COW file (default: large enough never to become full)")
 	f.Var(&o.store, "store", "how the store will be used: P or PO; the on-disk format is the same")
 	f.BoolVar(&o.force, "force", false, "create the store over existing content")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	return c
 }
@@ -85,6 +88,7 @@ type created struct {
 	Store        string `json:"store"`
 	ChunkSectors uint32 `json:"chunk_sectors"`
 	TotalSectors uint64 `json:"total_sectors"`
+	OriginFormat string `json:"origin_format"` // raw or qcow2
 }
 
 // roomBytes is how much data fits before the snapshot overflows, in bytes.
@@ -105,9 +109,16 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 	if o.cowSize.set && o.cowSize.bytes == 0 {
 		return made, errors.New("--cow-size: 0 bytes are too few for a store")
 	}
-	c, err := cowfile.Create(originPath, cowPath, cowfile.Options{ChunkSectors: sectors, Size: o.cowSize.bytes, Overwrite: o.force, Raw: o.raw})
+	s, err := o.disk.options(block.Options{})
+	if err != nil {
+		return made, err
+	}
+	if err := checkDifferent(originPath, cowPath); err != nil {
+		return made, err
+	}
+	c, err := cowfile.Create(originPath, cowPath, cowfile.Options{ChunkSectors: sectors, Size: o.cowSize.bytes, Overwrite: o.force, Raw: o.disk.raw, Open: source.Opener(s)})
 	if errors.Is(err, cowfile.ErrSize) {
 		err = fmt.Errorf("%w: see --cow-size", err)
 	}
-	return created{cowPath, o.store.String(), sectors, uint64(c.Size) / ondisk.SectorSize}, advise(err)
+	return created{cowPath, o.store.String(), sectors, uint64(c.Size) / ondisk.SectorSize, c.Format}, advise(err)
 }

@@ -19,7 +19,7 @@ type diffOptions struct {
 	asJSON   bool
 	verify   bool
 	liveRead bool
-	raw      bool
+	disk     diskFlags
 }
 
 func newDiff() *cobra.Command {
@@ -60,7 +60,7 @@ Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is in
 	f.StringVar(&o.format, "format", "text", "text, ranges or json")
 	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
 	f.BoolVar(&o.verify, "verify", false, "compare the content of ranges that may differ")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and stores that are in use")
 	c.MarkFlagsMutuallyExclusive("json", "format")
 	return c
@@ -88,14 +88,11 @@ func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string
 			return err
 		}
 	}
-	origin, err := openToRead(originPath, o.liveRead)
+	origin, err := o.disk.openOriginToRead(originPath, cowPaths[0], o.liveRead)
 	if err != nil {
 		return err
 	}
 	defer origin.Close()
-	if err := checkOrigin(originPath, origin, o.raw); err != nil {
-		return err
-	}
 	var stores []*store.Store
 	for _, p := range cowPaths {
 		cow, st, err := openStoreToRead(p, o.liveRead)
@@ -105,6 +102,9 @@ func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string
 		defer cow.Close()
 		if err := st.CheckOrigin(origin.Size()); err != nil {
 			return about(p, err)
+		}
+		if err := o.disk.checkFormat(origin, p, cow); err != nil {
+			return err
 		}
 		stores = append(stores, st)
 	}

@@ -9,12 +9,14 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
 )
 
 func newExport() *cobra.Command {
-	var force, raw bool
+	var force bool
+	var disk diskFlags
 	var format imageFormat
 	c := &cobra.Command{
 		Use:   "export {ORIGIN COW | ADDRESS} OUT",
@@ -22,7 +24,8 @@ func newExport() *cobra.Command {
 		Long: `Write the content of the snapshot in COW to OUT, a sparse raw image; "-" is standard output.
 
 ADDRESS is a part of a disk: DISK#p2 is partition 2, DISK#vg/snap a logical volume as it is when it is active,
-DISK#vg/base:real an origin without a merge into it, and DISK#vg/snap:cow a COW volume.
+DISK#vg/base:real an origin without a merge into it, and DISK#vg/snap:cow a COW volume. It may also be a qcow2 image or an
+NBD URI as a whole.
 
 With --format qcow2, OUT is a qcow2 image. With --backing BASE it is an overlay that has only what the store has: BASE
 must have the content of ORIGIN, or be ORIGIN. The name is written to the image as it is given.
@@ -45,7 +48,7 @@ An invalid snapshot is refused.`,
 					return err
 				}
 			}
-			from, closeAll, err := openExported(inputs, raw)
+			from, closeAll, err := disk.openExported(inputs)
 			if err != nil {
 				return err
 			}
@@ -69,33 +72,29 @@ An invalid snapshot is refused.`,
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
-	addRaw(c.Flags(), &raw)
+	disk.add(c.Flags())
 	format.add(c.Flags())
 	return c
 }
 
 // openExported opens what export writes: of an origin and a COW the snapshot, or a part of a disk.
-func openExported(inputs []string, raw bool) (block.Device, func() error, error) {
+func (d *diskFlags) openExported(inputs []string) (block.Device, func() error, error) {
 	if len(inputs) == 2 {
-		return openSnapshot(inputs[0], inputs[1], raw)
+		return d.openSnapshot(inputs[0], inputs[1])
 	}
-	a, err := address.Parse(inputs[0])
+	dev, err := d.open(inputs[0], block.Options{ReadOnly: true})
 	if err != nil {
 		return nil, nil, err
 	}
-	if a.Plain() {
-		return nil, nil, fmt.Errorf("%s is a whole disk: ORIGIN COW OUT are required, or the address of a part of a disk (%s#p1, %s#VG/LV)", a, a, a)
-	}
-	dev, err := openAddress(inputs[0], block.Options{ReadOnly: true}, false)
-	if err != nil {
-		return nil, nil, err
+	if source.IsFile(inputs[0]) && dev.Format() == ondisk.RawFormat {
+		return nil, nil, errors.Join(fmt.Errorf("%[1]s is a raw disk as a whole: ORIGIN COW OUT are required, or the address of a part of a disk (%[1]s#p1, %[1]s#VG/LV)", inputs[0]), dev.Close())
 	}
 	return dev, dev.Close, nil
 }
 
 // openSnapshot opens the view of a snapshot. A snapshot that can't be read completely is refused.
-func openSnapshot(originPath, cowPath string, raw bool) (block.Device, func() error, error) {
-	origin, cow, both, err := openPair(originPath, cowPath, block.Options{ReadOnly: true}, raw)
+func (d *diskFlags) openSnapshot(originPath, cowPath string) (block.Device, func() error, error) {
+	origin, cow, both, err := d.openPair(originPath, cowPath, block.Options{ReadOnly: true})
 	if err != nil {
 		return nil, nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/source"
 )
 
 // inspection is what inspect prints of a disk as JSON.
@@ -122,9 +123,10 @@ func inspectAll(ctx context.Context, paths []string) ([]*inspection, *inspect.Co
 	var disks []inspect.Image
 	var disk []int // of each of them the place in all
 	for _, path := range paths {
-		dev, err := openAddress(path, block.Options{ReadOnly: true, Lock: block.LockShared}, false)
+		// Of a whole disk the bytes themselves are looked at.
+		dev, err := source.Open(path, source.Options{ReadOnly: true, Lock: block.LockShared, Raw: fileOf(path) == path})
 		if err != nil {
-			return nil, nil, about(path, err)
+			return nil, nil, about(path, advise(err))
 		}
 		defer dev.Close()
 		d, err := inspect.Look(ctx, path, dev)

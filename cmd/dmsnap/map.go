@@ -20,7 +20,7 @@ type mapOptions struct {
 	svg, png string
 	colour   string
 	force    bool
-	raw      bool
+	disk     diskFlags
 	asJSON   bool
 	liveRead bool
 }
@@ -53,7 +53,7 @@ reduces it to 0.`,
 	f.BoolVar(&o.force, "force", false, "replace these files if they exist")
 	f.StringVar(&o.colour, "color", "auto", "auto (on a terminal, unless NO_COLOR is set), always or never")
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
 	return c
 }
@@ -80,7 +80,7 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 	disk := int64(-1)
 	if o.origin != "" {
 		// Only its size is used.
-		origin, err := openOrigin(o.origin, block.Options{ReadOnly: true, Lock: block.LockShared}, o.raw)
+		origin, err := o.disk.openOrigin(o.origin, path, block.Options{ReadOnly: true, Lock: block.LockShared})
 		if err != nil {
 			return err
 		}

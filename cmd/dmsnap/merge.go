@@ -36,9 +36,10 @@ type mergeSibling struct {
 
 // offlineMerge holds the options of an offline merge.
 type offlineMerge struct {
-	dryRun, force, asJSON, raw bool
-	undo                       string
-	siblings                   []string
+	dryRun, force, asJSON bool
+	disk                  diskFlags
+	undo                  string
+	siblings              []string
 }
 
 func newMerge() *cobra.Command {
@@ -93,7 +94,7 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 				return errors.New("--pause, --resume and --wait require --control PATH")
 			case live.control != "" && len(args) > 1:
 				return errors.New("with --control, at most one NAME is accepted")
-			case live.control != "" && (o.dryRun || o.undo != "" || o.raw):
+			case live.control != "" && (o.dryRun || o.undo != "" || o.disk.raw):
 				return errors.New("--dry-run, --undo and --raw are for an offline merge")
 			case live.control != "" && (o.force || len(o.siblings) > 0):
 				return errors.New("--force and --sibling are for an offline merge")
@@ -112,7 +113,7 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 	f.StringArrayVar(&o.siblings, "sibling", nil, "preserve what another snapshot of ORIGIN, with this COW, shows (repeatable)")
 	f.StringVar(&o.undo, "undo", "", "save what is overwritten in this store")
 	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices, and into an origin with an incomplete merge of another COW")
-	addRaw(f, &o.raw)
+	o.disk.addRaw(f)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge a served snapshot, in the server with this control socket")
 	f.BoolVar(&live.pause, "pause", false, "pause the live merge")

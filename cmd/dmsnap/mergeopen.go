@@ -12,7 +12,9 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // mergeInputs are the open devices of an offline merge.
@@ -41,7 +43,7 @@ func (o *offlineMerge) open(args []string) (in *mergeInputs, err error) {
 		err = in.openPart(a, opts, len(args) == 1)
 	} else if len(args) == 2 {
 		var both io.Closer
-		if in.origin, in.cow, both, err = openPair(args[0], args[1], opts, o.raw); err == nil {
+		if in.origin, in.cow, both, err = o.disk.openPair(args[0], args[1], opts); err == nil {
 			in.closers, in.cowName, in.files = closers{both}, args[1], append(in.files, args[1])
 		}
 	} else {
@@ -75,7 +77,7 @@ func (in *mergeInputs) openPart(a address.Address, opts block.Options, snapshot 
 	case !snapshot && d.Snapshot != "":
 		return fmt.Errorf("%s is a snapshot volume: it is merged without COW, or name its origin %q", a, d.Volume.Name)
 	case d.Volume == nil:
-		return checkOrigin(a.String(), d.Dev, false)
+		return checkRawDisk(a.String(), d.Dev, false)
 	}
 	in.originName, in.cowName = a.Beside(d.Volume.Name, "").String(), a.String()
 	in.cow, in.siblings, err = merge.OfVolume(d.Volume, d.Snapshot)
@@ -94,7 +96,14 @@ func (in *mergeInputs) openCOW(path string, opts block.Options) (block.Device, e
 		return nil, err
 	}
 	in.closers, in.files = append(in.closers, cow), append(in.files, path)
-	return cow, checkStore(path, cow)
+	if err := checkStore(path, cow); err != nil {
+		return nil, err
+	}
+	format, err := store.OriginFormat(cow)
+	if err == nil && format != ondisk.RawFormat {
+		err = fmt.Errorf("the store is for an origin of format %s, which is never merged into", format)
+	}
+	return cow, about(path, err)
 }
 
 // planSiblings notes what the siblings have to preserve, and which other snapshots of the origin may be there. The undo store

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/spf13/pflag"
 
@@ -12,8 +13,9 @@ import (
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -25,116 +27,132 @@ func openDevice(path string, o block.Options) (*block.File, error) {
 	return cowfile.OpenDevice(path, o)
 }
 
-// An openDisk is a device that was opened by an address.
-type openDisk interface {
-	block.Device
-	io.Closer
+// An openDisk is a disk that was opened by its name.
+type openDisk = *source.Disk
+
+// diskFlags are the flags of verbs that open disks by name.
+type diskFlags struct {
+	raw, follow   bool
+	backing, data string
+	certificates  string
+	reconnect     time.Duration
 }
 
-// A partOfDisk is a partition or a logical volume of a file that it owns.
-type partOfDisk struct {
-	block.Forward
-	io.Closer
+// addRaw adds the flag of every verb that takes an origin.
+func (d *diskFlags) addRaw(f *pflag.FlagSet) {
+	f.BoolVar(&d.raw, "raw", false, "use the bytes of ORIGIN as the disk, even if it looks like an image of another format")
 }
 
-// openAddress opens an address for reading; as a store: of a snapshot volume its COW volume. The error names the address.
-// Of a disk that the kernel uses itself, by a mount or as part of an active volume group, a part is refused unless o has
-// block.LockShared.
-func openAddress(text string, o block.Options, asStore bool) (openDisk, error) {
-	a, err := address.Parse(text)
+// add adds all flags.
+func (d *diskFlags) add(f *pflag.FlagSet) {
+	d.addRaw(f)
+	f.BoolVar(&d.follow, "follow-backing", false, "open the backing files that a qcow2 image names: relative names, below the image's folder")
+	f.StringVar(&d.backing, "backing-file", "", "open this file as the backing file of the qcow2 image, whatever the image names")
+	f.StringVar(&d.data, "data-file", "", "open this file as the external data file of the qcow2 image")
+	f.DurationVar(&d.reconnect, "reconnect", 0, "of an NBD URI: try for this long to replace a lost connection, e.g. 30s (default: the loss is an error)")
+	f.StringVar(&d.certificates, "nbd-certificates", "", "of an nbds URI: folder with ca-cert.pem and, if the server requires a certificate, client-cert.pem and client-key.pem")
+}
+
+// options are those of package source.
+func (d *diskFlags) options(o block.Options) (source.Options, error) {
+	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
+		DataFile: d.data, NBD: source.NBDOptions{Reconnect: d.reconnect}}
+	var err error
+	if d.certificates != "" {
+		s.NBD.TLS, err = source.LoadTLS(d.certificates)
+	}
+	return s, err
+}
+
+// open opens a disk; the error names it.
+func (d *diskFlags) open(name string, o block.Options) (openDisk, error) {
+	s, err := d.options(o)
 	if err != nil {
 		return nil, err
 	}
-	if asStore {
-		a = a.Store()
-	}
-	f, err := openDevice(a.Path, o)
+	disk, err := source.Open(name, s)
+	return disk, advise(err)
+}
+
+// openOrigin opens the origin of the store on cowName, in the format that the store records.
+func (d *diskFlags) openOrigin(name, cowName string, o block.Options) (openDisk, error) {
+	s, err := d.options(o)
 	if err != nil {
 		return nil, err
 	}
-	if a.Plain() {
-		return f, nil
+	disk, err := source.OpenOriginOf(name, cowName, s)
+	return disk, advise(err)
+}
+
+// openOriginToRead is openOrigin for reading. An origin that has a writer is refused, unless live is set.
+func (d *diskFlags) openOriginToRead(name, cowName string, live bool) (openDisk, error) {
+	disk, err := d.openOrigin(name, cowName, block.Options{ReadOnly: true, Lock: readingLock(live)})
+	return disk, adviseLive(err, live)
+}
+
+// checkFormat refuses a store that records another format than its origin was opened in.
+func (d *diskFlags) checkFormat(origin openDisk, cowName string, cow block.Device) error {
+	if d.raw {
+		return nil
 	}
-	dev, err := openPart(a, f, o)
+	return about(cowName, cowfile.CheckFormat(origin, cow))
+}
+
+// openRawOrigin opens an origin that must be a raw disk.
+func (d *diskFlags) openRawOrigin(path string, o block.Options) (cowfile.Origin, error) {
+	origin, err := cowfile.OpenRaw(path, cowfile.OriginOptions{Options: o, Raw: d.raw})
 	if err != nil {
-		f.Close()
+		return nil, advise(err)
+	}
+	if err := checkRawDisk(path, origin, true); err != nil { // its size
+		origin.Close()
 		return nil, err
 	}
-	return partOfDisk{block.NewForward(dev), f}, nil
+	return origin, nil
 }
 
-// openPart opens what a names on f.
-func openPart(a address.Address, f *block.File, o block.Options) (block.Device, error) {
-	if o.Lock != block.LockShared {
-		if err := f.CheckUnused(); err != nil {
-			return nil, about(a.Path, err)
-		}
+// checkRawDisk refuses a disk whose last bytes are in no sector and, unless raw, one that is known not to be a raw disk.
+func checkRawDisk(path string, dev block.Device, raw bool) error {
+	err := cowfile.CheckSize(dev)
+	if err == nil {
+		err = cowfile.OriginOptions{Raw: raw}.CheckRaw(dev)
 	}
-	if err := advise(image.CheckRaw(f)); err != nil {
-		return nil, about(a.Path, err)
-	}
-	return address.Open(a, f)
+	return advise(about(path, err))
 }
 
-// fileOf is the file of an address, or the text itself where it is none.
-func fileOf(text string) string {
-	if a, err := address.Parse(text); err == nil {
-		return a.Path
+// openPair opens an origin and a device that holds a store. Both are closed by the closer.
+func (d *diskFlags) openPair(originName, cowName string, o block.Options) (origin, cow openDisk, both io.Closer, err error) {
+	s, err := d.options(o)
+	if err != nil {
+		return nil, nil, nil, err
 	}
-	return text
+	if origin, cow, err = source.OpenPair(originName, cowName, s); err != nil {
+		return nil, nil, nil, advise(err)
+	}
+	return origin, cow, closers{cow, origin}, nil
 }
 
-// filesOf are the files of addresses.
-func filesOf(texts []string) []string {
-	files := make([]string, len(texts))
-	for i, text := range texts {
-		files[i] = fileOf(text)
+// openStore opens a device that holds a store: of a snapshot volume its COW volume. The error names it.
+func openStore(name string, o block.Options) (openDisk, error) {
+	disk, err := source.OpenStore(name, source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used})
+	return disk, advise(err)
+}
+
+// fileOf is the file or URI of a disk's name.
+func fileOf(name string) string { return source.Path(name) }
+
+// filesOf are the files of names.
+func filesOf(names []string) []string {
+	files := make([]string, len(names))
+	for i, name := range names {
+		files[i] = fileOf(name)
 	}
 	return files
 }
 
-// openOrigin opens an origin, which checkOrigin must accept.
-func openOrigin(path string, o block.Options, raw bool) (*block.File, error) {
-	f, err := cowfile.OpenOrigin(path, o, raw)
-	return f, advise(err)
-}
-
-// addRaw adds the flag of every verb that takes an origin.
-func addRaw(f *pflag.FlagSet, raw *bool) {
-	f.BoolVar(raw, "raw", false, "use the bytes of ORIGIN as the disk, even if it looks like an image of another format")
-}
-
-// checkOrigin refuses an origin whose last bytes are in no chunk and, unless raw, one that is known not to be a raw disk.
-func checkOrigin(path string, origin block.Device, raw bool) error {
-	return advise(cowfile.CheckOrigin(path, origin, raw))
-}
-
-// checkDifferent refuses two paths of one disk. Two parts of a disk are different.
-func checkDifferent(originPath, cowPath string) error {
-	origin, err := address.Parse(originPath)
-	if err != nil {
-		return err
-	}
-	cow, err := address.Parse(cowPath)
-	if err != nil {
-		return err
-	}
-	if cow = cow.Store(); !origin.Plain() && !cow.Plain() {
-		if origin == cow {
-			return fmt.Errorf("%s is origin and COW device", originPath)
-		}
-		return nil
-	}
-	originPath, cowPath = origin.Path, cow.Path
-	return cowfile.CheckDifferent(originPath, cowPath)
-}
-
-// openPair opens an origin and a COW device that holds a store. Both are closed by the closer.
-func openPair(originPath, cowPath string, o block.Options, raw bool) (origin, cow *block.File, both io.Closer, err error) {
-	if origin, cow, err = cowfile.OpenPair(originPath, cowPath, o, raw); err != nil {
-		return nil, nil, nil, advise(err)
-	}
-	return origin, cow, closers{cow, origin}, nil
+// checkDifferent refuses two names of one disk. Two parts of a disk are different.
+func checkDifferent(originName, cowName string) error {
+	return source.CheckDifferent(originName, cowName)
 }
 
 // checkStore refuses a COW device whose header is not one of a store that can be read.
@@ -144,6 +162,8 @@ func checkStore(path string, cow block.Device) error { return advise(cowfile.Che
 func advise(err error) error {
 	var notRaw *image.NotRawError
 	var notEmpty *image.NotEmptyError
+	var needs *qcow2.NeedsFileError
+	var format *source.FormatError
 	switch {
 	case errors.Is(err, merge.ErrUnfinished):
 		return fmt.Errorf("%w; --force goes on all the same", err)
@@ -151,7 +171,13 @@ func advise(err error) error {
 		return fmt.Errorf("%w; deactivate it first (vgchange -an)", err)
 	case errors.Is(err, ondisk.ErrNoStore):
 		return fmt.Errorf("%w; create one with dmsnap create", err)
-	case errors.As(err, &notRaw):
+	case errors.Is(err, cowfile.ErrOnlyRead):
+		return fmt.Errorf("%w; dmsnap export writes what the snapshot shows to a new image", err)
+	case errors.As(err, &needs) && needs.Data:
+		return fmt.Errorf("%w; --data-file PATH opens PATH as that file", err)
+	case errors.As(err, &needs):
+		return fmt.Errorf("%w; --backing-file PATH opens PATH as that file, --follow-backing opens files beside the image by their names", err)
+	case errors.As(err, &format), errors.As(err, &notRaw):
 		return fmt.Errorf("%w; --raw uses its bytes as the disk", err)
 	case errors.Is(err, store.ErrExists):
 		return fmt.Errorf("%w; --force creates a new one over it", err)

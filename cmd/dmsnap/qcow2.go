@@ -112,8 +112,8 @@ func backingFormat(path, originPath string, size int64) (string, error) {
 				return "", about(path, err)
 			}
 			format, has = "qcow2", info.Size
-		} else if err := cowfile.CheckOrigin(path, base, false); err != nil {
-			return "", err
+		} else if err := errors.Join(cowfile.OriginOptions{}.CheckRaw(base), cowfile.CheckSize(base)); err != nil {
+			return "", about(path, err)
 		}
 	}
 	if has != size {
@@ -134,7 +134,7 @@ func newImport() *cobra.Command {
 		origin    string
 		chunkSize sizeFlag
 		force     bool
-		raw       bool
+		disk      diskFlags
 		json      bool
 	}
 	c := &cobra.Command{
@@ -160,7 +160,7 @@ name when it is complete and durable. An existing file is replaced only with --f
 			if err != nil {
 				return err
 			}
-			origin, err := openOrigin(o.origin, block.Options{ReadOnly: true}, o.raw)
+			origin, err := o.disk.openRawOrigin(o.origin, block.Options{ReadOnly: true})
 			if err != nil {
 				return err
 			}
@@ -205,7 +205,7 @@ name when it is complete and durable. An existing file is replaced only with --f
 	f.StringVar(&o.origin, "origin", "", "the raw disk that the store is for (required)")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk, a power of two from 512 to 1GiB (default 4KiB)")
 	f.BoolVar(&o.force, "force", false, "replace COW if it exists")
-	f.BoolVar(&o.raw, "raw", false, "BASE's own bytes are the disk, although it looks like an image of another format")
+	f.BoolVar(&o.disk.raw, "raw", false, "BASE's own bytes are the disk, although it looks like an image of another format")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	return c
 }

@@ -21,7 +21,8 @@ type receiveOptions struct {
 	origin, cow, undo  string
 	chunkSize          sizeFlag
 	check, verifyFirst bool
-	raw, force         bool
+	force              bool
+	disk               diskFlags
 	json               bool
 }
 
@@ -71,7 +72,7 @@ has other bytes, 2 trouble.`,
 	f.StringVar(&o.undo, "undo", "", "new store that keeps the old bytes of TARGET")
 	f.BoolVar(&o.check, "check", false, "verify only, and compare with TARGET")
 	f.BoolVar(&o.verifyFirst, "verify-first", false, "compare the whole stream before anything is written")
-	addRaw(f, &o.raw)
+	o.disk.addRaw(f)
 	f.BoolVar(&o.force, "force", false, "write the new bytes whatever TARGET has; with --undo or --cow, only replace that file if it exists")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	c.MarkFlagsRequiredTogether("origin", "cow")
@@ -162,7 +163,7 @@ func (w *receiving) toTarget(target string) (string, error) {
 		return "", err
 	}
 	w.inputs = append(w.inputs, target)
-	err = checkOrigin(target, dev, w.raw || w.from.Header().Kind == stream.Disk)
+	err = checkRawDisk(target, dev, w.disk.raw || w.from.Header().Kind == stream.Disk)
 	switch {
 	case err != nil:
 	case w.check:
@@ -251,7 +252,7 @@ func (w *receiving) toStore() error {
 	if err != nil {
 		return err
 	}
-	base, err := openOrigin(w.origin, block.Options{ReadOnly: true}, w.raw)
+	base, err := w.disk.openRawOrigin(w.origin, block.Options{ReadOnly: true})
 	if err != nil {
 		return err
 	}

@@ -28,10 +28,11 @@ type rescueResult struct {
 }
 
 type rescueOptions struct {
-	force, dryRun, asJSON, liveRead, raw bool
-	revalidate, inPlace                  bool
-	mapFile, undo                        string
-	chunkSize                            sizeFlag
+	force, dryRun, asJSON, liveRead bool
+	disk                            diskFlags
+	revalidate, inPlace             bool
+	mapFile, undo                   string
+	chunkSize                       sizeFlag
 }
 
 func newRescue() *cobra.Command {
@@ -96,7 +97,7 @@ it nevertheless, and then only chunks with an exception are certain.`,
 	f.BoolVar(&o.liveRead, "live-read", false, "read an origin and a store that are in use")
 	f.StringVar(&o.mapFile, "map", "", "write the class of each range to this file")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	c.MarkFlagsMutuallyExclusive("revalidate", "map")
 	c.MarkFlagsMutuallyExclusive("revalidate", "dry-run")
 	c.MarkFlagsMutuallyExclusive("in-place", "live-read")
@@ -109,17 +110,11 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 			return err
 		}
 	}
-	if err := checkDifferent(args[0], args[1]); err != nil {
-		return err
-	}
-	origin, err := openToRead(args[0], o.liveRead)
+	origin, err := o.disk.openOriginToRead(args[0], args[1], o.liveRead)
 	if err != nil {
 		return err
 	}
 	defer origin.Close()
-	if err := checkOrigin(args[0], origin, o.raw); err != nil {
-		return err
-	}
 	cow, err := openStoreDevice(args[1], o.liveRead)
 	if err != nil {
 		return err

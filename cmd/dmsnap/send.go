@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/store"
 	"github.com/dmsnap/dmsnap/stream"
 )
@@ -16,7 +17,8 @@ type sendOptions struct {
 	since, output string
 	drop, plain   bool
 	from          sizeFlag
-	raw, force    bool
+	force         bool
+	disk          diskFlags
 	json          bool
 }
 
@@ -50,7 +52,7 @@ compressed by zstd.`,
 	f.BoolVar(&o.drop, "drop-unchanged", false, "leave out what was copied to a COW and never changed")
 	f.BoolVar(&o.plain, "no-compress", false, "do not compress")
 	f.Var(&o.from, "resume-from", "begin at this byte of the disk, where a receiver stopped")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
 	f.BoolVar(&o.json, "json", false, "print what was sent as JSON; to standard error where the stream goes to standard output")
 	return c
@@ -109,38 +111,35 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 // open opens what is sent. What it opened is in the closers, also after an error.
 func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
 	if len(args) == 1 {
-		dev, err := openAddress(args[0], block.Options{ReadOnly: true}, false)
+		dev, err := o.disk.open(args[0], block.Options{ReadOnly: true})
 		if err != nil {
 			return nil, nil, err
 		}
-		return stream.Whole(dev), closers{dev}, checkOrigin(args[0], dev, o.raw)
+		return stream.Whole(dev), closers{dev}, about(args[0], cowfile.CheckSize(dev))
 	}
-	for _, cow := range []string{args[1], o.since} {
-		if cow == "" {
-			continue
-		}
-		if err := checkDifferent(args[0], cow); err != nil {
+	if o.since != "" {
+		if err := checkDifferent(args[0], o.since); err != nil {
 			return nil, nil, err
 		}
 	}
-	origin, err := openAddress(args[0], block.Options{ReadOnly: true}, false)
+	origin, err := o.disk.openOrigin(args[0], args[1], block.Options{ReadOnly: true})
 	if err != nil {
 		return nil, nil, err
 	}
 	opened := closers{origin}
-	if err := checkOrigin(args[0], origin, o.raw); err != nil {
-		return nil, opened, err
-	}
 	var stores [2]*store.Store // as it was, as it is
 	for i, path := range []string{o.since, args[1]} {
 		if path == "" {
 			continue
 		}
-		cow, err := openAddress(path, block.Options{ReadOnly: true}, true)
+		cow, err := openStore(path, block.Options{ReadOnly: true})
 		if err != nil {
 			return nil, opened, err
 		}
 		opened = append(opened, cow)
+		if err := o.disk.checkFormat(origin, path, cow); err != nil {
+			return nil, opened, err
+		}
 		view, err := viewOf(origin, cow)
 		if err != nil {
 			return nil, opened, about(path, err)

@@ -17,12 +17,15 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
-	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -34,7 +37,8 @@ type serveOptions struct {
 	exportOrigin   bool
 	readOnly       bool
 	create         bool
-	force, raw     bool
+	force          bool
+	disk           diskFlags
 	store          storeFlag
 	sync           syncFlag
 	onFull         fullFlag
@@ -60,11 +64,14 @@ Without COW, ORIGIN.cow is used, and created if it does not exist. Any other COW
 is given: then missing files and stores are created as by dmsnap create. With --store N the exceptions are kept in
 memory, and the COW is scratch space without use afterwards.
 
+ORIGIN may be a qcow2 image or an NBD URI; then it is only read. A format other than raw is logged, and recorded in the
+stores that are created.
+
 ORIGIN may be a part of a disk: DISK#pN is partition N, DISK#VG/LV a logical volume, without root or activation. An LV
 that has snapshots, or is one, is served with all of them under their LVM names, and its origin: whatever is written
 to the origin is preserved in every one, and LVM finds what was written when it activates the group again. A group that
-is active on this host is refused. The disk is locked as a whole. COW and --socket or --listen must be given then; COW
-may be left out where an LV has snapshots, whose COW volumes have a fixed size.
+is active on this host is refused. The disk is locked as a whole. With a part or a URI, COW and --socket or --listen
+must be given; COW may be left out where an LV has snapshots, whose COW volumes have a fixed size.
 
 The origin is opened read-only, and shared with other readers, unless --export-origin is given or a live merge
 begins: both require exclusive use.
@@ -119,7 +126,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "chunk size of created stores (default 4KiB)")
 	f.BoolVar(&o.force, "force", false, "create stores and scratch space over existing content, and serve an origin that is too short for its store, or files that are mounted or used by other devices, or an origin with an incomplete offline merge of another COW")
-	addRaw(f, &o.raw)
+	o.disk.add(f)
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
 	return c
@@ -206,6 +213,16 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 	return list
 }
 
+// storesOf are the COW devices that hold a store, or will.
+func storesOf(list []api.AttachRequest) (paths []string) {
+	for _, q := range list {
+		if q.Store != snapshot.Transient.String() {
+			paths = append(paths, q.COW)
+		}
+	}
+	return paths
+}
+
 // exportName is the default name of the snapshot on a path.
 func exportName(path string) string {
 	base := strings.ToValidUTF8(filepath.Base(path), "_") // names of exports are UTF-8
@@ -230,7 +247,8 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if err := o.checkListeners(originPath, passed); err != nil {
 		return err
 	}
-	s, err := o.open(originPath, log)
+	list := o.attachments(originPath, cows)
+	s, err := o.open(originPath, list, log)
 	if err != nil {
 		return advise(err)
 	}
@@ -242,7 +260,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if err != nil {
 		return err
 	}
-	if err := o.attach(s, originPath, cows); err != nil {
+	if err := o.attach(s, list, len(cows) > 0); err != nil {
 		l.Close()
 		if control != nil {
 			control.Close()
@@ -250,6 +268,9 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return err
 	}
 	wait := s.Start(ctx, l, control)
+	if s.OriginFormat() != ondisk.RawFormat || o.disk.raw {
+		log(fmt.Sprintf("%s: the format of the origin is %s", originPath, s.OriginFormat()))
+	}
 	st := s.Status()
 	for _, v := range st.Snapshots {
 		printExport(stdout, v.Name, v.URI, v.VhostUser)
@@ -269,8 +290,15 @@ func printExport(w io.Writer, name, uri, vhostSocket string) {
 }
 
 // open opens the origin. The caller closes the server.
-func (o *serveOptions) open(originPath string, log func(string)) (s *server.Server, err error) {
-	opts := server.Options{ReadOnly: o.readOnly, Raw: o.raw, Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log, VhostUser: o.vhostUser,
+func (o *serveOptions) open(originPath string, cows []api.AttachRequest, log func(string)) (s *server.Server, err error) {
+	disk, err := o.disk.options(block.Options{})
+	if err != nil {
+		return nil, err
+	}
+	if disk.Format, err = cowfile.FormatOf(storesOf(cows)...); err != nil {
+		return nil, err
+	}
+	opts := server.Options{ReadOnly: o.readOnly, Raw: o.disk.raw, Format: disk.Format, Open: source.Opener(disk), Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log, VhostUser: o.vhostUser,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
 	if o.certificates != "" {
@@ -284,9 +312,9 @@ func (o *serveOptions) open(originPath string, log func(string)) (s *server.Serv
 
 // checkVolumes requires COW files of an address that has no snapshots of its own.
 func (o *serveOptions) checkVolumes(s *server.Server, originPath string, cows []string) error {
-	switch a, err := address.Parse(originPath); {
-	case err != nil || len(cows) > 0 || a.Plain():
-		return err
+	switch {
+	case len(cows) > 0 || source.IsFile(originPath):
+		return nil
 	case !s.HasVolumes():
 		return fmt.Errorf("%s: COW is required: it is not an LVM volume with snapshots", originPath)
 	case o.grow.bytes > 0:
@@ -295,16 +323,17 @@ func (o *serveOptions) checkVolumes(s *server.Server, originPath string, cows []
 	return nil
 }
 
-// attach exports the origin, if requested, and attaches the snapshots, all or none.
-func (o *serveOptions) attach(s *server.Server, originPath string, cows []string) error {
+// attach exports the origin, if requested, and attaches the snapshots, all or none: of a volume those of its group, and those of
+// the list, unless that is a default.
+func (o *serveOptions) attach(s *server.Server, list []api.AttachRequest, explicit bool) error {
 	if o.exportOrigin {
 		if err := s.ExportOrigin(); err != nil {
 			return err
 		}
 	}
 	err := s.AttachVolumes()
-	if err == nil && (len(cows) > 0 || !s.HasVolumes()) {
-		err = s.AttachAll(o.attachments(originPath, cows))
+	if err == nil && (explicit || !s.HasVolumes()) {
+		err = s.AttachAll(list)
 	}
 	if errors.Is(err, store.ErrOriginTooSmall) {
 		err = fmt.Errorf("%w; --force serves it nevertheless", err)
@@ -333,10 +362,8 @@ func (o *serveOptions) checkListeners(originPath string, passed map[string]net.L
 }
 
 func (o *serveOptions) checkListener(originPath string) error {
-	if a, err := address.Parse(originPath); err != nil {
-		return err
-	} else if !a.Plain() && o.listen == "" && o.socket == "" {
-		return fmt.Errorf("%s: --socket or --listen is required with a part of a disk", originPath)
+	if o.listen == "" && o.socket == "" && !source.IsFile(originPath) {
+		return fmt.Errorf("%s: --socket or --listen is required with a part of a disk or a URI", originPath)
 	}
 	if o.listen == "" {
 		return server.CheckSocketPath(o.socketPath(originPath))

@@ -35,13 +35,13 @@ type running struct {
 func start(t *testing.T, p pair, o serveOptions, cows ...string) *running {
 	t.Helper()
 	o.socket, o.control = filepath.Join(p.dir, "nbd.sock"), filepath.Join(p.dir, "control.sock")
-	s, err := o.open(p.origin, func(line string) { t.Log(line) })
+	s, err := o.open(p.origin, nil, func(line string) { t.Log(line) })
 	if err != nil {
 		t.Fatal(err)
 	}
 	l, control, err := o.listeners(p.origin, nil)
 	if err == nil {
-		err = o.attach(s, p.origin, cows)
+		err = o.attach(s, o.attachments(p.origin, cows), len(cows) > 0)
 	}
 	if err != nil {
 		t.Fatal(err)
@@ -117,7 +117,7 @@ func TestServeStatus(t *testing.T) {
 	r := start(t, p, serveOptions{exportOrigin: true}, "odd & ends="+p.cow)
 	got := mustJSON[api.Status](t, "status", "--control", r.control)
 	socket := "?socket=" + filepath.Join(p.dir, "nbd.sock")
-	want := api.Origin{Path: p.origin, Name: "origin", SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket, State: "ok",
+	want := api.Origin{Path: p.origin, Name: "origin", Format: "raw", SizeBytes: int64(len(p.content)), URI: "nbd+unix:///origin" + socket, State: "ok",
 		Counters: api.OriginCounters{SyncWaits: api.Latency{Buckets: []api.Bucket{}}}}
 	if !reflect.DeepEqual(got.Origin, want) || got.Merge != nil || len(got.Snapshots) != 1 {
 		t.Fatalf("status %+v", got)

@@ -61,7 +61,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 
 // statusOf returns the status of the store on path, as it is on disk.
 func statusOf(path string) (inspect.Status, error) {
-	cow, err := openAddress(path, block.Options{ReadOnly: true, Lock: block.LockShared}, true)
+	cow, err := openStore(path, block.Options{ReadOnly: true, Lock: block.LockShared})
 	if err != nil {
 		return inspect.Status{}, err
 	}

@@ -74,7 +74,7 @@ func TestRoomBytes(t *testing.T) {
 func TestCreateOptions(t *testing.T) {
 	p := newPair(t)
 	made := mustJSON[created](t, "create", p.origin, p.cow, "--chunk-size", "16k", "--cow-size", "1M", "--store", "PO")
-	if want := (created{p.cow, "PO", 32, 2048}); made != want {
+	if want := (created{p.cow, "PO", 32, 2048, "raw"}); made != want {
 		t.Errorf("made %+v, want %+v", made, want)
 	}
 	if st := mustJSON[inspect.Status](t, "status", p.cow); st.ChunkSectors != 32 || st.TotalSectors != 2048 {
@@ -175,7 +175,8 @@ func TestNoFileInDev(t *testing.T) {
 	}
 }
 
-// An origin that is known to be no raw disk is refused by name by every verb that takes one, unless --raw is given.
+// An origin that is known to be no raw disk is refused by name by every verb that takes one, unless --raw is given. With a
+// store without a label, the signature of qcow2 is content.
 func TestOriginMustBeRaw(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
@@ -197,6 +198,15 @@ func TestOriginMustBeRaw(t *testing.T) {
 			{"check", p.cow, "--origin", p.origin},
 			{"map", p.cow, "--origin", p.origin},
 		} {
+			if name == "qcow2" && args[0] != "create" {
+				if args[0] != "serve" && args[0] != "merge" {
+					if o := dmsnap(args...); o.status == exitTrouble {
+						t.Errorf("%v: %+v", args, o)
+					}
+					os.Remove(out)
+				}
+				continue
+			}
 			dmsnap(args...).wantRefused(t, p.origin, name, "--raw")
 			if _, err := os.Lstat(out); err == nil {
 				t.Fatalf("%v left a file", args)

@@ -43,7 +43,8 @@ type Status struct {
 // Origin is the disk whose snapshots are served.
 type Origin struct {
 	Path      string `json:"path"`
-	Name      string `json:"name"` // of its export: "origin", or that of the logical volume
+	Name      string `json:"name"`   // of its export: "origin", or that of the logical volume
+	Format    string `json:"format"` // raw or qcow2
 	SizeBytes int64  `json:"size_bytes"`
 	ReadOnly  bool   `json:"read_only"`
 	URI       string `json:"uri,omitempty"`        // of its export, if it has one

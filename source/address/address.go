@@ -120,27 +120,42 @@ func OpenDisk(a Address, o block.Options, sysfs string) (*Disk, error) {
 	if err != nil {
 		return nil, block.WithPath(a.Path, err)
 	}
-	d := &Disk{Address: a, File: f, Dev: f}
-	if err := d.open(sysfs); err != nil {
+	var d *Disk
+	if !a.Plain() {
+		err = block.WithPath(a.String(), image.CheckRaw(f))
+	}
+	if err == nil {
+		d, err = OpenDiskOn(a, f, sysfs)
+	}
+	if err != nil {
 		f.Close()
+		return nil, err
+	}
+	d.File = f
+	return d, nil
+}
+
+// OpenDiskOn is OpenDisk on a disk that is open, the device at a.Path. The Disk has no File: the caller closes the disk after its
+// last use.
+func OpenDiskOn(a Address, disk block.Device, sysfs string) (*Disk, error) {
+	d := &Disk{Address: a, Dev: disk}
+	if err := d.open(sysfs); err != nil {
 		return nil, block.WithPath(a.String(), err)
 	}
 	return d, nil
 }
 
+// open replaces d.Dev, the whole disk, by what the address names.
 func (d *Disk) open(sysfs string) (err error) {
 	a := d.Address
 	if a.Plain() {
 		return nil
 	}
-	if err := image.CheckRaw(d.File); err != nil {
-		return err
-	}
 	if a.Partition != 0 {
-		d.Dev, err = open(a, d.File, nil)
+		d.Dev, err = open(a, d.Dev, nil)
 		return err
 	}
-	v, err := volume(a, d.File, nil)
+	v, err := volume(a, d.Dev, nil)
 	if err != nil {
 		return err
 	}

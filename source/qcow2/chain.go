@@ -31,7 +31,8 @@ type FileOptions struct {
 // A File is an image that was opened with the files beneath it.
 type File struct {
 	*Image
-	files []*block.File // the image first
+	top   block.Device  // where the image is, if that was open
+	files []*block.File // that it opened, the image first
 }
 
 // ErrUnsafeName reports a backing file name that is not followed.
@@ -45,7 +46,22 @@ var ErrNoFormat = errors.New("the image does not record the format of its backin
 // opened otherwise. Errors name the path of the image that they are about.
 func OpenFile(path string, o FileOptions) (*File, error) {
 	f := &File{}
-	image, err := f.open(path, o)
+	dev, err := f.openFile(path, o.Lock)
+	if err != nil {
+		return nil, err
+	}
+	return f.finish(dev, path, o)
+}
+
+// OpenOn is OpenFile of an image in a device that is open. path is where backing files are looked for; empty: names in the
+// image are not followed. The caller closes dev after the image's last use; Close closes the other files.
+func OpenOn(dev block.Device, path string, o FileOptions) (*File, error) {
+	return (&File{top: dev}).finish(dev, path, o)
+}
+
+// finish opens the image in dev.
+func (f *File) finish(dev block.Device, path string, o FileOptions) (*File, error) {
+	image, err := f.open(dev, path, o)
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
@@ -53,16 +69,10 @@ func OpenFile(path string, o FileOptions) (*File, error) {
 	return f, nil
 }
 
-// Paths returns the paths of all files that are open, the image first.
-func (f *File) Paths() []string {
-	var all []string
-	for _, file := range f.files {
-		all = append(all, file.Path())
-	}
-	return all
-}
+// Files returns the files that it opened: those beneath the image, and for OpenFile the image first.
+func (f *File) Files() []*block.File { return f.files }
 
-// Close closes the files.
+// Close closes the files that it opened.
 func (f *File) Close() error {
 	var errs []error
 	for _, file := range f.files {
@@ -71,17 +81,13 @@ func (f *File) Close() error {
 	return errors.Join(errs...)
 }
 
-// open opens one image of the chain.
-func (f *File) open(path string, o FileOptions) (*Image, error) {
-	dev, err := f.openFile(path, o.Lock)
-	if err != nil {
-		return nil, err
-	}
+// open opens one image of the chain, which is in dev.
+func (f *File) open(dev block.Device, path string, o FileOptions) (*Image, error) {
 	options := Options{Strict: o.Strict}
 	if o.Data != "" {
 		options.Data = func(string) (block.Device, error) { return f.openFile(o.Data, o.Lock) }
 	}
-	if o.Follow || o.Backing != "" {
+	if o.Follow && path != "" || o.Backing != "" {
 		options.Backing = func(name, format string) (block.Device, error) {
 			at := o.Backing
 			if at == "" {
@@ -95,7 +101,11 @@ func (f *File) open(path string, o FileOptions) (*Image, error) {
 			case "raw":
 				return f.openFile(at, o.Lock)
 			case "qcow2":
-				return f.open(at, beneath)
+				dev, err := f.openFile(at, o.Lock)
+				if err != nil {
+					return nil, err
+				}
+				return f.open(dev, at, beneath)
 			case "":
 				return nil, fmt.Errorf("backing file %q: %w", name, ErrNoFormat)
 			}
@@ -118,10 +128,12 @@ func (f *File) openFile(path string, lock block.LockMode) (*block.File, error) {
 	if err != nil {
 		return nil, err
 	}
+	loop := f.top != nil && block.Same(f.top, dev)
 	for _, other := range f.files {
-		if block.Same(other, dev) {
-			return nil, errors.Join(fmt.Errorf("%s: is open already in this chain of images: the chain is a loop", path), dev.Close())
-		}
+		loop = loop || block.Same(other, dev)
+	}
+	if loop {
+		return nil, errors.Join(fmt.Errorf("%s: is open already in this chain of images: the chain is a loop", path), dev.Close())
 	}
 	f.files = append(f.files, dev)
 	return dev, nil

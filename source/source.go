@@ -1,0 +1,422 @@
+// Package source opens disks by name, wherever they are: raw and qcow2 images, block devices, exports of NBD servers, and
+// partitions and logical volumes in any of them.
+//
+//	d, err := source.Open("debian.qcow2", source.Options{ReadOnly: true})
+//	d, err := source.Open("vm.img#vg0/root", source.Options{ReadOnly: true})
+//	d, err := source.Open("nbd://backup/vm1#p2", source.Options{ReadOnly: true})
+//
+// A name is an address of package source/address whose path may be an NBD URI. What a disk names itself (backing files,
+// data files) is opened only as far as Options say.
+//
+// A [Disk] is a block.Device and a cowfile.Origin. Its methods may be called concurrently, Close after the last of them.
+// Raw files and block devices are opened for writing too; qcow2 images and NBD exports are only read
+// (cowfile.ErrOnlyRead). Locks are those of
+// package block, on every file that is open (docs/decisions/0001-locks.md).
+package source
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/source/qcow2"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+// QCOW2 is the format of a disk in a qcow2 image.
+const QCOW2 = "qcow2"
+
+// A FormatError reports a disk that was taken for one of a format and can't be opened so.
+type FormatError struct {
+	Format string
+	Err    error
+}
+
+func (e *FormatError) Error() string { return e.Format + " image: " + e.Err.Error() }
+
+func (e *FormatError) Unwrap() error { return e.Err }
+
+// Options say how a disk is opened. The zero value opens for writing; see block.Options.
+type Options struct {
+	ReadOnly bool
+	Lock     block.LockMode
+	Used     bool
+
+	// Raw: the bytes of the file or export are the disk, whatever they look like.
+	Raw bool
+	// Format is that of the disk, as the label of a store records it; empty: it is found out. With ondisk.RawFormat, the
+	// signature of a qcow2 image is content: a guest can write it.
+	Format string
+
+	// Follow opens the backing files that qcow2 images name; see qcow2.FileOptions.
+	Follow bool
+	// BackingFile and DataFile are the paths of the qcow2 image's backing file and external data file.
+	BackingFile, DataFile string
+
+	// PVs are the names of further disks with physical volumes of the volume group.
+	PVs []string
+
+	NBD NBDOptions
+}
+
+// NBDOptions say how NBD exports are opened.
+type NBDOptions struct {
+	// Reconnect is how long a lost connection is tried to be replaced. 0: it is an error.
+	Reconnect time.Duration
+	// TLS is for URIs that ask for TLS; see nbd.DialTLS.
+	TLS *tls.Config
+	// Connections is the largest number of connections to an export that allows several. 0: 4.
+	Connections int
+}
+
+// A Disk is an open disk.
+type Disk struct {
+	block.Forward // to what was asked for
+	name          string
+	format        string
+	bottom        *block.File   // nil: an NBD export
+	files         []*block.File // all that are open
+	pvs           []*Disk
+	closers       []io.Closer
+	onlyRead      string // why it can't be written to; empty: it can
+}
+
+var _ cowfile.Origin = (*Disk)(nil)
+
+// Open opens a disk. The error names it.
+func Open(name string, o Options) (*Disk, error) {
+	a, err := address.Parse(name)
+	if err != nil {
+		return nil, err
+	}
+	return open(a, o)
+}
+
+// OpenStore opens a device that holds a store: the COW volume of an address that names a snapshot volume. A file or export
+// that is addressed as a whole is not looked at.
+func OpenStore(name string, o Options) (*Disk, error) {
+	a, err := address.Parse(name)
+	if err != nil {
+		return nil, err
+	}
+	if a = a.Store(); a.Plain() {
+		o.Raw = true
+	}
+	return open(a, o)
+}
+
+// OpenOrigin is Open for the origin of a store. Its size must be a whole number of sectors.
+func OpenOrigin(name string, o Options) (*Disk, error) {
+	d, err := Open(name, o)
+	if err != nil {
+		return nil, err
+	}
+	if err := cowfile.CheckSize(d); err != nil {
+		d.Close()
+		return nil, block.WithPath(name, err)
+	}
+	return d, nil
+}
+
+// OpenPair opens an origin in the format that a store records, and the device that holds the store.
+func OpenPair(originName, cowName string, o Options) (origin, cow *Disk, err error) {
+	if origin, err = OpenOriginOf(originName, cowName, o); err != nil {
+		return nil, nil, err
+	}
+	if cow, err = OpenStore(cowName, o); err != nil {
+		origin.Close()
+		return nil, nil, err
+	}
+	if err = cowfile.CheckStore(cowName, cow); err == nil && !o.Raw { // it may be another one by now
+		err = block.WithPath(cowName, cowfile.CheckFormat(origin, cow))
+	}
+	if err != nil {
+		cow.Close()
+		origin.Close()
+		return nil, nil, err
+	}
+	return origin, cow, nil
+}
+
+// OpenOriginOf is OpenOrigin in the format that the label of a store records: ondisk.RawFormat without a label, and also
+// where there is no store. The store must be on another disk.
+func OpenOriginOf(originName, cowName string, o Options) (*Disk, error) {
+	err := CheckDifferent(originName, cowName)
+	if err == nil {
+		o.Format, err = formatFor(cowName, o)
+	}
+	if err != nil {
+		return nil, err
+	}
+	return OpenOrigin(originName, o)
+}
+
+// formatFor returns what the label of a store records.
+func formatFor(cowName string, o Options) (string, error) {
+	o.ReadOnly, o.Lock = true, block.LockNone
+	cow, err := OpenStore(cowName, o)
+	if err != nil {
+		return "", err
+	}
+	defer cow.Close()
+	if cow.Size() < ondisk.SectorSize {
+		return ondisk.RawFormat, nil
+	}
+	format, err := store.OriginFormat(cow)
+	return format, block.WithPath(cowName, err)
+}
+
+// CheckDifferent refuses two names of one disk. Two parts of a disk are different.
+func CheckDifferent(originName, cowName string) error {
+	origin, err := address.Parse(originName)
+	if err != nil {
+		return err
+	}
+	cow, err := address.Parse(cowName)
+	if err != nil {
+		return err
+	}
+	cow = cow.Store()
+	if isURI(origin.Path) || isURI(cow.Path) || !origin.Plain() && !cow.Plain() {
+		if origin == cow {
+			return fmt.Errorf("%s is origin and COW device", originName)
+		}
+		return nil
+	}
+	return cowfile.CheckDifferent(origin.Path, cow.Path)
+}
+
+// Opener returns a function that opens origins as o says.
+func Opener(o Options) cowfile.Opener {
+	return func(name string, oo cowfile.OriginOptions) (cowfile.Origin, error) {
+		o := o
+		o.ReadOnly, o.Lock, o.Used, o.Raw, o.Format = oo.ReadOnly, oo.Lock, oo.Used, oo.Raw, oo.Format
+		d, err := Open(name, o)
+		if err != nil {
+			return nil, err
+		}
+		return d, nil
+	}
+}
+
+// Path returns the file or the URI of a name.
+func Path(name string) string {
+	if a, err := address.Parse(name); err == nil {
+		return a.Path
+	}
+	return name
+}
+
+// IsFile reports whether a name is that of a file or a block device as a whole.
+func IsFile(name string) bool {
+	a, err := address.Parse(name)
+	return err == nil && a.Plain() && !isURI(a.Path)
+}
+
+// isURI reports whether a path is an NBD URI. A file that exists by this name is meant itself.
+func isURI(path string) bool {
+	scheme, _, is := strings.Cut(path, "://")
+	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" {
+		return false
+	}
+	_, err := os.Lstat(path)
+	return err != nil
+}
+
+func open(a address.Address, o Options) (*Disk, error) {
+	d := &Disk{name: a.String()}
+	whole, err := d.openWhole(a.Path, o)
+	if err == nil && !a.Plain() {
+		whole, err = d.openPart(a, whole, o)
+	}
+	if err == nil && !o.ReadOnly && d.onlyRead != "" {
+		err = fmt.Errorf("%s: %s: %w", a, d.onlyRead, cowfile.ErrOnlyRead)
+	}
+	if err != nil {
+		return nil, errors.Join(err, d.Close())
+	}
+	d.Forward = block.NewForward(whole)
+	return d, nil
+}
+
+// openPart opens what a names on a disk. One that the kernel uses itself, by a mount or as part of an active volume group,
+// is refused unless o has block.LockShared.
+func (d *Disk) openPart(a address.Address, whole block.Device, o Options) (block.Device, error) {
+	if o.Lock != block.LockShared {
+		if err := d.CheckUnused(); err != nil {
+			return nil, err
+		}
+	}
+	var further []lvm.Disk
+	for _, name := range o.PVs {
+		beneath := o
+		beneath.PVs, beneath.Format = nil, ""
+		pv, err := Open(name, beneath)
+		if err != nil {
+			return nil, err
+		}
+		d.closers, d.pvs = append(d.closers, pv), append(d.pvs, pv)
+		d.files = append(d.files, pv.files...)
+		further = append(further, lvm.Disk{Name: name, Dev: pv})
+	}
+	return address.Open(a, whole, further...)
+}
+
+// openWhole opens a file, a block device or an export, and what it holds.
+func (d *Disk) openWhole(path string, o Options) (block.Device, error) {
+	dev, err := d.openBottom(path, o)
+	if err != nil {
+		return nil, block.WithPath(path, err)
+	}
+	if d.format, err = formatOf(dev, o); err != nil {
+		return nil, block.WithPath(path, err)
+	}
+	if d.format == ondisk.RawFormat {
+		return dev, nil
+	}
+	d.onlyRead = "a qcow2 image"
+	beside := path
+	if d.bottom == nil {
+		beside = ""
+	}
+	// The image is opened for reading alone: its lock becomes a reader's, too.
+	img, err := qcow2.OpenOn(dev, beside, qcow2.FileOptions{Follow: o.Follow, Backing: o.BackingFile, Data: o.DataFile, Lock: readLock(o.Lock)})
+	if err != nil {
+		return nil, block.WithPath(path, &FormatError{QCOW2, err})
+	}
+	d.closers = append(d.closers, img)
+	d.files = append(d.files, img.Files()...)
+	return img, nil
+}
+
+// readLock is a lock for a file that is only read.
+func readLock(m block.LockMode) block.LockMode {
+	if m == block.LockWrite {
+		return block.LockRead
+	}
+	return m
+}
+
+func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
+	if isURI(path) {
+		d.onlyRead = "an NBD export"
+		r, err := nbd.NewRedialer(context.Background(), o.NBD.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
+			return nbd.DialTLS(ctx, path, o.NBD.TLS)
+		})
+		if err != nil {
+			return nil, err
+		}
+		d.closers = append(d.closers, r)
+		return r, nil
+	}
+	f, err := cowfile.OpenDevice(path, block.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used})
+	if err != nil {
+		return nil, err
+	}
+	d.bottom, d.files, d.closers = f, []*block.File{f}, []io.Closer{f}
+	return f, nil
+}
+
+// formatOf decides which format the bytes of a file or an export have.
+func formatOf(dev block.Device, o Options) (string, error) {
+	switch {
+	case o.Raw:
+		return ondisk.RawFormat, nil
+	case o.Format == "":
+		c, err := image.Probe(dev)
+		if err != nil {
+			return "", err
+		}
+		if c.Name == QCOW2 {
+			return QCOW2, nil
+		}
+	case o.Format == QCOW2:
+		return QCOW2, nil
+	case o.Format != ondisk.RawFormat:
+		return "", fmt.Errorf("the store is for an origin of format %q, which is unknown", o.Format)
+	}
+	return ondisk.RawFormat, cowfile.OriginOptions{Format: o.Format}.CheckRaw(dev)
+}
+
+// Name returns the name that the disk was opened by.
+func (d *Disk) Name() string { return d.name }
+
+// Format returns the format of the file or export: ondisk.RawFormat or QCOW2.
+func (d *Disk) Format() string { return d.format }
+
+// ReadOnly reports whether the disk can't be written to as it is.
+func (d *Disk) ReadOnly() bool { return d.onlyRead != "" || d.bottom.ReadOnly() }
+
+// AllowWrites is that of block.File, for the disk and those with further physical volumes, all or none; cowfile.ErrOnlyRead where
+// one is only read.
+func (d *Disk) AllowWrites() error {
+	if d.onlyRead != "" {
+		return fmt.Errorf("%s: %s: %w", d.name, d.onlyRead, cowfile.ErrOnlyRead)
+	}
+	if err := d.bottom.AllowWrites(); err != nil {
+		return err
+	}
+	for _, pv := range d.pvs {
+		if err := pv.AllowWrites(); err != nil {
+			return errors.Join(err, d.DenyWrites())
+		}
+	}
+	return nil
+}
+
+// DenyWrites is that of block.File, likewise.
+func (d *Disk) DenyWrites() error {
+	if d.onlyRead != "" {
+		return nil
+	}
+	errs := []error{d.bottom.DenyWrites()}
+	for _, pv := range d.pvs {
+		errs = append(errs, pv.DenyWrites())
+	}
+	return errors.Join(errs...)
+}
+
+// CheckUnused is that of block.File, for every file that is open.
+func (d *Disk) CheckUnused() error {
+	for _, f := range d.files {
+		if err := f.CheckUnused(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// Overlaps reports whether a change of f can change the disk.
+func (d *Disk) Overlaps(f *block.File) bool {
+	for _, file := range d.files {
+		if block.Overlap(file, f) {
+			return true
+		}
+	}
+	return false
+}
+
+// HasWriter reports whether another program has a file of the disk open for writing.
+func (d *Disk) HasWriter() bool { return d.bottom != nil && block.HasWriter(d.bottom.Path()) }
+
+// Close closes everything that was opened, what is on top first.
+func (d *Disk) Close() error {
+	var errs []error
+	for i := range d.closers {
+		errs = append(errs, d.closers[len(d.closers)-1-i].Close())
+	}
+	d.closers = nil
+	return errors.Join(errs...)
+}
