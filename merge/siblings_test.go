@@ -19,6 +19,7 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source/mapped"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -186,6 +187,57 @@ func TestSiblingsCutAnywhere(t *testing.T) {
 	power.Observe(nil)
 	t.Logf("%d images", images)
 	if images < 200 {
+		t.Error("too few images to mean anything")
+	}
+}
+
+// TestSiblingsInsideOneDiskCutAnywhere is TestSiblingsCutAnywhere for volumes of one disk, as LVM has them: a flush of one is a
+// flush of all, and a power cut takes from all what was not flushed.
+func TestSiblingsInsideOneDiskCutAnywhere(t *testing.T) {
+	w := newSiblingWorld(t, 24, 7)
+	devs := []*block.Memory{w.origin, w.cow}
+	for _, s := range w.siblings {
+		devs = append(devs, s.COW.(*block.Memory))
+	}
+	var content []byte
+	starts := make([]int64, len(devs))
+	for i, d := range devs {
+		starts[i] = int64(len(content))
+		content = append(content, d.Bytes()...)
+	}
+	var power blocktest.Power
+	disk := power.NewCrash("DISK", content)
+	volumes := make([]block.Device, len(devs))
+	for i, d := range devs {
+		target := mapped.Target{Length: d.Size(), Areas: []mapped.Area{{Dev: disk, Off: starts[i]}}}
+		var err error
+		if volumes[i], err = mapped.New(fmt.Sprint("volume ", i), []mapped.Target{target}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	take := func(devices []block.Device) func(merge.Sibling) block.Device {
+		i := 1
+		return func(merge.Sibling) block.Device { i++; return devices[i] }
+	}
+	images := 0
+	power.Observe(func(op blocktest.Op) {
+		for img := range power.Cut().Images(blocktest.Choices{All: 4, Limit: 2, Random: 1, Seed: uint64(images)}) {
+			images++
+			after := img.Disk(disk)
+			var parts []block.Device
+			for i, d := range devs {
+				parts = append(parts, block.MemoryFrom(after[starts[i]:starts[i]+d.Size()]))
+			}
+			if err := w.aftermath(t.Context(), parts[0].(*block.Memory), parts[1].(*block.Memory), w.on(take(parts))); err != nil {
+				t.Fatalf("power cut after %v, %v: %v", op, img, err)
+			}
+		}
+	})
+	if _, err := merge.Offline(t.Context(), volumes[0], volumes[1], merge.Options{Window: 3 * chunk, Siblings: w.on(take(volumes))}); err != nil {
+		t.Fatal(err)
+	}
+	power.Observe(nil)
+	if t.Logf("%d images", images); images < 100 {
 		t.Error("too few images to mean anything")
 	}
 }
