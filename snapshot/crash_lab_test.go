@@ -28,7 +28,8 @@ type lab struct {
 	watch  func(*moment) // nil: nobody looks
 	frozen *moment       // of the ledger's epoch
 
-	caches map[*blocktest.Crash]*blocktest.PageCache // over the disks; nil: there are none
+	caches  map[*blocktest.Crash]*blocktest.PageCache // over the disks; nil: there are none
+	forgets bool                                      // the caches drop what they could not write
 
 	inject *injection       // the fault tests' fault, or nil
 	sick   map[*labCOW]bool // disks and stores that something failed on permanently; nil is the origin
@@ -69,6 +70,15 @@ func newCachedLab(t *testing.T, sectors int) *lab {
 	return newLabWith(t, sectors, make(map[*blocktest.Crash]*blocktest.PageCache))
 }
 
+// newForgetfulLab makes an origin of so many sectors. Its disks are behind page caches that drop at once what they could
+// not write.
+func newForgetfulLab(t *testing.T, sectors int) *lab {
+	l := newCachedLab(t, sectors)
+	l.forgets = true
+	l.caches[l.disk].ForgetLost()
+	return l
+}
+
 func newLabWith(t *testing.T, sectors int, caches map[*blocktest.Crash]*blocktest.PageCache) *lab {
 	l := &lab{t: t, sick: make(map[*labCOW]bool), caches: caches}
 	content := make([]stamp, sectors)
@@ -96,6 +106,9 @@ func (l *lab) open(c *labCOW, disk *blocktest.Crash) *blocktest.Faulty {
 		op.Kind = blocktest.Flush
 		return l.decide(c, op)
 	})
+	if l.forgets {
+		l.caches[disk].ForgetLost()
+	}
 	return blocktest.NewFaulty(l.caches[disk].Open(), nil)
 }
 

@@ -38,10 +38,14 @@ func (c *labCOW) attach() {
 		if c.snap = s; c.sick[c] {
 			c.unacknowledge(c.view) // an error reported that something is lost
 		}
-		if c.state != dead {
+		switch {
+		case c.forgets && c.sick[c] && c.state == creating: // its header is in the cache, and no flush succeeds
+		case c.state != dead:
 			c.set(live)
-		} else if st := s.Status().State; st != snapshot.StateInvalid {
-			c.t.Errorf("%s was invalid and is %s", c.name, st)
+		default:
+			if st := s.Status().State; st != snapshot.StateInvalid {
+				c.t.Errorf("%s was invalid and is %s", c.name, st)
+			}
 		}
 		return nil
 	})

@@ -238,6 +238,13 @@ func (l *lab) withFault(c call, err error, hits []hit, before map[*labCOW]snapsh
 		// flush of the origin says so.
 		l.unacknowledge(l.raw)
 	}
+	if l.forgets {
+		for _, s := range l.cows {
+			if l.sick[s] {
+				l.unacknowledge(s.view) // what was written in place and not flushed is gone, or not
+			}
+		}
+	}
 	var lost []*labCOW
 	for s, st := range before {
 		if s.snap == nil {

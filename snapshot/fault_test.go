@@ -79,7 +79,13 @@ func faultsAt(t *testing.T, newLab func(t *testing.T, sectors int) *lab, sc scen
 // TestFaultsWithoutRoom has each operation of each COW device find no space, once, where the policy is to
 // protect the snapshots: what needs the space fails, on both sides, and no snapshot is lost by it. The rest
 // is as in TestFaults.
-func TestFaultsWithoutRoom(t *testing.T) {
+func TestFaultsWithoutRoom(t *testing.T) { testFaultsWithoutRoom(t, newLab) }
+
+// TestFlushesWithoutRoom is TestFaultsWithoutRoom where flushes fail, and what they could not write is gone at once: the
+// snapshots stay valid, and show nothing that is not their past.
+func TestFlushesWithoutRoom(t *testing.T) { testFaultsWithoutRoom(t, newForgetfulLab) }
+
+func testFaultsWithoutRoom(t *testing.T, newLab func(t *testing.T, sectors int) *lab) {
 	for _, sc := range scenarios {
 		t.Run(sc.name, func(t *testing.T) {
 			t.Parallel()

@@ -51,8 +51,10 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 	n := int64(len(p))
 	pc := nextPiece(s.store, off, n)
 	if pc.mapped && pc.n == n {
-		k, err := s.cow.ReadAt(p, pc.cow)
-		return int64(k), err
+		if err := s.readCOW(p, pc); err != nil {
+			return 0, err
+		}
+		return n, nil
 	}
 	reader, err := s.enter(off, n)
 	if err != nil {
@@ -61,15 +63,25 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 	defer reader.Leave()
 	for done := int64(0); done < n; done += pc.n {
 		pc = nextPiece(s.store, off+done, n-done)
-		from, dev := pc.off, block.Device(s.origin.dev)
+		part := p[done : done+pc.n]
 		if pc.mapped {
-			from, dev = pc.cow, s.cow
+			err = s.readCOW(part, pc)
+		} else {
+			_, err = s.origin.dev.ReadAt(part, pc.off)
 		}
-		if _, err := dev.ReadAt(p[done:done+pc.n], from); err != nil {
+		if err != nil {
 			return done, err
 		}
 	}
 	return n, nil
+}
+
+// readCOW reads a piece that lives in the COW device.
+func (s *Snapshot) readCOW(p []byte, pc piece) error {
+	if _, err := s.cow.ReadAt(p, pc.cow); err != nil {
+		return err
+	}
+	return s.store.CheckData(pc.cow, pc.n)
 }
 
 func span(first ondisk.OriginChunk, count uint64) gate.Span {
@@ -152,6 +164,9 @@ func (s *Snapshot) changeLocked(pl payload, off, n int64, durable bool) error {
 func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	pc := nextPiece(s.store, off, n)
 	if pc.mapped {
+		if err := s.store.CheckData(pc.cow, pc.n); err != nil {
+			return 0, err // the rest of the chunk would be wrong
+		}
 		return pc.n, s.inPlace(pl.part(0, pc.n).put(s.cow, pc.cow, pc.n))
 	}
 	l := s.store.Layout()
@@ -306,6 +321,9 @@ func (s *Snapshot) discardPiece(off, n int64) (int64, error) {
 	if !pc.mapped {
 		return pc.n, nil
 	}
+	if err := s.store.CheckData(pc.cow, pc.n); err != nil {
+		return 0, err
+	}
 	// Whole chunks in the middle, parts at the edges.
 	c := s.store.Layout().ChunkBytes()
 	if end := (off + max(c, discardBytes)) / c * c; end < off+pc.n {
@@ -329,7 +347,11 @@ const maxPieces = 4
 func (s *Snapshot) Extents(off, n int64) ([]block.Extent, error) {
 	return s.describe(off, n, func(pc piece) ([]block.Extent, error) {
 		if pc.mapped {
-			return block.Extents(s.cow, pc.cow, pc.n)
+			all, err := block.Extents(s.cow, pc.cow, pc.n)
+			if err == nil {
+				err = s.store.CheckData(pc.cow, pc.n) // lost chunks may have become holes
+			}
+			return all, err
 		}
 		return block.Extents(s.origin.dev, pc.off, pc.n)
 	})

@@ -95,6 +95,57 @@ func TestSlotsOfAFailedFlushAreNotBelieved(t *testing.T) {
 	checkStore(t, disk)
 }
 
+// TestLostDataIsNotShown: the flush of preserved data fails for want of space and the page cache drops it. The snapshot,
+// which is protected, shows no zeros for its past: reads, changes and block status of that chunk fail, as an I/O error and
+// not for want of space. All else goes on, and a new process shows the past.
+func TestLostDataIsNotShown(t *testing.T) {
+	disk, cache := cachedCOW(t)
+	cache.ForgetLost()
+	before := blocktest.Pattern(64<<10, 1)
+	origin := block.MemoryFrom(before)
+	o := snapshot.NewOrigin(origin)
+	s, err := o.Attach(cache.Open(), snapshot.Options{OnFull: snapshot.FullFail, Features: snapshot.Features{DiscardZeroesCOW: true}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, s, 0, 1, 7)
+	flush(t, s)
+	write(t, s, 1, 1, 8) // in place, and not flushed
+	cache.Set(failOnce(blocktest.Flush, syscall.ENOSPC)) // the next one succeeds, and says nothing
+	if err := fails(t, o, 80, 1); !errors.Is(err, snapshot.ErrNoRoom) {
+		t.Fatalf("the origin write: %v", err)
+	}
+	cache.Set(nil)
+	const at, n = 80 * sector, 8 * sector
+	_, readErr := s.ReadAt(make([]byte, sector), at)
+	_, longErr := s.ReadAt(make([]byte, 64<<10), 0)
+	_, extentsErr := s.Extents(at, n)
+	for what, err := range map[string]error{"read": readErr, "long read": longErr, "extents": extentsErr, "write": fails(t, s, 80, 8),
+		"zero": s.ZeroAt(at, n, 0), "discard": s.Discard(at, n)} {
+		if !errors.Is(err, store.ErrDataLost) || block.IsNoSpace(err) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	wantRead(t, s, 0, fill(1, 7))
+	if got := read(t, s, 1, 1); !bytes.Equal(got, fill(1, 8)) && !bytes.Equal(got, before[sector:2*sector]) {
+		t.Errorf("a chunk that was changed in place shows %x…, neither old nor new", got[:4])
+	}
+	wantRead(t, s, 88, before[88*sector:])
+	if err := s.Close(); err == nil {
+		t.Error("close: nobody is told")
+	}
+
+	again, err := snapshot.NewOrigin(origin).Attach(cache.Open(), snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	wantRead(t, again, 80, before[80*sector:])
+	if err := again.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkStore(t, disk)
+}
+
 // TestMergeIsDoneWhenItIsDurable: the flush of the cleared slots fails, in a live merge. The merge is not complete, says
 // what makes it go on, and never becomes complete in this process where the device keeps its failure. After a
 // restart it goes on from what is on the disk; once it is complete a power cut brings nothing back.

@@ -45,7 +45,7 @@ func CreateFor(dev block.Device, l ondisk.Layout, force bool, format string) (*S
 		return nil, fmt.Errorf("create store: %w", err)
 	}
 	s.next = ondisk.FirstDataChunk
-	s.written = s.next
+	s.written, s.flushed = s.next, s.next
 	s.durableBelow.Store(uint64(s.next))
 	s.tail = make([]byte, metaBlock(l))
 	return s, nil
@@ -242,7 +242,7 @@ func (s *Store) load() error {
 	s.next = l.NextData(s.next)
 	s.pos = position{end.Area, end.Index}
 	s.reserved, s.durable = s.pos, s.pos
-	s.written = s.next
+	s.written, s.flushed = s.next, s.next // data is flushed before its slot is written
 	s.scrub = true
 	if _, i := s.tailOffset(); i == 0 {
 		clear(s.tail) // the block before is full

@@ -57,6 +57,10 @@ var (
 	// ErrFailed reports a store that refuses writes after a failed metadata write or flush.
 	ErrFailed = errors.New("exception store failed")
 
+	// ErrDataLost reports COW chunks of a failed store whose data was never flushed: what the COW device shows there is
+	// neither what was written nor what was there before. See [Store.CheckData].
+	ErrDataLost = errors.New("the data of a COW chunk was lost when its exception store failed")
+
 	// ErrExists reports a Create over an existing store.
 	ErrExists = errors.New("COW device already holds an exception store")
 
@@ -87,6 +91,9 @@ type Store struct {
 	// order, so one number is enough. Transient: all are.
 	durableBelow atomic.Uint64
 
+	// lostFrom: the data of an exception whose New is not less was lost by the failure of the store. MaxUint64: of none.
+	lostFrom atomic.Uint64
+
 	mu        sync.Mutex
 	moved     sync.Cond // the head of queue changed, or err was set
 	err       error     // why the store refuses writes: wraps ErrInvalid or ErrFailed; nil: it accepts them
@@ -110,6 +117,8 @@ type Store struct {
 	rounds  atomic.Uint64   // begun
 	durable position        // of the next slot to be written
 	written ondisk.COWChunk // exceptions whose New is less have their slots written
+	flushed ondisk.COWChunk // exceptions whose New is less had their data flushed once
+	unsound bool            // a flush failed
 	tail    []byte          // the metadata block that holds slot durable, as on disk
 	settled bool            // the end of the exceptions was written, durably, since Open
 	scrub   bool            // what follows tail in its area may hold void slots
@@ -134,6 +143,7 @@ func metaBlock(l ondisk.Layout) int64 { return min(l.ChunkBytes(), 4096) }
 func newStore(dev block.Device, l ondisk.Layout) *Store {
 	s := &Store{dev: dev, layout: l}
 	s.moved.L = &s.mu
+	s.lostFrom.Store(math.MaxUint64)
 	return s
 }
 
@@ -173,6 +183,21 @@ func (s *Store) LookupRun(old ondisk.OriginChunk, limit uint64) (new ondisk.COWC
 // Durable reports whether the exception that Lookup found in COW chunk new is durable. The origin chunk of an exception
 // must not be overwritten before it is.
 func (s *Store) Durable(new ondisk.COWChunk) bool { return uint64(new) < s.durableBelow.Load() }
+
+// CheckData returns an error that wraps ErrDataLost when some of n > 0 bytes at off of the COW device, in chunks that have
+// exceptions, were never on the disk and can't be trusted: the store failed before their chunk was flushed for the first
+// time. After a failed flush the operating system shows what it could not write until it drops it, and then what the
+// disk has, which in a new chunk is anything, mostly zeros. A chunk that was flushed once holds, after that, what it
+// held then or what was written in place since, as on any disk.
+//
+// A reader calls it after it has read.
+func (s *Store) CheckData(off, n int64) error {
+	lost := s.lostFrom.Load()
+	if last := uint64(off+n-1) >> s.layout.Shift(); last < lost {
+		return nil
+	}
+	return fmt.Errorf("%w: %v", ErrDataLost, s.Err()) // an EIO, whatever the cause was
+}
 
 // Exceptions yields the committed exceptions in ascending order of their origin chunks, joined to runs as long as
 // possible. Exceptions that are committed or dropped meanwhile may be among them or not.

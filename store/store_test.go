@@ -286,6 +286,111 @@ func TestAFailedSyncIsFinal(t *testing.T) {
 	}
 }
 
+// TestDataOfAFailedStore: after a failure, what can be read is what was flushed once; see CheckData. Half of the
+// area's exceptions are durable, and the Sync of the other half fails.
+func TestDataOfAFailedStore(t *testing.T) {
+	const before, n = 16, 16
+	at := func(k blocktest.Kind, nth int) blocktest.Decide { // the nth operation of a kind from now on
+		return func(op blocktest.Op) error {
+			if op.Kind != k {
+				return nil
+			}
+			if nth--; nth == 0 {
+				return errDisk
+			}
+			return nil
+		}
+	}
+	both := func(a, b blocktest.Decide) blocktest.Decide {
+		return func(op blocktest.Op) error { return errors.Join(a(op), b(op)) }
+	}
+	cases := []struct {
+		name      string
+		fail      blocktest.Decide
+		transient bool
+		kept      uint64 // of the exceptions
+	}{
+		{"zeros of the next area", at(blocktest.Zero, 1), false, before + n},
+		{"and the flush after it", both(at(blocktest.Zero, 1), at(blocktest.Flush, 1)), false, before},
+		{"flush of the data", at(blocktest.Flush, 1), false, before},
+		{"slots", at(blocktest.Write, 1), false, before + n},
+		{"slots and the flush after it", both(at(blocktest.Write, 1), at(blocktest.Flush, 2)), false, before + n},
+		{"flush of the slots", at(blocktest.Flush, 2), false, before + n},
+		{"transient", at(blocktest.Flush, 1), true, before},
+	}
+	for _, c := range cases {
+		t.Run(c.name, func(t *testing.T) {
+			l := ondisk.Layout{ChunkSectors: 1}
+			mem := block.NewMemory(1024 * sector)
+			faults := blocktest.NewFaulty(mem, nil)
+			s := store.NewTransient(faults, l)
+			if !c.transient {
+				var err error
+				if s, err = store.Create(faults, l, false); err != nil {
+					t.Fatal(err)
+				}
+				defer reopen(t, mem)
+			}
+			add(t, s, 0, before)
+			mustSync(t, s)
+			add(t, s, before, n)
+			if err := check(s, before+n-1); err != nil {
+				t.Errorf("before anything failed: %v", err)
+			}
+			late, err := s.Reserve(100, 1) // not written when the Sync begins
+			if err != nil {
+				t.Fatal(err)
+			}
+			faults.Set(c.fail)
+			if err := s.Sync(); !errors.Is(err, store.ErrFailed) {
+				t.Fatalf("sync: %v", err)
+			}
+			if err := late.Commit(); !errors.Is(err, store.ErrFailed) {
+				t.Errorf("a commit to a failed store: %v", err)
+			}
+			for old := range uint64(before + n) {
+				err := check(s, old)
+				if lost := old >= c.kept; errors.Is(err, store.ErrDataLost) != lost || errors.Is(err, errDisk) {
+					t.Errorf("exception %d: %v, want it lost: %v", old, err, lost)
+				}
+			}
+		})
+	}
+}
+
+// check is CheckData of an origin chunk that has an exception.
+func check(s *store.Store, old uint64) error {
+	new, ok := s.Lookup(ondisk.OriginChunk(old))
+	if !ok {
+		return errDisk
+	}
+	return s.CheckData(s.Layout().COWOffset(new), s.Layout().ChunkBytes())
+}
+
+// TestDataFlushedBesideACopy: a chunk whose copy was under way when a flush succeeded is not flushed by it.
+func TestDataFlushedBesideACopy(t *testing.T) {
+	s, _, faults, _ := newStore(t, 8, 1024)
+	add(t, s, 0, 1)
+	late, err := s.Reserve(10, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustSync(t, s)
+	if err := late.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	faults.Set(blocktest.FailKind(blocktest.Flush, errDisk))
+	if err := s.Sync(); !errors.Is(err, store.ErrFailed) {
+		t.Fatal(err)
+	}
+	if err := check(s, 0); err != nil {
+		t.Errorf("the flushed chunk: %v", err)
+	}
+	if err := check(s, 10); !errors.Is(err, store.ErrDataLost) {
+		t.Errorf("the chunk that was copied beside the flush: %v", err)
+	}
+}
+
 func TestInvalidate(t *testing.T) {
 	s, mem, _, _ := newStore(t, 8, 1024)
 	add(t, s, 7, 3)

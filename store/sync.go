@@ -38,21 +38,45 @@ func (s *Store) Sync() error {
 // leaves after it is void (§8.2, H8): Open ignores it, and the first round writes zeros over it before it adds a slot
 // (H4). s.syncing is held.
 func (s *Store) round() error {
-	batch, err := s.takeBatch()
+	batch, below, err := s.takeBatch()
 	if err != nil {
 		return err
 	}
-	if len(batch) == 0 {
-		if err := s.dev.Flush(); err != nil {
-			return s.fail(fmt.Errorf("%w: flush: %w", ErrFailed, err))
-		}
+	if len(batch) > 0 {
+		err = s.writeBatch(batch, below)
+	} else if err = s.flushData(below); err == nil {
 		s.durableBelow.Store(max(s.durableBelow.Load(), uint64(s.written)))
-		return nil
 	}
-	if err := s.writeBatch(batch); err != nil {
-		return s.fail(fmt.Errorf("%w: %w", ErrFailed, err))
+	if err != nil {
+		err = s.fail(fmt.Errorf("%w: %w", ErrFailed, err))
+		s.keepData()
 	}
+	return err
+}
+
+// flushData flushes the device, after the data of the exceptions below a COW chunk was written.
+func (s *Store) flushData(below ondisk.COWChunk) error {
+	if err := s.flush(); err != nil {
+		return fmt.Errorf("flush data: %w", err)
+	}
+	s.flushed = max(s.flushed, below)
 	return nil
+}
+
+// flush flushes the device. s.syncing is held.
+func (s *Store) flush() error {
+	err := s.dev.Flush()
+	s.unsound = s.unsound || err != nil
+	return err
+}
+
+// keepData decides what of the committed data can be read from now on, as no later Sync flushes it: what was flushed
+// once. When a write failed and no flush, a flush may save all of it; after a failed one a second says nothing. The store
+// has failed, so nothing is committed any more. s.syncing is held.
+func (s *Store) keepData() {
+	if s.unsound || s.flush() != nil {
+		s.lostFrom.Store(uint64(s.flushed))
+	}
 }
 
 // writeBatch is the barrier: zeros and data, flush, slots, flush. Then memory is updated.
@@ -63,18 +87,20 @@ func (s *Store) round() error {
 //  3. Slots are written. Any part of them may reach the disk in any order: each names durable data, and
 //     the first one missing ends the exceptions.
 //  4. Flush: the batch is durable.
-func (s *Store) writeBatch(batch []run) error {
+//
+// The data of all exceptions below a COW chunk was written before.
+func (s *Store) writeBatch(batch []run, below ondisk.COWChunk) error {
 	if err := s.zeroAhead(batch); err != nil {
 		return fmt.Errorf("zero area: %w", err)
 	}
-	if err := s.dev.Flush(); err != nil {
-		return fmt.Errorf("flush data: %w", err)
+	if err := s.flushData(below); err != nil {
+		return err
 	}
 	pos, tail, err := s.writeSlots(batch)
 	if err != nil {
 		return fmt.Errorf("write exceptions: %w", err)
 	}
-	if err := s.dev.Flush(); err != nil {
+	if err := s.flush(); err != nil {
 		return fmt.Errorf("flush exceptions: %w", err)
 	}
 	s.durable, s.tail, s.settled = pos, tail, true
@@ -85,8 +111,8 @@ func (s *Store) writeBatch(batch []run) error {
 }
 
 // takeBatch waits until every reservation older than the newest committed one has completed, and takes
-// all exceptions that are complete in order.
-func (s *Store) takeBatch() ([]run, error) {
+// all exceptions that are complete in order. The data of every exception below a COW chunk has been written then.
+func (s *Store) takeBatch() (batch []run, below ondisk.COWChunk, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var newest *reservation
@@ -106,11 +132,14 @@ func (s *Store) takeBatch() ([]run, error) {
 		s.copyWaits.Add(begin.Since())
 	}
 	if s.err != nil {
-		return nil, s.err
+		return nil, 0, s.err
 	}
-	batch := s.ready
+	if below = s.next; len(s.queue) > 0 {
+		below = s.queue[0].new
+	}
+	batch = s.ready
 	s.ready, s.unsynced = nil, 0
-	return batch, nil
+	return batch, below, nil
 }
 
 func (s *Store) queued(r *reservation) bool {

@@ -33,6 +33,7 @@ type PageCache struct {
 	count  int
 	pages  map[int64]*page // by offset / cachePage
 
+	forgets  bool  // see ForgetLost
 	failures int   // counted
 	failed   error // the last one
 	reported bool  // to some open file
@@ -67,6 +68,22 @@ func (c *PageCache) Open() *CachedFile {
 		f.seen--
 	}
 	return f
+}
+
+// ForgetLost has pages that could not be written dropped at once, as the kernel may: then reads show what the disk has.
+func (c *PageCache) ForgetLost() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.forgets = true
+}
+
+// lose makes pages clean that were not written. mu is held.
+func (c *PageCache) lose(list []int64) {
+	for _, k := range list {
+		if c.pages[k].dirty = false; c.forgets {
+			delete(c.pages, k)
+		}
+	}
 }
 
 // PowerCut forgets all that memory has: what is left is on the disk.
@@ -142,6 +159,7 @@ func (c *PageCache) writePages(off, n int64) {
 			_, err = c.disk.WriteAt(run, at)
 		}
 		if err != nil {
+			c.lose(list[:k])
 			c.fail(err)
 		}
 		list = list[k:]
@@ -151,9 +169,7 @@ func (c *PageCache) writePages(off, n int64) {
 // flush writes the dirty pages of a range and flushes the disk. mu is held.
 func (c *PageCache) flush(op Op, off, n int64) {
 	if err := c.admit(op); err != nil {
-		for _, k := range c.dirty(off, n) {
-			c.pages[k].dirty = false
-		}
+		c.lose(c.dirty(off, n))
 		c.fail(err)
 		return
 	}

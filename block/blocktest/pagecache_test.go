@@ -24,6 +24,26 @@ func wantText(t *testing.T, dev block.Device, off int64, s string) {
 	}
 }
 
+// TestForgetLost: what could not be written is not even readable.
+func TestForgetLost(t *testing.T) {
+	for name, fail := range map[string]blocktest.Kind{"flush": blocktest.Flush, "page": blocktest.Write} {
+		t.Run(name, func(t *testing.T) {
+			c := blocktest.NewPageCache(block.NewMemory(64<<10), blocktest.FailKind(fail, syscall.EIO))
+			c.ForgetLost()
+			f := c.Open()
+			write(t, f, 5000, "new")
+			wantText(t, f, 5000, "new")
+			if err := f.Flush(); !errors.Is(err, syscall.EIO) {
+				t.Fatalf("the failed flush: %v", err)
+			}
+			wantText(t, f, 5000, "\x00\x00\x00")
+			if c.Dirty() != 0 {
+				t.Error("the lost page is dirty")
+			}
+		})
+	}
+}
+
 // A failed flush leaves the data readable, clean and not on the disk.
 func TestPageCacheAfterAFailedFlush(t *testing.T) {
 	for name, fail := range map[string]blocktest.Kind{"flush": blocktest.Flush, "page": blocktest.Write} {

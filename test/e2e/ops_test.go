@@ -567,7 +567,7 @@ func (w *world) lookAtMerge(path string) {
 
 // opInject makes something fail until the server is restarted.
 func (w *world) opInject() {
-	if w.fs == nil || w.faulty || os.Getenv("DMSNAP_E2E_INJECT") == "" {
+	if w.fs == nil || w.faulty || os.Getenv("DMSNAP_E2E_INJECT") == "0" {
 		return
 	}
 	ops := []faultfs.Op{faultfs.Fsync, faultfs.Fsync, faultfs.Fsync, faultfs.Write, faultfs.Read, faultfs.Allocate, faultfs.Punch}
