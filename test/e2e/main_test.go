@@ -5,7 +5,7 @@
 //	go test ./test/e2e -run TestFuzz                      random schedules, about half a minute
 //	DMSNAP_SEED=n go test ./test/e2e -run TestFuzz -v     the schedule of one seed, with its log
 //	DMSNAP_DEEP=1 go test ./test/e2e -timeout 3h          for two hours, or DMSNAP_E2E_TIME
-//	DMSNAP_E2E_INJECT=1                                   with injected errors in the random schedules, too
+//	DMSNAP_E2E_INJECT=0                                   without injected errors in the random schedules
 //	DMSNAP_BINARY=path                                    this binary instead of the tree's
 package e2e_test
 

@@ -25,13 +25,19 @@ type device struct {
 	// own are sectors of a snapshot that were written to it, whose durability depends on its flushes; that of the
 	// others depends on the origin's.
 	own map[int64]bool
+	// unclear are sectors of which that is not known, after a trim, which leaves a chunk without an exception as it is, or
+	// a write that failed. Only flushes of both make them durable.
+	unclear map[int64]bool
+	// merged has, while the device is merged into its origin, the contents that sectors had since: a step that failed leaves
+	// on the origin what it had copied, beneath newer writes in the COW device. nil: no merge.
+	merged map[int64][][]byte
 	// evicted: a flush failed, or may have, and what it lost may leave the page cache at any time.
 	evicted bool
 }
 
 func newDevice(content []byte) *device {
 	return &device{now: content, also: map[int64][][]byte{}, late: map[int64][][]byte{}, older: map[int64][][]byte{},
-		doubted: map[int64]bool{}, own: map[int64]bool{}}
+		doubted: map[int64]bool{}, own: map[int64]bool{}, unclear: map[int64]bool{}}
 }
 
 // clone returns the model of a snapshot of the device.
@@ -81,9 +87,19 @@ func put(list [][]byte, b []byte) [][]byte {
 func (d *device) write(off int64, p []byte) {
 	sectors(off, int64(len(p)), func(s, from, to int64) {
 		part := p[s*sectorSize+from-off : s*sectorSize+to-off]
+		if d.evicted && to-from < sectorSize { // what is lost already, is lost beneath this one
+			for _, b := range slices.Clone(d.older[s]) {
+				d.older[s] = put(d.older[s], with(b, from, part))
+			}
+		}
 		d.older[s] = put(d.older[s], d.sector(s))
 		for _, b := range d.also[s] {
 			d.older[s] = put(d.older[s], b)
+		}
+		if d.merged != nil {
+			for _, b := range d.older[s] {
+				d.merged[s] = put(d.merged[s], b)
+			}
 		}
 		if to-from == sectorSize {
 			delete(d.also, s)
@@ -98,6 +114,7 @@ func (d *device) write(off int64, p []byte) {
 		}
 		copy(d.sector(s)[from:], part)
 		d.own[s] = true
+		delete(d.unclear, s)
 	})
 }
 
@@ -126,7 +143,9 @@ func (d *device) attempt(off int64, p []byte, late bool) {
 			}
 			d.older[s] = put(d.older[s], b)
 		}
-		d.own[s] = true
+		if !d.own[s] {
+			d.unclear[s] = true
+		}
 	})
 }
 
@@ -149,7 +168,7 @@ func (d *device) snapshotFlushed() {
 // originFlushed is a successful flush of the device that d is a snapshot of.
 func (d *device) originFlushed() {
 	for s := range d.older {
-		if !d.own[s] {
+		if !d.own[s] && !d.unclear[s] {
 			d.settle(s)
 		}
 	}
@@ -234,7 +253,7 @@ func (d *device) found(got []byte, other *device, durable bool) error {
 		b := got[s*sectorSize : (s+1)*sectorSize]
 		list := d.possible(s)
 		if other != nil {
-			list = append(list, other.possible(s)...)
+			list = append(append(list, other.possible(s)...), other.merged[s]...)
 			if other.doubted[s] {
 				d.doubted[s] = true
 			}
@@ -330,6 +349,7 @@ func TestModel(t *testing.T) {
 // copyOf returns an independent copy.
 func (d *device) copyOf() *device {
 	c := d.clone()
+	c.merged = maps.Clone(d.merged)
 	c.also, c.late = map[int64][][]byte{}, map[int64][][]byte{}
 	for s, list := range d.also {
 		c.also[s] = slices.Clone(list)

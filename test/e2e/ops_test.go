@@ -518,6 +518,7 @@ func (w *world) opMerge() {
 			return
 		}
 		w.merging, w.before, w.mergeDone = v, w.origin.copyOf(), false
+		v.d.merged = map[int64][][]byte{}
 		if w.chance(50) {
 			w.must(w.server.api("POST", "merge/pause", nil, nil), "pause")
 		}

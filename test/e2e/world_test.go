@@ -515,6 +515,9 @@ func (w *world) lookAtDisks(how string, clean bool) {
 	if w.merging != nil && !durable && !w.mergeDone {
 		w.merging.d.flushFailed() // it takes flushes of both disks from now on
 	}
+	if w.merging != nil {
+		w.merging.d.merged = nil
+	}
 	w.merging, w.before, w.mergeDone = nil, nil, false
 	for _, v := range lost {
 		w.remove(v)
