@@ -132,6 +132,19 @@ func BeginFlush(dev Device, off, n int64) {
 	}
 }
 
+// An EarlyReader can begin to read a range from the disk, and go on at once. It is advice, and no error is told: ReadAt,
+// which may be called for the range or not, waits for less afterwards.
+type EarlyReader interface {
+	BeginRead(off, n int64)
+}
+
+// BeginRead begins to read a range from the disk where dev can; else it does nothing.
+func BeginRead(dev Device, off, n int64) {
+	if d, ok := dev.(EarlyReader); ok {
+		d.BeginRead(off, n)
+	}
+}
+
 // ZeroFlags refine [Zero].
 type ZeroFlags uint8
 

@@ -4,6 +4,7 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -67,4 +68,36 @@ func TestFileDropCache(t *testing.T) {
 	if err := block.DropCache(f, 0, 1); err == nil {
 		t.Error("after close")
 	}
+}
+
+// TestFileBeginRead: what was begun to be read is in memory soon. It is harmless on ranges and files that aren't there.
+func TestFileBeginRead(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "x")
+	f := create(t, path, 64<<20)
+	const at = 32 << 20
+	write(t, f, at, "content")
+	if err := f.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if err := block.DropCache(f, 0, f.Size()); err != nil {
+		t.Fatal(err)
+	}
+	if cached(t, path, at) {
+		t.Skip("nothing is dropped on this file system")
+	}
+	block.BeginRead(f, at, 0)
+	if cached(t, path, at) {
+		t.Error("nothing was to be read")
+	}
+	block.BeginRead(f, at, 7)
+	for late := time.Now().Add(10 * time.Second); !cached(t, path, at); time.Sleep(time.Millisecond) {
+		if time.Now().After(late) {
+			t.Fatal("it is not read")
+		}
+	}
+	want(t, f, at, "content")
+	block.BeginRead(f, f.Size(), 1)
+	block.BeginRead(block.NewMemory(4096), 0, 4096)
+	f.Close()
+	block.BeginRead(f, at, 7)
 }

@@ -151,6 +151,17 @@ func (f *File) BeginFlush(off, n int64) {
 	unix.SyncFileRange(f.fd, off, n, unix.SYNC_FILE_RANGE_WRITE)
 }
 
+// BeginRead makes the kernel begin to read a range into its cache (posix_fadvise).
+func (f *File) BeginRead(off, n int64) {
+	if f.enter("read", off, n) != nil {
+		return
+	}
+	defer f.life.RUnlock()
+	if n > 0 { // 0 would be all of the file
+		unix.Fadvise(f.fd, off, n, unix.FADV_WILLNEED)
+	}
+}
+
 // WriteDurableAt writes p at off and returns when it is durable, by one system call where kernel and
 // file system have it. A failure counts as a failed Flush, except a lack of space (see [IsNoSpace]) for p
 // itself: then nothing that was written before is lost, and later calls succeed when there is space.

@@ -104,6 +104,12 @@ func (f Forward) BeginFlush(off, n int64) {
 	BeginFlush(f.acquire(), off, n)
 }
 
+// BeginRead begins to read a range from the disk, where the underlying device can.
+func (f Forward) BeginRead(off, n int64) {
+	defer f.release()
+	BeginRead(f.acquire(), off, n)
+}
+
 // ZeroAt zeroes a range of the underlying device by its own means, or is ErrNotFast.
 func (f Forward) ZeroAt(off, n int64, flags ZeroFlags) error {
 	defer f.release()

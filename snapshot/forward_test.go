@@ -28,7 +28,7 @@ func TestOriginPassesOn(t *testing.T) {
 func TestSnapshotPassesOnReads(t *testing.T) {
 	blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
 		return withSnapshot(t, dev).snapshot
-	}, "WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Allocate", "Discard", "Flush", "DropCache", "Refresh", "Grow", "CanGrow", "Identity")
+	}, "WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "BeginRead", "ZeroAt", "Allocate", "Discard", "Flush", "DropCache", "Refresh", "Grow", "CanGrow", "Identity")
 }
 
 type forwardPair struct {

@@ -332,13 +332,18 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
 		chunks := l.Chunks(dev.Size(), false)
 		buf := make([]byte, min(l.ChunkBytes(), scanPiece))
+		ahead := readAhead{dev: dev, layout: l, end: (chunks + l.SlotsPerArea() - 1) / (l.SlotsPerArea() + 1)}
 		for area := uint64(0); ; area++ {
 			if uint64(l.AreaChunk(area)) >= chunks {
 				yield(Entry{}, &ondisk.CorruptError{Place: fmt.Sprintf("area %d, byte 0x%x", area, l.COWOffset(l.AreaChunk(area))),
 					What: fmt.Sprintf("no end mark so far, and the device of %d sectors ends before the area does: it is cut short", dev.Size()/ondisk.SectorSize)})
 				return
 			}
-			more, err := scanArea(dev, l, area, buf, yield)
+			err := ahead.prepare(area)
+			more := false
+			if err == nil {
+				more, err = scanArea(dev, l, area, buf, yield)
+			}
 			if err != nil {
 				yield(Entry{}, fmt.Errorf("read area %d: %w", area, err))
 			}
@@ -351,9 +356,6 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 
 // scanArea yields the slots of one area. more is false after the end mark, an error, or when yield returned false.
 func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(Entry, error) bool) (more bool, err error) {
-	if err := dropArea(dev, l, area); err != nil {
-		return false, err
-	}
 	for i := uint64(0); i < l.SlotsPerArea(); {
 		if _, err := dev.ReadAt(buf, l.SlotOffset(ondisk.Slot{Area: area, Index: i})); err != nil {
 			return false, err
@@ -367,6 +369,44 @@ func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield 
 		}
 	}
 	return true, nil
+}
+
+// aheadAreas and aheadBytes bound the areas that are read at once into the cache of the operating system.
+const (
+	aheadAreas = 64
+	aheadBytes = 4 << 20
+)
+
+// A readAhead prepares areas to be read in order: what is cached of them is dropped, and the disk begins to read them, side by
+// side, as they lie far apart. It goes ahead by twice as many areas each time, so that small stores cost little.
+type readAhead struct {
+	dev    block.Device
+	layout ondisk.Layout
+	end    uint64 // areas that begin on the device
+	done   uint64 // areas that are prepared
+	step   uint64
+}
+
+// prepare is called before an area is read.
+func (r *readAhead) prepare(area uint64) error {
+	if area < r.done {
+		return nil
+	}
+	r.step = max(1, min(2*r.step, aheadAreas, aheadBytes/uint64(r.layout.ChunkBytes())))
+	first, end := r.done, max(area+1, min(area+r.step, r.end))
+	for a := first; a < end; a++ { // all of them first: small areas share pages
+		if err := dropArea(r.dev, r.layout, a); err != nil {
+			return err
+		}
+	}
+	if r.step > 1 {
+		for a := first; a < end; a++ {
+			off := r.layout.COWOffset(r.layout.AreaChunk(a))
+			block.BeginRead(r.dev, off, min(r.layout.ChunkBytes(), r.dev.Size()-off))
+		}
+	}
+	r.done = end
+	return nil
 }
 
 // dropArea drops what is cached of an area, which the device's end may cut.

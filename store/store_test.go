@@ -367,6 +367,72 @@ func check(s *store.Store, old uint64) error {
 	return s.CheckData(s.Layout().COWOffset(new), s.Layout().ChunkBytes())
 }
 
+// An areaLog notes what is done to areas of one sector.
+type areaLog struct {
+	block.Forward
+	layout         ondisk.Layout
+	dropped, begun map[uint64]bool
+	t              *testing.T
+}
+
+func (a *areaLog) area(off int64) uint64 {
+	return uint64(off/sector-1) / (a.layout.SlotsPerArea() + 1)
+}
+
+func (a *areaLog) DropCache(off, n int64) error {
+	if off > 0 {
+		a.dropped[a.area(off)] = true
+	}
+	return nil
+}
+
+func (a *areaLog) BeginRead(off, n int64) {
+	if area := a.area(off); !a.dropped[area] || n != sector {
+		a.t.Errorf("area %d is begun to be read, %d bytes, dropped: %v", area, n, a.dropped[area])
+	} else {
+		a.begun[area] = true
+	}
+}
+
+func (a *areaLog) ReadAt(p []byte, off int64) (int, error) {
+	if area := a.area(off); off > 0 && (!a.dropped[area] || area > 0 && !a.begun[area]) {
+		a.t.Errorf("area %d is read; dropped: %v, begun before: %v", area, a.dropped[area], a.begun[area])
+	}
+	return a.Forward.ReadAt(p, off)
+}
+
+// TestAreasAreReadAhead: the areas are dropped from the cache, begun to be read, and read, in this order, and not many more than
+// there are.
+func TestAreasAreReadAhead(t *testing.T) {
+	for _, areas := range []uint64{1, 2, 3, 10, 200} {
+		l := ondisk.Layout{ChunkSectors: 1}
+		n := areas*l.SlotsPerArea() - 1
+		mem := block.NewMemory(int64(n+2*areas+2) * sector)
+		s, err := store.Create(mem, l, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for old := uint64(0); old < n; {
+			r, err := s.Reserve(ondisk.OriginChunk(old), n-old)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			old += r.Count
+		}
+		mustSync(t, s)
+		log := &areaLog{block.NewForward(mem), l, map[uint64]bool{}, map[uint64]bool{}, t}
+		if s, err = store.Open(log); err != nil || s.Len() != n {
+			t.Fatalf("%d areas: %d exceptions, %v", areas, s.Len(), err)
+		}
+		if got := uint64(len(log.dropped)); got < areas || got > areas+min(areas, 64) {
+			t.Errorf("of %d areas %d were prepared", areas, got)
+		}
+	}
+}
+
 // TestDataFlushedBesideACopy: a chunk whose copy was under way when a flush succeeded is not flushed by it.
 func TestDataFlushedBesideACopy(t *testing.T) {
 	s, _, faults, _ := newStore(t, 8, 1024)

@@ -124,6 +124,8 @@ func (a *able) WriteLastAt(p []byte, off int64) error {
 
 func (a *able) BeginFlush(off, n int64) { a.note("BeginFlush %d+%d", off, n) }
 
+func (a *able) BeginRead(off, n int64) { a.note("BeginRead %d+%d", off, n) }
+
 func (a *able) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := a.note("ZeroAt %d+%d flags %d", off, n, flags); err != nil {
 		return err
@@ -199,6 +201,10 @@ var forwardCalls = []forwardCall{
 	}, true},
 	{"BeginFlush", "BeginFlush 4096+8192", func(dev block.Device) error {
 		block.BeginFlush(dev, 4096, 8192)
+		return nil
+	}, false},
+	{"BeginRead", "BeginRead 4096+8192", func(dev block.Device) error {
+		block.BeginRead(dev, 4096, 8192)
 		return nil
 	}, false},
 	{"ZeroAt", "ZeroAt 4096+8192 flags 1", func(dev block.Device) error {
@@ -348,6 +354,11 @@ var plainCalls = []plainCall{
 	{[]string{"BeginFlush"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
 		if block.BeginFlush(dev, 0, 4096); len(beneath.take()) > 0 {
 			t.Error("a begun flush became something else")
+		}
+	}},
+	{[]string{"BeginRead"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
+		if block.BeginRead(dev, 0, 4096); len(beneath.take()) > 0 {
+			t.Error("a begun read became something else")
 		}
 	}},
 	{[]string{"Extents"}, func(t *testing.T, dev block.Device, _ *plainDevice) {

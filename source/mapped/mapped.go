@@ -256,6 +256,16 @@ func (d *Device) BeginFlush(off, n int64) {
 	})
 }
 
+// BeginRead begins to read a range from the disks.
+func (d *Device) BeginRead(off, n int64) {
+	_ = d.each("read", off, n, func(dev block.Device, at, n, _ int64) error { // a range outside: nothing to do
+		if dev != nil {
+			block.BeginRead(dev, at, n)
+		}
+		return nil
+	})
+}
+
 // ZeroAt zeroes a range. With OnlyFast a range in several pieces is block.ErrNotFast: a later piece could fail after an
 // earlier one was changed.
 func (d *Device) ZeroAt(off, n int64, flags block.ZeroFlags) error {
