@@ -129,7 +129,7 @@ func (w *world) offlineMerge(v *view) {
 		undo = filepath.Join(w.cowDir, "undo")
 		args = append(args, "--undo", undo)
 	}
-	old := w.origin
+	old, cut := w.origin, false
 	for range w.r.IntN(3) {
 		signal := []syscall.Signal{syscall.SIGTERM, syscall.SIGKILL}[w.r.IntN(2)]
 		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(w.r.IntN(25000))*time.Microsecond)
@@ -151,6 +151,7 @@ func (w *world) offlineMerge(v *view) {
 		o := <-done
 		lost, err := w.fs.PowerOn(w.r.Uint64())
 		w.must(err, "faultfs")
+		cut = true
 		w.logf("power cut: status %d, %d sectors lost", o.status, lost)
 		w.count("cut in offline merge")
 		w.want(0, run("check", v.cow, "--level", "error"))
@@ -167,6 +168,12 @@ func (w *world) offlineMerge(v *view) {
 	}
 	w.want(0, run("check", v.cow))
 	if undo != "" {
+		if cut { // and what the server had not flushed may be gone
+			got := []byte(w.want(0, run("export", w.originPath, undo, "-")).out)
+			if err := old.found(got, nil, true); err != nil {
+				w.fail("the undo store after a power cut in an offline merge: %w", err)
+			}
+		}
 		w.shows(undo, old)
 		if w.chance(50) {
 			w.logf("taken back")
