@@ -118,7 +118,6 @@ type Store struct {
 	durable position        // of the next slot to be written
 	written ondisk.COWChunk // exceptions whose New is less have their slots written
 	flushed ondisk.COWChunk // exceptions whose New is less had their data flushed once
-	unsound bool            // a flush failed
 	tail    []byte          // the metadata block that holds slot durable, as on disk
 	settled bool            // the end of the exceptions was written, durably, since Open
 	scrub   bool            // what follows tail in its area may hold void slots

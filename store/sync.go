@@ -2,6 +2,7 @@ package store
 
 import (
 	"fmt"
+	"math"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/latency"
@@ -49,7 +50,11 @@ func (s *Store) round() error {
 	}
 	if err != nil {
 		err = s.fail(fmt.Errorf("%w: %w", ErrFailed, err))
-		s.keepData()
+		// No later Sync flushes what was committed until now. Where a write failed and no flush, one flush may keep all of
+		// it; after a failed one a second says nothing.
+		if s.lostFrom.Load() == math.MaxUint64 {
+			s.flush()
+		}
 	}
 	return err
 }
@@ -63,20 +68,13 @@ func (s *Store) flushData(below ondisk.COWChunk) error {
 	return nil
 }
 
-// flush flushes the device. s.syncing is held.
+// flush flushes the device. After a failure only data that was flushed before can be read. s.syncing is held.
 func (s *Store) flush() error {
 	err := s.dev.Flush()
-	s.unsound = s.unsound || err != nil
-	return err
-}
-
-// keepData decides what of the committed data can be read from now on, as no later Sync flushes it: what was flushed
-// once. When a write failed and no flush, a flush may save all of it; after a failed one a second says nothing. The store
-// has failed, so nothing is committed any more. s.syncing is held.
-func (s *Store) keepData() {
-	if s.unsound || s.flush() != nil {
+	if err != nil {
 		s.lostFrom.Store(uint64(s.flushed))
 	}
+	return err
 }
 
 // writeBatch is the barrier: zeros and data, flush, slots, flush. Then memory is updated.
