@@ -110,7 +110,7 @@ func TestLostDataIsNotShown(t *testing.T) {
 	}
 	write(t, s, 0, 1, 7)
 	flush(t, s)
-	write(t, s, 1, 1, 8) // in place, and not flushed
+	write(t, s, 1, 1, 8)                                 // in place, and not flushed
 	cache.Set(failOnce(blocktest.Flush, syscall.ENOSPC)) // the next one succeeds, and says nothing
 	if err := fails(t, o, 80, 1); !errors.Is(err, snapshot.ErrNoRoom) {
 		t.Fatalf("the origin write: %v", err)
