@@ -40,6 +40,9 @@ func volumeRow(name string, j job, bytes bool) row {
 			return s, err
 		}
 		defer func() { err = errors.Join(err, t.close()) }()
+		if c.key == ours { // the export has the name of the volume
+			t.uri = t.server.uri("plain")
+		}
 		j := j
 		j.size, j.seed = volumeSize, 100+round
 		got, err := l.fio(ctx, j, t)

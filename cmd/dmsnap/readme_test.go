@@ -37,6 +37,7 @@ func TestReadmeCommands(t *testing.T) {
 	if err := os.Symlink(program(t), filepath.Join(dir, "dmsnap")); err != nil {
 		t.Fatal(err)
 	}
+	writeLVMImage(t, filepath.Join(dir, "vm.img"))
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
 	c := exec.CommandContext(ctx, "bash", "-xec", script.String())
@@ -49,7 +50,7 @@ func TestReadmeCommands(t *testing.T) {
 	if err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
-	for _, name := range []string{"old.img", "sound.cow", "backup.img", "vm1.dmsnap", "dense.cow"} {
+	for _, name := range []string{"later.img", "old.img", "sound.cow", "backup.img", "vm1.dmsnap", "dense.cow"} {
 		if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 			t.Error(err)
 		}
