@@ -251,9 +251,18 @@ func open(a address.Address, o Options) (*Disk, error) {
 	return d, nil
 }
 
-// openPart opens what a names on a disk. One that the kernel uses itself, by a mount or as part of an active volume group,
-// is refused unless o has block.LockShared.
+// openPart opens what a names on a disk.
 func (d *Disk) openPart(a address.Address, whole block.Device, o Options) (block.Device, error) {
+	further, err := d.openPVs(o)
+	if err != nil {
+		return nil, err
+	}
+	return address.Open(a, whole, further...)
+}
+
+// openPVs opens the further disks with physical volumes. A disk that the kernel uses itself, by a mount or as part of an active
+// volume group, is refused unless o has block.LockShared.
+func (d *Disk) openPVs(o Options) ([]lvm.Disk, error) {
 	if o.Lock != block.LockShared {
 		if err := d.CheckUnused(); err != nil {
 			return nil, err
@@ -271,7 +280,7 @@ func (d *Disk) openPart(a address.Address, whole block.Device, o Options) (block
 		d.files = append(d.files, pv.files...)
 		further = append(further, lvm.Disk{Name: name, Dev: pv})
 	}
-	return address.Open(a, whole, further...)
+	return further, nil
 }
 
 // openWhole opens a file, a block device or an export, and what it holds.

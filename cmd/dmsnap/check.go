@@ -118,8 +118,8 @@ func (f *sizeFlag) orHeader() (uint32, error) {
 
 // openStoreDevice opens a device that holds a store for reading: of a snapshot volume the COW volume. One that has a writer is
 // refused, unless live is set.
-func openStoreDevice(path string, live bool) (openDisk, error) {
-	f, err := openStore(path, block.Options{ReadOnly: true, Lock: readingLock(live)})
+func (d *diskFlags) openStoreDevice(path string, live bool) (openDisk, error) {
+	f, err := d.openStore(path, block.Options{ReadOnly: true, Lock: readingLock(live)})
 	return f, adviseLive(err, live)
 }
 
@@ -154,7 +154,7 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 		defer origin.Close()
 		opts.Origin = origin
 	}
-	cow, err := openStoreDevice(path, o.liveRead)
+	cow, err := o.disk.openStoreDevice(path, o.liveRead)
 	if err != nil {
 		return err
 	}

@@ -10,6 +10,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/compact"
+	"github.com/dmsnap/dmsnap/source"
+	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -59,6 +61,8 @@ chunks, missing parts are read from ORIGIN.
 Give --origin whenever the origin is available. Without it, larger chunks are refused unless each is stored whole,
 and smaller chunks may lie after the end of a disk that ends within its last chunk.
 
+COW may be the address of a snapshot volume of LVM in a disk, DISK#VG/SNAP; then the origin is known.
+
 COW --punch copies nothing: it punches holes into the file COW where chunks are that no exception uses, and prints
 how much space was freed. The store and its content stay as they are.
 
@@ -93,7 +97,7 @@ func (o *compactOptions) args(args []string) error {
 		return errors.New("--punch can be combined only with --json")
 	case !o.punch && len(args) != 2:
 		return errors.New("COW and NEWCOW are required, or COW and --punch")
-	case o.dropUnchanged && o.origin == "":
+	case o.dropUnchanged && o.origin == "" && source.IsFile(args[0]):
 		return errors.New("--drop-unchanged requires --origin ORIGIN")
 	}
 	return nil
@@ -106,6 +110,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	}
 	opts := compact.Options{DropUnchanged: o.dropUnchanged, ChunkSectors: sectors}
 	inputs := []string{path}
+	var cow openDisk
 	if o.origin != "" {
 		origin, err := o.disk.openOrigin(o.origin, path, block.Options{ReadOnly: true})
 		if err != nil {
@@ -114,12 +119,21 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 		defer origin.Close()
 		opts.Origin = origin
 		inputs = append(inputs, o.origin)
-	}
-	cow, err := openCompactable(path, true)
-	if err != nil {
+	} else if sides, err := o.disk.openSides([]string{path}, false); err == nil {
+		defer sides.Close()
+		opts.Origin, cow = sides.Origin, sides.COWs[0]
+	} else if !errors.Is(err, lvm.ErrNoSnapshot) {
 		return err
 	}
-	defer cow.Close()
+	if cow == nil {
+		if cow, err = o.disk.openStore(path, block.Options{ReadOnly: true}); err != nil {
+			return err
+		}
+		defer cow.Close()
+	}
+	if err := checkStore(path, cow); err != nil {
+		return err
+	}
 	ctx, stop := untilSignal()
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "compact")
@@ -141,19 +155,6 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 		return about(out, err)
 	}
 	return o.printResult(c, out, p, made)
-}
-
-// openCompactable opens a device that holds something like a store.
-func openCompactable(path string, readOnly bool) (*block.File, error) {
-	cow, err := openDevice(path, block.Options{ReadOnly: readOnly})
-	if err != nil {
-		return nil, err
-	}
-	if err := checkStore(path, cow); err != nil {
-		cow.Close()
-		return nil, err
-	}
-	return cow, nil
 }
 
 // helpCompact says which verb helps with what compact refuses.
@@ -209,11 +210,14 @@ func (o *compactOptions) punchFile(c *cobra.Command, path string) error {
 	if info, err := os.Stat(path); err == nil && info.Mode()&os.ModeDevice != 0 && info.Mode()&os.ModeCharDevice == 0 {
 		return fmt.Errorf("%s: is a block device; --punch makes holes in files", path)
 	}
-	cow, err := openCompactable(path, false)
+	cow, err := openDevice(path, block.Options{})
 	if err != nil {
 		return err
 	}
 	defer cow.Close()
+	if err := checkStore(path, cow); err != nil {
+		return err
+	}
 	ctx, stop := untilSignal()
 	defer stop()
 	before, _, err := spaceOf(path)

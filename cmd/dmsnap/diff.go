@@ -25,10 +25,12 @@ type diffOptions struct {
 func newDiff() *cobra.Command {
 	var o diffOptions
 	c := &cobra.Command{
-		Use:   "diff ORIGIN COW [COW2]",
+		Use:   "diff {ORIGIN COW [COW2] | SNAPSHOT [SNAPSHOT2]}",
 		Short: "Show where a snapshot differs from its origin, or two snapshots from each other",
 		Long: `Show where the snapshot in COW differs from ORIGIN or, with COW2, where the snapshots in COW and COW2 differ from
 each other. Nothing is written.
+
+SNAPSHOT is the address of a snapshot volume of LVM in a disk, DISK#VG/SNAP, and stands for its origin and its COW volume.
 
 Chunks with an exception may differ; all other chunks are equal, and are not read. Thus the answer is fast and may
 be too large: a chunk is stored whole when one byte of it is written, or when the same bytes are written again, and
@@ -44,16 +46,17 @@ Formats:
 Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is incomplete.`,
 		Example: `  dmsnap diff disk.img disk.cow
   dmsnap diff --verify disk.img monday.cow tuesday.cow
+  dmsnap diff 'vm.img#vg0/before' 'vm.img#vg0/later'
   dmsnap diff --format ranges --verify disk.img disk.cow | while read off len; do
       dd if=disk.img of=copy.img iflag=skip_bytes,count_bytes oflag=seek_bytes conv=notrunc \
          skip=$off seek=$off count=$len status=none
   done`,
-		Args: cobra.RangeArgs(2, 3),
+		Args: cobra.RangeArgs(1, 3),
 		RunE: func(c *cobra.Command, args []string) error {
 			if o.asJSON {
 				o.format = "json"
 			}
-			return o.run(c, args[0], args[1:])
+			return o.run(c, args)
 		},
 	}
 	f := c.Flags()
@@ -79,36 +82,27 @@ func (o *diffOptions) printer(w io.Writer, size int64) (diff.Printer, error) {
 	return nil, fmt.Errorf("--format %q: must be text, ranges or json", o.format)
 }
 
-func (o *diffOptions) run(c *cobra.Command, originPath string, cowPaths []string) (err error) {
+func (o *diffOptions) run(c *cobra.Command, args []string) (err error) {
 	if _, err := o.printer(nil, 0); err != nil {
 		return err // before anything is opened
 	}
-	for _, p := range cowPaths {
-		if err := checkDifferent(originPath, p); err != nil {
-			return err
-		}
-	}
-	origin, err := o.disk.openOriginToRead(originPath, cowPaths[0], o.liveRead)
+	sides, err := o.disk.openSides(args, o.liveRead)
 	if err != nil {
 		return err
 	}
-	defer origin.Close()
+	defer sides.Close()
 	var stores []*store.Store
-	for _, p := range cowPaths {
-		cow, st, err := openStoreToRead(p, o.liveRead)
+	for i, cow := range sides.COWs {
+		st, err := loadStore(sides.Names[i], cow, o.liveRead)
+		if err == nil {
+			err = about(sides.Names[i], st.CheckOrigin(sides.Origin.Size()))
+		}
 		if err != nil {
-			return err
-		}
-		defer cow.Close()
-		if err := st.CheckOrigin(origin.Size()); err != nil {
-			return about(p, err)
-		}
-		if err := o.disk.checkFormat(origin, p, cow); err != nil {
 			return err
 		}
 		stores = append(stores, st)
 	}
-	d, err := diffOf(origin, stores)
+	d, err := diffOf(sides.Origin, stores)
 	if err != nil {
 		return err
 	}

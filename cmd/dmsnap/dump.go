@@ -23,6 +23,7 @@ type dumpOptions struct {
 	data      bool
 	liveRead  bool
 	force     bool
+	disk      diskFlags
 }
 
 func newDump() *cobra.Command {
@@ -54,6 +55,7 @@ If parts of the metadata can't be read, the dump marks them and has the rest; th
 	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
+	o.disk.addPVs(f)
 	c.MarkFlagsMutuallyExclusive("pack", "data")
 	c.MarkFlagsMutuallyExclusive("pack", "json")
 	c.MarkFlagsMutuallyExclusive("pack", "format")
@@ -88,7 +90,7 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 			return err
 		}
 	}
-	cow, err := openStoreDevice(path, o.liveRead)
+	cow, err := o.disk.openStoreDevice(path, o.liveRead)
 	if err != nil {
 		return err
 	}

@@ -46,7 +46,7 @@ A COW on a block device is made longer with the tool that manages the device (lv
 			if err := growFile(args[0], size); err != nil {
 				return err
 			}
-			st, err := statusOf(args[0])
+			st, err := (&diskFlags{}).statusOf(args[0])
 			if err != nil {
 				return err
 			}

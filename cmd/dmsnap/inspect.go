@@ -70,6 +70,7 @@ type nextStep struct {
 
 func newInspect() *cobra.Command {
 	var asJSON bool
+	var disk diskFlags
 	c := &cobra.Command{
 		Use:   "inspect PATH...",
 		Short: "Show what a file or device is and holds, and which verbs apply to it",
@@ -93,7 +94,7 @@ Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
-			images, parts, err := inspectAll(ctx, args)
+			images, parts, err := disk.inspectAll(ctx, args)
 			if err != nil {
 				return err
 			}
@@ -114,33 +115,45 @@ Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	disk.addPVs(c.Flags())
 	return c
 }
 
 // inspectAll examines disks and what they hold.
-func inspectAll(ctx context.Context, paths []string) ([]*inspection, *inspect.Contents, error) {
+func (d *diskFlags) inspectAll(ctx context.Context, paths []string) ([]*inspection, *inspect.Contents, error) {
 	var all []*inspection
 	var disks []inspect.Image
-	var disk []int // of each of them the place in all
+	var place []int // of each of them in all
+	var notes []string
 	for _, path := range paths {
 		// Of a whole disk the bytes themselves are looked at.
-		dev, err := source.Open(path, source.Options{ReadOnly: true, Lock: block.LockShared, Raw: fileOf(path) == path})
+		whole := fileOf(path) == path
+		dev, err := source.Open(path, source.Options{ReadOnly: true, Lock: block.LockShared, Raw: whole, PVs: d.pvs})
 		if err != nil {
 			return nil, nil, about(path, advise(err))
 		}
 		defer dev.Close()
-		d, err := inspect.Look(ctx, path, dev)
+		look, err := inspect.Look(ctx, path, dev)
 		if err != nil {
 			return nil, nil, about(path, err)
 		}
-		if fileOf(path) == path && d.Content.Role == image.RawDisk {
-			disk = append(disk, len(all))
-			disks = append(disks, inspect.Image{Path: path, Dev: dev, InUse: d.InUse})
+		inside := dev // the disk in an image
+		if whole && look.Kind == source.QCOW2 {
+			if inside, err = source.Open(path, source.Options{ReadOnly: true, Lock: block.LockShared}); err != nil {
+				notes = append(notes, fmt.Sprintf("what is in the image is not listed: %v", err))
+			} else {
+				defer inside.Close()
+			}
 		}
-		all = append(all, &inspection{Disk: d, Details: printableDetails(d.Content.Details), Table: inspect.Table{Partitions: []inspect.Partition{}}})
+		if whole && err == nil && (look.Content.Role == image.RawDisk || look.Kind == source.QCOW2) {
+			place = append(place, len(all))
+			disks = append(disks, inspect.Image{Path: path, Dev: inside, InUse: look.InUse})
+		}
+		all = append(all, &inspection{Disk: look, Details: printableDetails(look.Content.Details), Table: inspect.Table{Partitions: []inspect.Partition{}}})
 	}
 	parts := inspect.Parts(disks)
-	for n, i := range disk {
+	parts.Warnings = append(parts.Warnings, notes...)
+	for n, i := range place {
 		all[i].Table = parts.Tables[n]
 	}
 	for _, i := range all {

@@ -18,6 +18,7 @@ import (
 
 func newList() *cobra.Command {
 	var asJSON, liveRead bool
+	var disk diskFlags
 	c := &cobra.Command{
 		Use:   "list COW",
 		Short: "List the exceptions of a store as runs",
@@ -31,7 +32,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or damage
   dmsnap list --json disk.cow`,
 		Args: cobra.ExactArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
-			cow, st, err := openStoreToRead(args[0], liveRead)
+			cow, st, err := disk.openStoreToRead(args[0], liveRead)
 			if err != nil {
 				return err
 			}
@@ -48,6 +49,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or damage
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&liveRead, "live-read", false, "read a store that is in use")
+	disk.addPVs(c.Flags())
 	return c
 }
 
@@ -57,23 +59,29 @@ const largestDisk = math.MaxInt64
 
 // openStoreToRead loads a store that is valid and complete. A store that has a writer is refused, unless live is set;
 // then the result is the state of the disk a moment ago.
-func openStoreToRead(path string, live bool) (openDisk, *store.Store, error) {
-	cow, err := openStoreDevice(path, live)
+func (d *diskFlags) openStoreToRead(path string, live bool) (openDisk, *store.Store, error) {
+	cow, err := d.openStoreDevice(path, live)
 	if err != nil {
 		return nil, nil, err
 	}
-	var st *store.Store
-	if err = checkStore(path, cow); err == nil {
-		st, err = inspect.OpenStore(cow, live && block.HasWriter(fileOf(path)))
+	st, err := loadStore(path, cow, live)
+	if err != nil {
+		cow.Close()
+		return nil, nil, err
 	}
+	return cow, st, nil
+}
+
+// loadStore loads the store on an open device; see openStoreToRead.
+func loadStore(path string, cow block.Device, live bool) (*store.Store, error) {
+	if err := checkStore(path, cow); err != nil {
+		return nil, err
+	}
+	st, err := inspect.OpenStore(cow, live && block.HasWriter(fileOf(path)))
 	if err == nil {
 		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))
 	}
-	if err != nil {
-		cow.Close()
-		return nil, nil, about(path, err)
-	}
-	return cow, st, nil
+	return st, about(path, err)
 }
 
 func listText(ctx context.Context, w io.Writer, path string, st *store.Store) error {

@@ -72,7 +72,7 @@ func (o *mapOptions) run(c *cobra.Command, path string) error {
 	if err := o.checkOutputs(inputs); err != nil {
 		return err
 	}
-	cow, st, err := openStoreToRead(path, o.liveRead)
+	cow, st, err := o.disk.openStoreToRead(path, o.liveRead)
 	if err != nil {
 		return err
 	}

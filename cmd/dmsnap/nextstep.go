@@ -1,6 +1,7 @@
 package main
 
 import (
+	"slices"
 	"strings"
 
 	"github.com/dmsnap/dmsnap/check"
@@ -28,15 +29,18 @@ func (i *inspection) next(groups []inspect.Group) []nextStep {
 	case kind.Role != image.RawDisk:
 		return []nextStep{}
 	}
-	steps := i.nextForDisk(nextForVolumes(i.Path, groups))
+	steps := nextForVolumes(i.Path, groups)
+	inGroup := slices.ContainsFunc(groups, func(g inspect.Group) bool { return slices.Contains(g.Images, i.Path) })
+	steps = i.nextForDisk(steps, inGroup)
 	if kind == image.Unknown {
 		steps = append(steps, nextStep{command("repair", i.Path, "NEWCOW", "--chunk-size", "4KiB"), "if it was a COW device whose header is lost"})
 	}
 	return steps
 }
 
-// nextForDisk returns the commands for a disk, which can be an origin, after those for the volumes on it.
-func (i *inspection) nextForDisk(steps []nextStep) []nextStep {
+// nextForDisk returns the commands for a disk, which can be an origin, after those for the volumes on it. inGroup says that it is
+// part of a volume group.
+func (i *inspection) nextForDisk(steps []nextStep, inGroup bool) []nextStep {
 	if m := i.Merging; m != nil && m.COW != "" {
 		return append(steps, nextStep{command("merge", i.Path, m.COW), "to complete the merge that has begun"})
 	}
@@ -56,7 +60,7 @@ func (i *inspection) nextForDisk(steps []nextStep) []nextStep {
 				nextStep{command("merge", i.Path, b.Path), "to merge the snapshot into the disk"})
 		}
 	}
-	if len(steps) == 0 {
+	if len(steps) == 0 && !inGroup {
 		why := "to create a snapshot of this disk"
 		if i.Content.Kind == image.Unknown || i.Content.Kind == image.Zeros {
 			why = "if it is a raw disk, to create a snapshot of it"
@@ -72,6 +76,9 @@ func nextForVolumes(path string, groups []inspect.Group) []nextStep {
 	for _, g := range groups {
 		if len(g.Images) == 0 || g.Images[0] != path {
 			continue
+		}
+		if len(g.Missing) > 0 {
+			steps = append(steps, nextStep{command(append(append([]string{"inspect"}, g.Images...), "DISK")...), "to list the volumes together with the disk that holds a missing physical volume"})
 		}
 		for _, v := range g.Volumes {
 			var verb, why string

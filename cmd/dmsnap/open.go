@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source"
+	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
@@ -23,7 +24,11 @@ import (
 func about(path string, err error) error { return block.WithPath(path, err) }
 
 // openDevice opens a path as a device; the error names the path.
+// Parts of disks are refused: they are not changed in place.
 func openDevice(path string, o block.Options) (*block.File, error) {
+	if a, err := address.Parse(path); err == nil && !a.Plain() {
+		return nil, fmt.Errorf("%s: a part of a disk can't be changed in place; a file or a block device as a whole is required", path)
+	}
 	return cowfile.OpenDevice(path, o)
 }
 
@@ -36,6 +41,7 @@ type diskFlags struct {
 	backing, data string
 	certificates  string
 	reconnect     time.Duration
+	pvs           []string
 }
 
 // addRaw adds the flag of every verb that takes an origin.
@@ -43,9 +49,15 @@ func (d *diskFlags) addRaw(f *pflag.FlagSet) {
 	f.BoolVar(&d.raw, "raw", false, "use the bytes of ORIGIN as the disk, even if it looks like an image of another format")
 }
 
+// addPVs adds the flag of every verb that takes an address.
+func (d *diskFlags) addPVs(f *pflag.FlagSet) {
+	f.StringArrayVar(&d.pvs, "pv", nil, "of an address DISK#VG/LV: a further disk with physical volumes of the group (repeatable)")
+}
+
 // add adds all flags.
 func (d *diskFlags) add(f *pflag.FlagSet) {
 	d.addRaw(f)
+	d.addPVs(f)
 	f.BoolVar(&d.follow, "follow-backing", false, "open the backing files that a qcow2 image names: relative names, below the image's folder")
 	f.StringVar(&d.backing, "backing-file", "", "open this file as the backing file of the qcow2 image, whatever the image names")
 	f.StringVar(&d.data, "data-file", "", "open this file as the external data file of the qcow2 image")
@@ -56,7 +68,7 @@ func (d *diskFlags) add(f *pflag.FlagSet) {
 // options are those of package source.
 func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
-		DataFile: d.data, NBD: source.NBDOptions{Reconnect: d.reconnect}}
+		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect}}
 	var err error
 	if d.certificates != "" {
 		s.NBD.TLS, err = source.LoadTLS(d.certificates)
@@ -82,12 +94,6 @@ func (d *diskFlags) openOrigin(name, cowName string, o block.Options) (openDisk,
 	}
 	disk, err := source.OpenOriginOf(name, cowName, s)
 	return disk, advise(err)
-}
-
-// openOriginToRead is openOrigin for reading. An origin that has a writer is refused, unless live is set.
-func (d *diskFlags) openOriginToRead(name, cowName string, live bool) (openDisk, error) {
-	disk, err := d.openOrigin(name, cowName, block.Options{ReadOnly: true, Lock: readingLock(live)})
-	return disk, adviseLive(err, live)
 }
 
 // checkFormat refuses a store that records another format than its origin was opened in.
@@ -133,9 +139,26 @@ func (d *diskFlags) openPair(originName, cowName string, o block.Options) (origi
 }
 
 // openStore opens a device that holds a store: of a snapshot volume its COW volume. The error names it.
-func openStore(name string, o block.Options) (openDisk, error) {
-	disk, err := source.OpenStore(name, source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used})
+func (d *diskFlags) openStore(name string, o block.Options) (openDisk, error) {
+	s, err := d.options(o)
+	if err != nil {
+		return nil, err
+	}
+	disk, err := source.OpenStore(name, s)
 	return disk, advise(err)
+}
+
+// openSides opens an origin and one or two stores, or snapshot volumes, for a verb that has --live-read.
+func (d *diskFlags) openSides(names []string, live bool) (*source.Sides, error) {
+	s, err := d.options(block.Options{Lock: readingLock(live)})
+	if err != nil {
+		return nil, err
+	}
+	sides, err := source.OpenSides(names, s)
+	if errors.Is(err, lvm.ErrNoSnapshot) {
+		err = fmt.Errorf("%w; ORIGIN and COW are required, or the address of a snapshot volume", err)
+	}
+	return sides, adviseLive(advise(err), live)
 }
 
 // fileOf is the file or URI of a disk's name.

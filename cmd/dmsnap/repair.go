@@ -18,6 +18,7 @@ import (
 
 type repairOptions struct {
 	chunkSize sizeFlag
+	disk      diskFlags
 	inPlace   bool
 	undo      string
 	undoApply string
@@ -53,7 +54,7 @@ the origin. dmsnap check finds no problem in the result. Of two slots that use t
 a lost range shows the current content of the origin.
 
 COW NEWCOW copies into a new file and leaves COW as it is. NEWCOW gets its name when it is complete and durable; an
-existing file is replaced only with --force.
+existing file is replaced only with --force. COW may be the address of a snapshot volume of LVM in a disk: DISK#VG/SNAP.
 
 --in-place changes COW itself, after --undo FILE holds everything that will be overwritten. COW --undo-apply FILE
 undoes the repair, also an incomplete one.
@@ -79,6 +80,7 @@ With --chunk-size, a damaged header is ignored. A store that is marked invalid i
 	f.StringVar(&o.undoApply, "undo-apply", "", "undo the repair that wrote this file")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	f.BoolVar(&o.force, "force", false, "replace NEWCOW, or the undo file, if it exists")
+	o.disk.addPVs(f)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
 }
@@ -100,33 +102,29 @@ func (o *repairOptions) args(args []string) error {
 	return nil
 }
 
-// plan opens the store and plans its repair.
-func (o *repairOptions) plan(ctx context.Context, path string, readOnly bool, bar *progressBar) (*block.File, *repair.Plan, error) {
+// plan plans the repair of a store.
+func (o *repairOptions) plan(ctx context.Context, path string, cow block.Device, bar *progressBar) (*repair.Plan, error) {
 	sectors, err := o.chunkSize.orHeader()
 	if err != nil {
-		return nil, nil, err
-	}
-	cow, err := openDevice(path, block.Options{ReadOnly: readOnly})
-	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	p, err := repair.NewPlan(ctx, cow, repair.Options{ChunkSectors: sectors, Progress: bar.show})
-	if err != nil {
-		cow.Close()
-		return nil, nil, about(path, err)
-	}
-	return cow, p, nil
+	return p, about(path, err)
 }
 
 func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
 	ctx, stop := untilSignal()
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "repair")
-	cow, p, err := o.plan(ctx, path, true, bar)
+	cow, err := o.disk.openStore(path, block.Options{ReadOnly: true})
 	if err != nil {
 		return err
 	}
 	defer cow.Close()
+	p, err := o.plan(ctx, path, cow, bar)
+	if err != nil {
+		return err
+	}
 	err = writeOutputDevice(out, o.force, []string{path}, p.Size(), func(dst *block.File) error {
 		return p.Fresh(ctx, dst)
 	})
@@ -141,8 +139,13 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 	ctx, stop := untilSignal()
 	defer stop()
 	bar := newProgress(c.ErrOrStderr(), "repair")
-	cow, p, err := o.plan(ctx, path, false, bar)
+	cow, err := openDevice(path, block.Options{})
 	if err != nil {
+		return err
+	}
+	p, err := o.plan(ctx, path, cow, bar)
+	if err != nil {
+		cow.Close()
 		return err
 	}
 	saved := false

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -8,6 +9,7 @@ import (
 	"image/color"
 	"io"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -15,6 +17,8 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/rescue"
+	"github.com/dmsnap/dmsnap/source"
+	"github.com/dmsnap/dmsnap/source/lvm"
 )
 
 // rescueResult is what rescue prints as JSON.
@@ -38,7 +42,7 @@ type rescueOptions struct {
 func newRescue() *cobra.Command {
 	var o rescueOptions
 	c := &cobra.Command{
-		Use:   "rescue {ORIGIN COW OUT | --revalidate COW NEWCOW | --revalidate COW --in-place --undo FILE}",
+		Use:   "rescue {ORIGIN COW OUT | SNAPSHOT OUT | --revalidate COW NEWCOW | --revalidate COW --in-place --undo FILE}",
 		Short: "Recover data from an invalid or damaged snapshot",
 		Long: `Recover the data of an invalid or damaged snapshot. OUT, a sparse raw image ("-" is standard output), gets
 everything that can be read, and each range has a class:
@@ -49,6 +53,8 @@ everything that can be read, and each range has a class:
 
 --map FILE writes the classes as a table ("OFFSET LENGTH CLASS" in bytes), as JSON if FILE ends in .json, or as a
 picture of the disk if it ends in .svg or .png; "-" is standard output.
+SNAPSHOT is the address of a snapshot volume of LVM in a disk, DISK#VG/SNAP, and stands for its origin and its COW volume.
+
 --dry-run reads only the store. With --chunk-size, a damaged header is ignored.
 
 --revalidate makes a store that is marked invalid loadable again, by a kernel, LVM or dmsnap serve: a copy of it,
@@ -60,6 +66,7 @@ Nothing is written to ORIGIN nor, without --in-place, to COW. An ORIGIN or COW i
 it nevertheless, and then only chunks with an exception are certain.`,
 		Example: `  dmsnap rescue disk.img invalid.cow old.img --map old.map
   dmsnap rescue --dry-run disk.img invalid.cow
+  dmsnap rescue 'vm.img#vg0/later' later.img
   dmsnap rescue --revalidate invalid.cow again.cow
   dmsnap rescue --revalidate invalid.cow --in-place --undo invalid.undo`,
 		Args: func(c *cobra.Command, args []string) error {
@@ -72,8 +79,8 @@ it nevertheless, and then only chunks with an exception are certain.`,
 				return errors.New("--in-place takes one COW and no NEWCOW")
 			case o.revalidate && !o.inPlace && len(args) != 2:
 				return errors.New("--revalidate requires COW and NEWCOW, or COW and --in-place --undo FILE")
-			case !o.revalidate && o.dryRun && len(args) != 2 && len(args) != 3, !o.revalidate && !o.dryRun && len(args) != 3:
-				return errors.New("ORIGIN, COW and OUT are required")
+			case !o.revalidate && (len(args) > 3 || len(args) < 2 && !(o.dryRun && len(args) == 1)):
+				return errors.New("ORIGIN, COW and OUT are required, or the address of a snapshot volume and OUT")
 			}
 			return nil
 		},
@@ -104,45 +111,64 @@ it nevertheless, and then only chunks with an exception are certain.`,
 	return c
 }
 
+// rescued is what is rescued from, and where to.
+type rescued struct {
+	*source.Sides
+	inputs []string // names of what is read: ORIGIN COW, or a snapshot volume
+	out    string   // empty: there is none
+}
+
+// open opens what args name.
+func (o *rescueOptions) open(args []string) (r rescued, err error) {
+	r.inputs = args[:max(1, len(args)-1)]
+	if r.Sides, err = o.disk.openSides(r.inputs, o.liveRead); errors.Is(err, lvm.ErrNoSnapshot) && o.dryRun && len(args) == 2 {
+		r.inputs = args // and no OUT
+		r.Sides, err = o.disk.openSides(args, o.liveRead)
+	}
+	if errors.Is(err, lvm.ErrNoSnapshot) && !o.dryRun {
+		err = fmt.Errorf("%w, in front of OUT", err)
+	}
+	if len(r.inputs) < len(args) {
+		r.out = args[len(args)-1]
+	}
+	return r, err
+}
+
 func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
-	if !o.dryRun && args[2] == standardOutput {
+	if !o.dryRun && args[len(args)-1] == standardOutput {
 		if err := checkNoTerminal(c, "redirect it"); err != nil {
 			return err
 		}
 	}
-	origin, err := o.disk.openOriginToRead(args[0], args[1], o.liveRead)
+	from, err := o.open(args)
 	if err != nil {
 		return err
 	}
-	defer origin.Close()
-	cow, err := openStoreDevice(args[1], o.liveRead)
-	if err != nil {
-		return err
-	}
-	defer cow.Close()
-	look := rescue.Options{Live: o.liveRead && (block.HasWriter(fileOf(args[0])) || block.HasWriter(fileOf(args[1])))}
+	defer from.Close()
+	cowName := from.Names[0]
+	look := rescue.Options{Live: o.liveRead && (block.HasWriter(fileOf(from.inputs[0])) || block.HasWriter(fileOf(cowName)))}
 	if o.chunkSize.set {
 		if look.ChunkSectors, err = o.chunkSize.chunkSectors(); err != nil {
 			return err
 		}
 	}
 	if o.mapFile != "" {
-		if err := o.checkMap(args); err != nil {
+		if err := o.checkMap(from); err != nil {
 			return err
 		}
 	}
 	ctx, stop := untilSignal()
 	defer stop()
-	r, err := rescue.Open(ctx, origin, cow, look)
+	r, err := rescue.Open(ctx, from.Origin, from.COWs[0], look)
 	if err != nil {
-		return about(args[1], err)
+		return about(cowName, err)
 	}
 	var ranges []rescue.Range
 	if o.dryRun {
 		ranges = r.Plan()
 	} else {
 		bar := newProgress(c.ErrOrStderr(), "rescue")
-		ranges, err = o.writeImage(ctx, c, r, args, func(out block.Device) ([]rescue.Range, error) {
+		ranges, err = o.writeImage(ctx, c, r, from, func(out block.Device) ([]rescue.Range, error) {
 			return r.Write(ctx, out, func(done int64) { bar.show(done, r.Size()) })
 		})
 		bar.end()
@@ -150,17 +176,25 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 			return err
 		}
 	}
-	return o.printResult(c, r, ranges, args)
+	return o.printResult(c, r, ranges, from)
+}
+
+// all are the names of what is read and written.
+func (r rescued) all() []string {
+	if r.out == "" {
+		return r.inputs
+	}
+	return append(slices.Clone(r.inputs), r.out)
 }
 
 // checkMap refuses a map that can't be written, before there is any work.
-func (o *rescueOptions) checkMap(args []string) error {
-	if len(args) > 2 && filepath.Clean(args[2]) == filepath.Clean(o.mapFile) {
+func (o *rescueOptions) checkMap(from rescued) error {
+	if from.out != "" && filepath.Clean(from.out) == filepath.Clean(o.mapFile) {
 		return fmt.Errorf("%s: the image and its map can't be the same file", o.mapFile)
 	}
 	switch {
 	case o.mapFile != standardOutput:
-		return checkOutput(o.mapFile, o.force, args)
+		return checkOutput(o.mapFile, o.force, from.all())
 	case o.asJSON:
 		return errors.New("--map - and --json can't both go to standard output")
 	}
@@ -168,16 +202,16 @@ func (o *rescueOptions) checkMap(args []string) error {
 }
 
 // writeImage has fill write the image to OUT.
-func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *rescue.Rescue, args []string,
+func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *rescue.Rescue, from rescued,
 	fill func(block.Device) ([]rescue.Range, error)) (ranges []rescue.Range, err error) {
-	if args[2] == standardOutput {
-		err = writeImageToStandardOutput(ctx, c, args[:2], r.Size(), func(out block.Device) error {
+	if from.out == standardOutput {
+		err = writeImageToStandardOutput(ctx, c, from.inputs, r.Size(), func(out block.Device) error {
 			ranges, err = fill(out)
 			return err
 		})
 		return ranges, err
 	}
-	err = writeOutputDevice(args[2], o.force, args[:2], r.Size(), func(f *block.File) error {
+	err = writeOutputDevice(from.out, o.force, from.inputs, r.Size(), func(f *block.File) error {
 		ranges, err = fill(f)
 		return err
 	})
@@ -185,7 +219,7 @@ func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *res
 }
 
 // printResult prints the totals, and writes the map.
-func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, args []string) error {
+func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, from rescued) error {
 	sum := rescue.Totals(ranges)
 	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], r.Behind(), ranges, []string{}}
 	for _, f := range r.Report().Findings {
@@ -193,7 +227,7 @@ func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges [
 	}
 	if o.mapFile != "" {
 		write := func(w io.Writer) error { return writeMap(w, ranges, filepath.Ext(o.mapFile)) }
-		if err := writePicture(c, o.mapFile, o.force, args, write); err != nil {
+		if err := writePicture(c, o.mapFile, o.force, from.all(), write); err != nil {
 			return err
 		}
 	}
@@ -207,9 +241,9 @@ func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges [
 	}
 	behind := ""
 	if result.Behind > 0 {
-		behind = fmt.Sprintf("; %s more are kept for what is after the end of %s, which is too small, and are omitted", bytesText(result.Behind), args[0])
+		behind = fmt.Sprintf("; %s more are kept for what is after the end of %s, which is too small, and are omitted", bytesText(result.Behind), from.inputs[0])
 	}
-	return printf(c, "%s: %s certain, %s doubtful, %s lost%s\n", args[len(args)-1],
+	return printf(c, "%s: %s certain, %s doubtful, %s lost%s\n", cmp.Or(from.out, from.Names[0]),
 		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost), behind)
 }
 

@@ -29,7 +29,7 @@ func (o *rescueOptions) say(c *cobra.Command, v *rescue.Revalidation, cowPath st
 
 // copyValid makes the copy of --revalidate.
 func (o *rescueOptions) copyValid(c *cobra.Command, cowPath, newPath string) error {
-	cow, err := openStoreDevice(cowPath, o.liveRead)
+	cow, err := o.disk.openStoreDevice(cowPath, o.liveRead)
 	if err != nil {
 		return err
 	}

@@ -132,7 +132,7 @@ func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
 		if path == "" {
 			continue
 		}
-		cow, err := openStore(path, block.Options{ReadOnly: true})
+		cow, err := o.disk.openStore(path, block.Options{ReadOnly: true})
 		if err != nil {
 			return nil, opened, err
 		}

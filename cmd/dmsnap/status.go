@@ -17,6 +17,7 @@ import (
 func newStatus() *cobra.Command {
 	var control string
 	var asJSON bool
+	var disk diskFlags
 	c := &cobra.Command{
 		Use:   "status {COW | --control PATH}",
 		Short: "Show the status of a snapshot or a server",
@@ -44,7 +45,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 			if control != "" {
 				return serverStatus(c, control, asJSON)
 			}
-			st, err := statusOf(args[0])
+			st, err := disk.statusOf(args[0])
 			if err != nil {
 				return err
 			}
@@ -56,12 +57,13 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 	}
 	c.Flags().StringVar(&control, "control", "", "control socket of a running server")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	disk.addPVs(c.Flags())
 	return c
 }
 
 // statusOf returns the status of the store on path, as it is on disk.
-func statusOf(path string) (inspect.Status, error) {
-	cow, err := openStore(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+func (d *diskFlags) statusOf(path string) (inspect.Status, error) {
+	cow, err := d.openStore(path, block.Options{ReadOnly: true, Lock: block.LockShared})
 	if err != nil {
 		return inspect.Status{}, err
 	}

@@ -213,17 +213,23 @@ func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, erro
 	return group.Volume(a.Volume)
 }
 
-// OpenBeneath returns what the snapshot volume that a names is made of: the part of its origin that it shows, and its COW volume,
-// both for reading. Disks and errors are as for Open; a may be any address: lvm.ErrNoSnapshot.
-func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (origin, cow block.Device, err error) {
+// Beneath is what a snapshot volume is made of, for reading.
+type Beneath struct {
+	Origin block.Device // the part of its origin that it shows
+	COW    block.Device
+	Volume *lvm.Volume
+}
+
+// OpenBeneath opens what the snapshot volume that a names is made of. Disks and errors are as for Open; a may be any address:
+// lvm.ErrNoSnapshot.
+func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (b Beneath, err error) {
 	err = lvm.ErrNoSnapshot
 	if a.MayBeSnapshot() {
-		var v *lvm.Volume
-		if v, err = volume(a, disk, further); err == nil {
-			origin, cow, err = v.OpenBeneath()
+		if b.Volume, err = volume(a, disk, further); err == nil {
+			b.Origin, b.COW, err = b.Volume.OpenBeneath()
 		}
 	}
-	return origin, cow, block.WithPath(a.String(), err)
+	return b, block.WithPath(a.String(), err)
 }
 
 // MayBeSnapshot reports whether a has the form of the address of a snapshot volume.

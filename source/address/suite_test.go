@@ -90,22 +90,22 @@ func TestOpenBeneath(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			origin, cow, err := OpenBeneath(a, disk)
+			b, err := OpenBeneath(a, disk)
 			if err != nil {
 				t.Fatal(err)
 			}
-			st, err := store.OpenToRead(cow)
+			st, err := store.OpenToRead(b.COW)
 			if err != nil {
 				t.Fatal(err)
 			}
-			view, err := store.NewView(origin, st)
+			view, err := store.NewView(b.Origin, st)
 			if err != nil {
 				t.Fatal(err)
 			}
 			if !bytes.Equal(readAll(t, view), readAll(t, openText(t, text, disk))) {
 				t.Errorf("%s %s: other bytes than the volume's", name, text)
 			}
-			blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return origin })
+			blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return b.Origin })
 		}
 	}
 	disk := fixture(t, "gpt")
@@ -114,7 +114,7 @@ func TestOpenBeneath(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := OpenBeneath(a, disk); !errors.Is(err, lvm.ErrNoSnapshot) {
+		if _, err := OpenBeneath(a, disk); !errors.Is(err, lvm.ErrNoSnapshot) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}
