@@ -23,17 +23,12 @@ func volumeRow(name string, j job, bytes bool) row {
 		r.unit = "MiB/s"
 	}
 	r.run = func(ctx context.Context, l *lab, c contender, round int) (s sample, err error) {
-		disk := l.path("volume.disk")
-		if err := unpackDisk(disk); err != nil {
+		volume, image, err := l.volume(ctx)
+		if err != nil {
 			return s, err
 		}
-		image := disk + "#vg/plain"
-		if c.key == ourRaw {
-			volume := image
-			image = l.path("volume.img")
-			if err := command(ctx, l.binary, "export", "--force", volume, image); err != nil {
-				return s, err
-			}
+		if c.key == ours {
+			image = volume
 		}
 		t, err := l.open(ctx, find(ourRaw), "", image)
 		if err != nil {
@@ -49,6 +44,20 @@ func volumeRow(name string, j job, bytes bool) row {
 		return got.sample(bytes), err
 	}
 	return r
+}
+
+// volume returns the address of a logical volume, and an image with its content. They are made once.
+func (l *lab) volume(ctx context.Context) (volume, image string, err error) {
+	disk := l.path("volume.disk")
+	volume, image = disk+"#vg/plain", l.path("volume.img")
+	if _, err := os.Stat(image); err == nil {
+		return volume, image, nil
+	}
+	if err := unpackDisk(disk); err != nil {
+		return "", "", err
+	}
+	defer settle()
+	return volume, image, command(ctx, l.binary, "export", volume, image)
 }
 
 // unpackDisk writes the disk to path.

@@ -9,15 +9,9 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-)
 
-// exported returns what export writes.
-func exported(t *testing.T, args ...string) []byte {
-	t.Helper()
-	out := filepath.Join(t.TempDir(), "exported")
-	mustRun(t, append(append([]string{"export"}, args...), out)...)
-	return readFile(t, out)
-}
+	"github.com/dmsnap/dmsnap/inspect"
+)
 
 // sideBySide are the arguments of a snapshot volume as an origin and a COW volume.
 type sideBySide struct{ snapshot, origin, cow string }
@@ -63,7 +57,7 @@ func TestSnapshotVolumeOfGrownOrigin(t *testing.T) {
 	inLVMCase(t, "two-pvs")
 	const size = 3670016 // of the snapshot; the origin has 4456448 bytes
 	pv := []string{"--pv", "disk1.img"}
-	var ranges []diffRange
+	var ranges []struct{ Start, Length int64 }
 	o := dmsnap(append([]string{"diff", "--json", "disk0.img#vg/snap"}, pv...)...)
 	if err := json.Unmarshal([]byte(o.out), &ranges); err != nil {
 		t.Fatalf("%v: %+v", err, o)
@@ -81,7 +75,7 @@ func TestSnapshotVolumeOfGrownOrigin(t *testing.T) {
 func TestSnapshotVolumeStore(t *testing.T) {
 	inLVMCase(t, "gpt")
 	s, want := laterOfGPT, exported(t, "disk0.img#vg0/later")
-	exceptions := mustJSON[mapResult](t, "map", s.cow).Exceptions
+	exceptions := mustJSON[inspect.Map](t, "map", s.cow).Exceptions
 	if exceptions == 0 {
 		t.Fatal("no exceptions")
 	}
@@ -91,7 +85,7 @@ func TestSnapshotVolumeStore(t *testing.T) {
 			t.Errorf("%v:\n%s\nof the COW volume\n%s", verb, text, by)
 		}
 	}
-	if m := mustJSON[mapResult](t, "map", s.snapshot, "--origin", s.origin); m.Exceptions != exceptions || !m.DiskKnown || m.DiskBytes != 6<<20 {
+	if m := mustJSON[inspect.Map](t, "map", s.snapshot, "--origin", s.origin); m.Exceptions != exceptions || !m.DiskKnown || m.DiskBytes != 6<<20 {
 		t.Errorf("map: %+v", m)
 	}
 	mustRun(t, "check", s.snapshot, "--origin", "disk0.img#vg0/root")
