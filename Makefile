@@ -21,9 +21,13 @@ demo: build ## the main job end to end on a real file system image
 	$(GO) run ./demo -dmsnap $(BIN)
 
 .PHONY: test
-test: check-format ## formatting, vet, and all tests that need nothing but Go (DMSNAP_TEST_HOST=1, as root: loop devices and mounts, too)
+test: check-format ## formatting, vet, and all tests that need nothing but Go: @TEST@ (DMSNAP_TEST_HOST=1, as root: loop devices and mounts, too)
 	$(GO) vet $(TESTED)
-	$(GO) test $(TESTED)
+	$(GO) test -shuffle=on $(TESTED)
+
+.PHONY: test-short
+test-short: ## the same tests without the long random ones: @SHORT@
+	$(GO) test -short -shuffle=on $(TESTED)
 
 .PHONY: check
 check: check-format lint check-modules check-generated check-builds check-vulnerabilities ## what CI checks beside the tests: linters, modules, generated pages, other processors
