@@ -249,6 +249,15 @@ const (
 	ReadsZero                         // reads as zeros
 )
 
+// A Range is Length bytes from byte Off on.
+type Range struct {
+	Off    int64 `json:"offset"`
+	Length int64 `json:"length"`
+}
+
+// String is "0-511", the first and the last byte.
+func (r Range) String() string { return fmt.Sprintf("%d-%d", r.Off, r.Off+r.Length-1) }
+
 // An Extent is a run of bytes with the same flags.
 type Extent struct {
 	Length int64 // bytes, > 0

@@ -41,15 +41,9 @@ type Options struct {
 	Progress func(done, total int64)
 }
 
-// A Range is bytes of the origin.
-type Range struct {
-	Off    int64 `json:"offset"`
-	Length int64 `json:"length"`
-}
-
 // A Lost range had an exception that was dropped because of the problem Code.
 type Lost struct {
-	Range
+	block.Range
 	Code check.Code `json:"code"`
 }
 
@@ -127,20 +121,20 @@ func (p *Plan) Bytes() int64 { return int64(len(p.kept)) * p.l.ChunkBytes() }
 func (p *Plan) Layout() ondisk.Layout { return p.l }
 
 // Kept returns the ranges of the origin that have an exception which is kept, ascending.
-func (p *Plan) Kept() []Range {
+func (p *Plan) Kept() []block.Range {
 	olds := make([]ondisk.OriginChunk, len(p.kept))
 	for i, e := range p.kept {
 		olds[i] = e.Old
 	}
 	slices.Sort(olds)
-	var ranges []Range
+	var ranges []block.Range
 	for _, old := range olds {
 		off := p.l.OriginOffset(old)
 		if k := len(ranges) - 1; k >= 0 && ranges[k].Off+ranges[k].Length == off {
 			ranges[k].Length += p.l.ChunkBytes()
 			continue
 		}
-		ranges = append(ranges, Range{off, p.l.ChunkBytes()})
+		ranges = append(ranges, block.Range{Off: off, Length: p.l.ChunkBytes()})
 	}
 	return ranges
 }
@@ -163,7 +157,7 @@ func (p *Plan) Lost() []Lost {
 			lost[k].Length += p.l.ChunkBytes()
 			continue
 		}
-		lost = append(lost, Lost{Range{off, p.l.ChunkBytes()}, code})
+		lost = append(lost, Lost{block.Range{Off: off, Length: p.l.ChunkBytes()}, code})
 	}
 	return lost
 }

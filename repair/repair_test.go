@@ -162,7 +162,7 @@ func TestUnreadableData(t *testing.T) {
 	if err := p.Fresh(t.Context(), out); err != nil {
 		t.Fatal(err)
 	}
-	want := []repair.Lost{{Range: repair.Range{Off: 7 * 4096, Length: 4096}, Code: check.Unreadable}}
+	want := []repair.Lost{{Range: block.Range{Off: 7 * 4096, Length: 4096}, Code: check.Unreadable}}
 	if got := p.Lost(); !reflect.DeepEqual(got, want) || p.Len() != 2 {
 		t.Errorf("lost %v, kept %d", got, p.Len())
 	}

@@ -13,7 +13,7 @@ const maxUnsynced = 256 << 10
 
 // reservation is one entry of the queue.
 type reservation struct {
-	run
+	Run
 	done bool
 }
 
@@ -62,14 +62,14 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 	if err := s.allocate(s.next+ondisk.COWChunk(n), n); err != nil {
 		return Reservation{}, err
 	}
-	e := &reservation{run: run{old, s.next, n}}
+	e := &reservation{Run: Run{old, s.next, n}}
 	s.queue = append(s.queue, e)
 	s.next += ondisk.COWChunk(n)
 	if !s.transient {
 		s.next = s.layout.NextData(s.next)
 		s.reserved = s.advance(s.reserved, n)
 	}
-	return Reservation{Old: old, New: e.new, Count: n, store: s, entry: e}, nil
+	return Reservation{Old: old, New: e.New, Count: n, store: s, entry: e}, nil
 }
 
 // spaceStep is how much space is reserved at once beyond what is needed: an eighth of what is in use, at least 64 KiB
@@ -234,14 +234,14 @@ func (r Reservation) Cancel() {
 		return
 	}
 	if !s.transient {
-		s.reserved = s.retreat(s.reserved, r.entry.n)
+		s.reserved = s.retreat(s.reserved, r.entry.Count)
 	}
 	if last := len(s.queue) - 1; s.queue[last] == r.entry {
-		s.next = r.entry.new
+		s.next = r.entry.New
 		s.queue = s.queue[:last]
 		s.space = min(s.space, s.layout.COWOffset(s.next)) // a copy that failed may have made holes
 	}
-	r.entry.n = 0
+	r.entry.Count = 0
 	r.entry.done = true
 	s.completeReady()
 }
@@ -249,7 +249,7 @@ func (r Reservation) Cancel() {
 // completeReady removes from the queue what has completed in order. s.mu is held.
 func (s *Store) completeReady() {
 	for len(s.queue) > 0 && s.queue[0].done {
-		s.complete(s.queue[0].run)
+		s.complete(s.queue[0].Run)
 		s.queue[0] = nil
 		s.queue = s.queue[1:]
 	}
@@ -257,15 +257,15 @@ func (s *Store) completeReady() {
 }
 
 // complete removes a run from the queue, in order. s.mu is held.
-func (s *Store) complete(r run) {
-	if s.transient || r.n == 0 {
+func (s *Store) complete(r Run) {
+	if s.transient || r.Count == 0 {
 		return
 	}
-	s.pos = s.advance(s.pos, r.n)
-	s.unsynced += r.n
+	s.pos = s.advance(s.pos, r.Count)
+	s.unsynced += r.Count
 	if k := len(s.ready); k > 0 {
-		if last := &s.ready[k-1]; last.old+ondisk.OriginChunk(last.n) == r.old && last.new+ondisk.COWChunk(last.n) == r.new {
-			last.n += r.n
+		if last := &s.ready[k-1]; last.Old+ondisk.OriginChunk(last.Count) == r.Old && last.New+ondisk.COWChunk(last.Count) == r.New {
+			last.Count += r.Count
 			return
 		}
 	}

@@ -101,7 +101,7 @@ type Store struct {
 	reserved  position       // of the next reservation
 	pos       position       // of the next exception that completes in order
 	queue     []*reservation // not yet completed in order, oldest first
-	ready     []run          // completed in order, not yet durable
+	ready     []Run          // completed in order, not yet durable
 	unsynced  uint64         // exceptions in ready
 	space     int64          // device bytes from the last area on to here have their space reserved
 	openArea  uint64         // the area in use when space was first reserved
@@ -125,13 +125,6 @@ type Store struct {
 	syncs     atomic.Uint64
 	syncTook  latency.Recorder // the rounds
 	copyWaits latency.Recorder
-}
-
-// run is exceptions whose chunks are consecutive on both sides.
-type run struct {
-	old ondisk.OriginChunk
-	new ondisk.COWChunk
-	n   uint64
 }
 
 // metaBlock is the unit in which slots are written, in bytes: a chunk, or 4 KiB of a larger one. Only blocks that

@@ -87,7 +87,7 @@ func (s *Store) flush() error {
 //  4. Flush: the batch is durable.
 //
 // The data of all exceptions below a COW chunk was written before.
-func (s *Store) writeBatch(batch []run, below ondisk.COWChunk) error {
+func (s *Store) writeBatch(batch []Run, below ondisk.COWChunk) error {
 	if err := s.zeroAhead(batch); err != nil {
 		return fmt.Errorf("zero area: %w", err)
 	}
@@ -103,14 +103,14 @@ func (s *Store) writeBatch(batch []run, below ondisk.COWChunk) error {
 	}
 	s.durable, s.tail, s.settled = pos, tail, true
 	last := batch[len(batch)-1]
-	s.written = last.new + ondisk.COWChunk(last.n)
+	s.written = last.New + ondisk.COWChunk(last.Count)
 	s.durableBelow.Store(uint64(s.written))
 	return nil
 }
 
 // takeBatch waits until every reservation older than the newest committed one has completed, and takes
 // all exceptions that are complete in order. The data of every exception below a COW chunk has been written then.
-func (s *Store) takeBatch() (batch []run, below ondisk.COWChunk, err error) {
+func (s *Store) takeBatch() (batch []Run, below ondisk.COWChunk, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var newest *reservation
@@ -133,7 +133,7 @@ func (s *Store) takeBatch() (batch []run, below ondisk.COWChunk, err error) {
 		return nil, 0, s.err
 	}
 	if below = s.next; len(s.queue) > 0 {
-		below = s.queue[0].new
+		below = s.queue[0].New
 	}
 	batch = s.ready
 	s.ready, s.unsynced = nil, 0
@@ -150,13 +150,13 @@ func (s *Store) queued(r *reservation) bool {
 }
 
 // zeroAhead does step 1 of writeBatch.
-func (s *Store) zeroAhead(batch []run) error {
+func (s *Store) zeroAhead(batch []Run) error {
 	if err := s.scrubTail(); err != nil {
 		return err
 	}
 	var n uint64
 	for _, r := range batch {
-		n += r.n
+		n += r.Count
 	}
 	c := s.layout.ChunkBytes()
 	for area := s.durable.area + 1; area <= s.advance(s.durable, n).area; area++ {
@@ -222,7 +222,7 @@ const slotsAtOnce = 64 << 10
 
 // writeSlots does step 3 of writeBatch: blocks from s.tail on, adjacent ones in one write. It returns the position
 // after the batch and the block that holds it.
-func (s *Store) writeSlots(batch []run) (pos position, tail []byte, err error) {
+func (s *Store) writeSlots(batch []Run) (pos position, tail []byte, err error) {
 	off, i := s.tailOffset()
 	pos = s.durable
 	buf := append(make([]byte, 0, slotsAtOnce), s.tail...)
@@ -231,8 +231,8 @@ func (s *Store) writeSlots(batch []run) (pos position, tail []byte, err error) {
 		return err
 	}
 	for _, r := range batch {
-		for k := range r.n {
-			ondisk.Exception{Old: r.old + ondisk.OriginChunk(k), New: r.new + ondisk.COWChunk(k)}.Encode(buf[i:])
+		for k := range r.Count {
+			ondisk.Exception{Old: r.Old + ondisk.OriginChunk(k), New: r.New + ondisk.COWChunk(k)}.Encode(buf[i:])
 			i += ondisk.SlotSize
 			pos = s.advance(pos, 1)
 			if i < int64(len(buf)) {

@@ -104,15 +104,10 @@ func (b *dirtyBlock) runs(do func(from, to int64)) {
 	}
 }
 
-// A Range is a range of bytes.
-type Range struct{ Off, Length int64 }
-
-func (r Range) String() string { return fmt.Sprintf("%d-%d", r.Off, r.Off+r.Length-1) }
-
 // A LostError reports acknowledged writes that were discarded, because they could not be written.
 type LostError struct {
-	Ranges []Range // ascending
-	Err    error   // why
+	Ranges []block.Range // ascending
+	Err    error         // why
 }
 
 func (e *LostError) Error() string {

@@ -326,7 +326,7 @@ func TestFinishNamesWhatIsLost(t *testing.T) {
 	if !errors.As(err, &lost) || !errors.Is(err, syscall.EIO) {
 		t.Fatalf("finish: %v", err)
 	}
-	if want := []writeback.Range{{Off: 0, Length: 800 * sector}, {Off: 1700 * sector, Length: 2 * sector}}; !slices.Equal(lost.Ranges, want) {
+	if want := []block.Range{{Off: 0, Length: 800 * sector}, {Off: 1700 * sector, Length: 2 * sector}}; !slices.Equal(lost.Ranges, want) {
 		t.Errorf("lost %v, want %v", lost.Ranges, want)
 	}
 	if !bytes.Equal(b.memory.Bytes()[800*sector:1600*sector], fill(800, 1)) {

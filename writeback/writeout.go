@@ -209,7 +209,7 @@ func (d *Device) Reserve() error {
 }
 
 // ranges returns what is dirty.
-func (d *Device) ranges() []Range {
+func (d *Device) ranges() []block.Range {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	all := map[int64]uint8{}
@@ -218,7 +218,7 @@ func (d *Device) ranges() []Range {
 			all[k] |= b.sectors
 		}
 	}
-	var list []Range
+	var list []block.Range
 	for _, k := range slices.Sorted(maps.Keys(all)) {
 		b := dirtyBlock{sectors: all[k]}
 		b.runs(func(from, to int64) {
@@ -226,7 +226,7 @@ func (d *Device) ranges() []Range {
 			if n := len(list); n > 0 && list[n-1].Off+list[n-1].Length == off {
 				list[n-1].Length += to - from
 			} else {
-				list = append(list, Range{off, to - from})
+				list = append(list, block.Range{Off: off, Length: to - from})
 			}
 		})
 	}

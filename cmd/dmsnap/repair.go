@@ -33,7 +33,7 @@ type repairResult struct {
 	Found     map[check.Code]uint64 `json:"found"` // what was wrong
 	KeptBytes int64                 `json:"kept_bytes"`
 	LostBytes int64                 `json:"lost_bytes"`
-	Kept      []repair.Range        `json:"kept"` // of the origin, ascending
+	Kept      []block.Range        `json:"kept"` // of the origin, ascending
 	Lost      []repair.Lost         `json:"lost"`
 	Missing   []string              `json:"missing"` // places of slots of which nothing is known
 }
@@ -168,7 +168,7 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 // printResult prints what was kept and lost.
 func (o *repairOptions) printResult(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
 	res := repairResult{Path: path, Changed: changed, Found: p.Report.Found, KeptBytes: p.Bytes(),
-		Kept: append([]repair.Range{}, p.Kept()...), Lost: append([]repair.Lost{}, p.Lost()...), Missing: []string{}}
+		Kept: append([]block.Range{}, p.Kept()...), Lost: append([]repair.Lost{}, p.Lost()...), Missing: []string{}}
 	for _, l := range res.Lost {
 		res.LostBytes += l.Length
 	}
