@@ -33,6 +33,9 @@ import (
 // ErrNotRepairable reports a store that can't be repaired: it is marked invalid, or its chunk size is unknown.
 var ErrNotRepairable = errors.New("repair is not possible")
 
+// ErrNeedsChunkSize reports a store that can be repaired only with Options.ChunkSectors.
+var ErrNeedsChunkSize = errors.New("the header does not tell the chunk size, so it has to be given")
+
 // Options are the options of [NewPlan]. The zero value is usable.
 type Options struct {
 	// ChunkSectors, where not 0, is used instead of the chunk size in the header, which may be destroyed.
@@ -102,11 +105,11 @@ func refuse(r *check.Report) error {
 		default:
 			continue
 		}
-		help := f.Problem().Remedy
+		err := fmt.Errorf("%w: %v: %s", ErrNotRepairable, f, f.Problem().Name)
 		if r.Layout.ChunkSectors == 0 && f.Problem().Severity == check.Error && f.Code != check.DeviceTooSmall && f.Code != check.MarkedInvalid {
-			help = "repair can be told the chunk size that the header should have"
+			return fmt.Errorf("%w: %w", err, ErrNeedsChunkSize)
 		}
-		return fmt.Errorf("%w: %v: %s: %s", ErrNotRepairable, f, f.Problem().Name, help)
+		return fmt.Errorf("%w: %s", err, f.Problem().Remedy)
 	}
 	return nil
 }

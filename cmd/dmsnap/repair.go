@@ -33,7 +33,7 @@ type repairResult struct {
 	Found     map[check.Code]uint64 `json:"found"` // what was wrong
 	KeptBytes int64                 `json:"kept_bytes"`
 	LostBytes int64                 `json:"lost_bytes"`
-	Kept      []block.Range        `json:"kept"` // of the origin, ascending
+	Kept      []block.Range         `json:"kept"` // of the origin, ascending
 	Lost      []repair.Lost         `json:"lost"`
 	Missing   []string              `json:"missing"` // places of slots of which nothing is known
 }
@@ -109,6 +109,9 @@ func (o *repairOptions) plan(ctx context.Context, path string, cow block.Device,
 		return nil, err
 	}
 	p, err := repair.NewPlan(ctx, cow, repair.Options{ChunkSectors: sectors, Progress: bar.show})
+	if errors.Is(err, repair.ErrNeedsChunkSize) {
+		err = fmt.Errorf("%w with --chunk-size", err)
+	}
 	return p, about(path, err)
 }
 
