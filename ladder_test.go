@@ -33,7 +33,7 @@ var floors = map[string]int{
 	"nbd/wire": 4, "image": 4,
 	"source/lvm": 4, "source/qcow2": 4,
 	"stream": 5,
-	"nbd":    5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
+	"nbd":    5, "fuse": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
 	"server": 6, "source": 6,
 	"inspect":    7,
@@ -147,13 +147,19 @@ func TestCoreNeedsNoModules(t *testing.T) {
 	}
 }
 
-// TestTestsAloneMountFileSystems keeps the FUSE library out of everything but the tests in test/e2e: see
-// docs/decisions/0004-fuse-in-tests.md.
-func TestTestsAloneMountFileSystems(t *testing.T) {
+// TestFuseIsInOnePackage keeps the FUSE library out of everything but package fuse and the tests in test/e2e: see
+// docs/decisions/0004-fuse.md.
+func TestFuseIsInOnePackage(t *testing.T) {
 	for dir, names := range imports(t) {
 		for _, name := range names {
-			if strings.HasPrefix(name, "github.com/hanwen/go-fuse/") || strings.HasPrefix(name, module+"/test/") {
+			if strings.HasPrefix(name, "github.com/hanwen/go-fuse/") && dir != "fuse" {
+				t.Errorf("%s imports %s: package fuse alone does", dir, name)
+			}
+			if strings.HasPrefix(name, module+"/test/") {
 				t.Errorf("%s imports %s: it is for tests alone", dir, name)
+			}
+			if name == module+"/fuse" && dir != "cmd/dmsnap" {
+				t.Errorf("%s imports %s: programs choose it, libraries don't", dir, name)
 			}
 		}
 	}

@@ -4,22 +4,42 @@ import (
 	"context"
 	"errors"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/vhost"
 )
 
-// addExport serves a device over NBD and, with Options.VhostUser, as a vhost-user back-end.
+// Files shows exports as files, as a server of package fuse does, which this package must not import.
+type Files interface {
+	Add(name string, dev block.Device, readOnly bool) error
+	Remove(ctx context.Context, name string) error // as nbd.Server.Remove
+	Path(name string) string
+}
+
+// addExport serves a device over NBD and, where Options say so, as a vhost-user back-end and as a file.
 func (s *Server) addExport(e nbd.Export) error {
-	if err := s.nbd.Add(e); err != nil || s.vhost == nil {
-		return err
+	added := []func(context.Context, string) error{s.nbd.Remove}
+	err := s.nbd.Add(e)
+	if err == nil && s.vhost != nil {
+		added = append(added, s.vhost.Remove)
+		err = s.addVhost(e)
 	}
-	err := s.vhost.Add(vhost.Export{Name: e.Name, Device: e.Device, ReadOnly: e.ReadOnly, CanTrim: e.CanTrim,
-		Durable: s.opts.Sync == snapshot.SyncAlways && e.Name != s.name})
-	if err != nil {
-		err = errors.Join(err, s.nbd.Remove(context.Background(), e.Name))
+	if err == nil && s.opts.Files != nil {
+		added = append(added, s.opts.Files.Remove)
+		err = s.opts.Files.Add(e.Name, e.Device, e.ReadOnly)
+	}
+	if err != nil { // the last one has not got it
+		for _, remove := range added[:len(added)-1] {
+			err = errors.Join(err, remove(context.Background(), e.Name))
+		}
 	}
 	return err
+}
+
+func (s *Server) addVhost(e nbd.Export) error {
+	return s.vhost.Add(vhost.Export{Name: e.Name, Device: e.Device, ReadOnly: e.ReadOnly, CanTrim: e.CanTrim,
+		Durable: s.opts.Sync == snapshot.SyncAlways && e.Name != s.name})
 }
 
 // removeExport ends what addExport began. When ctx ends, requests under way are waited for no longer than their device needs.
@@ -28,7 +48,18 @@ func (s *Server) removeExport(ctx context.Context, name string) error {
 	if s.vhost != nil {
 		err = errors.Join(err, s.vhost.Remove(ctx, name))
 	}
+	if s.opts.Files != nil {
+		err = errors.Join(err, s.opts.Files.Remove(ctx, name))
+	}
 	return err
+}
+
+// pathOf returns the file of an export, "" without one.
+func (s *Server) pathOf(name string) string {
+	if s.opts.Files == nil {
+		return ""
+	}
+	return s.opts.Files.Path(name)
 }
 
 // vhostSocket returns the vhost-user socket of an export, "" without one.

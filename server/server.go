@@ -78,6 +78,7 @@ type Options struct {
 	Grow      snapshot.Growth // how COW files become longer when they are full
 	Merge     merge.Options   // of live merges
 	NBD       nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
+	Files     Files           // shows the exports as files too; the caller closes it after Serve and before Close; nil: none
 	VhostUser string          // directory of sockets NAME.sock, on which virtual machines find the exports too (package vhost); "": none
 	SysFS     string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 

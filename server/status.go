@@ -38,6 +38,7 @@ func (s *Server) Status() api.Status {
 	r := api.Status{Origin: s.originStatus(), Snapshots: []api.Snapshot{}}
 	if s.exported {
 		r.Origin.URI, r.Origin.VhostUser = s.uri(s.name), s.vhostSocket(s.name)
+		r.Origin.File = s.pathOf(s.name)
 		r.Origin.Waiting = s.waiting(s.name)
 	}
 	for _, v := range s.snapshots {
@@ -84,7 +85,7 @@ func (s *Server) waiting(name string) int64 {
 
 // statusOf returns one snapshot. mu is held.
 func (s *Server) statusOf(v *attached) api.Snapshot {
-	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), VhostUser: s.vhostSocket(v.name), Waiting: s.waiting(v.name)}
+	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), VhostUser: s.vhostSocket(v.name), File: s.pathOf(v.name), Waiting: s.waiting(v.name)}
 	if !utf8.ValidString(v.path) {
 		r.COW, r.COWBase64 = strings.ToValidUTF8(v.path, "\ufffd"), []byte(v.path)
 	}

@@ -34,6 +34,7 @@ type serveOptions struct {
 	socket, listen string
 	control        string
 	vhostUser      string
+	fuse           fuseFlags
 	exportOrigin   bool
 	readOnly       bool
 	create         bool
@@ -90,6 +91,9 @@ ignored, as with nohup) complete the requests in flight, make everything durable
 With --tls-certificates the server uses TLS, and its URIs begin with nbds. A service manager may pass the socket, and
 one named "control" (systemd socket activation); then --socket, --listen and --control are not used.
 
+With --fuse DIR each export is also a file DIR/NAME, of a file system that is mounted on DIR until the server ends, with
+or without root. Its writes are durable after an fsync: see docs/devices.md.
+
 With --vhost-user DIR each export is also a vhost-user-blk back-end, on the socket DIR/NAME.sock, for one virtual
 machine at a time: see docs/devices.md. Requests take the way through shared memory, and not through NBD.
 
@@ -112,6 +116,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.StringVar(&o.listen, "listen", "", "listen on TCP instead, at [HOST:]PORT")
 	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
 	f.StringVar(&o.vhostUser, "vhost-user", "", "also listen in this folder, on a socket NAME.sock for each export, for virtual machines (vhost-user-blk)")
+	o.fuse.add(f)
 	f.BoolVar(&o.exportOrigin, "export-origin", false, `serve the origin as "origin"`)
 	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
 	f.BoolVar(&o.create, "create", false, "create missing COW files and stores")
@@ -248,11 +253,15 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return err
 	}
 	list := o.attachments(originPath, cows)
-	s, err := o.open(originPath, list, log)
+	files, err := o.fuse.mount(log)
 	if err != nil {
-		return advise(err)
+		return err
 	}
-	defer func() { err = errors.Join(err, s.Close()) }()
+	s, err := o.open(originPath, list, files, log)
+	if err != nil {
+		return errors.Join(advise(err), files.close())
+	}
+	defer func() { err = errors.Join(err, files.close(), s.Close()) }()
 	if err := o.checkVolumes(s, originPath, cows); err != nil {
 		return err
 	}
@@ -273,24 +282,27 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	st := s.Status()
 	for _, v := range st.Snapshots {
-		printExport(stdout, v.Name, v.URI, v.VhostUser)
+		printExport(stdout, v.Name, v.URI, v.VhostUser, v.File)
 	}
 	if st.Origin.URI != "" {
-		printExport(stdout, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser)
+		printExport(stdout, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser, st.Origin.File)
 	}
 	return wait()
 }
 
 // printExport prints where an export is found.
-func printExport(w io.Writer, name, uri, vhostSocket string) {
+func printExport(w io.Writer, name, uri, vhostSocket, file string) {
 	fmt.Fprintf(w, "%s  %s\n", printable(name), uri)
 	if vhostSocket != "" {
 		fmt.Fprintf(w, "%s  vhost-user %s\n", printable(name), printable(vhostSocket))
 	}
+	if file != "" {
+		fmt.Fprintf(w, "%s  file %s\n", printable(name), printable(file))
+	}
 }
 
 // open opens the origin. The caller closes the server.
-func (o *serveOptions) open(originPath string, cows []api.AttachRequest, log func(string)) (s *server.Server, err error) {
+func (o *serveOptions) open(originPath string, cows []api.AttachRequest, files mounted, log func(string)) (s *server.Server, err error) {
 	disk, err := o.disk.options(block.Options{})
 	if err != nil {
 		return nil, err
@@ -301,6 +313,9 @@ func (o *serveOptions) open(originPath string, cows []api.AttachRequest, log fun
 	opts := server.Options{ReadOnly: o.readOnly, Raw: o.disk.raw, Format: disk.Format, Open: source.Opener(disk), Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log, VhostUser: o.vhostUser,
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
+	if files.Server != nil {
+		opts.Files = files
+	}
 	if o.certificates != "" {
 		if opts.NBD.TLS, err = server.LoadTLS(o.certificates); err != nil {
 			return nil, err

@@ -35,7 +35,7 @@ type running struct {
 func start(t *testing.T, p pair, o serveOptions, cows ...string) *running {
 	t.Helper()
 	o.socket, o.control = filepath.Join(p.dir, "nbd.sock"), filepath.Join(p.dir, "control.sock")
-	s, err := o.open(p.origin, nil, func(line string) { t.Log(line) })
+	s, err := o.open(p.origin, nil, mounted{}, func(line string) { t.Log(line) })
 	if err != nil {
 		t.Fatal(err)
 	}

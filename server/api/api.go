@@ -49,6 +49,7 @@ type Origin struct {
 	ReadOnly  bool   `json:"read_only"`
 	URI       string `json:"uri,omitempty"`        // of its export, if it has one
 	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
+	File      string `json:"file,omitempty"`       // its file, if it is shown as one
 	Waiting   int64  `json:"waiting"`              // writes to it that wait for space in a snapshot's COW device
 
 	State      OriginState `json:"state"`
@@ -75,6 +76,7 @@ type Snapshot struct {
 	COWBase64 []byte `json:"cow_base64,omitempty"`
 	URI       string `json:"uri"`
 	VhostUser string `json:"vhost_user,omitempty"` // its socket for virtual machines, if it has one
+	File      string `json:"file,omitempty"`       // its file, if it is shown as one
 	Merged    bool   `json:"merged"`               // its live merge is complete; the export is the origin
 	// Waiting is the number of writes to it that wait for space in the COW device.
 	Waiting int64 `json:"waiting"`

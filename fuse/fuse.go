@@ -1,0 +1,264 @@
+// Package fuse shows block devices as files of a mounted folder, with or without root.
+//
+//	s, err := fuse.Mount("/run/disks", fuse.Options{})
+//	err = s.Add("vda", dev, false) // /run/disks/vda
+//	...
+//	err = s.Close()
+//
+// A file has the size of its device, for good: it is read, written, made durable by fsync, punched and zeroed by
+// fallocate, and asked for holes by lseek. Requests go past the page cache, so that what other transports change is seen at once,
+// and a write is with the device when it returns. It is durable after an fsync.
+//
+// # Guarantees
+//
+//   - An fsync covers every write, to whichever file descriptor of the export, that returned before it. A failed one is EIO.
+//   - What is waiting for room (block.RetryLater) waits until there is some, or the process that asked gets a signal.
+//   - When Remove or Close has returned, nothing uses the device any more. Descriptors that are still open get ENODEV.
+//   - When the process is killed, what was made durable is there, and nothing hangs: open files answer ENOTCONN. Mount
+//     removes a mount that such a process left.
+//
+// The package uses go-fuse (docs/decisions/0004-fuse-in-tests.md); no core package imports it.
+package fuse
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log"
+	"log/slog"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fs"
+	gofuse "github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
+)
+
+// Options are what a Server can be told. The zero value is usable.
+type Options struct {
+	// AllowOther lets users other than the one who mounts use the files, as their modes say. Without root it needs
+	// user_allow_other in /etc/fuse.conf.
+	AllowOther bool
+
+	// Owner owns the files; nil: whoever mounts. Mode is that of the files; 0: 0600. Read-only exports lack its w bits.
+	Owner *Owner
+	Mode  os.FileMode
+
+	// Log receives one line for each failed request. It may be called concurrently.
+	Log func(line string)
+
+	// Logger, unless it is nil, receives the same as records with the attribute "export".
+	Logger *slog.Logger
+}
+
+// An Owner is who owns the files of a mount.
+type Owner struct{ UID, GID int }
+
+// A Server is a mounted folder with a file for each export. Its methods may be called concurrently.
+type Server struct {
+	dir  string
+	opts Options
+	fs   *gofuse.Server
+
+	mu      sync.Mutex
+	exports map[string]*export
+	inodes  uint64 // the last inode number that was used
+}
+
+// maxIO is how many bytes the kernel asks for at a time, at most.
+const maxIO = 1 << 20
+
+// Mount mounts a new, empty folder on dir, which must exist and be empty. A mount that a killed process left there is
+// removed first.
+func Mount(dir string, o Options) (*Server, error) {
+	if err := removeStale(dir); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err == nil && len(entries) > 0 {
+		err = fmt.Errorf("%s: the folder is not empty", dir)
+	}
+	if err != nil {
+		return nil, err
+	}
+	if o.Mode == 0 {
+		o.Mode = 0o600
+	}
+	s := &Server{dir: dir, opts: o, exports: map[string]*export{}, inodes: 1}
+	none := new(time.Duration) // names and sizes are asked for each time: exports come and go
+	silent := log.New(io.Discard, "", 0)
+	s.fs, err = fs.Mount(dir, &folder{s: s}, &fs.Options{
+		EntryTimeout: none, AttrTimeout: none, Logger: silent,
+		MountOptions: gofuse.MountOptions{
+			FsName: "dmsnap", Name: "dmsnap", AllowOther: o.AllowOther, Options: []string{"default_permissions"},
+			MaxWrite: maxIO, DisableXAttrs: true, DirectMount: true, DisableReadDirPlus: true, DisableSplice: true, Logger: silent,
+		},
+	})
+	if err != nil {
+		return nil, fmt.Errorf("mount %s: %w", dir, err)
+	}
+	return s, nil
+}
+
+// removeStale removes the mount of a process that is gone.
+func removeStale(dir string) error {
+	_, err := os.Stat(dir)
+	if !errors.Is(err, syscall.ENOTCONN) {
+		return err
+	}
+	return detach(dir)
+}
+
+// detach takes a mount out of the tree of files; descriptors that are open stay open.
+func detach(dir string) error {
+	err := unix.Unmount(dir, unix.MNT_DETACH)
+	if !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	return fusermount(dir)
+}
+
+// Add shows a device as a file called name from now on. readOnly: changes fail, whatever the device can do.
+func (s *Server) Add(name string, dev block.Device, readOnly bool) error {
+	if name == "" || name == "." || name == ".." || strings.ContainsAny(name, "/\x00") || len(name) > unix.NAME_MAX {
+		return fmt.Errorf("fuse: %q can't be the name of a file", name)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.exports[name] != nil {
+		return fmt.Errorf("fuse: export %q exists", name)
+	}
+	s.inodes++
+	s.exports[name] = &export{name: name, dev: dev, readOnly: readOnly, ino: s.inodes, gone: make(chan struct{})}
+	return nil
+}
+
+// Path returns the path of an export's file, whether it exists or not.
+func (s *Server) Path(name string) string { return filepath.Join(s.dir, name) }
+
+// Remove ends the export name. Requests that wait for room fail. When it returns nil nothing uses the device any more;
+// when ctx ends before, its cause.
+func (s *Server) Remove(ctx context.Context, name string) error {
+	s.mu.Lock()
+	x := s.exports[name]
+	delete(s.exports, name)
+	s.mu.Unlock()
+	if x == nil {
+		return fmt.Errorf("fuse: there is no export %q", name)
+	}
+	return x.end(ctx)
+}
+
+// Close removes all exports and the mount, also while files are open or the folder is in use. What was written and not
+// flushed is flushed. The devices stay open.
+func (s *Server) Close() error {
+	s.mu.Lock()
+	list := slices.Collect(maps.Values(s.exports))
+	clear(s.exports)
+	s.mu.Unlock()
+	var all error
+	for _, x := range list {
+		all = errors.Join(all, x.end(context.Background()))
+		if !x.readOnly {
+			if err := x.dev.Flush(); err != nil {
+				all = errors.Join(all, fmt.Errorf("fuse: flush %q: %w", x.name, err))
+			}
+		}
+	}
+	if err := s.fs.Unmount(); err != nil { // it is in use
+		return errors.Join(all, detach(s.dir))
+	}
+	return all
+}
+
+// An export is a device that is shown.
+type export struct {
+	name     string
+	dev      block.Device
+	readOnly bool
+
+	ino  uint64
+	once sync.Once
+	gone chan struct{} // closed when it ends: what waits fails
+
+	mu sync.RWMutex // held for reading by requests, and for writing for good at the end
+}
+
+// end waits for the requests under way; no others begin.
+func (x *export) end(ctx context.Context) error {
+	x.once.Do(func() { close(x.gone) })
+	locked := make(chan struct{})
+	go func() {
+		x.mu.Lock()
+		close(locked)
+	}()
+	select {
+	case <-locked:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+// do executes a request: again when there may be room, until the export ends or ctx does. It returns what the process
+// gets to see.
+func (x *export) do(ctx context.Context, s *Server, op string, request func() error) syscall.Errno {
+	if !x.mu.TryRLock() {
+		return syscall.ENODEV
+	}
+	defer x.mu.RUnlock()
+	for {
+		select {
+		case <-x.gone:
+			return syscall.ENODEV
+		default:
+		}
+		err := request()
+		changed := block.CanRetry(err)
+		if changed == nil {
+			return s.errno(x, op, err)
+		}
+		again := time.NewTimer(block.RetryInterval)
+		select {
+		case <-changed:
+		case <-again.C:
+		case <-x.gone:
+		case <-ctx.Done():
+			again.Stop()
+			return syscall.EINTR
+		}
+		again.Stop()
+	}
+}
+
+// errno is what a process gets for an error. Other than refusals they are logged.
+func (s *Server) errno(x *export, op string, err error) syscall.Errno {
+	var errno syscall.Errno
+	var outside *block.RangeError
+	switch {
+	case err == nil:
+		return 0
+	case errors.Is(err, block.ErrReadOnly):
+		return syscall.EROFS
+	case errors.As(err, &outside):
+		return syscall.EINVAL
+	case block.IsNoSpace(err):
+		errno = syscall.ENOSPC
+	default:
+		errno = syscall.EIO
+	}
+	text := fmt.Sprintf("%s: %v", op, err)
+	l := eventlog.Log{Line: s.opts.Log, Logger: s.opts.Logger}
+	l.Event(slog.LevelWarn, fmt.Sprintf("fuse %q: %s", x.name, text), text, err, slog.String("export", x.name))
+	return errno
+}
