@@ -17,7 +17,7 @@
 //   - When the process is killed, what was made durable is there, and nothing hangs: open files answer ENOTCONN. Mount
 //     removes a mount that such a process left.
 //
-// The package uses go-fuse (docs/decisions/0004-fuse-in-tests.md); no core package imports it.
+// The package uses go-fuse (docs/decisions/0004-fuse.md); no core package imports it.
 package fuse
 
 import (
