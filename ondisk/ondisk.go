@@ -113,10 +113,10 @@ func (h Header) Check() error {
 		return &CorruptError{Place: "header, byte 0x0", What: fmt.Sprintf("magic is 0x%08x, not 0x%08x: not a snapshot store", h.Magic, uint32(Magic))}
 	}
 	if err := CheckChunkSectors(h.ChunkSectors); err != nil {
-		return &CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid on-disk chunk size %d: %v", h.ChunkSectors, err)}
+		return &CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid chunk size %d: %v", h.ChunkSectors, err)}
 	}
 	if h.Version != Version {
-		return &CorruptError{Place: "header, byte 0x8", What: fmt.Sprintf("unable to handle snapshot disk version %d", h.Version)}
+		return &CorruptError{Place: "header, byte 0x8", What: fmt.Sprintf("version %d of the format is not supported", h.Version)}
 	}
 	return nil
 }

@@ -167,14 +167,14 @@ func TestC013WrongMagic(t *testing.T) {
 func TestC014OtherVersions(t *testing.T) {
 	for _, v := range []uint32{0, 2} {
 		for _, valid := range []uint32{0, 1} {
-			refuses(t, setHeader(setHeader(image(8, 1024), 2, v), 1, valid), fmt.Sprintf("unable to handle snapshot disk version %d", v))
+			refuses(t, setHeader(setHeader(image(8, 1024), 2, v), 1, valid), fmt.Sprintf("version %d of the format is not supported", v))
 		}
 	}
 }
 
 func TestC015ChunkSizesOnDisk(t *testing.T) {
 	for chunk, why := range map[uint32]string{0: "power of two", 7: "power of two", 24: "power of two", 4194304: "too large"} {
-		refuses(t, setHeader(image(8, 1024), 3, chunk), fmt.Sprintf("invalid on-disk chunk size %d: chunk size is ", chunk))
+		refuses(t, setHeader(image(8, 1024), 3, chunk), fmt.Sprintf("invalid chunk size %d: chunk size is ", chunk))
 		refuses(t, setHeader(image(8, 1024), 3, chunk), why)
 	}
 }

@@ -7,7 +7,8 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// The kernel's two reasons for invalidating a snapshot (docs/spec/dm-snapshot.md §6.1).
+// The kernel's two reasons for invalidating a snapshot, in the words of its log, for the text of EventInvalid
+// (docs/spec/dm-snapshot.md §6.1).
 const (
 	reasonIO    = "Error reading/writing."
 	reasonSpace = "Unable to allocate exception."
@@ -43,7 +44,11 @@ func (s *Snapshot) invalidate(reason string, cause error) error {
 // mark makes one attempt to mark s invalid. s.invalidating is held.
 func (s *Snapshot) mark(reason string, cause error) {
 	again := s.unmarked.Load() != nil
-	failed := s.store.Invalidate(fmt.Errorf("%s (%w)", reason, cause))
+	what := "data or metadata could not be copied"
+	if reason == reasonSpace {
+		what = "no space for another exception"
+	}
+	failed := s.store.Invalidate(fmt.Errorf("%s: %w", what, cause))
 	if failed == nil {
 		s.unmarked.Store(nil)
 	} else {

@@ -184,7 +184,7 @@ func open(dev block.Device, toRead bool) (*Store, error) {
 	s := newStore(dev, ondisk.Layout{ChunkSectors: h.ChunkSectors})
 	s.header, s.format = h, label.Format
 	if err := CheckBlockSize(s.layout, dev); err != nil && !toRead {
-		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid on-disk chunk size %d: %v", h.ChunkSectors, err)}
+		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid chunk size %d: %v", h.ChunkSectors, err)}
 	}
 	s.next = ondisk.FirstDataChunk
 	if h.Valid == 0 {
