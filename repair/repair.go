@@ -34,7 +34,7 @@ import (
 var ErrNotRepairable = errors.New("repair is not possible")
 
 // ErrNeedsChunkSize reports a store that can be repaired only with Options.ChunkSectors.
-var ErrNeedsChunkSize = errors.New("the header does not tell the chunk size, so it has to be given")
+var ErrNeedsChunkSize = errors.New("the header does not give the chunk size: repair needs it")
 
 // Options are the options of [NewPlan]. The zero value is usable.
 type Options struct {

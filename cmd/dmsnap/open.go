@@ -189,7 +189,7 @@ func advise(err error) error {
 	var format *source.FormatError
 	switch {
 	case errors.Is(err, merge.ErrUnfinished):
-		return fmt.Errorf("%w; --force goes on all the same", err)
+		return fmt.Errorf("%w; --force continues anyway", err)
 	case errors.Is(err, lvm.ErrActive):
 		return fmt.Errorf("%w; deactivate it first (vgchange -an)", err)
 	case errors.Is(err, ondisk.ErrNoStore):
