@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"math"
 	"os"
+	"path/filepath"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/image"
@@ -40,12 +41,20 @@ type Created struct {
 	vacant  bool  // and was empty
 }
 
+// Remove removes a file that was made for a COW device; that it is gone is durable when Remove returns nil.
+func Remove(path string) error {
+	if err := os.Remove(path); err != nil {
+		return err
+	}
+	return block.SyncDirectory(filepath.Dir(path))
+}
+
 // Undo reverts Create, as long as the store is not in use: a file that was made is removed, an empty one is as it was.
 // A store that overwrote other content stays.
 func (c Created) Undo() error {
 	switch {
 	case c.isNew:
-		return os.Remove(c.path)
+		return Remove(c.path)
 	case !c.vacant:
 		return nil
 	}

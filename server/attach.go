@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"os"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -159,7 +158,7 @@ func (s *Server) createCOW(a attachment) (undo func() error, err error) {
 		return undo, nil
 	case a.store == snapshot.Transient:
 		if err = cowfile.CreateScratch(a.path, s.origin.Size(), a.chunkSectors); err == nil {
-			undo = func() error { return os.Remove(a.path) }
+			undo = func() error { return cowfile.Remove(a.path) }
 		}
 		return undo, err
 	}

@@ -86,6 +86,7 @@ func (s *Snapshot) reserve(first ondisk.OriginChunk, count uint64) (store.Reserv
 func (s *Snapshot) commit(r store.Reservation) error {
 	if s.full.Load() {
 		s.full.Store(false)
+		s.fullAt.Store(0)
 	}
 	return r.Commit()
 }

@@ -443,6 +443,20 @@ func TestTrimmedChunkNeedsRoom(t *testing.T) {
 				if wantNoRoom(t, err); block.CanRetry(err) != nil {
 					t.Errorf("merging %v: %v is to be waited for", merging, err)
 				}
+				if merging {
+					break
+				}
+				if !s.Status().Full {
+					t.Error("full is not in the status")
+				}
+				quota.SetLimit(1 << 20)
+				write(t, s, 24, 8, 3) // another trimmed chunk
+				if !s.Status().Full {
+					t.Error("full was forgotten by a write elsewhere")
+				}
+				if err := change(); err != nil || s.Status().Full {
+					t.Errorf("with space: %v, full in the status: %v", err, s.Status().Full)
+				}
 			case snapshot.FullPause:
 				p := pause(t, t.Context(), change)
 				quota.SetLimit(1 << 20)

@@ -167,7 +167,7 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 		if err := s.store.CheckData(pc.cow, pc.n); err != nil {
 			return 0, err // the rest of the chunk would be wrong
 		}
-		return pc.n, s.inPlace(pl.part(0, pc.n).put(s.cow, pc.cow, pc.n))
+		return pc.n, s.inPlace(pc.cow, pc.n, pl.part(0, pc.n).put(s.cow, pc.cow, pc.n))
 	}
 	l := s.store.Layout()
 	first, count := chunks(l, pc.off, pc.n)
@@ -199,10 +199,17 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 	return k, nil
 }
 
-// inPlace returns the error of a request for a change of chunks that have exceptions. A chunk that was trimmed may have
-// no space on the file system, and need space like a new one.
-func (s *Snapshot) inPlace(err error) error {
+// inPlace returns the error of a request for a change of n bytes at off of the COW device, in chunks that have
+// exceptions. A chunk that was trimmed may have no space on the file system, and then needs some as a new chunk does.
+func (s *Snapshot) inPlace(off, n int64, err error) error {
+	if err == nil {
+		if at := s.fullAt.Load(); at > 0 && off < at && at <= off+n && s.fullAt.CompareAndSwap(at, 0) {
+			s.full.Store(false)
+		}
+		return nil
+	}
 	if none := s.noRoom(err); none != nil {
+		s.fullAt.Store(off + 1)
 		return none
 	}
 	return err
@@ -330,10 +337,10 @@ func (s *Snapshot) discardPiece(off, n int64) (int64, error) {
 		pc.n = end - off
 	}
 	if k := min(pc.n, c-off%c); k < c {
-		return k, s.inPlace(block.Discard(s.cow, pc.cow, k))
+		return k, s.inPlace(pc.cow, k, block.Discard(s.cow, pc.cow, k))
 	}
 	k := pc.n / c * c
-	return k, s.inPlace(block.Zero(s.cow, pc.cow, k, 0))
+	return k, s.inPlace(pc.cow, k, block.Zero(s.cow, pc.cow, k, 0))
 }
 
 // maxPieces bounds the pieces that one call of Extents or Changed looks at. It is small because a client may keep

@@ -64,7 +64,8 @@ type Snapshot struct {
 
 	gate       gate.Gate
 	overflowed atomic.Bool
-	full       atomic.Bool // the last write that needed room found none
+	full       atomic.Bool  // the last write that needed space found none
+	fullAt     atomic.Int64 // and it was one in place, whose byte in the COW device is one less; 0: it was not
 	growing    sync.Mutex
 
 	invalid      atomic.Bool           // lost, and origin writes may continue: it is marked, or the policy does not require the mark

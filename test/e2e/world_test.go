@@ -181,7 +181,6 @@ func (w *world) newView(offline bool) {
 			} else if err == nil && !v.limited {
 				w.fail("the refused attach left %s", v.cow)
 			}
-			w.must(syncDir(w.cowDir), "COW folder") // that it is gone need not be durable
 			return
 		}
 		// The origin as it was when the answer came; a client alone can't tell it from a little earlier.
