@@ -77,6 +77,9 @@ func (s *Sides) addSnapshot(name string, o Options) (*lvm.Volume, error) {
 		return nil, err
 	}
 	further, err := d.openPVs(o)
+	if err == nil {
+		err = checkInactive(a, whole, further, o)
+	}
 	if err != nil {
 		return nil, err
 	}

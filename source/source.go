@@ -15,6 +15,7 @@
 package source
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -67,6 +68,9 @@ type Options struct {
 
 	// PVs are the names of further disks with physical volumes of the volume group.
 	PVs []string
+	// SysFS is where sysfs is mounted, which says which volume groups are active on this host; empty: /sys. Their volumes are
+	// refused (lvm.ErrActive) unless Lock is block.LockShared.
+	SysFS string
 
 	NBD NBDOptions
 }
@@ -254,10 +258,21 @@ func open(a address.Address, o Options) (*Disk, error) {
 // openPart opens what a names on a disk.
 func (d *Disk) openPart(a address.Address, whole block.Device, o Options) (block.Device, error) {
 	further, err := d.openPVs(o)
+	if err == nil {
+		err = checkInactive(a, whole, further, o)
+	}
 	if err != nil {
 		return nil, err
 	}
 	return address.Open(a, whole, further...)
+}
+
+// checkInactive refuses a volume whose group is active on this host, unless o has block.LockShared.
+func checkInactive(a address.Address, whole block.Device, further []lvm.Disk, o Options) error {
+	if o.Lock == block.LockShared {
+		return nil
+	}
+	return address.CheckInactive(a, cmp.Or(o.SysFS, "/sys"), whole, further...)
 }
 
 // openPVs opens the further disks with physical volumes. A disk that the kernel uses itself, by a mount or as part of an active

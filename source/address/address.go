@@ -200,6 +200,19 @@ func open(a Address, disk block.Device, further []lvm.Disk) (block.Device, error
 	return v.Open(a.Layer)
 }
 
+// CheckInactive returns an error that wraps lvm.ErrActive where a names a volume of a group that is active on this host. sysfs is
+// where that file system is mounted; the disks are those of Open.
+func CheckInactive(a Address, sysfs string, disk block.Device, further ...lvm.Disk) error {
+	if a.Group == "" {
+		return nil
+	}
+	v, err := volume(a, disk, further)
+	if err == nil {
+		err = v.Group.CheckInactive(sysfs)
+	}
+	return block.WithPath(a.String(), err)
+}
+
 // volume finds the volume that a names.
 func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, error) {
 	set, err := lvm.Scan(append([]lvm.Disk{{Name: a.Path, Dev: disk}}, further...), 0)

@@ -7,12 +7,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+
+	"github.com/dmsnap/dmsnap/block"
 )
 
 // ErrActive reports a group that is active on this host.
 var ErrActive = errors.New("active on this host")
 
-// CheckInactive returns an error that wraps ErrActive where device-mapper of this host has devices of the group: then the
+// CheckInactive returns an error that wraps ErrActive and block.ErrInUse where device-mapper of this host has devices of the group: then the
 // kernel uses the disks, and what is read here may change from one call to the next. The devices are known by the UUIDs
 // of the group and its volumes (docs/spec/lvm2.md §8.7), so a copy of a disk of an active group counts too. sysfs is where that file
 // system is mounted; where it is not, nothing is found.
@@ -43,5 +45,5 @@ func (g *Group) CheckInactive(sysfs string) error {
 	if len(names) == 0 {
 		return nil
 	}
-	return fmt.Errorf("volume group %q is %w, as %s", g.Name, ErrActive, strings.Join(names, ", "))
+	return fmt.Errorf("volume group %q is %w, as %s: %w", g.Name, ErrActive, strings.Join(names, ", "), block.ErrInUse)
 }
