@@ -21,6 +21,9 @@ import (
 // Nothing overflows on the largest disks, whose last chunk may overlap the largest offset that there is: the engine
 // and each offline task handle their first and last bytes.
 func TestLargestDisks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	sizes := []int64{math.MaxInt64 - 511, math.MaxInt64 - 1023, math.MaxInt64 - 4095, math.MaxInt64 - 1<<20 + 1, 1<<62 + 512, 1 << 62, 16<<40 + 512}
 	for range 2 {
 		sizes = append(sizes, math.MaxInt64-511-rand.Int64N(1<<22)*512)

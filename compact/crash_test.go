@@ -73,6 +73,9 @@ func TestWriteSurvivesPowerCuts(t *testing.T) {
 
 // Punching changes nothing that anybody sees, whatever of it reached the disk.
 func TestPunchSurvivesPowerCuts(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	r := rand.New(rand.NewPCG(9, 9))
 	images := 0
 	for i := range 4 {

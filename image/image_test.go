@@ -230,6 +230,9 @@ var made = []struct {
 
 // What real programs make is recognised and never called empty; nor is what wipefs, blkid's counterpart, finds.
 func TestRealPrograms(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, c := range made {
 		t.Run(strings.Join(c.args[:min(5, len(c.args))], " "), func(t *testing.T) {
 			if _, err := exec.LookPath(c.args[0]); err != nil {

@@ -162,6 +162,9 @@ func TestOfflineKeepsSiblings(t *testing.T) {
 // TestSiblingsCutAnywhere cuts the power at each moment of a merge: the siblings show what they did, and the merge, done again,
 // completes with the same result.
 func TestSiblingsCutAnywhere(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	w := newSiblingWorld(t, 40, 9)
 	var power blocktest.Power
 	origin, cow := power.NewCrash("ORIGIN", w.origin.Bytes()), power.NewCrash("COW", w.cow.Bytes())
@@ -261,6 +264,9 @@ func (w siblingWorld) aftermath(ctx context.Context, origin, cow *block.Memory, 
 
 // TestSiblingsWhoseDevicesFail has all devices fail from each operation on.
 func TestSiblingsWhoseDevicesFail(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	errCut := errors.New("cut off")
 	for n := 0; ; n++ {
 		w := newSiblingWorld(t, 60, 12)
@@ -370,6 +376,9 @@ func TestSiblingsRefused(t *testing.T) {
 
 // TestSiblingJustFits: the smallest COW device that is accepted is large enough.
 func TestSiblingJustFits(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, sectors := range []uint32{1, 8, 32} {
 		for size := int64(2 * chunk); ; size += 512 {
 			w := newSiblingWorld(t, 60, 20)

@@ -319,6 +319,9 @@ func (w undoWorld) aftermath(ctx context.Context, o, c, u *block.Memory, named, 
 // Each operation on each of the three devices fails, and everything after it: the same again, with devices
 // that work, ends well.
 func TestUndoWhoseDevicesFail(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	errCut := errors.New("cut off")
 	for n := 0; ; n++ {
 		w := newUndoWorld(t, rand.New(rand.NewPCG(4, 4)), 130, 4, 12, snapshot.Persistent)

@@ -231,6 +231,9 @@ func TestClientDistrustsReplies(t *testing.T) {
 
 // A thousand single bytes, every other one, then the rest: any order is taken, but not without a bound.
 func TestClientScatteredChunks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, n := range []int{4096, 4097} {
 		says := append(append([]string{}, good...), "")
 		for i := range n {

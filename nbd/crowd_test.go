@@ -17,6 +17,9 @@ import (
 // what the server holds for the others is what docs/nbd.md says at most: 4 MiB of short payloads, since that is
 // all they ask for, and in the mean far less.
 func TestCrowd(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	const size = 1 << 20
 	dev := block.MemoryFrom(blocktest.Pattern(size, 1))
 	s := start(t, nbd.Options{ShutdownTimeout: 50 * time.Millisecond}, "unix", nbd.Export{Name: "x", Device: dev})

@@ -194,6 +194,9 @@ func TestInteropQemu(t *testing.T) {
 }
 
 func TestInteropFio(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	fio := tool(t, "fio", "fio")
 	if !strings.Contains(fio("--enghelp"), "\tnbd\n") {
 		t.Skip("SKIPPED: this fio has no nbd engine")
@@ -258,6 +261,9 @@ h.shutdown()
 `
 
 func TestInteropLibnbd(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	path := ""
 	for _, p := range []string{"python3", "/usr/bin/python3"} { // Debian's has Debian's modules
 		if exec.Command(p, "-c", "import nbd; nbd.NBD").Run() == nil {

@@ -161,6 +161,9 @@ func TestShutdownReportsFlush(t *testing.T) {
 
 // A peer that never reads its replies can't hold up the end, nor its own other requests' memory for ever.
 func TestPeerThatNeverReads(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	const size = 32 << 20
 	dev := block.MemoryFrom(blocktest.Pattern(size, 1))
 	ask := func(p *peer) {
@@ -226,6 +229,9 @@ func TestPeerThatStops(t *testing.T) {
 }
 
 func TestIdleTimeout(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dev := blocktest.NewFaulty(block.NewMemory(4096), nil)
 	s := start(t, nbd.Options{IdleTimeout: 300 * time.Millisecond}, "unix", nbd.Export{Name: "x", Device: dev})
 	begin(t, s.uri("x"), false).hungUp()

@@ -262,6 +262,9 @@ func TestInteropTLS(t *testing.T) {
 // TestInteropTLSMatrix: clients with keys of each kind, in each version of TLS, from each program that has a client
 // certificate, are let in; and none with a certificate of another authority, or without one.
 func TestInteropTLSMatrix(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, name := range []string{"nbdinfo", "nbdcopy"} {
 		tool(t, name, "libnbd-bin")
 	}

@@ -117,6 +117,9 @@ func TestWaitingGoesOn(t *testing.T) {
 // at that very moment, and so is nothing that lay in the socket behind it. The client has connected again and written
 // the same place.
 func TestDeadConnectionWritesNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, network := range []string{"unix", "tcp"} {
 		for _, n := range []int{1, 70} { // 70: no worker is left to read, and to see the end of the stream
 			for _, disc := range []bool{false, true} {

@@ -115,6 +115,9 @@ func (c *crashed) takenBackTwice(file, cow []byte) {
 // Whenever the power goes during a repair in place: the undo file, if it is whole, brings the old store back;
 // if it is not the old one is there. When the repair is done it stays.
 func TestInPlaceSurvivesPowerCuts(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for name, dev := range damages() {
 		t.Run(name, func(t *testing.T) {
 			c := &crashed{t: t, old: dev.Bytes(), took: map[string]int{}}

@@ -24,6 +24,9 @@ var deep = depth > 0
 // the disks could then hold: all, nothing, prefixes, single sectors missing or alone, and random subsets of
 // what was not flushed; every subset where there are few. Each image is asked everything that check asks.
 func TestCrash(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	choices := blocktest.Choices{All: 16, Limit: 6, Random: 4}
 	if deep {
 		choices = blocktest.Choices{All: 1 << 12, Random: 3500}

@@ -17,6 +17,9 @@ import (
 // requests to both sides, suspending, handing over, attaching and closing, merging, pausing for want of space, and
 // status. None may wait for ever. Other tests check what they return.
 func TestLocksNeverMeet(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, seed := range seeds(t, 4) {
 		var opts []snapshot.OriginOption
 		if seed%2 == 1 {

@@ -27,6 +27,9 @@ func writeLong(dev block.Device, b byte) error {
 // TestLongRequestLetsOthersIn: a snapshot is attached in the middle of one long request to the origin. It waits for the
 // piece under way, not for the request: it shows the new content in front of that place, and the old one behind it.
 func TestLongRequestLetsOthersIn(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, b := range []byte{0, 7} {
 		content := blocktest.Pattern(longBytes, 1)
 		var o *snapshot.Origin
@@ -121,6 +124,9 @@ func TestLongRequestsShareFlushes(t *testing.T) {
 
 // TestLongSnapshotRequestLetsOthersIn: so does a long write or trim of a snapshot, which is suspended in the middle.
 func TestLongSnapshotRequestLetsOthersIn(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for name, change := range map[string]func(s *snapshot.Snapshot) error{
 		"zero":  func(s *snapshot.Snapshot) error { return s.ZeroAt(0, longBytes, 0) },
 		"write": func(s *snapshot.Snapshot) error { return s.WriteDurableAt(make([]byte, longBytes), 0) },

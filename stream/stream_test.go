@@ -191,6 +191,9 @@ func TestRandomHistories(t *testing.T) {
 // A stream that is cut at any byte is refused; what it wrote until then is old or new, block by block, and the whole
 // stream finishes it.
 func TestCutAnywhere(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	h := newHistory(t, 3, 24<<10, 8)
 	from, err := stream.Between(h.origin, h.stores[0], h.stores[1])
 	if err != nil {
@@ -223,6 +226,9 @@ func oldOrNew(t testing.TB, has, old, new []byte, unit int) {
 
 // Each changed bit of a stream is noticed before its frame is believed.
 func TestChangedAnywhere(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	h := newHistory(t, 5, 24<<10, 8)
 	from, err := stream.Between(h.origin, h.stores[0], h.stores[1])
 	if err != nil {

@@ -96,6 +96,9 @@ func (p *pair) command(verb string) []string {
 
 // Whatever is wrong with what is in a file: status 2, one line that names the place, and nothing is touched.
 func TestBadInput(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, trap := range traps {
 		t.Run(trap.name, func(t *testing.T) {
 			for _, verb := range trap.only {

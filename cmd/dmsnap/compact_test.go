@@ -70,6 +70,9 @@ func TestCompactVerb(t *testing.T) {
 
 // What compact refuses: with the verb that helps, and with nothing touched.
 func TestCompactRefuses(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for what, c := range map[string]struct {
 		set  func(t *testing.T, p *pair)
 		args string
@@ -187,6 +190,9 @@ func manyChunks(t *testing.T, p pair) {
 // Killed half-way it leaves nothing under the final name; ended by a signal that can be caught, nothing
 // at all.
 func TestCompactCutHalfWay(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, sig := range []syscall.Signal{syscall.SIGKILL, syscall.SIGTERM} {
 		p := newPair(t)
 		manyChunks(t, p)

@@ -99,6 +99,9 @@ func (w *killWriter) settle(dev block.Device) error {
 // and looks at what is on disk each time: every flushed write is there, and the snapshot shows nothing of what
 // was written to the origin. DMSNAP_DEEP=1 makes it hundreds of times.
 func TestKillLoop(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	rounds := 6
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		rounds = 400

@@ -149,6 +149,9 @@ func withoutID(b []byte) []byte {
 // what it changes in place can be taken back, or is finished by the next run. DMSNAP_DEEP=1 kills each twenty
 // times as often.
 func TestMannersOfKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	big := bigKit(t)
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)) // a moment is what this test is about
 	lives, cut, each := 0, 0, 2

@@ -106,6 +106,9 @@ func kitIn(dir string) *kit {
 	k.path["CONTROL"] = filepath.Join(k.in, "control.sock")
 	os.MkdirAll(filepath.Join(k.in, "more"), 0o755)
 	os.Mkdir(k.out, 0o755)
+	for _, dir := range []string{k.dir, k.in, filepath.Join(k.in, "more"), k.out} {
+		os.Chmod(dir, 0o755) // whatever the umask is: see callAs
+	}
 	return k
 }
 

@@ -245,6 +245,9 @@ func TestDashForEveryOutput(t *testing.T) {
 
 // What an error advises for an output that is no regular file is done, and does what was wanted.
 func TestAdviceForSpecialOutputs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	advice := regexp.MustCompile(`"dmsnap ([^"]*) - >DEVICE"`)
 	followed := 0
 	for _, c := range callings {

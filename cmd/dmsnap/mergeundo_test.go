@@ -151,6 +151,9 @@ func TestMergeUndoIsLocked(t *testing.T) {
 // Killed at any moment and started again with the same words, a merge with --undo ends, and until the undo
 // store has its name the origin is untouched; from then on it shows what the origin held.
 func TestMergeUndoKilledAtAnyMoment(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p, shown := bigPair(t)
 	before := p.withContent(t)
 	undo := filepath.Join(p.dir, "undo.cow")

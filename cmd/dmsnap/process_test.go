@@ -167,6 +167,9 @@ func bigPair(t *testing.T) (p pair, shown []byte) {
 
 // A merge that is killed, whenever, goes on when it is started again.
 func TestMergeKilledAtAnyMomentGoesOn(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p, shown := bigPair(t)
 	killed := 0
 	for delay := 2 * time.Millisecond; ; delay += delay / 2 {
@@ -198,6 +201,9 @@ func TestMergeKilledAtAnyMomentGoesOn(t *testing.T) {
 
 // The first signal ends a merge or an export between two steps, with a status that says so.
 func TestInterruptedWork(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p, shown := bigPair(t)
 	out := filepath.Join(p.dir, "out.img")
 	before := digests(t, p.dir)

@@ -164,6 +164,9 @@ func TestReceiveRefuses(t *testing.T) {
 
 // A receive that is killed at any moment is finished by the next one, also with the old bytes kept.
 func TestReceiveKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	s := newSending(t, 32<<20)
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)) // a moment is what this test is about
 	began := time.Now()

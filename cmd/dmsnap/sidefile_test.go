@@ -47,6 +47,9 @@ func mergingBeside(t *testing.T, origin string) *inspect.Merging {
 // A killed offline merge leaves a side file: the origin is refused with any other COW, and taken with the same one,
 // also when that was moved; at the end the side file is gone.
 func TestMergeKilledLeavesASideFile(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p, shown := bigPair(t)
 	other := filepath.Join(p.dir, "other.cow")
 	mustRun(t, "create", p.origin, other)
@@ -75,6 +78,9 @@ func TestMergeKilledLeavesASideFile(t *testing.T) {
 
 // An undo store takes back a merge that was killed, without force, and the side file goes when the origin is whole.
 func TestKilledMergeTakenBack(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p, _ := bigPair(t)
 	before := p.withContent(t)
 	undo, again := filepath.Join(p.dir, "undo.cow"), filepath.Join(p.dir, "again.cow")

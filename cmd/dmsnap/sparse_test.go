@@ -24,6 +24,9 @@ func allocated(t *testing.T, path string) int64 {
 // What takes no space in the COW device takes none in the origin after a merge, nor in a repaired, compacted or
 // revalidated copy; holes of the origin take none in the COW device.
 func TestSparseStaysSparse(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	const size, most = 128 << 20, 16 << 20
 	p := newPair(t)
 	image := make([]byte, size)

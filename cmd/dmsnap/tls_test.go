@@ -39,6 +39,9 @@ func certificates(t *testing.T) (dir string, client *tls.Config) {
 }
 
 func TestServeTLS(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p := newPair(t)
 	shown := p.withStore(t)
 	dir, client := certificates(t)
@@ -93,6 +96,9 @@ func TestServeTLS(t *testing.T) {
 }
 
 func TestServeLimits(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	p := newPair(t)
 	p.withStore(t)
 	s := launch(t, "serve", p.origin, p.cow, "--socket", filepath.Join(p.dir, "s"), "--max-connections", "1", "--idle-timeout", "200ms")

@@ -83,6 +83,9 @@ var update = flag.Bool("update", false, "write the golden tables anew")
 
 // TestInspectVolumes holds the table of each LVM fixture against testdata/inspect.
 func TestInspectVolumes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	golden, err := filepath.Abs("testdata/inspect")
 	if err != nil {
 		t.Fatal(err)

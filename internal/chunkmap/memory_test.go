@@ -10,6 +10,9 @@ import (
 
 // TestMemory holds the promises of the package comment: bytes of heap an exception, by pattern.
 func TestMemory(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	if unsafe.Sizeof(shard{}) != 64 || unsafe.Sizeof(page{}) != 32 {
 		t.Errorf("a shard has %d bytes, a slot of a directory %d", unsafe.Sizeof(shard{}), unsafe.Sizeof(page{}))
 	}

@@ -265,6 +265,9 @@ func TestAgainstModel(t *testing.T) {
 
 // TestFewPages works on so few pages that they take every form again and again.
 func TestFewPages(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for seed := range uint64(5) {
 		r := rand.New(rand.NewPCG(seed, 0))
 		p := newPair(t)

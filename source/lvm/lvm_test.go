@@ -144,6 +144,9 @@ var refusedTypes = map[string][]string{
 
 // TestEachViewOfEachCase opens what the kernel showed, with the disks in each of two orders, and compares the bytes.
 func TestEachViewOfEachCase(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, c := range testCases(t) {
 		for i, run := range c.Expect {
 			for _, reversed := range []bool{false, true} {

@@ -75,6 +75,9 @@ func randomOptions(r *rand.Rand) ExportOptions {
 
 // TestInteropExport writes stand-alone images, which qemu finds sound and reads the same.
 func TestInteropExport(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	need(t, "qemu-img", "qemu-io")
 	for seed := range seeds() {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
@@ -99,6 +102,9 @@ func TestInteropExport(t *testing.T) {
 // TestInteropOverlay writes overlays of random stores and imports them again: the same exceptions, and qemu sees data only
 // where the store has some.
 func TestInteropOverlay(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	need(t, "qemu-img")
 	for seed := range seeds() {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {

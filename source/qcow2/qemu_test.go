@@ -153,6 +153,9 @@ func rawOf(t testing.TB, path string) []byte {
 
 // TestInteropRandomImages reads random images that qemu's programs wrote, by several readers at once.
 func TestInteropRandomImages(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	need(t, "qemu-img", "qemu-io")
 	for seed := range seeds() {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {

@@ -11,6 +11,7 @@ package e2e_test
 
 import (
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -41,6 +42,11 @@ func TestMain(m *testing.M) {
 	faultfs.Main()
 	if dir := os.Getenv(janitorOf); dir != "" {
 		cleanUp(dir)
+	}
+	flag.Parse()
+	if testing.Short() {
+		fmt.Println("skipped with -short: the tests from outside")
+		os.Exit(0)
 	}
 	os.Exit(withScratch(m.Run))
 }

@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -24,6 +25,11 @@ import (
 var binary string
 
 func TestMain(m *testing.M) {
+	flag.Parse()
+	if testing.Short() {
+		fmt.Println("skipped with -short: the tests with other programs")
+		os.Exit(0)
+	}
 	dir, err := os.MkdirTemp("", "dmsnap-interop-")
 	if err != nil {
 		panic(err)
