@@ -165,3 +165,26 @@ func BenchmarkGetBesideInserts(b *testing.B) {
 	close(stop)
 	<-stopped
 }
+
+// BenchmarkLargeHomes has exceptions of every chunk, scattered, in COW chunks that need the wide forms.
+func BenchmarkLargeHomes(b *testing.B) {
+	es := make([]ondisk.Exception, million/8)
+	for i := range es {
+		es[i] = ondisk.Exception{Old: ondisk.OriginChunk(permute(uint64(i), million/8)), New: ondisk.COWChunk(1<<56 - 1 - i)}
+	}
+	fill := func(m *Map) {
+		for _, e := range es {
+			m.Insert(e)
+		}
+	}
+	b.Run("build", func(b *testing.B) { build(b, es, fill) })
+	b.Run("get", func(b *testing.B) {
+		var m Map
+		fill(&m)
+		for i := 0; b.Loop(); i++ {
+			if _, ok := m.Get(es[i*7919&(len(es)-1)].Old); !ok {
+				b.Fatal("miss")
+			}
+		}
+	})
+}
