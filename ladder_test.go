@@ -5,6 +5,7 @@ import (
 	"go/parser"
 	"go/token"
 	"io/fs"
+	"os"
 	"path"
 	"path/filepath"
 	"strconv"
@@ -171,6 +172,36 @@ func TestNoGrabBags(t *testing.T) {
 			if path.Base(dir) == bad {
 				t.Errorf("package %s: name what is in it", dir)
 			}
+		}
+	}
+}
+
+// TestPageShowsTheLadder holds the ladder of ARCHITECTURE.md against floors.
+func TestPageShowsTheLadder(t *testing.T) {
+	page, err := os.ReadFile("ARCHITECTURE.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	shown, floor := map[string]int{}, -1
+	_, ladder, _ := strings.Cut(string(page), "```\n")
+	ladder, _, _ = strings.Cut(ladder, "```\n")
+	for line := range strings.Lines(ladder) {
+		if line[0] != ' ' {
+			floor = int(line[0] - '0')
+		}
+		// Names stand before the first gap that no name follows.
+		for _, name := range strings.Fields(line[1:]) {
+			if _, known := floors[name]; !known {
+				break
+			}
+			shown[name] = floor
+		}
+	}
+	for name, floor := range floors {
+		if at, there := shown[name]; there && at != floor {
+			t.Errorf("ARCHITECTURE.md shows %s on floor %d, it is on %d", name, at, floor)
+		} else if !there && !strings.Contains(string(page), "`"+name+"`") && name != "." {
+			t.Errorf("ARCHITECTURE.md does not show %s", name)
 		}
 	}
 }
