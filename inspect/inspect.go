@@ -32,7 +32,7 @@ type Disk struct {
 	Bytes   int64    `json:"bytes"`
 	InUse   bool     `json:"in_use"` // another program has it open for writing
 	Store   *Store   `json:"store,omitempty"`
-	Merging *Merging `json:"merging,omitempty"` // of an origin: the offline merge into it that is not complete
+	Merging *Merging `json:"merging,omitempty"` // of an origin: the merge into it that is not complete
 	Beside  []Beside `json:"beside"`            // stores with names made from that of this disk
 
 	Content image.Content `json:"-"`
@@ -56,7 +56,7 @@ type Header struct {
 	ChunkSectors uint32 `json:"chunk_sectors"`
 }
 
-// Merging is an incomplete offline merge, by its side file.
+// Merging is an incomplete merge, by its side file.
 type Merging struct {
 	SideFile   string `json:"side_file"`
 	COW        string `json:"cow"`

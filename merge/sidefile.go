@@ -18,11 +18,12 @@ import (
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/snapshot"
 )
 
-// ErrUnfinished reports an origin that an offline merge of another COW device has started to change and not completed:
-// the origin alone is a mixture of both contents.
-var ErrUnfinished = errors.New("an offline merge into this origin is not complete")
+// ErrUnfinished reports an origin that a merge of another COW device has started to change and not completed: the
+// origin alone is a mixture of both contents.
+var ErrUnfinished = errors.New("a merge into this origin is not complete")
 
 // ErrNoSideFile reports an origin for which no side file can be made: a block device, or a file in a directory that
 // can't be written to or has no space.
@@ -30,16 +31,16 @@ var ErrNoSideFile = errors.New("no side file can be made beside the origin")
 
 const (
 	sideFileSuffix = ".merging"
-	sideFileBytes  = 64 << 10 // largest size that is read
+	sideFileBytes  = 1 << 20 // largest size that is read
 )
 
-// A SideFile marks an offline merge into an origin as incomplete. It is the file ORIGIN.merging in the directory of the
-// origin (symbolic links resolved), and exists, durably, from before the first byte of the origin changes until the
-// last one is durable. Callers of its methods hold the origin's lock as a writer; [ReadSideFile] may be called at any
-// time.
+// A SideFile marks a merge into an origin as incomplete. It is the file ORIGIN.merging in the directory of the origin
+// (symbolic links resolved), and exists, durably, from before the first byte of the origin changes until the last one is
+// durable. Callers of its methods hold the origin's lock as a writer; [ReadSideFile] may be called at any time.
 //
 // The merged COW device is identified by a random id in its first sector (ondisk.MergeLabel), also after it was moved.
-// So is an undo store of the merge (by its ondisk.UndoLabel), which reverts the merge.
+// So is an undo store of the merge (by its ondisk.UndoLabel), which reverts the merge, and so are the other snapshots of
+// the origin during a live merge, which preserve what it overwrites.
 type SideFile struct {
 	path string
 	old  *sideFileBody // before Begin; nil where there was none
@@ -56,6 +57,10 @@ type sideFileBody struct {
 	Undo []undoStore `json:"undo,omitempty"`
 	// Back is the undo store that is being merged, to revert the merge.
 	Back *takingBack `json:"taking_back,omitempty"`
+
+	// Kept are the ids of the MergeLabels of the other snapshots during a live merge: they show over the mixture what
+	// they showed before it.
+	Kept []string `json:"kept,omitempty"`
 }
 
 type undoStore struct {
@@ -69,7 +74,7 @@ type takingBack struct {
 	Whole bool   `json:"whole"`
 }
 
-const sideFileAbout = "dmsnap: an offline merge into the disk beside this file is not complete. Merge again to continue it."
+const sideFileAbout = "dmsnap: a merge into the disk beside this file is not complete. Merge again to continue it."
 
 // sideFilePath is where the side file of an origin is, or ErrNoSideFile for a device.
 func sideFilePath(origin string) (string, error) {
@@ -104,7 +109,7 @@ func ReadSideFile(origin string) (*SideFile, error) {
 		return nil, err
 	}
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NONBLOCK, 0)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENAMETOOLONG) {
 		return nil, nil
 	}
 	if err != nil {
@@ -146,20 +151,23 @@ func (s *SideFile) Refuse() error {
 }
 
 // Check returns ErrUnfinished for a store that does not belong to the merge: the origin is a mixture for it. The store
-// that is being merged belongs to it, and so do its undo stores.
+// that is being merged belongs to it, and so do its undo stores and the other snapshots of a live merge.
 func (s *SideFile) Check(cow block.Device) error {
-	merging, undos, err := s.read(cow)
+	merging, undos, err := readIDs(cow)
 	if err != nil {
 		return err
 	}
-	if s.now.Back != nil && merging == s.now.Back.ID || s.now.Back == nil && merging == s.now.ID || s.undoStore(undos) != nil {
+	if s.now.Back != nil && merging == s.now.Back.ID || s.now.Back == nil && merging == s.now.ID || s.undoStore(undos) != nil || s.keeps(merging) {
 		return nil
 	}
 	return s.Refuse()
 }
 
-// read returns the ids of a store's labels: as a merged store, and as an undo store. "" is none.
-func (s *SideFile) read(cow block.Device) (merging, undos string, err error) {
+// keeps reports whether the id is that of another snapshot during a live merge.
+func (s *SideFile) keeps(id string) bool { return id != "" && slices.Contains(s.now.Kept, id) }
+
+// readIDs returns the ids of a store's labels: as a merged store, and as an undo store. "" is none.
+func readIDs(cow block.Device) (merging, undos string, err error) {
 	var b [ondisk.SectorSize]byte
 	if _, err := cow.ReadAt(b[:], 0); err != nil {
 		return "", "", fmt.Errorf("read header: %w", err)
@@ -181,11 +189,29 @@ func (s *SideFile) undoStore(id string) *undoStore {
 	return nil
 }
 
-// Begin makes the side file durable, for a merge of cow into the origin, with the id in cow's first sector before it.
-// If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing is
-// changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
+// Begin makes the side file durable, for an offline merge of cow into the origin, with the id in cow's first sector
+// before it. If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing
+// is changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
 // written.
 func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, error) {
+	return begin(origin, cowPath, merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}, nil, replace)
+}
+
+// BeginLive is Begin for a live merge of a snapshot, and gives ids to the other snapshots of the origin too: they keep
+// what the merge overwrites. One that can't be given an id is left out. It is called while s takes no writes.
+func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
+	return begin(origin, cowPath, mergedSnapshot(s), others, replace)
+}
+
+// merged is a store that is merged: its device, and how the first sector of that is changed, durably.
+type merged struct {
+	block.Device
+	change func(func(sector []byte)) error
+}
+
+func mergedSnapshot(s *snapshot.Snapshot) merged { return merged{s.COW(), s.ChangeLabel} }
+
+func begin(origin, cowPath string, cow merged, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
 	path, err := sideFilePath(origin)
 	if err != nil {
 		return nil, err
@@ -206,18 +232,28 @@ func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, e
 	if full, err := filepath.Abs(cowPath); err == nil {
 		cowPath = full
 	}
-	return s, s.begin(origin, cowPath, cow)
+	if err := s.begin(cowPath, cow); err != nil {
+		return s, err
+	}
+	s.now.Kept = nil
+	for _, o := range others {
+		if id, err := mergedSnapshot(o).id(); err == nil {
+			s.now.Kept = append(s.now.Kept, id)
+		}
+	}
+	return s, s.write(origin)
 }
 
-func (s *SideFile) begin(origin, cowPath string, cow block.Device) error {
-	merging, undos, err := s.read(cow)
+// begin makes s what it is while cow is merged, except for Kept.
+func (s *SideFile) begin(cowPath string, cow merged) error {
+	merging, undos, err := readIDs(cow)
 	if err != nil {
 		return err
 	}
 	u := s.undoStore(undos)
 	switch {
 	case s.old == nil:
-		id, err := label(cow)
+		id, err := cow.label()
 		if err != nil {
 			return err
 		}
@@ -227,22 +263,33 @@ func (s *SideFile) begin(origin, cowPath string, cow block.Device) error {
 		back.COW = cowPath
 		s.now.Back = &back
 	case u != nil:
-		id, err := label(cow)
+		id, err := cow.label()
 		if err != nil {
 			return err
 		}
 		s.now.Back = &takingBack{COW: cowPath, ID: id, Whole: u.Whole}
+	case s.keeps(merging): // it has the whole of what it shows; what is merged does not matter to it
+		s.now = sideFileBody{About: sideFileAbout, COW: cowPath, ID: merging}
 	default:
 		s.now.COW = cowPath
 	}
-	return s.write(origin)
+	return nil
 }
 
 // label writes a new id to a store, durably.
-func label(cow block.Device) (string, error) {
+func (m merged) label() (string, error) {
 	var t ondisk.MergeLabel
 	rand.Read(t.ID[:])
-	return hex.EncodeToString(t.ID[:]), undo.ChangeFirst(cow, t.Encode)
+	return hex.EncodeToString(t.ID[:]), m.change(t.Encode)
+}
+
+// id returns the id of a store, which it is given if it has none.
+func (m merged) id() (string, error) {
+	id, _, err := readIDs(m)
+	if err == nil && id == "" {
+		id, err = m.label()
+	}
+	return id, err
 }
 
 // Undo records the undo store of cow's merge, durably and before the merge continues, so that it is recognised when it
@@ -296,7 +343,7 @@ func (s *SideFile) Cancel(origin string) error {
 // End removes the side file, durably, when the merge of cow is complete and durable. It stays after the merge of an
 // undo store that was made when the merge had already begun: the origin is as it was when that undo store was made.
 func (s *SideFile) End(origin string, cow block.Device) error {
-	merging, undos, err := s.read(cow)
+	merging, undos, err := readIDs(cow)
 	if err != nil {
 		return err
 	}

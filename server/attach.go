@@ -279,7 +279,7 @@ func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error)
 		return nil, errors.Join(err, snap.Close())
 	}
 	releaseLoaded(snap)
-	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap, fixed: a.fixed}
+	v := &attached{name: a.name, path: a.path, dev: newSwitchDevice(snap), cow: cow, snap: snap, fixed: a.fixed, force: a.force}
 	if err := s.addExport(nbd.Export{Name: a.name, Description: description("snapshot", a.path), Device: v.dev,
 		ReadOnly: s.opts.ReadOnly || a.readOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),

@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -57,11 +59,18 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 		return api.Merge{}, err
 	}
 	var m *snapshot.Merging
+	var side *merge.SideFile
 	err := v.dev.replace(func() (_ block.Device, err error) {
 		if st := v.snap.Status(); st.State == snapshot.StateInvalid {
 			return nil, refuse(api.CodeInvalid, "snapshot %q is invalid: there is nothing to merge", name)
 		}
-		m, err = v.snap.BeginMerge()
+		m, err = v.snap.BeginMergeAfter(func() (err error) {
+			side, err = s.beginSideFile(v)
+			return err
+		})
+		if err != nil && side != nil {
+			err = errors.Join(err, side.Cancel(s.address.Path))
+		}
 		return s.origin, err
 	})
 	if err != nil {
@@ -72,8 +81,12 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 		return api.Merge{}, err
 	}
 	opts := s.opts.Merge
-	if half := s.half.Load(); half != nil && half.Check(v.cow) == nil {
-		opts.Completed = func() error { return s.endOffline(half, v.cow) }
+	if side == nil && s.half.Load() != nil && s.half.Load().Check(v.cow) == nil {
+		side = s.half.Load() // it could not be brought up to date
+	}
+	if side != nil {
+		s.half.Store(side)
+		opts.Completed = func() error { return errors.Join(s.endSideFile(side, v.cow), completed(s.opts.Merge)) }
 	}
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, opts)}
@@ -81,9 +94,40 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	return v.merge.status(), nil
 }
 
-// endOffline removes the side file of an offline merge that a live one has completed.
-func (s *Server) endOffline(half *merge.SideFile, cow block.Device) error {
-	if err := half.End(s.address.Path, cow); err != nil {
+// completed calls the function of whoever embeds the server.
+func completed(o merge.Options) error {
+	if o.Completed == nil {
+		return nil
+	}
+	return o.Completed()
+}
+
+// noSideFile is logged when a merge has no side file.
+const noSideFile = "if this merge is interrupted, only the store shows that the origin is a mixture"
+
+// beginSideFile makes the side file of a live merge, durably, or returns nil where none can be made. mu is held.
+func (s *Server) beginSideFile(v *attached) (*merge.SideFile, error) {
+	var others []*snapshot.Snapshot
+	for _, o := range s.snapshots {
+		if o != v && o.merge == nil {
+			others = append(others, o.snap)
+		}
+	}
+	var side *merge.SideFile
+	err := fmt.Errorf("%w: it is a part of a disk", merge.ErrNoSideFile) // the file would be that of all parts
+	if s.address.Plain() {
+		side, err = merge.BeginLive(s.address.Path, v.path, v.snap, others, s.opts.Force || v.force)
+	}
+	if errors.Is(err, merge.ErrNoSideFile) {
+		s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v: %s", v.name, err, noSideFile), noSideFile, err, slog.String("snapshot", v.name))
+		return nil, nil
+	}
+	return side, err
+}
+
+// endSideFile removes the side file when the merge of cow is complete.
+func (s *Server) endSideFile(side *merge.SideFile, cow block.Device) error {
+	if err := side.End(s.address.Path, cow); err != nil {
 		return err
 	}
 	now, err := merge.ReadSideFile(s.address.Path)

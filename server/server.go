@@ -110,7 +110,7 @@ type Server struct {
 	origin    *snapshot.Origin
 	volumes   *lvm.Origin                    // what the origin is in a volume group, or nil
 	addressed string                         // the volume of it that the address names: itself or a snapshot
-	half      atomic.Pointer[merge.SideFile] // of an offline merge into the origin that is not complete, or nil
+	half      atomic.Pointer[merge.SideFile] // of a merge into the origin that is not complete, or nil
 	opts      Options
 	log       eventlog.Log
 	nbd       *nbd.Server
@@ -135,6 +135,7 @@ type attached struct {
 	fixed      bool               // a volume of the origin's group
 	snap       *snapshot.Snapshot // not used any more once merge is set
 	merge      *liveMerge
+	force      bool         // api.AttachRequest.Force
 	undo       func() error // takes back what was made for it; before it is served
 }
 

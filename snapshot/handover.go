@@ -284,6 +284,12 @@ func (m *Merging) Resume() error {
 //
 // When it fails the snapshot is as before, suspended if it was.
 func (s *Snapshot) BeginMerge() (*Merging, error) {
+	return s.BeginMergeAfter(func() error { return nil })
+}
+
+// BeginMergeAfter is BeginMerge, and calls ready before the origin shows the snapshot's content, when the snapshot is
+// suspended. An error of ready refuses the merge. BeginMergeAfter may fail after ready succeeded.
+func (s *Snapshot) BeginMergeAfter(ready func() error) (*Merging, error) {
 	suspended, err := s.isSuspended()
 	if err != nil {
 		return nil, err
@@ -293,6 +299,9 @@ func (s *Snapshot) BeginMerge() (*Merging, error) {
 		return nil, err
 	}
 	if err = s.Suspend(); err == nil {
+		err = ready()
+	}
+	if err == nil {
 		err = m.Resume()
 	}
 	if err != nil {

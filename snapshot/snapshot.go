@@ -316,6 +316,17 @@ func (s *Snapshot) Identity() string {
 	return fmt.Sprintf("snapshot in %s of %s", cow, origin)
 }
 
+// ChangeLabel is store.Store.ChangeLabel of the snapshot's store.
+func (s *Snapshot) ChangeLabel(change func(sector []byte)) error {
+	s.origin.mu.RLock()
+	st := s.store
+	s.origin.mu.RUnlock()
+	if st == nil {
+		return store.ErrInvalid // handed over
+	}
+	return st.ChangeLabel(change)
+}
+
 // COW returns the COW device.
 func (s *Snapshot) COW() block.Device { return s.cow }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
 )
 
 // Invalidate makes the store invalid, permanently: from now on it refuses everything but lookups, and its header on
@@ -42,6 +43,29 @@ func (s *Store) Invalidate(why error) error {
 		return fmt.Errorf("mark store invalid: %w", err)
 	}
 	s.marked = true
+	return nil
+}
+
+// ChangeLabel changes the first sector of the COW device, durably; change gets all of it and leaves the header as it is.
+// It may be called while the store is in use. Errors, with nothing changed: ErrInvalid and ErrFailed of a store that is
+// either, ErrNoMerge of a transient one; and those of the device.
+func (s *Store) ChangeLabel(change func(sector []byte)) error {
+	s.marking.Lock() // the mark of a later Invalidate comes after it
+	defer s.marking.Unlock()
+	if s.transient {
+		return ErrNoMerge
+	}
+	if err := s.Err(); err != nil {
+		return err
+	}
+	b := make([]byte, metaBlock(s.layout))
+	if _, err := s.dev.ReadAt(b, 0); err != nil {
+		return fmt.Errorf("read header: %w", err)
+	}
+	change(b[:ondisk.SectorSize])
+	if err := block.WriteDurable(s.dev, b, 0); err != nil {
+		return fmt.Errorf("write header: %w", err)
+	}
 	return nil
 }
 

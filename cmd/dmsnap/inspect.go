@@ -204,7 +204,7 @@ func (i *inspection) print(t io.Writer) {
 	if m := i.Merging; m != nil && m.Error != "" {
 		fmt.Fprintf(t, "  merging\t%s\n", printable(m.Error))
 	} else if m != nil {
-		fmt.Fprintf(t, "  merging\tan offline merge of %s is not complete (%s): this disk alone is a mixture\n", printable(m.COW), printable(m.SideFile))
+		fmt.Fprintf(t, "  merging\ta merge of %s is not complete (%s): this disk alone is a mixture\n", printable(m.COW), printable(m.SideFile))
 	}
 	for _, b := range i.Beside {
 		fmt.Fprintf(t, "  beside it\t%s: a store, %s, %s\n", b.Path, b.State, plural(b.Exceptions, "exception"))

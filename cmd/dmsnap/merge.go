@@ -72,7 +72,8 @@ FILE is refused, or replaced with --force. Undoing an incomplete merge loses the
 merged, unless it is done with an --undo of its own.
 
 Until the merge is complete, the file ORIGIN.merging beside ORIGIN says so: inspect shows it, and serving ORIGIN with
-another COW, or merging another COW into it, is refused without --force. A block device has no such file.
+another COW, or merging another COW into it, is refused without --force. A live merge makes it too; snapshots that
+were served beside it are not refused. A block device has no such file.
 
 --dry-run shows how much there is to merge, in how many ranges, and the size of an undo store.
 

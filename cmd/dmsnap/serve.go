@@ -130,7 +130,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "chunk size of created stores (default 4KiB)")
-	f.BoolVar(&o.force, "force", false, "create stores and scratch space over existing content, and serve an origin that is too short for its store, or files that are mounted or used by other devices, or an origin with an incomplete offline merge of another COW")
+	f.BoolVar(&o.force, "force", false, "create stores and scratch space over existing content, and serve an origin that is too short for its store, or files that are mounted or used by other devices, or an origin with an incomplete merge of another COW")
 	o.disk.add(f)
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")

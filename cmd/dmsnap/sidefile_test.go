@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -12,20 +13,50 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 )
 
-// halfMerged kills merges of p until one has written its side file and is not complete.
+// halfMerged merges p and kills that when it has written its side file and is not complete. A merge that was faster is
+// taken back and begun again.
 func halfMerged(t *testing.T, p pair, more ...string) {
 	t.Helper()
-	for delay := 16 * time.Millisecond; ; delay += delay / 4 {
+	before := folderContent(t, p.dir)
+	for delay := 4 * time.Millisecond; delay > 100*time.Microsecond; delay /= 2 {
 		m := launch(t, append([]string{"merge", p.origin, p.cow}, more...)...)
+		begun := func() bool {
+			s, err := merge.ReadSideFile(p.origin)
+			return err == nil && s != nil && s.COW() == p.cow
+		}
+		for end := time.Now().Add(30 * time.Second); !begun() && time.Now().Before(end) && syscall.Kill(m.Process.Pid, 0) == nil; {
+			time.Sleep(100 * time.Microsecond)
+		}
 		time.Sleep(delay) // a moment is what this is about
 		m.Process.Kill()
-		if m.end(t) == exitDone {
-			t.Skip("the merge was never killed in time")
-		}
-		if s, err := merge.ReadSideFile(p.origin); err == nil && s != nil && s.COW() == p.cow {
+		if m.end(t) != exitDone && begun() {
 			return
 		}
+		for path := range folderContent(t, p.dir) {
+			os.Remove(path)
+		}
+		for path, b := range before {
+			writeFile(t, path, b)
+		}
 	}
+	t.Fatal("no merge was killed in time")
+}
+
+// folderContent returns the files in a folder, by their paths.
+func folderContent(t *testing.T, dir string) map[string][]byte {
+	t.Helper()
+	files := map[string][]byte{}
+	list, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range list {
+		path := filepath.Join(dir, e.Name())
+		if files[path], err = os.ReadFile(path); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return files
 }
 
 // mergingBeside is what inspect shows of the merge into an origin, whatever the origin holds.
@@ -116,6 +147,55 @@ func TestSideFileDamaged(t *testing.T) {
 	wantContent(t, p.origin, shown)
 	if _, err := os.Stat(p.origin + ".merging"); !os.IsNotExist(err) {
 		t.Error("the side file is left", err)
+	}
+}
+
+// A side file that is damaged refuses a live merge, with all as before.
+func TestLiveMergeRefusedByASideFile(t *testing.T) {
+	p := newPair(t)
+	shown := p.withStore(t)
+	r := start(t, p, serveOptions{exportOrigin: true}, "disk="+p.cow)
+	writeFile(t, p.origin+".merging", []byte("{"))
+	before := digests(t, p.dir)
+	dmsnap("merge", "--control", r.control, "disk").wantRefused(t, "not complete", ".merging")
+	wantSame(t, p.dir, before)
+	if out := mustRun(t, "status", "--control", r.control); !strings.Contains(out, "snapshot disk: ok") {
+		t.Errorf("after the refused merge: %s", out)
+	}
+	if err := os.Remove(p.origin + ".merging"); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, "merge", "--control", r.control, "disk", "--wait")
+	r.stop()
+	wantContent(t, p.origin, shown)
+	mustRun(t, "check", p.cow, "--origin", p.origin)
+}
+
+// Where no side file can be made, merges say so and go on.
+func TestMergeWithoutASideFile(t *testing.T) {
+	for _, live := range []bool{false, true} {
+		p := newPair(t)
+		shown := p.withStore(t)
+		long := filepath.Join(p.dir, strings.Repeat("n", 250)) // too long for a suffix
+		if err := os.Rename(p.origin, long); err != nil {
+			t.Fatal(err)
+		}
+		p.origin = long
+		if live {
+			s := launch(t, "serve", p.origin, "disk="+p.cow, "--socket", filepath.Join(p.dir, "s"), "--control", filepath.Join(p.dir, "c"))
+			if _, err := s.stdout.ReadString('\n'); err != nil {
+				t.Fatalf("%v: %s", err, &s.stderr)
+			}
+			mustRun(t, "merge", "--control", filepath.Join(p.dir, "c"), "disk", "--wait")
+			s.Process.Signal(syscall.SIGTERM)
+			if status := s.end(t); status != exitDone || !strings.Contains(s.stderr.String(), "disk: no side file can be made") {
+				t.Errorf("status %d, %s", status, &s.stderr)
+			}
+		} else if o := dmsnap("merge", p.origin, p.cow); o.status != exitDone || !strings.Contains(o.stderr, "warning: no side file can be made") {
+			t.Errorf("status %d, %s", o.status, o.stderr)
+		}
+		wantContent(t, p.origin, shown)
+		mustRun(t, "check", p.cow, "--origin", p.origin)
 	}
 }
 

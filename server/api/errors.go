@@ -19,7 +19,7 @@ const (
 	CodeInvalid        Code = "invalid"          // the snapshot's content is lost
 	CodeNotEmpty       Code = "not_empty"        // the COW device holds something else; see AttachRequest.Force
 	CodeOriginTooSmall Code = "origin_too_small" // the origin ends before the store's exceptions do; see AttachRequest.Force
-	CodeUnfinished     Code = "unfinished_merge" // an offline merge of another COW device is not complete; see AttachRequest.Force
+	CodeUnfinished     Code = "unfinished_merge" // a merge of another COW device is not complete; see AttachRequest.Force
 	CodeFixed          Code = "fixed"            // the snapshot is a volume of a group, which is neither dropped nor grown
 	CodeTooLarge       Code = "too_large"        // the body is too long
 	CodeFailed         Code = "failed"           // anything else: a file that is missing, in use or no store; an I/O error

@@ -165,9 +165,12 @@ func (n *folderNode) Link(ctx context.Context, target fs.InodeEmbedder, name str
 }
 
 func (n *folderNode) Unlink(_ context.Context, name string) syscall.Errno {
-	n.v.mu.Lock()
+	errno, _ := n.v.enter(Remove, name)
 	defer n.v.mu.Unlock()
-	if n.d.names[name] == nil {
+	switch {
+	case errno != 0:
+		return errno
+	case n.d.names[name] == nil:
 		return syscall.ENOENT
 	}
 	n.d.change(nameChange{gone: name})

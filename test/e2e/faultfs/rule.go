@@ -17,6 +17,7 @@ const (
 	Truncate Op = "truncate"
 	Create   Op = "create"
 	Rename   Op = "rename" // rename and link
+	Remove   Op = "remove"
 	SyncDir  Op = "syncdir"
 )
 
