@@ -36,6 +36,9 @@ type File struct {
 	syncs  sync.RWMutex              // see synced
 	failed atomic.Pointer[error]     // the first failure to make something durable
 	lacks  [numAbilities]atomic.Bool // what the file system refused before
+
+	data    atomic.Pointer[dataRun] // see knownData
+	punches atomic.Uint64           // calls of fallocate that may have made holes
 }
 
 // ability is something that not all file systems, block devices and kernels can do. The first refusal is remembered, so

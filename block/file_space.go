@@ -65,6 +65,9 @@ func (f *File) fallocate(a ability, mode uint32, off, n int64) (done bool, err e
 	if f.lacks[a].Load() {
 		return false, nil
 	}
+	if a != allocate {
+		defer f.punches.Add(1) // when the hole is there
+	}
 	err = retry(func() error {
 		return unix.Fallocate(f.fd, mode|unix.FALLOC_FL_KEEP_SIZE, off, n)
 	})
@@ -184,6 +187,12 @@ func (f *File) Extents(off, n int64) ([]Extent, error) {
 	}
 	var list []Extent
 	for end := off + n; off < end && len(list) < fileExtents; {
+		if to := f.knownData(off); to > off {
+			to = min(to, end)
+			list = append(list, Extent{Length: to - off})
+			off = to
+			continue
+		}
 		data, err := f.next(unix.SEEK_DATA, off, end)
 		if err != nil {
 			return nil, err
@@ -193,10 +202,13 @@ func (f *File) Extents(off, n int64) ([]Extent, error) {
 			off = data
 			continue
 		}
-		hole, err := f.next(unix.SEEK_HOLE, off, end)
+		punches := f.punches.Load() // before the file system is asked
+		hole, err := f.next(unix.SEEK_HOLE, off, math.MaxInt64)
 		if err != nil {
 			return nil, err
 		}
+		f.data.Store(&dataRun{off, hole, punches})
+		hole = min(hole, end)
 		// The race considered: data that was at off a moment ago may be punched out by now. Half a block reported as
 		// data does no harm; a scan that makes no progress would.
 		hole = max(hole, min(off+SectorSize, end))
@@ -204,6 +216,22 @@ func (f *File) Extents(off, n int64) ([]Extent, error) {
 		off = hole
 	}
 	return list, nil
+}
+
+// dataRun is a stretch of a file without a hole, as it was after so many punches.
+type dataRun struct {
+	from, to int64
+	punches  uint64
+}
+
+// knownData returns the end of the data at off that the last call of Extents found, or 0. Asked for a piece, the file
+// system looks for the end of the whole stretch, which takes long on some (tmpfs, ext4 before its pages are written). A
+// stretch is forgotten when f makes a hole anywhere. Holes are not remembered: whoever takes data for a hole loses it.
+func (f *File) knownData(off int64) int64 {
+	if d := f.data.Load(); d != nil && d.punches == f.punches.Load() && d.from <= off && off < d.to {
+		return d.to
+	}
+	return 0
 }
 
 // next returns where, in [off, end), the first data or the first hole begins, or end. Seeking moves the

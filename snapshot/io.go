@@ -396,10 +396,11 @@ func (s *Snapshot) describe(off, n int64, of func(piece) ([]block.Extent, error)
 	return gatherExtents(s.store, off, n, of)
 }
 
-// gatherExtents joins the extents of the first pieces of a range, at most maxPieces of them.
+// gatherExtents joins the extents of the first pieces of a range, at most maxPieces of them, and ends with the piece
+// where the second extent begins: the first one is complete then, as far as the pieces are concerned.
 func gatherExtents(st *store.Store, off, n int64, of func(piece) ([]block.Extent, error)) ([]block.Extent, error) {
 	var all []block.Extent
-	for pieces := 0; n > 0 && pieces < maxPieces; pieces++ {
+	for pieces := 0; n > 0 && pieces < maxPieces && len(all) < 2; pieces++ {
 		es, err := of(nextPiece(st, off, n))
 		if err != nil {
 			return nil, err
