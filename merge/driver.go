@@ -49,6 +49,12 @@ type Driver struct {
 func Start(m *snapshot.Merging, o Options) *Driver {
 	d := &Driver{loop: newLoop(m, o), progress: o.Progress, complete: o.Completed, state: Running,
 		ended: make(chan struct{}), changed: make(chan struct{})}
+	if l := d.loop; o.Window <= 0 {
+		l.window = uint64(max(1, LeastWindow/l.chunk))
+		l.next = func(took time.Duration, requests uint64) uint64 {
+			return liveWindow(l.window, took, requests, uint64(l.chunk))
+		}
+	}
 	d.ctx, d.cancel = context.WithCancel(context.Background())
 	go d.run()
 	return d

@@ -35,19 +35,23 @@ import (
 // often; writes to a window wait while it is merged, so it should take no longer than clients can wait.
 //
 // Offline, where only an interruption waits, windows grow up to MaxWindow as long as a step is short, and shrink again
-// when it is long.
+// when it is long. With a Driver they begin with LeastWindow, grow up to DefaultWindow while no client makes requests or
+// steps are short, and shrink while clients would wait for long ones.
 const (
+	LeastWindow   = 1 << 20
 	DefaultWindow = 32 << 20
 	MaxWindow     = 256 << 20
 
 	quickStep = 200 * time.Millisecond
 	slowStep  = time.Second
+	// clientStep is how long a step may take while clients make requests: some of them wait for it.
+	clientStep = 10 * time.Millisecond
 )
 
 // Options are the options of a merge. The zero value is usable.
 type Options struct {
-	// Window is how much one step merges, in bytes; 0 means DefaultWindow, and for Offline and Run that it grows from
-	// there. A step merges at least one chunk.
+	// Window is how much one step merges, in bytes; 0 means that it follows the time that steps take (see DefaultWindow).
+	// A step merges at least one chunk.
 	Window int64
 
 	// Progress is called before the first step and after each, from the goroutine that makes the steps. It should
@@ -87,10 +91,10 @@ func (p Progress) Percent() float64 {
 // loop is a merge with its counters.
 type loop struct {
 	m      *snapshot.Merging
-	window uint64 // exceptions a step
-	chunk  int64  // bytes
-	total  uint64 // exceptions at the beginning
-	adapt  bool   // window follows the time that steps take
+	window uint64                                           // exceptions a step
+	chunk  int64                                            // bytes
+	total  uint64                                           // exceptions at the beginning
+	next   func(took time.Duration, requests uint64) uint64 // the next window, after a full step; nil: the same
 }
 
 // newLoop returns the loop of a merge that has been resumed.
@@ -114,7 +118,7 @@ func (l *loop) progress() Progress {
 // step makes one step. done: nothing was left. While another snapshot has no space for chunks that it must keep, step
 // waits until there may be space or ctx ends, and the caller repeats it.
 func (l *loop) step(ctx context.Context) (done bool, err error) {
-	began := time.Now()
+	began, before := time.Now(), l.m.Requests()
 	n, err := l.m.Step(l.window)
 	if changed := block.CanRetry(err); changed != nil {
 		return false, block.AwaitRetry(ctx, changed)
@@ -122,8 +126,8 @@ func (l *loop) step(ctx context.Context) (done bool, err error) {
 	if err != nil {
 		return false, err
 	}
-	if l.adapt && n == l.window {
-		l.window = nextWindow(l.window, time.Since(began), uint64(l.chunk))
+	if l.next != nil && n == l.window {
+		l.window = l.next(time.Since(began), l.m.Requests()-before)
 	}
 	return n == 0, nil
 }
@@ -139,12 +143,25 @@ func nextWindow(window uint64, took time.Duration, chunk uint64) uint64 {
 	return window
 }
 
+// liveWindow is nextWindow of a merge beside clients, which made so many requests meanwhile.
+func liveWindow(window uint64, took time.Duration, requests, chunk uint64) uint64 {
+	switch {
+	case requests == 0 || took < clientStep/2:
+		return max(window, min(2*window, DefaultWindow/chunk))
+	case took > clientStep:
+		return min(window, max(window/2, LeastWindow/chunk, 1))
+	}
+	return window
+}
+
 // Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of that), also
 // while a step waits for space in the COW device of another snapshot. m must have been resumed; the caller closes it or
 // runs it again.
 func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
 	l := newLoop(m, o)
-	l.adapt = o.Window <= 0
+	if o.Window <= 0 {
+		l.next = func(took time.Duration, _ uint64) uint64 { return nextWindow(l.window, took, uint64(l.chunk)) }
+	}
 	for {
 		p := l.progress()
 		if o.Progress != nil {

@@ -28,6 +28,31 @@ func TestNextWindow(t *testing.T) {
 	}
 }
 
+// TestLiveWindow: beside clients a step becomes as short as they can wait, and as long as is useful when there are none.
+func TestLiveWindow(t *testing.T) {
+	const chunk = 4096
+	for _, c := range []struct {
+		window   uint64
+		took     time.Duration
+		requests uint64
+		chunk    uint64
+		want     uint64
+	}{
+		{LeastWindow / chunk, time.Second, 0, chunk, 2 * LeastWindow / chunk}, // nobody is there
+		{DefaultWindow / chunk, time.Second, 0, chunk, DefaultWindow / chunk},
+		{DefaultWindow / chunk, 100 * time.Millisecond, 1, chunk, DefaultWindow / 2 / chunk},
+		{LeastWindow / chunk, time.Second, 1, chunk, LeastWindow / chunk},
+		{1024, 8 * time.Millisecond, 1, chunk, 1024},
+		{1024, 4 * time.Millisecond, 1, chunk, 2048},
+		{1, time.Minute, 1, 1 << 30, 1}, // chunks that are larger than any window
+		{1, time.Millisecond, 0, 1 << 30, 1},
+	} {
+		if got := liveWindow(c.window, c.took, c.requests, c.chunk); got != c.want {
+			t.Errorf("after %d exceptions of %d bytes in %v, %d requests: %d, want %d", c.window, c.chunk, c.took, c.requests, got, c.want)
+		}
+	}
+}
+
 func TestRestAfter(t *testing.T) {
 	for _, c := range []struct {
 		took     time.Duration
