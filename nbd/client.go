@@ -42,6 +42,7 @@ type Client struct {
 	calls  map[uint64]*call // under way, by cookie
 	cookie uint64           // of the last call
 	err    error            // why the connection ended
+	stall  time.Duration    // how long the server may make no progress with the calls; 0: without bound
 	ended  chan struct{}    // closed when no reply is read any more
 }
 
@@ -145,7 +146,7 @@ func NewClient(ctx context.Context, nc net.Conn, export string, contexts ...stri
 func newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config, contexts []string) (*Client, error) {
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Now()) })
 	c := &Client{nc: nc, ids: make(map[string]uint32), calls: make(map[uint64]*call), ended: make(chan struct{})}
-	h := &clientHandshake{c: c, r: newReader(nc), tls: config}
+	h := &clientHandshake{c: c, r: c.newReader(nc), tls: config}
 	err := h.run(export, append([]string{baseAllocation}, contexts...))
 	if !stop() {
 		err = context.Cause(ctx)

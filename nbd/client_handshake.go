@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"math"
-	"net"
 	"slices"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
@@ -20,7 +19,7 @@ const (
 	maxMinBlock      = 64 << 10 // bytes; the protocol's limit of the minimum block size
 )
 
-func newReader(nc net.Conn) *bufio.Reader { return bufio.NewReaderSize(nc, 64<<10) }
+func newReader(r io.Reader) *bufio.Reader { return bufio.NewReaderSize(r, 64<<10) }
 
 // clientHandshake is a Client's connection before the transmission.
 type clientHandshake struct {
@@ -76,7 +75,7 @@ func (h *clientHandshake) startTLS() error {
 	if err := nc.Handshake(); err != nil { // bounded like the whole handshake
 		return fmt.Errorf("TLS: %w", err)
 	}
-	h.c.nc, h.r = nc, newReader(nc)
+	h.c.nc, h.r = nc, h.c.newReader(nc)
 	return nil
 }
 

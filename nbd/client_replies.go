@@ -48,6 +48,9 @@ func (c *Client) register(k *call) error {
 	c.cookie++
 	k.request.Cookie = c.cookie
 	c.calls[c.cookie] = k
+	if len(c.calls) == 1 { // a read that waits for the server has no bound yet
+		c.await(c.nc)
+	}
 	return nil
 }
 
@@ -58,6 +61,7 @@ func (c *Client) send(r wire.Request, payload []byte) error {
 	if c.torn {
 		return net.ErrClosed
 	}
+	c.boundSend(r, payload)
 	v := append(c.vectors[:0], r.Append(c.head[:0]))
 	if len(payload) > 0 {
 		v = append(v, payload)

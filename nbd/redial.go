@@ -32,19 +32,22 @@ type Redialer struct {
 
 	redialing sync.Mutex // one at a time
 
-	mu      sync.Mutex
-	client  *Client
-	changed uint64 // changes that were acknowledged, and
-	flushed uint64 // those of them that a Flush covers
-	failed  error  // of the first Flush that failed: all later ones do
-	gone    error  // why it does not connect again
+	mu          sync.Mutex
+	keepTrying  bool
+	failures    uint64 // attempts to connect that failed
+	lastFailure error
+	client      *Client
+	changed     uint64 // changes that were acknowledged, and
+	flushed     uint64 // those of them that a Flush covers
+	failed      error  // of the first Flush that failed: all later ones do
+	gone        error  // why it does not connect again
 }
 
 // redialPause is how long a Redialer waits between attempts to connect.
 const redialPause = 100 * time.Millisecond
 
 // NewRedialer connects with dial, at first and whenever the connection is lost. ctx bounds the first connecting; each
-// later one is tried for bound, and then the device fails permanently.
+// later one is tried for bound, and then the device fails permanently; see KeepTrying.
 func NewRedialer(ctx context.Context, bound time.Duration, dial func(ctx context.Context) (*Client, error)) (*Redialer, error) {
 	c, err := dial(ctx)
 	if err != nil {
@@ -53,6 +56,14 @@ func NewRedialer(ctx context.Context, bound time.Duration, dial func(ctx context
 	r := &Redialer{dial: dial, bound: bound, client: c, info: c.Info(), name: c.Identity()}
 	r.ctx, r.end = context.WithCancel(context.Background())
 	return r, nil
+}
+
+// KeepTrying has the device not fail permanently, as long as nothing was written: when the bound is over, the requests that waited
+// fail, and the next one tries to connect again. It is called before the first request.
+func (r *Redialer) KeepTrying() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.keepTrying = true
 }
 
 // current returns the connection, or why there is none any more.
@@ -72,12 +83,18 @@ func lost(c *Client, err error) bool {
 
 // again calls do, with another connection each time that one is lost.
 func (r *Redialer) again(do func(c *Client) error) error {
+	var first time.Time // when a connection was lost
 	for {
 		c, err := r.current()
 		if err != nil {
 			return err
 		}
 		if err = do(c); !lost(c, err) {
+			return err
+		}
+		if first.IsZero() {
+			first = time.Now()
+		} else if time.Since(first) > r.bound { // it connects, and does no more
 			return err
 		}
 		if err := r.redial(c, err); err != nil {
@@ -119,9 +136,15 @@ func (r *Redialer) fail(cause error) {
 
 // redial replaces the lost connection, unless another call has.
 func (r *Redialer) redial(old *Client, cause error) error {
+	r.mu.Lock()
+	failures := r.failures
+	r.mu.Unlock()
 	r.redialing.Lock()
 	defer r.redialing.Unlock()
 	if c, err := r.current(); err != nil || c != old {
+		return err
+	}
+	if err := r.failedSince(failures); err != nil {
 		return err
 	}
 	old.Close()
@@ -137,12 +160,27 @@ func (r *Redialer) redial(old *Client, cause error) error {
 		return r.gone
 	}
 	if err != nil {
-		r.gone = fmt.Errorf("connection lost: %w; connecting again: %w", cause, err)
-		return r.gone
+		err = fmt.Errorf("connection lost: %w; connecting again: %w", cause, err)
+		r.failures, r.lastFailure = r.failures+1, err
+		if !r.keepTrying || r.changed > 0 {
+			r.gone = err
+		}
+		return err
 	}
 	r.client = c
 	if r.changed > r.flushed {
 		r.fail(cause)
+	}
+	return nil
+}
+
+// failedSince returns the error of an attempt to connect that failed since there were so many failures: who waited for it does not
+// try again.
+func (r *Redialer) failedSince(failures uint64) error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.failures > failures {
+		return r.lastFailure
 	}
 	return nil
 }

@@ -16,7 +16,6 @@ package source
 
 import (
 	"cmp"
-	"context"
 	"crypto/tls"
 	"errors"
 	"fmt"
@@ -28,7 +27,6 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
-	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
@@ -81,8 +79,9 @@ type NBDOptions struct {
 	Reconnect time.Duration
 	// TLS is for URIs that ask for TLS; see nbd.DialTLS.
 	TLS *tls.Config
-	// Connections is the largest number of connections to an export that allows several. 0: 4.
-	Connections int
+	// Timeout bounds how long a server may send nothing while requests are in flight; the connection is lost then. It bounds
+	// the first connection, too. 0: 30 s.
+	Timeout time.Duration
 }
 
 // A Disk is an open disk.
@@ -336,9 +335,7 @@ func readLock(m block.LockMode) block.LockMode {
 func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
 	if isURI(path) {
 		d.onlyRead = "an NBD export"
-		r, err := nbd.NewRedialer(context.Background(), o.NBD.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
-			return nbd.DialTLS(ctx, path, o.NBD.TLS)
-		})
+		r, err := openRemote(path, o.NBD)
 		if err != nil {
 			return nil, err
 		}

@@ -1,0 +1,148 @@
+package source
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/nbd"
+)
+
+// Bounds on a server that does not answer.
+const (
+	connectTimeout = 30 * time.Second // of the first connection
+	replyTimeout   = 30 * time.Second // without a byte from the server while requests are in flight
+)
+
+// remoteConnections is the largest number of connections to an export that allows several.
+const remoteConnections = 4
+
+// A remote is an export that is read. Where the server allows it, requests in flight at once use several connections; the
+// further ones are made when they are needed.
+type remote struct {
+	block.Forward // the first connection
+	dial          func(ctx context.Context) (*nbd.Redialer, error)
+	inFlight      atomic.Int64
+	next          atomic.Uint64
+
+	mu    sync.Mutex
+	conns []*nbd.Redialer
+	most  int
+}
+
+// openRemote opens the export of a URI.
+func openRemote(uri string, o NBDOptions) (*remote, error) {
+	timeout := o.Timeout
+	if timeout == 0 {
+		timeout = replyTimeout
+	}
+	r := &remote{most: 1}
+	multi := false
+	r.dial = func(ctx context.Context) (*nbd.Redialer, error) {
+		d, err := nbd.NewRedialer(ctx, o.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
+			c, err := nbd.DialTLS(ctx, uri, o.TLS)
+			if err == nil {
+				c.SetTimeout(timeout)
+				multi = c.Info().MultiConn
+			}
+			return c, err
+		})
+		if err == nil {
+			d.KeepTrying()
+		}
+		return d, err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), min(connectTimeout, timeout))
+	defer cancel()
+	first, err := r.dial(ctx)
+	if err != nil {
+		if errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("the server did not answer within %v: %w", min(connectTimeout, timeout), err)
+		}
+		return nil, err
+	}
+	if multi {
+		r.most = remoteConnections
+	}
+	r.Forward, r.conns = block.NewForward(first), []*nbd.Redialer{first}
+	return r, nil
+}
+
+// conn returns the connection for a request, and the end of the request.
+func (r *remote) conn() (*nbd.Redialer, func()) {
+	n := r.inFlight.Add(1)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if have := len(r.conns); have < r.most && n > int64(have) {
+		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+		defer cancel()
+		if c, err := r.dial(ctx); err == nil && c.Size() == r.conns[0].Size() {
+			r.conns = append(r.conns, c)
+		} else {
+			r.most = have // it allows no more
+			if err == nil {
+				c.Close()
+			}
+		}
+	}
+	c := r.conns[r.next.Add(1)%uint64(len(r.conns))]
+	return c, func() { r.inFlight.Add(-1) }
+}
+
+// ReadAt reads by one of the connections.
+func (r *remote) ReadAt(p []byte, off int64) (int, error) {
+	c, end := r.conn()
+	defer end()
+	return c.ReadAt(p, off)
+}
+
+// Flush does nothing: nothing is written.
+func (r *remote) Flush() error { return nil }
+
+// WriteAt returns block.ErrReadOnly, as every change does; a range outside the disk is a *block.RangeError, too.
+func (r *remote) WriteAt(p []byte, off int64) (int, error) {
+	return 0, r.refuse("write", off, int64(len(p)))
+}
+
+// WriteDurableAt is refused like WriteAt.
+func (r *remote) WriteDurableAt(p []byte, off int64) error {
+	return r.refuse("write", off, int64(len(p)))
+}
+
+// WriteLastAt is refused like WriteAt.
+func (r *remote) WriteLastAt(p []byte, off int64) error { return r.refuse("write", off, int64(len(p))) }
+
+// ZeroAt is refused like WriteAt.
+func (r *remote) ZeroAt(off, n int64, _ block.ZeroFlags) error { return r.refuse("zero", off, n) }
+
+// Discard is refused like WriteAt.
+func (r *remote) Discard(off, n int64) error { return r.refuse("discard", off, n) }
+
+// Allocate is refused like WriteAt.
+func (r *remote) Allocate(off, n int64) error { return r.refuse("allocate", off, n) }
+
+// Grow is refused: block.ErrFixedSize.
+func (r *remote) Grow(int64) error { return block.ErrFixedSize }
+
+// CanGrow returns false.
+func (r *remote) CanGrow() bool { return false }
+
+func (r *remote) refuse(op string, off, n int64) error {
+	return errors.Join(block.CheckRange(op, off, n, r.Size()), block.ErrReadOnly)
+}
+
+// Close closes the connections.
+func (r *remote) Close() error {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.most = 0
+	var errs []error
+	for _, c := range r.conns {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
+}
