@@ -128,8 +128,8 @@ func TestWithoutOrigin(t *testing.T) {
 	}
 }
 
-// The last chunk of a disk that ends within it gives no smaller chunks behind the end, where the origin tells
-// it; where nothing does, that is said.
+// The last chunk of a disk that ends within it gives no smaller chunks after the end, where the origin is known;
+// otherwise EndUnknown is set.
 func TestShortLastChunk(t *testing.T) {
 	origin, cow := block.NewMemory(65536+1024), block.NewMemory(1<<20)
 	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 16})

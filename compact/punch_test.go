@@ -219,8 +219,8 @@ func TestPunchCutShort(t *testing.T) {
 	}
 }
 
-// A process was killed in the middle of a merge: that the last slot is gone is not durable. Whatever a power cut
-// leaves of that and of the holes, the snapshot shows the same.
+// A process was killed in the middle of a merge: the cleared last slot is not durable. Whatever a power cut leaves of
+// that and of the holes, the content of the snapshot is the same.
 func TestPunchAfterAKill(t *testing.T) {
 	origin, cow := block.NewMemory(64<<10), block.NewMemory(48<<10)
 	s, err := snapshot.NewOrigin(origin).Attach(cow, snapshot.Options{ChunkSectors: 8})

@@ -360,7 +360,7 @@ func TestReadError(t *testing.T) {
 	}
 }
 
-// Whoever listens may leave at any moment, and a context that ends is heard.
+// The loop over the result may stop at any moment, and a context that ends stops it.
 func TestStopping(t *testing.T) {
 	d := newDisk(t, 64<<10)
 	s, cow := d.snap(8)

@@ -73,7 +73,7 @@ func TestDriverMergesWhileTheOriginIsUsed(t *testing.T) {
 	}
 }
 
-// stepper makes a driver go one step at a time: it waits in Progress until it is told to go on.
+// stepper makes a driver go one step at a time: it waits in Progress until the test continues it.
 type stepper struct{ at, on chan struct{} }
 
 func newStepper() stepper { return stepper{make(chan struct{}), make(chan struct{})} }

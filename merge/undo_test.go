@@ -283,7 +283,7 @@ func TestUndoCutAnywhere(t *testing.T) {
 	}
 }
 
-// aftermath judges the disks after a power cut and goes on with them.
+// aftermath checks the disks after a power cut and continues with them.
 func (w undoWorld) aftermath(ctx context.Context, o, c, u *block.Memory, named, back bool) error {
 	if !named && !bytes.Equal(o.Bytes(), w.before) {
 		return errors.New("the undo store has no name yet, and the origin changed")
@@ -389,7 +389,7 @@ func wantOnlyReads(t *testing.T, log *blocktest.Log) {
 	}
 }
 
-// What is not the undo store of this merge is told, with a reason, and nothing is written.
+// A store that is not the undo store of this merge is refused, with the reason, and nothing is written.
 func TestCheckUndoRefuses(t *testing.T) {
 	newWorld := func(t *testing.T, seed uint64) undoWorld {
 		return newUndoWorld(t, rand.New(rand.NewPCG(seed, 1)), 700, 8, 20, snapshot.Persistent)

@@ -106,8 +106,8 @@ func print(b *bytes.Buffer, r *check.Report) {
 	}
 }
 
-// TestDamageCatalogue: every problem of the table has a directory of its name. The first check finds it, repair mends
-// it as the table says, the second check is silent. Golden: golden.txt.
+// TestDamageCatalogue: every problem of the table has a directory of its name. The first check finds it, repair repairs
+// it as the table states, the second check finds nothing. Golden: golden.txt.
 func TestDamageCatalogue(t *testing.T) {
 	for _, problem := range check.Problems() {
 		t.Run(problem.Code.String(), func(t *testing.T) {
@@ -220,7 +220,7 @@ func sameData(t *testing.T, d damaged, dev, out block.Device) {
 	}
 }
 
-// mendInPlace repairs a copy in place and takes that back.
+// mendInPlace repairs a copy in place and reverts that.
 func (d damaged) mendInPlace(t *testing.T, dev disk) {
 	t.Helper()
 	copied := disk{block.MemoryFrom(dev.Bytes()), d}

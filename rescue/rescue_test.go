@@ -337,7 +337,7 @@ func TestDamage(t *testing.T) {
 	if _, ranges := rescued(t, origin, cow); rescue.Totals(ranges)[rescue.Doubtful] != 8*sector {
 		t.Errorf("two exceptions for one chunk: %v", ranges)
 	}
-	// Whose exceptions these were is gone, so that what has none may have had one.
+	// The origin chunks of these exceptions are unknown, so that chunks without an exception may have had one.
 	for name, e := range map[string]ondisk.Exception{"no such chunk": {Old: 1 << 60, New: 4}, "in the header": {Old: 4, New: 0}} {
 		origin, cow = build()
 		put(cow, 9, e)

@@ -11,7 +11,7 @@ import (
 	"testing"
 )
 
-// A socket that nobody listens on is replaced; one that somebody listens on, and anything else, is not.
+// A socket without a listener is replaced; one with a listener, and anything else, is not.
 func TestListenUnix(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "sock")
 	l, err := ListenUnix(path)

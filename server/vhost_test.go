@@ -52,7 +52,7 @@ func TestVhostSockets(t *testing.T) {
 	}
 	want("disk.sock", "origin.sock")
 
-	// Somebody else listens where the socket would be.
+	// Another server listens on the socket.
 	l, err := net.Listen("unix", filepath.Join(dir, "taken.sock"))
 	if err != nil {
 		t.Fatal(err)

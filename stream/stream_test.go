@@ -428,7 +428,7 @@ func TestFailures(t *testing.T) {
 	if _, err := stream.Send(ctx, io.Discard, from, stream.SendOptions{}); !errors.Is(err, boom) {
 		t.Errorf("cancelled sender: %v", err)
 	}
-	// A receiver whose sender says nothing more ends when it is told to.
+	// A receiver whose sender sends nothing more ends when its context does.
 	pr, pw := io.Pipe()
 	defer pw.Close()
 	go pw.Write(s[:len(s)-20])

@@ -107,8 +107,8 @@ func TestMannersOfPermissions(t *testing.T) {
 	})
 }
 
-// Bytes that are no store are judged by who judges, and refused by name by all others; so is binary where text
-// belongs.
+// Bytes that are no store are described by inspect and check, and refused with the name of the file by all others; so
+// is binary data in place of text.
 func TestMannersOfBadContent(t *testing.T) {
 	noise := blocktest.Pattern(65_536, 3)
 	blamed := func(k *kit, c calling, in string) string {
@@ -159,7 +159,8 @@ func header() []byte {
 	return b
 }
 
-// What somebody writes to is not touched, and read only by who is told so, or says how much that is worth.
+// A file with a writer is not changed, and is read only with --live-read, or by verbs that report how reliable the
+// result is.
 func TestMannersOfInputInUse(t *testing.T) {
 	eachInput(t, nil, func(t *testing.T, k *kit, c calling, in string) {
 		f := openFile(t, k.path[in], false)

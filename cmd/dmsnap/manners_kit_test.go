@@ -203,7 +203,7 @@ func (k *kit) wantRefused(t *testing.T, args []string, words ...string) {
 	}
 }
 
-// callAs calls as somebody who may do only what modes of files allow, which root does not.
+// callAs runs the command as a user for whom file modes apply, unlike root.
 func (k *kit) callAs(t *testing.T, args ...string) outcome {
 	t.Helper()
 	if os.Geteuid() != 0 {

@@ -136,7 +136,7 @@ func TestMannersOfClosedPipe(t *testing.T) {
 	})
 }
 
-// With --force no file is replaced that somebody has open and locked, a server above all.
+// With --force no file is replaced that another program, such as a server, has locked.
 func TestForceSparesFilesInUse(t *testing.T) {
 	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served }, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {

@@ -18,7 +18,7 @@ type calling struct {
 	status int    // when all is well
 	writes string // those of its inputs that it changes
 	shares string // those that may be in use by others
-	any    string // those whose bytes it does not judge
+	any    string // those whose content it does not check
 	json   bool   // takes --json
 	quiet  bool   // prints nothing, or not to standard output
 	served bool   // speaks with a server, behind CONTROL

@@ -70,8 +70,8 @@ func TestCheckVerb(t *testing.T) {
 	}
 }
 
-// TestCatalogueByVerbs goes through the damage catalogue as a user would: check says no, repair mends or
-// refuses as the table says, check says yes.
+// TestCatalogueByVerbs goes through the damage catalogue as a user would: check returns 1, repair repairs or refuses as
+// the table states, check returns 0.
 func TestCatalogueByVerbs(t *testing.T) {
 	for _, problem := range check.Problems() {
 		if problem.Code == check.ChunkNotBlocks || problem.Code == check.Unreadable {

@@ -36,7 +36,7 @@ func (l *log) expect(t *testing.T, want ...string) {
 	l.done = nil
 }
 
-// own asks for spans in a goroutine, and gives them up when told.
+// own owns spans in a goroutine until release is called.
 func own(g *Gate, l *log, name string, spans ...Span) (release func()) {
 	c := make(chan struct{})
 	go func() {

@@ -1,13 +1,19 @@
-// Package address opens disks by addresses, which may name a part of a disk:
+// Package address opens disks by addresses, which may name a part of a disk.
+//
+//	a, err := address.Parse("vm.img#vg0/root")
+//	disk, err := address.OpenDisk(a, block.Options{}, "/sys") // disk.Dev is the volume, of a snapshot its origin
 //
 //	PATH                      a file or a block device
-//	PATH#pN                   partition N, numbered as Linux does
-//	PATH#VG/LV                a logical volume as it is when it is active; of a snapshot what it shows
-//	PATH#VG/LV:real           an origin beneath its snapshots
+//	PATH#pN                   partition N, numbered as in Linux
+//	PATH#VG/LV                a logical volume as it is when it is active; of a snapshot its content
+//	PATH#VG/LV:real           an origin without its snapshots
 //	PATH#VG/LV:cow            the COW volume of a snapshot
-//	PATH#VGUUID/LV            where two groups have one name
+//	PATH#VGUUID/LV            where two groups have the same name
 //
-// The last # splits; a file that exists by the whole name is meant itself. Devices do not own the file beneath.
+// The last # is the separator; if a file with the whole name exists, the address is that file.
+//
+// Guarantees: the whole file is locked. A device for a part of a disk never writes outside of it. Devices do not own the
+// underlying file, except a Disk that OpenDisk opened.
 package address
 
 import (

@@ -3,9 +3,9 @@
 //
 //	part, err := mapped.New("", []mapped.Target{{Length: size, Areas: []mapped.Area{{Dev: disk, Off: start}}}})
 //
-// A device never reads or writes a byte outside its ranges. Abilities of the devices beneath are passed on within them; the
-// size is fixed. Errors, concurrency and guarantees are those of the devices beneath. Closing is not an ability: who opened
-// the devices beneath closes them.
+// Guarantees: a device never reads or writes a byte outside its ranges. Abilities of the underlying devices are passed on
+// within them; the size is fixed. Errors, concurrency and durability are those of the underlying devices, which the caller
+// closes.
 package mapped
 
 import (

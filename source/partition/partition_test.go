@@ -153,7 +153,7 @@ func TestGPTDamaged(t *testing.T) {
 			warned(t, table, "no copy of the GPT is sound")
 		})
 	}
-	t.Run("4096", func(t *testing.T) { // nothing at the beginning tells the sector size
+	t.Run("4096", func(t *testing.T) { // nothing at the beginning gives the sector size
 		disk := make([]byte, 64*4096)
 		putGPT(disk, 4096, 56, row{number: 1, start: 10, count: 10})
 		clear(disk[4096:8192])

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// An NBD client that does as it is told: it can send requests that are wrong, or half of one, pipeline them, and
-// vanish. It speaks structured replies.
+// An NBD client under the control of the test: it can send illegal or incomplete requests, pipeline them, and
+// disconnect. It uses structured replies.
 
 const (
 	cmdRead        = 0

@@ -257,7 +257,7 @@ func writeDurably(path string, p []byte) error {
 	return errors.Join(err, f.Sync(), f.Close(), syncDir(filepath.Dir(path)))
 }
 
-// life is one life of the server. merged tells that the snapshot was merged: the world is at its end then.
+// life is one run of the server. merged: the snapshot was merged, which ends the test.
 func (c *crowd) life() (merged bool, err error) {
 	args := []string{c.origin, "--export-origin", "s=" + c.cows + "/s.cow"}
 	if c.r.IntN(3) == 0 {
@@ -330,7 +330,7 @@ func (c *crowd) control(s *server, endOrigin func()) (merging bool, err error) {
 	if c.r.IntN(3) > 0 {
 		return false, nil
 	}
-	// Both exports are one disk from the beginning of the merge on: what was written to the origin is gone.
+	// Both exports are one disk from the beginning of the merge on: what was written to the origin is lost.
 	endOrigin()
 	if err := s.api("POST", "merge", map[string]any{"name": "s"}, nil); err != nil {
 		return true, fmt.Errorf("merge: %w", err)

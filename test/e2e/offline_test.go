@@ -27,7 +27,7 @@ func (w *world) opOffline() {
 	}
 	v := sound[w.r.IntN(len(sound))]
 	out := filepath.Join(w.cowDir, "out")
-	// What can't be told apart by content may have got lost: only the model's present content counts from here.
+	// Content that can't be distinguished may be lost: only the model's present content counts from here.
 	switch w.r.IntN(8) {
 	case 0:
 		w.offline("compact", v)
@@ -119,8 +119,8 @@ func (w *world) diff(v *view) {
 	w.want(any, o)
 }
 
-// offlineMerge merges a snapshot, cut short now and then, and begun again. Afterwards it is gone, and so are the
-// others, whose origin has been changed beneath them.
+// offlineMerge merges a snapshot, sometimes interrupted and started again. Afterwards it is removed, and so are the
+// others, whose origin has been changed without them.
 func (w *world) offlineMerge(v *view) {
 	w.offline("offline merge", v)
 	args := []string{"merge", w.originPath, v.cow}

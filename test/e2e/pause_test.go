@@ -139,7 +139,7 @@ func (r *rig) answers(list []*conn, each int, how string) {
 	}
 }
 
-// A write that waited for room on a connection that is gone is never executed: not after a newer one that was acknowledged.
+// A write that waited for space on a closed connection is never executed: not after a newer one that was acknowledged.
 func TestVanishedWriteIsNotExecuted(t *testing.T) {
 	const size = 1 << 20
 	for round := range 4 {

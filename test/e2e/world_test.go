@@ -314,7 +314,7 @@ func (w *world) readAll() {
 	}
 }
 
-// failed judges an error of a request.
+// failed checks an error of a request.
 func (w *world) failed(export, what string, err error) {
 	w.logf("%s of %s: %v", what, export, err)
 	var n nbdError

@@ -10,9 +10,9 @@ import (
 	"testing"
 )
 
-// TestCrashImages gives the kernel a sample of the disks that power cuts leave (package snapshot, TestCrash,
-// which judges all of them): wherever dmsnap shows a valid snapshot the kernel loads one, with the same
-// figures and the same content.
+// TestCrashImages gives the kernel a sample of the disks that power cuts leave (package snapshot, TestCrash, which
+// checks all of them): wherever dmsnap shows a valid snapshot the kernel loads one, with the same figures and the same
+// content.
 func TestCrashImages(t *testing.T) {
 	need(t)
 	every := "250"

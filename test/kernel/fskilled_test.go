@@ -85,7 +85,7 @@ func newKilledFS(t *testing.T, fs fileSystem) *killedFS {
 	return x
 }
 
-// frozenDigest tells what the snapshot holds to which nobody writes. No server runs.
+// frozenDigest is the digest of the snapshot that is not written to. No server runs.
 func (x *killedFS) frozenDigest() string {
 	x.t.Helper()
 	return x.k.sh("cd /run && ./dmsnap export disk.img frozen.cow - | sha256sum")

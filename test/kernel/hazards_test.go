@@ -51,9 +51,9 @@ func (k *kernel) cowWithFault(sectors, at int64, fault string) string {
 	return strings.Join(append(lines, fmt.Sprintf("%d %d linear 7:0 %d", at+1, sectors-at-1, base+at+1)), "\n")
 }
 
-// mergeUntilFailed loads a merge while the COW device is whole, breaks the device, starts the merge and
-// waits for "Merge failed". Then it mends the device and starts the merge again, as a suspend and resume
-// does, until it stands still.
+// mergeUntilFailed loads a merge while the COW device is whole, breaks the device, starts the merge and waits for
+// "Merge failed". Then it repairs the device and starts the merge again, as a suspend and resume does, until it stands
+// still.
 func (k *kernel) mergeFailedAndRetried(s script, at int64, fault string) {
 	k.t.Helper()
 	const dev = "dm:merge"

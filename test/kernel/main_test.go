@@ -1,5 +1,5 @@
-// Package kernel_test lets a running Linux kernel judge dmsnap: the same operations in both, and each
-// other's stores. It runs with DMSNAP_KERNEL=1, as `make test-kernel` does; see README.md.
+// Package kernel_test compares dmsnap with a running Linux kernel: the same operations in both, and each other's
+// stores. It runs with DMSNAP_KERNEL=1, as `make test-kernel` does; see README.md.
 package kernel_test
 
 import (
@@ -23,7 +23,7 @@ var unavailable = "no kernel is asked without DMSNAP_KERNEL=1 (make test-kernel)
 // binaries is the directory of the static programs that run inside guests.
 var binaries string
 
-// A judge is a kind of machine: how it is started, and why that is impossible here.
+// A judge is a kind of machine that runs a kernel: how it is started, and why that is impossible here.
 type judge struct {
 	name  string
 	have  func() error
@@ -31,7 +31,7 @@ type judge struct {
 	shim  string
 }
 
-// judging is the kind of machine that is asked.
+// judging is the kind of machine in use.
 var judging judge
 
 func TestMain(m *testing.M) {
@@ -125,8 +125,8 @@ func (c *counts) String() string {
 		c.exchanged, c.crashes, c.rounds, c.kills, c.percentages, c.hazards)
 }
 
-// boot starts a machine of the kind that judges, with the modules loaded and an empty pool, and checks
-// at the end of the test that the kernel had nothing to complain about.
+// boot starts a machine of the kind that judges, with the modules loaded and an empty pool, and checks at the end of
+// the test that the kernel logged no error.
 func boot(t testing.TB, disks ...string) *machine.Machine {
 	t.Helper()
 	need(t)

@@ -17,8 +17,8 @@ import (
 	"github.com/dmsnap/dmsnap/test/kernel/job"
 )
 
-// TestRepairedStores: the kernel loads each store of the damage catalogue that repair mended, with the
-// figures that dmsnap has, shows what was kept, and goes on with it; check finds the result clean.
+// TestRepairedStores: the kernel loads each repaired store of the damage catalogue, with the same figures as dmsnap,
+// shows what was kept, and continues with it; check finds the result clean.
 func TestRepairedStores(t *testing.T) {
 	need(t)
 	for _, problem := range check.Problems() {

@@ -20,7 +20,7 @@ type observation struct {
 
 type snapView struct{ status, table, view, cow string }
 
-// differences tells where two observations part. Stores are compared only where withCOW says so.
+// differences lists where two observations differ. Stores are compared only with withCOW.
 func (o observation) differences(p observation, withCOW bool) []string {
 	var all []string
 	differ := func(what, a, b string) {

@@ -82,7 +82,7 @@ func (th *theirs) write(steps []step) {
 	}
 }
 
-// request is a step as the guest is told it.
+// request is a step as it is sent to the guest.
 func (th *theirs) request(st step) job.Op {
 	op := job.Op{Do: job.Flush, Dev: "dm:origin", Off: st.off, N: st.n, Seed: st.seed}
 	if st.target != origin {
