@@ -63,6 +63,14 @@ type Group struct {
 	Images []string `json:"-"` // paths of the images that hold its physical volumes; the first is that of the addresses
 }
 
+// Writable reports whether a volume is of those that may be written: linear and striped ones, not read-only, of groups that no other
+// host may use.
+func (g Group) Writable(volume string) bool {
+	return len(g.Attributes) == 0 && slices.ContainsFunc(g.Volumes, func(v Volume) bool {
+		return v.Name == volume && (v.Type == "linear" || v.Type == "striped") && v.Readable && !v.ReadOnly
+	})
+}
+
 // A PV is a physical volume that was found.
 type PV struct {
 	Address  string `json:"address"`

@@ -76,14 +76,13 @@ func (s *Sides) addSnapshot(name string, o Options) (*lvm.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
-	further, err := d.openPVs(o)
-	if err == nil {
-		err = checkInactive(a, whole, further, o)
-	}
-	if err != nil {
+	if err := d.openPVs(o); err != nil {
 		return nil, err
 	}
-	b, err := address.OpenBeneath(a, whole, further...)
+	if err := d.checkUnused(a, whole, o); err != nil {
+		return nil, err
+	}
+	b, err := address.OpenBeneath(a, whole, d.further...)
 	if err != nil {
 		return nil, err
 	}

@@ -92,6 +92,7 @@ type Disk struct {
 	bottom        *block.File   // nil: an NBD export
 	files         []*block.File // all that are open
 	pvs           []*Disk
+	further       []lvm.Disk // the same
 	closers       []io.Closer
 	onlyRead      string // why it can't be written to; empty: it can
 }
@@ -210,6 +211,11 @@ func Opener(o Options) cowfile.Opener {
 		if err != nil {
 			return nil, err
 		}
+		if a, err := address.Parse(name); err == nil && a.Plain() { // a server opens the parts of it
+			if err := d.openPVs(o); err != nil {
+				return nil, errors.Join(err, d.Close())
+			}
+		}
 		return d, nil
 	}
 }
@@ -256,45 +262,44 @@ func open(a address.Address, o Options) (*Disk, error) {
 
 // openPart opens what a names on a disk.
 func (d *Disk) openPart(a address.Address, whole block.Device, o Options) (block.Device, error) {
-	further, err := d.openPVs(o)
-	if err == nil {
-		err = checkInactive(a, whole, further, o)
-	}
-	if err != nil {
+	if err := d.openPVs(o); err != nil {
 		return nil, err
 	}
-	return address.Open(a, whole, further...)
+	if err := d.checkUnused(a, whole, o); err != nil {
+		return nil, err
+	}
+	return address.Open(a, whole, d.further...)
 }
 
-// checkInactive refuses a volume whose group is active on this host, unless o has block.LockShared.
-func checkInactive(a address.Address, whole block.Device, further []lvm.Disk, o Options) error {
+// checkUnused refuses disks that the kernel uses itself, and a volume whose group is active on this host, unless o has
+// block.LockShared.
+func (d *Disk) checkUnused(a address.Address, whole block.Device, o Options) error {
 	if o.Lock == block.LockShared {
 		return nil
 	}
-	return address.CheckInactive(a, cmp.Or(o.SysFS, "/sys"), whole, further...)
+	if err := d.CheckUnused(); err != nil {
+		return err
+	}
+	return address.CheckInactive(a, cmp.Or(o.SysFS, "/sys"), whole, d.further...)
 }
 
-// openPVs opens the further disks with physical volumes. A disk that the kernel uses itself, by a mount or as part of an active
-// volume group, is refused unless o has block.LockShared.
-func (d *Disk) openPVs(o Options) ([]lvm.Disk, error) {
-	if o.Lock != block.LockShared {
-		if err := d.CheckUnused(); err != nil {
-			return nil, err
-		}
-	}
-	var further []lvm.Disk
+// FurtherPVs returns the further disks that Options named.
+func (d *Disk) FurtherPVs() []lvm.Disk { return d.further }
+
+// openPVs opens the further disks with physical volumes.
+func (d *Disk) openPVs(o Options) error {
 	for _, name := range o.PVs {
 		beneath := o
 		beneath.PVs, beneath.Format = nil, ""
 		pv, err := Open(name, beneath)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		d.closers, d.pvs = append(d.closers, pv), append(d.pvs, pv)
 		d.files = append(d.files, pv.files...)
-		further = append(further, lvm.Disk{Name: name, Dev: pv})
+		d.further = append(d.further, lvm.Disk{Name: name, Dev: pv})
 	}
-	return further, nil
+	return nil
 }
 
 // openWhole opens a file, a block device or an export, and what it holds.

@@ -115,6 +115,7 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 	f.StringVar(&o.undo, "undo", "", "save what is overwritten in this store")
 	f.BoolVar(&o.force, "force", false, "replace an undo FILE that does not belong to this merge, and merge files that are mounted or used by other devices, and into an origin with an incomplete merge of another COW")
 	o.disk.addRaw(f)
+	o.disk.addPVs(f)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	f.StringVar(&live.control, "control", "", "merge a served snapshot, in the server with this control socket")
 	f.BoolVar(&live.pause, "pause", false, "pause the live merge")

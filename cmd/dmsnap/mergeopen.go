@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -40,7 +41,7 @@ func (o *offlineMerge) open(args []string) (in *mergeInputs, err error) {
 		}
 	}()
 	if !a.Plain() {
-		err = in.openPart(a, opts, len(args) == 1)
+		err = in.openPart(a, opts, len(args) == 1, o.disk.pvs)
 	} else if len(args) == 2 {
 		var both io.Closer
 		if in.origin, in.cow, both, err = o.disk.openPair(args[0], args[1], opts); err == nil {
@@ -65,12 +66,21 @@ func (o *offlineMerge) open(args []string) (in *mergeInputs, err error) {
 }
 
 // openPart opens a partition or a logical volume as the origin, with its snapshots, one of which is to be merged or none.
-func (in *mergeInputs) openPart(a address.Address, opts block.Options, snapshot bool) error {
-	d, err := address.OpenDisk(a, opts, "/sys")
+func (in *mergeInputs) openPart(a address.Address, opts block.Options, snapshot bool, pvs []string) error {
+	var further []lvm.Disk
+	for _, path := range pvs {
+		pv, err := openDevice(path, opts)
+		if err != nil {
+			return err
+		}
+		in.closers, in.files = append(in.closers, pv), append(in.files, path)
+		further = append(further, lvm.Disk{Name: path, Dev: pv})
+	}
+	d, err := address.OpenDisk(a, opts, "/sys", further...)
 	if err != nil {
 		return err
 	}
-	in.origin, in.closers = d.Dev, closers{d}
+	in.origin, in.closers = d.Dev, append(in.closers, d)
 	switch {
 	case snapshot && d.Snapshot == "":
 		return fmt.Errorf("%s: COW is required: it is not a snapshot volume", a)

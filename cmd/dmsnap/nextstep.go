@@ -81,24 +81,31 @@ func nextForVolumes(path string, groups []inspect.Group) []nextStep {
 			steps = append(steps, nextStep{command(append(append([]string{"inspect"}, g.Images...), "DISK")...), "to list the volumes together with the disk that holds a missing physical volume"})
 		}
 		for _, v := range g.Volumes {
-			var verb, why string
-			switch {
-			case v.Status == nil || !v.Visible:
-				continue
-			case v.State == api.State(snapshot.StateInvalid):
-				verb, why = "rescue", "to recover data from an invalid snapshot in it"
-			case v.Readable:
-				verb, why = "export", "to write what a snapshot in it shows to a raw image"
-			}
-			if verb == "" || seen[verb] {
+			if v.Status == nil || !v.Visible {
 				continue
 			}
-			seen[verb] = true
-			args := []string{verb, v.Address, "OUT"}
-			for _, pv := range g.Images[1:] {
-				args = append(args, "--pv", pv)
+			found := []nextStep{{"export OUT", "to write what a snapshot in it shows to a raw image"}}
+			if g.Writable(v.Origin) {
+				found = append(found, nextStep{"serve --socket nbd.sock", "to serve the origin of a snapshot with all its snapshots"},
+					nextStep{"merge", "to merge a snapshot into its origin"})
 			}
-			steps = append(steps, nextStep{command(args...), why})
+			if v.State == api.State(snapshot.StateInvalid) {
+				found = []nextStep{{"rescue OUT", "to recover data from an invalid snapshot in it"}}
+			} else if !v.Readable {
+				continue
+			}
+			for _, step := range found {
+				if seen[step.Command] {
+					continue
+				}
+				seen[step.Command] = true
+				args := strings.Fields(step.Command)
+				args = slices.Insert(args, 1, v.Address)
+				for _, pv := range g.Images[1:] {
+					args = append(args, "--pv", pv)
+				}
+				steps = append(steps, nextStep{command(args...), step.Why})
+			}
 		}
 	}
 	return steps

@@ -120,8 +120,9 @@ type Disk struct {
 func (d *Disk) Close() error { return d.File.Close() }
 
 // OpenDisk opens an address that may be written, with these options of its file. A volume whose group is active on this host is
-// refused (lvm.ErrActive), and so is a COW volume. sysfs is where that file system is mounted. Errors name the address.
-func OpenDisk(a Address, o block.Options, sysfs string) (*Disk, error) {
+// refused (lvm.ErrActive), and so is a COW volume. sysfs is where that file system is mounted. Further disks, whose owner is the caller, may hold
+// physical volumes of the group. Errors name the address.
+func OpenDisk(a Address, o block.Options, sysfs string, further ...lvm.Disk) (*Disk, error) {
 	f, err := block.Open(a.Path, o)
 	if err != nil {
 		return nil, block.WithPath(a.Path, err)
@@ -131,7 +132,7 @@ func OpenDisk(a Address, o block.Options, sysfs string) (*Disk, error) {
 		err = block.WithPath(a.String(), image.CheckRaw(f))
 	}
 	if err == nil {
-		d, err = OpenDiskOn(a, f, sysfs)
+		d, err = openDiskOn(a, f, sysfs, further)
 	}
 	if err != nil {
 		f.Close()
@@ -141,18 +142,29 @@ func OpenDisk(a Address, o block.Options, sysfs string) (*Disk, error) {
 	return d, nil
 }
 
-// OpenDiskOn is OpenDisk on a disk that is open, the device at a.Path. The Disk has no File: the caller closes the disk after its
+// OpenDiskOn is OpenDisk on a disk that is open, the device at a.Path, or a [Spread]. The Disk has no File: the caller closes the disk after its
 // last use.
 func OpenDiskOn(a Address, disk block.Device, sysfs string) (*Disk, error) {
+	var further []lvm.Disk
+	if s, ok := disk.(Spread); ok {
+		further = s.FurtherPVs()
+	}
+	return openDiskOn(a, disk, sysfs, further)
+}
+
+// A Spread is a disk that comes with further disks, which may hold physical volumes of its groups.
+type Spread interface{ FurtherPVs() []lvm.Disk }
+
+func openDiskOn(a Address, disk block.Device, sysfs string, further []lvm.Disk) (*Disk, error) {
 	d := &Disk{Address: a, Dev: disk}
-	if err := d.open(sysfs); err != nil {
+	if err := d.open(sysfs, further); err != nil {
 		return nil, block.WithPath(a.String(), err)
 	}
 	return d, nil
 }
 
 // open replaces d.Dev, the whole disk, by what the address names.
-func (d *Disk) open(sysfs string) (err error) {
+func (d *Disk) open(sysfs string, further []lvm.Disk) (err error) {
 	a := d.Address
 	if a.Plain() {
 		return nil
@@ -161,7 +173,7 @@ func (d *Disk) open(sysfs string) (err error) {
 		d.Dev, err = open(a, d.Dev, nil)
 		return err
 	}
-	v, err := volume(a, d.Dev, nil)
+	v, err := volume(a, d.Dev, further)
 	if err != nil {
 		return err
 	}
