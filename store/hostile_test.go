@@ -6,7 +6,6 @@ import (
 	"runtime"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
@@ -14,14 +13,16 @@ import (
 
 // A claim is a device of any size that holds what a function says: a sparse file made to harm.
 type claim struct {
-	size int64
-	fill func(p []byte, off int64)
-	read int64
+	size  int64
+	fill  func(p []byte, off int64)
+	read  int64 // bytes
+	calls int64
 }
 
 func (c *claim) ReadAt(p []byte, off int64) (int, error) {
 	clear(p)
 	c.read += int64(len(p))
+	c.calls++
 	c.fill(p, off)
 	if off == 0 {
 		ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: 1, ChunkSectors: 8}.Encode(p)
@@ -99,9 +100,7 @@ func TestHostileStores(t *testing.T) {
 			var before, after runtime.MemStats
 			runtime.GC()
 			runtime.ReadMemStats(&before)
-			began := time.Now()
 			s, err := store.Open(dev)
-			took := time.Since(began)
 			runtime.GC()
 			runtime.ReadMemStats(&after)
 			if c.wrong == "" && err != nil || c.wrong != "" && (err == nil || !strings.Contains(err.Error(), c.wrong)) {
@@ -114,8 +113,10 @@ func TestHostileStores(t *testing.T) {
 			if dev.read > c.reads {
 				t.Errorf("%d bytes were read", dev.read)
 			}
-			if took > 5*time.Second {
-				t.Errorf("it took %v", took)
+			// Not by the clock, which a busy machine changes: what is done for a slot does not depend on the numbers in it,
+			// as the memory does not, so that the calls and bytes bound the time.
+			if n := dev.calls; n > 16+dev.read/4096 {
+				t.Errorf("%d calls for %d bytes", n, dev.read)
 			}
 			if err == nil {
 				// A slot of 16 bytes costs 110 at most, and a map begins with some.
