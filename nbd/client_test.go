@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 )
 
@@ -25,7 +26,7 @@ func serve(t testing.TB, o nbd.Options, exports ...nbd.Export) (*nbd.Server, fun
 			t.Fatal(err)
 		}
 	}
-	socket := filepath.Join(t.TempDir(), "s")
+	socket := filepath.Join(testhost.ShortDir(t), "s")
 	l, err := net.Listen("unix", socket)
 	if err != nil {
 		t.Fatal(err)
@@ -89,7 +90,7 @@ func TestClientIdentity(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	link := filepath.Join(t.TempDir(), "link")
+	link := filepath.Join(testhost.ShortDir(t), "link")
 	if err := os.Symlink(u.Address, link); err != nil {
 		t.Fatal(err)
 	}

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
@@ -80,7 +81,7 @@ func start(t *testing.T, o nbd.Options, network string, exports ...nbd.Export) *
 	}
 	address := "127.0.0.1:0"
 	if network == "unix" {
-		address = t.TempDir() + "/s"
+		address = testhost.ShortDir(t) + "/s"
 	}
 	l, err := net.Listen(network, address)
 	if err != nil {

@@ -9,11 +9,13 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // A socket without a listener is replaced; one with a listener, and anything else, is not.
 func TestListenUnix(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "sock")
+	path := filepath.Join(testhost.ShortDir(t), "sock")
 	l, err := ListenUnix(path)
 	if err != nil {
 		t.Fatal(err)
@@ -57,7 +59,7 @@ func TestSocketPathThatIsAbsoluteTooLong(t *testing.T) {
 
 // A listener leaves a socket that another server has put in the place of its own.
 func TestCloseSparesSocketsOfOthers(t *testing.T) {
-	path := filepath.Join(t.TempDir(), "sock")
+	path := filepath.Join(testhost.ShortDir(t), "sock")
 	first, err := ListenUnix(path)
 	if err != nil {
 		t.Fatal(err)
@@ -84,7 +86,7 @@ func TestCloseSparesSocketsOfOthers(t *testing.T) {
 // Of many servers that find a socket that nobody listens on, one gets it.
 func TestOneServerGetsAStaleSocket(t *testing.T) {
 	for range 20 {
-		path := filepath.Join(t.TempDir(), "sock")
+		path := filepath.Join(testhost.ShortDir(t), "sock")
 		stale, err := net.Listen("unix", path)
 		if err != nil {
 			t.Fatal(err)

@@ -13,6 +13,7 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
@@ -28,7 +29,7 @@ type pair struct {
 
 func newPair(t testing.TB) pair {
 	t.Helper()
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	p := pair{dir, filepath.Join(dir, "disk.img"), filepath.Join(dir, "disk.cow"), bytes.Repeat([]byte("origin, "), 128<<10)}
 	if err := os.WriteFile(p.origin, p.content, 0o600); err != nil {
 		t.Fatal(err)

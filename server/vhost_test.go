@@ -11,17 +11,14 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // Exports have a vhost-user socket as long as they are served, and a refused attach leaves none.
 func TestVhostSockets(t *testing.T) {
 	p := newPair(t)
-	dir, err := os.MkdirTemp("", "vh-") // short: it has sockets
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testhost.ShortDir(t)
 	want := func(names ...string) {
 		t.Helper()
 		entries, err := os.ReadDir(dir)
@@ -97,11 +94,7 @@ func TestVhostSockets(t *testing.T) {
 // A server that is closed before it started leaves no socket.
 func TestVhostSocketsOfAServerThatNeverStarted(t *testing.T) {
 	p := newPair(t)
-	dir, err := os.MkdirTemp("", "vh-")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
+	dir := testhost.ShortDir(t)
 	s := p.open(t, Options{VhostUser: dir})
 	if err := s.Close(); err != nil {
 		t.Fatal(err)

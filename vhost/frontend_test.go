@@ -18,6 +18,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/vhost"
 )
 
@@ -62,7 +63,7 @@ type frontend struct {
 
 func serve(t testing.TB, dev block.Device, change func(e *vhost.Export)) (s *vhost.Server, path string) {
 	t.Helper()
-	s = vhost.NewServer(t.TempDir(), vhost.Options{Log: func(line string) { t.Log(line) }})
+	s = vhost.NewServer(testhost.ShortDir(t), vhost.Options{Log: func(line string) { t.Log(line) }})
 	e := vhost.Export{Name: "a", Device: dev, CanTrim: true}
 	if change != nil {
 		change(&e)

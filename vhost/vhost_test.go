@@ -13,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/vhost"
 )
 
@@ -470,7 +471,7 @@ func FuzzMessages(f *testing.F) {
 
 // A server that ends leaves a socket alone that another one has put in the place of its own.
 func TestCloseSparesSocketsOfOthers(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	s := vhost.NewServer(dir, vhost.Options{})
 	if err := s.Add(vhost.Export{Name: "a", Device: block.NewMemory(1 << 20)}); err != nil {
 		t.Fatal(err)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -120,7 +121,7 @@ type pair struct {
 // newPair makes an origin of 1 MiB and a half chunk: data, a hole, data.
 func newPair(t *testing.T) pair {
 	t.Helper()
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	p := pair{dir, filepath.Join(dir, "disk.img"), filepath.Join(dir, "disk.cow"), make([]byte, 1<<20+2048)}
 	r := rand.New(rand.NewPCG(7, 7))
 	for i := range p.content {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -118,7 +119,7 @@ func newKit(t *testing.T) *kit {
 	if err != nil {
 		t.Fatal(err)
 	}
-	k := kitIn(t.TempDir())
+	k := kitIn(testhost.ShortDir(t))
 	for name, content := range files {
 		writeFile(t, k.path[name], content)
 	}

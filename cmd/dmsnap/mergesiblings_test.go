@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/merge"
 )
 
@@ -81,7 +82,7 @@ func digestOf(t *testing.T, address string) string {
 
 // TestMergeVolume merges a snapshot volume inside an image that a real lvm2 made: the sibling stays, and so does the metadata.
 func TestMergeVolume(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	disk, undo := filepath.Join(dir, "vm.img"), filepath.Join(dir, "undo.cow")
 	writeLVMImage(t, disk)
 	before := readFile(t, disk)
@@ -148,7 +149,7 @@ func TestMergeVolumePending(t *testing.T) {
 
 // TestMergeVolumeRefused: a refused merge leaves the image as it is.
 func TestMergeVolumeRefused(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
 	before := readFile(t, disk)
@@ -185,7 +186,7 @@ func TestMergeVolumeRefused(t *testing.T) {
 // TestMergeVolumeCut: while a merge inside an image is not complete, a side file beside the image says so, and the same merge
 // continues.
 func TestMergeVolumeCut(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
 	o := offlineMerge{}

@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -139,7 +140,7 @@ func TestHangUp(t *testing.T) {
 func bigPair(t *testing.T) (p pair, shown []byte) {
 	t.Helper()
 	const size, piece = 32 << 20, 64 << 10
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	p = pair{dir: dir, origin: filepath.Join(dir, "disk.img"), cow: filepath.Join(dir, "disk.cow")}
 	writeFile(t, p.origin, make([]byte, size))
 	mustRun(t, "create", p.origin, p.cow)

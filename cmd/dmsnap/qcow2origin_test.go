@@ -10,6 +10,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -46,8 +47,8 @@ func formatIn(t *testing.T, path string) string {
 // TestQcow2Origin: "serve IMAGE COW --create --socket S" is enough. The store records the format, every verb opens the origin by
 // it, and nothing is written to the image.
 func TestQcow2Origin(t *testing.T) {
-	dir := t.TempDir()
-	origin, cow, socket := filepath.Join(dir, "debian.qcow2"), filepath.Join(dir, "vm1.cow"), filepath.Join(t.TempDir(), "s")
+	dir := testhost.ShortDir(t)
+	origin, cow, socket := filepath.Join(dir, "debian.qcow2"), filepath.Join(dir, "vm1.cow"), filepath.Join(testhost.ShortDir(t), "s")
 	content := bytes.Repeat([]byte("debian! "), 40<<10)
 	imageOf(t, origin, content)
 	before := digest(readFile(t, origin))

@@ -6,13 +6,14 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // TestServeVolumes serves a logical volume with its snapshots to clients, which write to the origin and to a snapshot.
 func TestServeVolumes(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
 	r := start(t, pair{dir: dir, origin: disk + "#vg0/root"}, serveOptions{})
@@ -61,7 +62,7 @@ func TestServeVolumes(t *testing.T) {
 
 // TestServeVolumesRefused: what can't be served leaves no file behind and the disk as it is.
 func TestServeVolumesRefused(t *testing.T) {
-	dir := t.TempDir()
+	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
 	before := readFile(t, disk)

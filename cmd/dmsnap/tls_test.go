@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/internal/testcerts"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -21,7 +22,7 @@ import (
 // certificates makes a folder of certificates, and what its client needs.
 func certificates(t *testing.T) (dir string, client *tls.Config) {
 	t.Helper()
-	dir = t.TempDir()
+	dir = testhost.ShortDir(t)
 	a, err := testcerts.NewAuthority("for a test")
 	if err == nil {
 		err = a.Write(dir)

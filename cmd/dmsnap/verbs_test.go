@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -127,7 +128,7 @@ func TestCreateSparesDisks(t *testing.T) {
 		copy(content[c.at:], c.bytes)
 		writeFile(t, p.cow, content)
 		before := digests(t, p.dir)
-		socket := filepath.Join(t.TempDir(), "s")
+		socket := filepath.Join(testhost.ShortDir(t), "s")
 		for _, args := range [][]string{
 			{"create", p.origin, p.cow},
 			{"serve", p.origin, "x=" + p.cow, "--create", "--socket", socket},
@@ -188,7 +189,7 @@ func TestOriginMustBeRaw(t *testing.T) {
 		out := filepath.Join(t.TempDir(), "out")
 		for _, args := range [][]string{
 			{"create", p.origin, out},
-			{"serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")},
+			{"serve", p.origin, p.cow, "--socket", filepath.Join(testhost.ShortDir(t), "s")},
 			{"merge", p.origin, p.cow},
 			{"merge", "--dry-run", p.origin, p.cow},
 			{"export", p.origin, p.cow, out},
@@ -231,14 +232,14 @@ func TestOriginTooShort(t *testing.T) {
 	}
 	before := digests(t, p.dir)
 	for _, args := range [][]string{
-		{"serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")},
+		{"serve", p.origin, p.cow, "--socket", filepath.Join(testhost.ShortDir(t), "s")},
 		{"export", p.origin, p.cow, filepath.Join(t.TempDir(), "out")},
 		{"diff", p.origin, p.cow},
 		{"merge", p.origin, p.cow},
 	} {
 		dmsnap(args...).wantRefused(t, "too small", "behind its end")
 	}
-	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(t.TempDir(), "s")).wantRefused(t, "--force")
+	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(testhost.ShortDir(t), "s")).wantRefused(t, "--force")
 	r := mustJSON[rescueResult](t, "rescue", p.origin, p.cow, filepath.Join(t.TempDir(), "out"))
 	if r.Behind != 4*4096 || r.Certain+r.Doubtful+r.Lost != 8192 || r.Doubtful == 0 || len(r.Problems) == 0 {
 		t.Errorf("rescue: %+v", r)

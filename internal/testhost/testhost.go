@@ -1,6 +1,7 @@
-// Package testhost gives tests loop devices and mounts of the host they run on, and takes them away again.
+// Package testhost gives tests loop devices and mounts of the host they run on, and directories whose paths are short
+// enough for sockets, and takes them away again.
 //
-// Both change the state of the host outside the test's own files, so they are for those who ask: without
+// Loop devices and mounts change the state of the host outside the test's own files, so they are for those who ask: without
 // DMSNAP_TEST_HOST=1 in the environment, without root, or where the host has no such thing, the test is skipped.
 // No test opens a device of the host that it did not set up itself.
 package testhost

@@ -20,6 +20,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 var binary string
@@ -70,7 +72,7 @@ type world struct {
 const imageSize = 64 << 20
 
 func newWorld(t *testing.T) *world {
-	w := &world{t: t, dir: t.TempDir()}
+	w := &world{t: t, dir: testhost.ShortDir(t)}
 	t.Cleanup(func() {
 		if w.cmd != nil {
 			w.cmd.Process.Kill()
