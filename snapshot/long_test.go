@@ -112,8 +112,8 @@ func TestLongRequestsShareFlushes(t *testing.T) {
 		if err := writeLong(o, b); err != nil {
 			t.Fatal(err)
 		}
-		if flushes > 2*longBytes>>25 {
-			t.Errorf("%d flushes of the COW device for %d bytes, want two for each 32 MiB", flushes, longBytes)
+		if flushes > 2*longBytes>>23 {
+			t.Errorf("%d flushes of the COW device for %d bytes, want two for each 8 MiB", flushes, longBytes)
 		}
 		if err := s.Close(); err != nil {
 			t.Error(err)

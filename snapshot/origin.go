@@ -214,7 +214,7 @@ const (
 	lockedBytes = 2 << 20
 	// windowBytes is how much of a long request the snapshots preserve before one flush makes the exceptions durable
 	// and the origin is changed.
-	windowBytes = 32 << 20
+	windowBytes = 8 << 20
 )
 
 // pieces calls do for the pieces of n bytes at off that are changed under one lock: at most lockedBytes, and cut
