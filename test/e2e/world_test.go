@@ -518,10 +518,22 @@ func (w *world) lookAtDisks(how string, clean bool) {
 		w.merging.d.merged = nil
 	}
 	w.merging, w.before, w.mergeDone = nil, nil, false
+	w.removeSideFile()
 	for _, v := range lost {
 		w.remove(v)
 	}
 	w.noLeftovers()
+}
+
+// removeSideFile removes the file that says that a live merge is not complete: what follows uses the origin with all of its
+// snapshots, which the server would refuse to attach others to. (TestPowerCutsOfALiveMerge is about the file.)
+func (w *world) removeSideFile() {
+	if err := os.Remove(w.originPath + ".merging"); err == nil {
+		w.logf("the side file of a merge is removed")
+		w.must(syncDir(filepath.Dir(w.originPath)), "side file")
+	} else if !errors.Is(err, os.ErrNotExist) {
+		w.fail("%w", err)
+	}
 }
 
 // check runs the verb and allows problems of the given codes.
