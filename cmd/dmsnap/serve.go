@@ -243,9 +243,6 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
 		return err
 	}
-	if len(o.disk.pvs) > 0 {
-		return errors.New("--pv: a volume group on several disks can only be read, by dmsnap export and other verbs")
-	}
 	log, endLog := newLog(stderr)
 	defer endLog()
 	passed, err := server.PassedListeners()

@@ -70,7 +70,6 @@ func TestServeVolumesRefused(t *testing.T) {
 	for want, args := range map[string][]string{
 		"--socket or --listen is required": {disk + "#vg0/root"},
 		"COW is required":                  {disk + "#p1", socket},
-		"on several disks":                 {disk + "#vg0/root", socket, "--pv", disk},
 		"a fixed size":                     {disk + "#vg0/root", socket, "--grow=1M"},
 		"no disk":                          {disk + "#vg0/later:cow", disk + ".cow", socket},
 		"not found":                        {disk + "#vg0/none", socket},
