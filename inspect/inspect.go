@@ -32,6 +32,7 @@ type Disk struct {
 	Bytes   int64    `json:"bytes"`
 	InUse   bool     `json:"in_use"` // another program has it open for writing
 	Store   *Store   `json:"store,omitempty"`
+	QCOW2   *QCOW2   `json:"qcow2,omitempty"`
 	Merging *Merging `json:"merging,omitempty"` // of an origin: the merge into it that is not complete
 	Beside  []Beside `json:"beside"`            // stores with names made from that of this disk
 
@@ -86,6 +87,9 @@ func Look(ctx context.Context, path string, dev block.Device) (*Disk, error) {
 		}
 	} else {
 		d.Beside = storesBeside(path, dev.Size())
+	}
+	if c.Name == "qcow2" {
+		d.QCOW2 = lookAtImage(dev)
 	}
 	d.Merging = mergeInto(path)
 	return d, nil

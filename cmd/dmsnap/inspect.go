@@ -8,6 +8,7 @@ import (
 	"math"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -201,6 +202,9 @@ func (i *inspection) print(t io.Writer) {
 	if i.Store != nil {
 		printStore(t, i.Store)
 	}
+	if i.QCOW2 != nil {
+		printQCOW2(t, i.QCOW2)
+	}
 	if m := i.Merging; m != nil && m.Error != "" {
 		fmt.Fprintf(t, "  merging\t%s\n", printable(m.Error))
 	} else if m != nil {
@@ -215,6 +219,24 @@ func (i *inspection) print(t io.Writer) {
 			head = "next"
 		}
 		fmt.Fprintf(t, "  %s\t%s\n  \t    %s\n", head, step.Why, step.Command)
+	}
+}
+
+func printQCOW2(t io.Writer, q *inspect.QCOW2) {
+	if q.ClusterSize > 0 {
+		fmt.Fprintf(t, "  clusters\t%s, %s\n", bytesText(q.ClusterSize), q.Compression)
+	}
+	if q.DataFile != "" {
+		fmt.Fprintf(t, "  data file\t%s\n", printable(q.DataFile))
+	}
+	for _, s := range q.Snapshots {
+		fmt.Fprintf(t, "  internal snapshot\t%s %s, %s, %s\n", printable(s.ID), printable(s.Name), bytesText(s.SizeBytes), s.Time.Format(time.RFC3339))
+	}
+	for _, b := range q.Bitmaps {
+		fmt.Fprintf(t, "  bitmap\t%s, a bit for %s\n", printable(b.Name), bytesText(b.Granularity))
+	}
+	if q.Error != "" {
+		fmt.Fprintf(t, "  error\t%s\n", printable(q.Error))
 	}
 }
 

@@ -1,0 +1,60 @@
+package inspect_test
+
+import (
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/inspect"
+)
+
+// TestQCOW2: internal snapshots, bitmaps and the names of further files of an image are listed, as qemu-img made them; nothing else
+// is opened.
+func TestQCOW2(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		t.Skip("SKIPPED: no qemu-img (Debian: apt-get install qemu-utils)")
+	}
+	path := filepath.Join(t.TempDir(), "disk.qcow2")
+	for _, args := range [][]string{
+		{"create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", "absent.raw", "-o", "cluster_size=4k", path, "8M"},
+		{"bitmap", "--add", "-g", "64k", path, "backup"},
+		{"bitmap", "--add", "-g", "512", path, "second"},
+	} {
+		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v, %s", args, err, out)
+		}
+	}
+	look := func(path string) *inspect.QCOW2 {
+		f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		d, err := inspect.Look(t.Context(), path, f)
+		if err != nil || d.QCOW2 == nil {
+			t.Fatalf("%+v, %v", d, err)
+		}
+		return d.QCOW2
+	}
+	q := look(path)
+	if q.SizeBytes != 8<<20 || q.ClusterSize != 4096 || q.Backing != "absent.raw" || q.BackingFormat != "raw" || q.Error != "" ||
+		len(q.Snapshots) != 0 || len(q.Bitmaps) != 2 {
+		t.Fatalf("%+v", q)
+	}
+	if b := q.Bitmaps; b[0].Name != "backup" || b[0].Granularity != 64<<10 || b[1].Name != "second" || b[1].Granularity != 512 || b[0].InUse {
+		t.Errorf("%+v", b)
+	}
+	alone := filepath.Join(t.TempDir(), "alone.qcow2")
+	for _, args := range [][]string{
+		{"create", "-q", "-f", "qcow2", alone, "1M"}, {"snapshot", "-c", "monday", alone}, {"resize", "-q", alone, "2M"}, {"snapshot", "-c", "tuesday", alone},
+	} {
+		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+			t.Fatalf("%q: %v, %s", args, err, out)
+		}
+	}
+	s := look(alone).Snapshots
+	if len(s) != 2 || s[0].ID != "1" || s[0].Name != "monday" || s[0].SizeBytes != 1<<20 || s[1].Name != "tuesday" || s[1].SizeBytes != 2<<20 || s[0].Time.IsZero() {
+		t.Errorf("%+v", s)
+	}
+}
