@@ -9,6 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source"
 )
 
 // next returns the commands that apply to what was found, the most likely first. groups are those of all disks.
@@ -21,6 +22,10 @@ func (i *inspection) next(groups []inspect.Group) []nextStep {
 		return []nextStep{{command("repair", "COW", "--undo-apply", i.Path), "to undo the change of COW"}}
 	case kind.Role == image.Own:
 		return []nextStep{{command("restore", i.Path, "NEWCOW"), "to make a store from it"}}
+	case kind.Name == source.QCOW2:
+		stem := withoutEnd(i.Path)
+		return []nextStep{{command("serve", i.Path, stem+".cow", "--create", "--socket", "nbd.sock"), "to serve a snapshot of the disk in it"},
+			{command("export", i.Path, stem+".img"), "to write the disk in it to a raw image"}}
 	case kind.Role == image.Container:
 		raw := withoutEnd(i.Path) + ".img"
 		return []nextStep{{words("qemu-img", "convert", "-O", "raw", i.Path, raw), "to convert it to a raw disk, which dmsnap requires"}}
