@@ -46,7 +46,8 @@ func (s *set) add(number uint64) bool {
 
 // fetch reads the words in which add will look for the origin chunks of slots b, and discards them. They are scattered
 // over memory, with a latency of a few hundred nanoseconds each; a loop as short as this has many such reads in flight
-// at once, which the long loop that checks slots has not.
+// at once, which the long loop that checks slots has not. BenchmarkRun/scattered with 2 Mi exceptions: 2.5 to 3.2 million a
+// second of processor time with it, 1.7 to 2.1 without (docs/benchmarks.md).
 func (s *set) fetch(b []byte) (sum uint64) {
 	for ; len(b) >= ondisk.SlotSize; b = b[ondisk.SlotSize:] {
 		number := binary.LittleEndian.Uint64(b)
