@@ -128,7 +128,10 @@ func (d *Device) Writable() bool { return !d.readOnly }
 // place returns where the byte at off is, and how many of the next n ≥ 1 bytes follow it there. dev is nil where they are
 // zeros. off is inside d.
 func (d *Device) place(off, n int64) (dev block.Device, at, follow int64) {
-	i := sort.Search(len(d.starts), func(i int) bool { return d.starts[i] > off }) - 1
+	i := 0
+	if len(d.starts) > 1 {
+		i = sort.Search(len(d.starts), func(i int) bool { return d.starts[i] > off }) - 1
+	}
 	t := d.targets[i]
 	off -= d.starts[i]
 	n = min(n, t.Length-off)
@@ -186,6 +189,11 @@ func (d *Device) single(off, n int64) bool {
 
 // ReadAt reads len(p) bytes at off.
 func (d *Device) ReadAt(p []byte, off int64) (int, error) {
+	if n := int64(len(p)); n > 0 && block.CheckRange("read", off, n, d.size) == nil {
+		if dev, at, follow := d.place(off, n); follow == n && dev != nil { // in one piece, as nearly always
+			return dev.ReadAt(p, at)
+		}
+	}
 	total := 0
 	err := d.each("read", off, int64(len(p)), func(dev block.Device, at, n, done int64) error {
 		if dev == nil {
