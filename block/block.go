@@ -132,8 +132,8 @@ func BeginFlush(dev Device, off, n int64) {
 	}
 }
 
-// An EarlyReader can begin to read a range from the disk, and go on at once. It is advice, and no error is told: ReadAt,
-// which may be called for the range or not, waits for less afterwards.
+// An EarlyReader can begin to read a range from the disk, and return at once. It is a hint and returns no error: a
+// later ReadAt of the range waits for less.
 type EarlyReader interface {
 	BeginRead(off, n int64)
 }

@@ -94,8 +94,8 @@ func CheckFormat(origin Origin, cow block.Device) error {
 	return err
 }
 
-// FormatOf returns the format of the origin by the labels of those COW devices that hold a store; empty: none does. It is
-// an error when they differ. What can't be read is left to whoever opens it.
+// FormatOf returns the format of the origin by the labels of those COW devices that hold a store; empty: none does. It
+// is an error when they differ. Devices that can't be read are ignored; opening them fails later.
 func FormatOf(cowPaths ...string) (format string, err error) {
 	for _, path := range cowPaths {
 		f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockNone})

@@ -44,13 +44,14 @@ import (
 	"github.com/dmsnap/dmsnap/internal/eventlog"
 )
 
-// Options are what a Server can be told. The zero value is usable.
+// Options are the options of a Server. The zero value is usable.
 type Options struct {
 	// AllowOther lets users other than the one who mounts use the files, as their modes say. Without root it needs
 	// user_allow_other in /etc/fuse.conf.
 	AllowOther bool
 
-	// Owner owns the files; nil: whoever mounts. Mode is that of the files; 0: 0600. Read-only exports lack its w bits.
+	// Owner owns the files; nil: the user that mounts. Mode is that of the files; 0: 0600. Read-only exports lack its w
+	// bits.
 	Owner *Owner
 	Mode  os.FileMode
 

@@ -147,7 +147,7 @@ func (c *conn) work() bool {
 	return true
 }
 
-// releaseReading gives the turn up. Somebody must be there to read on while its worker is busy.
+// releaseReading ends the reader role of the worker. It starts another worker where none is idle.
 func (c *conn) releaseReading() {
 	if c.idle.Load() == 0 && c.workers.Load() < maxInFlight {
 		c.startWorker()

@@ -100,7 +100,7 @@ func refuse(r *check.Report) error {
 		case check.MarkedInvalid, check.DeviceTooSmall:
 		case check.NoStore, check.WrongMagic, check.WrongVersion, check.BadChunkSize, check.Unreadable:
 			if r.Layout.ChunkSectors != 0 {
-				continue // told, or read
+				continue // given, or read
 			}
 		default:
 			continue

@@ -94,7 +94,7 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	return v.merge.status(), nil
 }
 
-// completed calls the function of whoever embeds the server.
+// completed calls the function of the embedding program.
 func completed(o merge.Options) error {
 	if o.Completed == nil {
 		return nil

@@ -20,9 +20,9 @@ func (r *Reader) ApplyOver(ctx context.Context, base, cow block.Device, sectors 
 	return got, errors.Join(err, snap.Close())
 }
 
-// ApplyKeeping is Apply that keeps the old bytes in the store on undo, which becomes a snapshot of target: each block is
-// there, durably, before it is overwritten. Merging the store into target takes the stream back. Without room in undo the
-// stream is not applied further.
+// ApplyKeeping is Apply that keeps the old bytes in the store on undo, which becomes a snapshot of target: each block
+// is there, durably, before it is overwritten. Merging the store into target reverts the stream. Without space in undo
+// the stream is not applied further.
 func (r *Reader) ApplyKeeping(ctx context.Context, target, undo block.Device, o ApplyOptions) (Applied, error) {
 	origin := snapshot.NewOrigin(target)
 	snap, err := origin.Attach(undo, snapshot.Options{OnFull: snapshot.FullFail})

@@ -36,7 +36,7 @@ import (
 // maxQueues bounds Export.Queues.
 const maxQueues = 64
 
-// Options are what a Server can be told. The zero value is usable.
+// Options are the options of a Server. The zero value is usable.
 type Options struct {
 	// Log receives one line for each problem with a front-end, a guest or a device. It may be called concurrently.
 	Log func(line string)
@@ -66,7 +66,7 @@ type export struct {
 	listener *net.UnixListener
 
 	writeback atomic.Bool  // the guest's write cache is on; kept over sessions, so that a reconnect weakens nothing
-	announced atomic.Int64 // size in bytes that a front-end was told last; 0: none
+	announced atomic.Int64 // size in bytes that was last announced to a front-end; 0: none
 	errors    atomic.Int64 // requests that failed
 
 	done chan struct{} // closed when nothing is served any more

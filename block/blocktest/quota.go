@@ -22,7 +22,7 @@ type Pool struct {
 // NewPool returns a file system with size bytes of space.
 func NewPool(size int64) *Pool { return &Pool{size: size / quotaBlock} }
 
-// SetSize changes how much space there is: somebody deleted a file, or wrote one.
+// SetSize changes how much space there is, as if another file had been deleted or written.
 func (p *Pool) SetSize(size int64) {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -1,5 +1,4 @@
-// Package eventlog gives an event to whoever logs it: as one line of text, as a record with attributes, to both, or to
-// nobody.
+// Package eventlog logs an event as one line of text, as a record with attributes, as both, or not at all.
 package eventlog
 
 import (

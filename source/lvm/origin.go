@@ -11,8 +11,8 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// An Origin is a volume with all its snapshots, as the devices beneath them. Whoever writes to one of the devices needs them
-// all: a write to the origin has to be preserved in every snapshot.
+// An Origin is a volume with all its snapshots, as the devices beneath them. A program that writes to one of the
+// devices needs them all: a write to the origin has to be preserved in every snapshot.
 type Origin struct {
 	*Volume
 	Dev       *mapped.Device // its own bytes; see mapped.Device.Writable

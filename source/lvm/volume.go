@@ -203,7 +203,7 @@ func (v *Volume) open(layer Layer) (block.Device, error) {
 	if err != nil {
 		return nil, err
 	}
-	// Whoever writes to a part of another volume changes that one.
+	// A write to a part of another volume changes that one.
 	return g.protect(dev, v.v.part || !v.Visible && v.v.snapshot == nil && len(v.v.snapshots) == 0), nil
 }
 

@@ -86,7 +86,7 @@ func write(dir, logName, seedText, deviceName string) int {
 				if r.IntN(5) == 0 {
 					v = version{}
 				}
-				// One write call is one line, whoever else appends.
+				// One write call is one line, also when others append.
 				fmt.Fprintf(log, "begin %s %d %d\n", name, v.seed, v.size)
 				if err := errors.Join(replace(dir, name, v), device.isThere()); err != nil {
 					fmt.Println("ended by", err)

@@ -104,7 +104,7 @@ func mountAll() error {
 	if err != nil {
 		return fmt.Errorf("mount the share: %w", err)
 	}
-	// Host's /tmp may hold the share and this program; both are in hand by now.
+	// Host's /tmp may hold the share and this program; both are open by now.
 	if err := unix.Mount("tmpfs", "/tmp", "tmpfs", 0, ""); err != nil {
 		return fmt.Errorf("mount /tmp: %w", err)
 	}

@@ -1,8 +1,7 @@
 // Package job is the language in which a test speaks to the program inside a guest kernel: a list of
 // operations goes in as one line of JSON, the list of their results comes back as one.
 //
-// The guest does what it is told and reports what the kernel said. It knows nothing of snapshots: which
-// tables to load and what to expect is the tests' business.
+// The guest executes jobs and reports the kernel's answers. The tests decide which tables to load and what to expect.
 package job
 
 // An Op is one thing to do. Which fields count depends on Do.
