@@ -130,6 +130,21 @@ func ReadSideFile(origin string) (*SideFile, error) {
 	return s, nil
 }
 
+// CheckFurther refuses further disks of a volume group beside one of which there is a side file (ErrUnfinished): the merge was begun by an
+// address of that disk, and is continued by it.
+func CheckFurther(disks ...string) error {
+	for _, disk := range disks {
+		half, err := ReadSideFile(disk)
+		if half != nil {
+			err = half.Refuse()
+		}
+		if errors.Is(err, ErrUnfinished) {
+			return err
+		}
+	}
+	return nil
+}
+
 // Path is the path of the side file.
 func (s *SideFile) Path() string { return s.path }
 

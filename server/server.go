@@ -227,6 +227,13 @@ func checkDisk(d *address.Disk, whole cowfile.Origin, o Options) (*merge.SideFil
 			return nil, block.WithPath(d.Address.String(), err)
 		}
 	}
+	if spread, ok := whole.(address.Spread); ok && !o.Force {
+		for _, pv := range spread.FurtherPVs() {
+			if err := merge.CheckFurther(pv.Name); err != nil {
+				return nil, err
+			}
+		}
+	}
 	if _, err := os.Lstat(d.Address.Path); err != nil { // it is no file
 		return nil, nil
 	}

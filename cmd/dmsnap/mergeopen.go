@@ -42,6 +42,9 @@ func (o *offlineMerge) open(args []string) (in *mergeInputs, err error) {
 	}()
 	if !a.Plain() {
 		err = in.openPart(a, opts, len(args) == 1, o.disk.pvs)
+		if err == nil && !o.force {
+			err = merge.CheckFurther(o.disk.pvs...)
+		}
 	} else if len(args) == 2 {
 		var both io.Closer
 		if in.origin, in.cow, both, err = o.disk.openPair(args[0], args[1], opts); err == nil {

@@ -217,3 +217,35 @@ func TestMergeVolumeCut(t *testing.T) {
 		t.Errorf("root: %s", got)
 	}
 }
+
+// TestMergeVolumeCutOnSeveralDisks: a merge that is not complete is known by whichever disk of the group the address begins with.
+func TestMergeVolumeCutOnSeveralDisks(t *testing.T) {
+	dir := t.TempDir()
+	var disks []string
+	for name, content := range lvmCase(t, "two-pvs") {
+		writeFile(t, filepath.Join(dir, name), content)
+		disks = append(disks, filepath.Join(dir, name))
+	}
+	o := offlineMerge{}
+	o.disk.pvs = disks[1:]
+	in, err := o.open([]string{disks[0] + "#vg/snap"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := merge.Begin(in.files[0], in.cowName, in.cow, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := in.Close(); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"merge", disks[1] + "#vg/snap", "--pv", disks[0]},
+		{"serve", disks[1] + "#vg/base", "--pv", disks[0], "--socket", filepath.Join(dir, "s")},
+	} {
+		if o := dmsnap(args...); o.status != exitTrouble || !strings.Contains(o.stderr, "not complete") {
+			t.Errorf("%v: %+v", args, o)
+		}
+	}
+	mustRun(t, "merge", disks[0]+"#vg/snap", "--pv", disks[1])
+	mustRun(t, "merge", disks[1]+"#vg/snap", "--pv", disks[0])
+}
