@@ -37,3 +37,33 @@ func TestLabels(t *testing.T) {
 		sector[at] ^= 1
 	}
 }
+
+// An origin's label is beside the others; raw has none; damaged it is an error, since an origin in another format shows other bytes.
+func TestOriginLabel(t *testing.T) {
+	sector := make([]byte, ondisk.SectorSize)
+	ondisk.OriginLabel{Format: ondisk.RawFormat}.Encode(sector)
+	ondisk.OriginLabel{}.Encode(sector)
+	if string(sector) != string(make([]byte, ondisk.SectorSize)) {
+		t.Error("a raw origin has a label")
+	}
+	if got, err := ondisk.DecodeOriginLabel(sector); err != nil || got.Format != ondisk.RawFormat {
+		t.Errorf("%+v, %v", got, err)
+	}
+	undo, merge := ondisk.UndoLabel{ID: [16]byte{1}}, ondisk.MergeLabel{ID: [16]byte{2}}
+	ondisk.OriginLabel{Format: "qcow2"}.Encode(sector)
+	undo.Encode(sector)
+	merge.Encode(sector)
+	if got, err := ondisk.DecodeOriginLabel(sector); err != nil || got.Format != "qcow2" || string(sector[464:469]) != "qcow2" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if got, ok := ondisk.DecodeMergeLabel(sector); !ok || got != merge {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	for at := 464; at < 484; at++ {
+		sector[at] ^= 0x40
+		if got, err := ondisk.DecodeOriginLabel(sector); err == nil {
+			t.Errorf("byte %d damaged: %+v", at, got)
+		}
+		sector[at] ^= 0x40
+	}
+}

@@ -7,8 +7,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
@@ -216,4 +218,33 @@ func TestQcow2OpensNothingElse(t *testing.T) {
 	dmsnap("export", absolute, out, "--force", "--follow-backing").wantRefused(t, absolute, "absolute")
 	// The backing file is the origin's disk, too: it is no COW device.
 	dmsnap("create", overlay, p.origin, "--force", "--follow-backing").wantRefused(t, p.origin)
+}
+
+// TestQcow2ExportKilled: an export to an image that is killed at any point leaves no OUT, or a whole one.
+func TestQcow2ExportKilled(t *testing.T) {
+	dir := t.TempDir()
+	origin, cow, out := filepath.Join(dir, "disk.img"), filepath.Join(dir, "disk.cow"), filepath.Join(dir, "out.qcow2")
+	content := bytes.Repeat(blocktest.Pattern(64<<10, 3), 128)
+	writeFile(t, origin, content)
+	mustRun(t, "create", origin, cow)
+	cut, whole := 0, 0
+	for i := range 12 {
+		os.Remove(out)
+		p := launch(t, "export", origin, cow, out, "--format", "qcow2", "--compress")
+		time.Sleep(time.Duration(i*i) * 5 * time.Millisecond)
+		p.Process.Kill()
+		p.end(t)
+		if _, err := os.Lstat(out); err != nil {
+			cut++
+			continue
+		}
+		whole++
+		mustRun(t, "export", out, filepath.Join(dir, "raw"), "--force")
+		wantContent(t, filepath.Join(dir, "raw"), content)
+	}
+	if cut == 0 {
+		t.Error("none was cut short")
+	}
+	t.Logf("%d cut short, %d complete", cut, whole)
+	formatIn(t, cow)
 }
