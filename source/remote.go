@@ -41,13 +41,13 @@ func openRemote(uri string, o NBDOptions) (*remote, error) {
 		timeout = replyTimeout
 	}
 	r := &remote{most: 1}
-	multi := false
+	var multi atomic.Bool // connections are replaced side by side
 	r.dial = func(ctx context.Context) (*nbd.Redialer, error) {
 		d, err := nbd.NewRedialer(ctx, o.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
 			c, err := nbd.DialTLS(ctx, uri, o.TLS)
 			if err == nil {
 				c.SetTimeout(timeout)
-				multi = c.Info().MultiConn
+				multi.Store(c.Info().MultiConn)
 			}
 			return c, err
 		})
@@ -65,7 +65,7 @@ func openRemote(uri string, o NBDOptions) (*remote, error) {
 		}
 		return nil, err
 	}
-	if multi {
+	if multi.Load() {
 		r.most = remoteConnections
 	}
 	r.Forward, r.conns = block.NewForward(first), []*nbd.Redialer{first}
