@@ -81,6 +81,16 @@ func mustRun(t *testing.T, args ...string) string {
 	return o.out
 }
 
+// mustMerge runs an offline merge beside stores that may be other snapshots of the origin: it may warn of them.
+func mustMerge(t *testing.T, args ...string) {
+	t.Helper()
+	o := dmsnap(append([]string{"merge"}, args...)...)
+	lines := strings.Split(strings.TrimSpace(o.stderr), "\n")
+	if o.status != exitDone || len(lines) > 1 || o.stderr != "" && !strings.Contains(lines[0], "warning: if they are snapshots of") {
+		t.Fatalf("dmsnap merge %q: status %d, %s", args, o.status, o.stderr)
+	}
+}
+
 // mustJSON runs the program with --json and reads what it printed.
 func mustJSON[T any](t *testing.T, args ...string) (v T) {
 	t.Helper()

@@ -202,7 +202,7 @@ func TestReceiveKilled(t *testing.T) {
 		s.wantCopy(t, s.new)
 		for n := len(undone) - 1; n >= 0; n-- { // the last first
 			if _, err := os.Stat(undone[n]); err == nil {
-				mustRun(t, "merge", s.path("copy.img"), undone[n])
+				mustMerge(t, s.path("copy.img"), undone[n])
 			}
 		}
 		if len(undone) > 0 {

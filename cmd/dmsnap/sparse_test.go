@@ -98,7 +98,7 @@ func TestSparseStaysSparse(t *testing.T) {
 		wantContent(t, at("image"), image)
 		wantSparse("export", at("image"))
 	}
-	mustRun(t, "merge", p.origin, p.cow, "--undo", at("undo"))
+	mustMerge(t, p.origin, p.cow, "--undo", at("undo"))
 	wantContent(t, p.origin, image)
 	wantSparse("merge", p.origin)
 	wantSparse("merge --undo", at("undo"))
