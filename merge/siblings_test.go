@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -174,17 +176,22 @@ func TestSiblingsCutAnywhere(t *testing.T) {
 		return crash[s.Name]
 	})
 	images := 0
+	var mu sync.Mutex // siblings are made durable side by side
+	var failed error
 	power.Observe(func(op blocktest.Op) {
+		mu.Lock()
+		defer mu.Unlock()
 		for img := range power.Cut().Images(blocktest.Choices{All: 8, Limit: 3, Random: 2, Seed: uint64(images)}) {
 			images++
 			o, c := block.MemoryFrom(img.Disk(origin)), block.MemoryFrom(img.Disk(cow))
 			all := w.on(func(s merge.Sibling) block.Device { return block.MemoryFrom(img.Disk(crash[s.Name])) })
-			if err := w.aftermath(t.Context(), o, c, all); err != nil {
-				t.Fatalf("power cut after %v, %v: %v", op, img, err)
+			if err := w.aftermath(t.Context(), o, c, all); err != nil && failed == nil {
+				failed = fmt.Errorf("power cut after %v, %v: %w", op, img, err)
 			}
 		}
 	})
-	if _, err := merge.Offline(t.Context(), origin, cow, merge.Options{Window: 4 * chunk, Siblings: siblings}); err != nil {
+	_, err := merge.Offline(t.Context(), origin, cow, merge.Options{Window: 4 * chunk, Siblings: siblings})
+	if err = errors.Join(failed, err); err != nil {
 		t.Fatal(err)
 	}
 	power.Observe(nil)
@@ -223,7 +230,11 @@ func TestSiblingsInsideOneDiskCutAnywhere(t *testing.T) {
 		return func(merge.Sibling) block.Device { i++; return devices[i] }
 	}
 	images := 0
+	var mu sync.Mutex
+	var failed error
 	power.Observe(func(op blocktest.Op) {
+		mu.Lock()
+		defer mu.Unlock()
 		for img := range power.Cut().Images(blocktest.Choices{All: 4, Limit: 2, Random: 1, Seed: uint64(images)}) {
 			images++
 			after := img.Disk(disk)
@@ -231,12 +242,13 @@ func TestSiblingsInsideOneDiskCutAnywhere(t *testing.T) {
 			for i, d := range devs {
 				parts = append(parts, block.MemoryFrom(after[starts[i]:starts[i]+d.Size()]))
 			}
-			if err := w.aftermath(t.Context(), parts[0].(*block.Memory), parts[1].(*block.Memory), w.on(take(parts))); err != nil {
-				t.Fatalf("power cut after %v, %v: %v", op, img, err)
+			if err := w.aftermath(t.Context(), parts[0].(*block.Memory), parts[1].(*block.Memory), w.on(take(parts))); err != nil && failed == nil {
+				failed = fmt.Errorf("power cut after %v, %v: %w", op, img, err)
 			}
 		}
 	})
-	if _, err := merge.Offline(t.Context(), volumes[0], volumes[1], merge.Options{Window: 3 * chunk, Siblings: w.on(take(volumes))}); err != nil {
+	_, err := merge.Offline(t.Context(), volumes[0], volumes[1], merge.Options{Window: 3 * chunk, Siblings: w.on(take(volumes))})
+	if err = errors.Join(failed, err); err != nil {
 		t.Fatal(err)
 	}
 	power.Observe(nil)
@@ -270,9 +282,10 @@ func TestSiblingsWhoseDevicesFail(t *testing.T) {
 	errCut := errors.New("cut off")
 	for n := 0; ; n++ {
 		w := newSiblingWorld(t, 60, 12)
-		left := n
+		var left atomic.Int64 // siblings are made durable side by side
+		left.Store(int64(n))
 		fail := func(blocktest.Op) error {
-			if left--; left < 0 {
+			if left.Add(-1) < 0 {
 				return errCut
 			}
 			return nil
@@ -285,7 +298,7 @@ func TestSiblingsWhoseDevicesFail(t *testing.T) {
 		if err := w.aftermath(t.Context(), w.origin, w.cow, w.siblings); err != nil {
 			t.Fatalf("cut after %d operations: %v", n, err)
 		}
-		if left >= 0 {
+		if left.Load() >= 0 {
 			if n < 100 {
 				t.Errorf("only %d operations", n)
 			}
