@@ -147,7 +147,7 @@ func firstDifference(a, b []byte) int {
 // Random histories: a copy of what was becomes a copy of what is, by each kind of stream; the same stream once more
 // changes nothing.
 func TestRandomHistories(t *testing.T) {
-	rounds := uint64(150)
+	rounds := uint64(60)
 	if testing.Short() {
 		rounds = 20
 	}

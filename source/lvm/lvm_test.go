@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -66,9 +67,22 @@ func readJSON(t *testing.T, path string, to any) {
 	}
 }
 
-// unpack returns the content of a packed image.
+// unpacked are the images that were unpacked last: most are asked for several times in a row.
+var unpacked struct {
+	mu      sync.Mutex
+	paths   []string
+	content map[string][]byte
+}
+
+// unpack returns the content of a packed image, which nobody may change.
 func unpack(t testing.TB, path string) []byte {
 	t.Helper()
+	u := &unpacked
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	if content := u.content[path]; content != nil {
+		return content
+	}
 	f, err := os.Open(path)
 	if err != nil {
 		t.Fatal(err)
@@ -82,18 +96,44 @@ func unpack(t testing.TB, path string) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(u.paths) == 6 {
+		delete(u.content, u.paths[0])
+		u.paths = u.paths[1:]
+	}
+	if u.content == nil {
+		u.content = map[string][]byte{}
+	}
+	u.paths, u.content[path] = append(u.paths, path), content
 	return content
 }
 
-// disk returns a device that fails the test when it was written to.
+// A frozenDisk fails the test when it is written to.
+type frozenDisk struct {
+	*bytes.Reader
+	t    testing.TB
+	name string
+}
+
+func (d *frozenDisk) WriteAt(p []byte, off int64) (int, error) {
+	d.t.Errorf("disk %s: %d bytes written at byte %d", d.name, len(p), off)
+	return 0, block.ErrReadOnly
+}
+
+func (d *frozenDisk) Flush() error { return nil }
+
+func (d *frozenDisk) ReadAt(p []byte, off int64) (int, error) {
+	if err := block.CheckRange("read", off, int64(len(p)), d.Size()); err != nil {
+		return 0, err
+	}
+	if n, err := d.Reader.ReadAt(p, off); n < len(p) {
+		return n, err
+	}
+	return len(p), nil
+}
+
+// disk returns a device that fails the test when it is written to.
 func disk(t testing.TB, name string, content []byte) Disk {
-	m := block.MemoryFrom(content)
-	t.Cleanup(func() {
-		if !bytes.Equal(m.Bytes(), content) {
-			t.Errorf("disk %s was changed", name)
-		}
-	})
-	return Disk{name, m}
+	return Disk{name, &frozenDisk{bytes.NewReader(content), t, name}}
 }
 
 // disks returns the disks of a case that are given by their names in the guest.
