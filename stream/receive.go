@@ -82,14 +82,14 @@ func (r *Reader) Apply(ctx context.Context, target block.Device, o ApplyOptions)
 		a.o.Judge = DefaultJudge
 	}
 	err := inOrder(ctx, r.frames(), a.examine, a.collect)
-	if err == nil && !a.writing && a.kind == Disk && !o.Force {
-		err = a.mustBeZero(a.end, r.header.Size-a.end)
+	if err == nil {
+		err = a.judgeGap(a.end, r.header.Size)
 	}
 	if err == nil {
 		err = a.writeHeld()
 	}
 	if err == nil {
-		err = a.gap(r.header.Size)
+		err = a.zeroGap(r.header.Size)
 	}
 	if err != nil {
 		return a.result, err
@@ -110,8 +110,8 @@ func (r *Reader) Check(ctx context.Context, target block.Device, progress func(r
 	a := r.newApplier(target, ApplyOptions{Progress: progress})
 	a.dry = true
 	err := inOrder(ctx, r.frames(), a.examine, a.collect)
-	if err == nil && target != nil {
-		err = a.gap(r.header.Size)
+	if err == nil {
+		err = a.judgeGap(a.end, r.header.Size)
 	}
 	if err == nil {
 		a.result.Reached = r.header.Size
@@ -307,7 +307,7 @@ func (a *applier) collect(e *examined) error {
 	if len(e.records) == 0 {
 		return nil
 	}
-	first, last := e.records[0].off, e.records[len(e.records)-1]
+	first := e.records[0].off
 	if first < a.end {
 		return &FormatError{e.at, fmt.Sprintf("the record at byte %d of the disk is not behind the one before", first)}
 	}
@@ -319,15 +319,14 @@ func (a *applier) collect(e *examined) error {
 			return &MismatchError{e.wrong}
 		}
 	}
-	before := a.end
-	a.end = last.off + last.length
-	if a.dry || a.writing {
-		return a.finish(e)
-	}
-	if !a.o.Force {
-		if err := a.judgeGaps(before, e); err != nil {
+	for _, r := range e.records {
+		if err := a.judgeGap(a.end, r.off); err != nil {
 			return err
 		}
+		a.end = r.off + r.length
+	}
+	if a.dry || a.writing {
+		return a.finish(e)
 	}
 	a.held = append(a.held, e)
 	if a.judged += a.end - first; a.judged < a.o.Judge {
@@ -336,16 +335,18 @@ func (a *applier) collect(e *examined) error {
 	return a.writeHeld()
 }
 
-// judgeGaps compares what lies between the records of a whole disk with zeros, from byte next on.
-func (a *applier) judgeGaps(next int64, e *examined) error {
-	if a.kind != Disk {
+// judgeGap compares what is in no record, from byte off to byte end, with zeros: of a whole disk it must be.
+func (a *applier) judgeGap(off, end int64) error {
+	if a.kind != Disk || off == end || a.target == nil || a.o.Force {
 		return nil
 	}
-	for _, r := range e.records {
-		if err := a.mustBeZero(next, r.off-next); err != nil {
-			return err
-		}
-		next = r.off + r.length
+	err := a.mustBeZero(off, end-off)
+	var wrong *MismatchError
+	if !a.dry || !errors.As(err, &wrong) {
+		return err
+	}
+	if a.result.Differs += end - off; a.result.FirstWrong < 0 {
+		a.result.FirstWrong = wrong.Off
 	}
 	return nil
 }
@@ -366,7 +367,7 @@ func (a *applier) writeHeld() error {
 func (a *applier) finish(e *examined) error {
 	write := e.write
 	for _, r := range e.records {
-		if err := a.gap(r.off); err != nil {
+		if err := a.zeroGap(r.off); err != nil {
 			return err
 		}
 		end := r.off + r.length
@@ -402,24 +403,12 @@ func (a *applier) put(p piece) error {
 	return nil
 }
 
-// gap passes over the bytes up to byte end, which are in no record: of a whole disk they are zeros.
-func (a *applier) gap(end int64) error {
-	n := end - a.next
-	if a.kind != Disk || n == 0 || a.target == nil {
+// zeroGap writes zeros up to byte end, where a whole disk has no record and the target may hold anything.
+func (a *applier) zeroGap(end int64) error {
+	if a.kind != Disk || !a.o.Force || end == a.next {
 		return nil
 	}
-	if !a.dry && a.o.Force {
-		return a.put(piece{off: a.next, length: n})
-	}
-	err := a.mustBeZero(a.next, n)
-	var wrong *MismatchError
-	if a.dry && errors.As(err, &wrong) {
-		if a.result.Differs += n; a.result.FirstWrong < 0 {
-			a.result.FirstWrong = wrong.Off
-		}
-		return nil
-	}
-	return err
+	return a.put(piece{off: a.next, length: end - a.next})
 }
 
 // mustBeZero returns a *MismatchError for a byte that is not zero.
