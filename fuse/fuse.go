@@ -140,7 +140,8 @@ func (s *Server) Add(name string, dev block.Device, readOnly bool) error {
 		return fmt.Errorf("fuse: export %q exists", name)
 	}
 	s.inodes++
-	s.exports[name] = &export{name: name, dev: dev, readOnly: readOnly, ino: s.inodes, gone: make(chan struct{})}
+	gone, stop := context.WithCancel(context.Background())
+	s.exports[name] = &export{name: name, dev: dev, readOnly: readOnly, ino: s.inodes, gone: gone, stop: stop}
 	return nil
 }
 
@@ -189,15 +190,15 @@ type export struct {
 	readOnly bool
 
 	ino  uint64
-	once sync.Once
-	gone chan struct{} // closed when it ends: what waits fails
+	gone context.Context // ends with the export: what waits fails
+	stop context.CancelFunc
 
 	mu sync.RWMutex // held for reading by requests, and for writing for good at the end
 }
 
 // end waits for the requests under way; no others begin.
 func (x *export) end(ctx context.Context) error {
-	x.once.Do(func() { close(x.gone) })
+	x.stop()
 	locked := make(chan struct{})
 	go func() {
 		x.mu.Lock()
@@ -219,27 +220,26 @@ func (x *export) do(ctx context.Context, s *Server, op string, request func() er
 	}
 	defer x.mu.RUnlock()
 	for {
-		select {
-		case <-x.gone:
+		if x.gone.Err() != nil {
 			return syscall.ENODEV
-		default:
 		}
 		err := request()
 		changed := block.CanRetry(err)
 		if changed == nil {
 			return s.errno(x, op, err)
 		}
-		again := time.NewTimer(block.RetryInterval)
-		select {
-		case <-changed:
-		case <-again.C:
-		case <-x.gone:
-		case <-ctx.Done():
-			again.Stop()
+		if x.await(ctx, changed); ctx.Err() != nil {
 			return syscall.EINTR
 		}
-		again.Stop()
 	}
+}
+
+// await waits until a request may be tried again, its process got a signal, or the export ends.
+func (x *export) await(ctx context.Context, changed <-chan struct{}) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(x.gone, cancel)()
+	block.AwaitRetry(ctx, changed) // its error is that of ctx, which the caller asks
 }
 
 // errno is what a process gets for an error. Other than refusals they are logged.

@@ -187,6 +187,50 @@ func TestFuseFiles(t *testing.T) {
 	r.stop(t)
 }
 
+// A write that lacks room waits until there is some, or its export ends.
+func TestFuseWaits(t *testing.T) {
+	p := newShortPair(t)
+	if err := os.Remove(p.cow); err != nil {
+		t.Fatal(err)
+	}
+	mustRun(t, "create", p.origin, p.cow, "--cow-size", "16KiB")
+	r := serveFiles(t, p, "--on-full", "pause")
+	disk := r.open(t, "disk")
+	write := func(off int64) chan error {
+		done := make(chan error, 1)
+		go func() {
+			_, err := disk.WriteAt(make([]byte, 4096), off)
+			done <- err
+		}()
+		return done
+	}
+	for off := int64(0); off < 2*4096; off += 4096 { // header, area and two chunks
+		if err := <-write(off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	waits := func(done chan error) {
+		t.Helper()
+		select {
+		case err := <-done:
+			t.Fatalf("a write without room ended: %v", err)
+		case <-time.After(300 * time.Millisecond):
+		}
+	}
+	first := write(1 << 19)
+	waits(first)
+	mustRun(t, "grow", "disk", "20KiB", "--control", filepath.Join(p.dir, "c"))
+	if err := <-first; err != nil {
+		t.Fatalf("there is room now: %v", err)
+	}
+	second := write(1 << 18)
+	waits(second)
+	r.stop(t)
+	if err := <-second; !errors.Is(err, syscall.ENODEV) {
+		t.Errorf("the write that waited: %v", err)
+	}
+}
+
 // A server that is killed loses nothing that was made durable, and hangs nobody; the next one finds its mount and removes it.
 func TestFuseKilled(t *testing.T) {
 	p := newShortPair(t)
