@@ -146,6 +146,11 @@ func (o *Options) size(l ondisk.Layout, origin int64) (int64, error) {
 		}
 		return o.Size, nil
 	}
+	return FullSize(l, origin)
+}
+
+// FullSize returns the size in bytes of a COW file that can never overflow, for an origin of so many bytes. Errors: ErrSize.
+func FullSize(l ondisk.Layout, origin int64) (int64, error) {
 	chunks := l.ChunksNeeded(l.Chunks(origin, true))
 	if chunks > uint64(math.MaxInt64/l.ChunkBytes()) {
 		return 0, fmt.Errorf("%w: no file is large enough to keep every chunk of this origin", ErrSize)

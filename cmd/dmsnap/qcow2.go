@@ -182,7 +182,10 @@ name when it is complete and durable. An existing file is replaced only with --f
 			bar := newProgress(c.ErrOrStderr(), "import")
 			defer bar.end()
 			made := imported{Path: args[1], ChunkSectors: sectors}
-			size := int64(l.ChunksNeeded(l.Chunks(origin.Size(), true))) * l.ChunkBytes()
+			size, err := cowfile.FullSize(l, origin.Size())
+			if err != nil {
+				return about(args[1], err)
+			}
 			err = writeOutputDevice(args[1], o.force, []string{args[0], o.origin}, size, func(dst *block.File) error {
 				st, err := store.Create(dst, l, true)
 				if err != nil {

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/store"
 	"github.com/dmsnap/dmsnap/stream"
@@ -220,7 +221,10 @@ func (w *receiving) keeping(dev *block.File) error {
 	if err != nil {
 		return err
 	}
-	size := int64(l.ChunksNeeded(l.Chunks(dev.Size(), true))) * l.ChunkBytes()
+	size, err := cowfile.FullSize(l, dev.Size())
+	if err != nil {
+		return about(w.undo, err)
+	}
 	if err := writeOutputDevice(w.undo, w.force, w.inputs, size, func(dst *block.File) error {
 		_, err := store.Create(dst, l, true)
 		return err
@@ -260,7 +264,10 @@ func (w *receiving) toStore() error {
 	if err := store.CheckBlockSize(l, base); err != nil {
 		return about(w.origin, err)
 	}
-	size := int64(l.ChunksNeeded(l.Chunks(base.Size(), true))) * l.ChunkBytes()
+	size, err := cowfile.FullSize(l, base.Size())
+	if err != nil {
+		return about(w.cow, err)
+	}
 	return writeOutputDevice(w.cow, w.force, append(w.inputs, w.origin), size, func(dst *block.File) error {
 		if err := w.first(base); err != nil {
 			return about(w.origin, err)
