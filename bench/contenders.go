@@ -41,7 +41,7 @@ var (
 
 // contenders in the order of the columns. The peers run with their defaults and, since blocks of 64 KiB cost
 // them much in random writes of 4 KiB, with blocks of 4 KiB as well: the better one is the one to beat.
-var contenders = []contender{
+var contenders = append([]contender{
 	{key: ours, title: "dmsnap",
 		create: createDmsnap, serve: serveDmsnap},
 	{key: ourRaw, title: "dmsnap raw", raw: true,
@@ -59,7 +59,7 @@ var contenders = []contender{
 			return []string{"nbdkit", "-f", "-U", socket, "file", image}
 		}},
 	{key: direct, title: "pread/pwrite", raw: true},
-}
+}, sourceContenders...)
 
 // titled returns the title of a column.
 func titled(key string) string {

@@ -100,7 +100,12 @@ type server struct {
 
 // start runs a server and returns when it has greeted a client. argv gets the socket's path.
 func (l *lab) start(ctx context.Context, argv func(socket string) []string) (*server, error) {
-	s := &server{socket: l.path("s.sock"), exited: make(chan error, 1)}
+	return l.startOn(ctx, l.path("s.sock"), argv)
+}
+
+// startOn is start on a socket of one's own, for a server beside another one.
+func (l *lab) startOn(ctx context.Context, socket string, argv func(socket string) []string) (*server, error) {
+	s := &server{socket: socket, exited: make(chan error, 1)}
 	if err := os.Remove(s.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}

@@ -75,6 +75,8 @@ const legend = `- dmsnap raw: its export of a plain file, no snapshot.
 - nbdkit cow: the cow filter over the file plugin, not durable; blocks of 64 KiB (the default) and of 4 KiB.
 - nbdkit file, pread/pwrite: the ceilings, a plain file over NBD and without (fio's psync engine, one request at a time). In
   the merges the latter is a copy of the same bytes with one fsync.
+- qemu-nbd reads the same qcow2 image read-only. nbdkit nbd is its nbd plugin; like dmsnap it reads an export of nbdkit's file
+  plugin.
 `
 
 // against is the ratio of dmsnap to the best of some columns, as text.

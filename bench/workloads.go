@@ -106,5 +106,6 @@ func workloads() []row {
 		volumeRow("4 KiB random read of a logical volume, depth 16", job{rw: "randread", block: 4096, depth: 16, timed: true}, false),
 		volumeRow("sequential read of a logical volume, 1 MiB, depth 4", job{rw: "read", block: 1 << 20, depth: 4, timed: true}, true),
 	}
+	rows = append(rows, sourceRows()...)
 	return append(rows, processRows()...)
 }

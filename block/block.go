@@ -391,9 +391,9 @@ func Identity(dev Device) string {
 	return ""
 }
 
-// WithPath adds the path to an error that does not name it already.
+// WithPath adds the path, unless it is empty, to an error that does not name it already.
 func WithPath(path string, err error) error {
-	if err == nil || strings.Contains(" "+err.Error(), " "+path+":") {
+	if err == nil || path == "" || strings.Contains(" "+err.Error(), " "+path+":") {
 		return err
 	}
 	return fmt.Errorf("%s: %w", path, err)

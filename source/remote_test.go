@@ -163,6 +163,10 @@ func TestRemoteDisk(t *testing.T) {
 		if err := d.AllowWrites(); err == nil || !d.ReadOnly() || d.Format() != "raw" {
 			t.Errorf("it can be written to: %v", err)
 		}
+		_, err = source.Open(p.uri(), source.Options{ReadOnly: true, Format: source.QCOW2})
+		if err == nil || !strings.HasPrefix(err.Error(), p.uri()+": qcow2 image: header, byte 0: ") {
+			t.Errorf("opened as an image: %v", err)
+		}
 	})
 }
 
