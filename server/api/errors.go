@@ -22,7 +22,24 @@ const (
 	CodeUnfinished     Code = "unfinished_merge" // a merge of another COW device is not complete; see AttachRequest.Force
 	CodeFixed          Code = "fixed"            // the snapshot is a volume of a group, which is neither dropped nor grown
 	CodeTooLarge       Code = "too_large"        // the body is too long
-	CodeFailed         Code = "failed"           // anything else: a file that is missing, in use or no store; an I/O error
+
+	// Of fleets.
+	CodeNoSuchDisk       Code = "no_such_disk"
+	CodeNoSuchNode       Code = "no_such_node"
+	CodeNoSuchCheckpoint Code = "no_such_checkpoint"
+	CodeNoSuchElement    Code = "no_such_element" // neither a disk nor a node nor a checkpoint has the name
+	CodeHasChildren      Code = "has_children"    // others lie on it
+	CodeInUse            Code = "in_use"          // clients are connected, or another operation uses it
+	CodeSealed           Code = "sealed"          // a checkpoint is never changed
+	CodeNotAncestor      Code = "not_ancestor"    // the checkpoint is not one of the node's
+	CodeQuota            Code = "quota"           // a policy's limit is reached
+	CodeForbidden        Code = "forbidden"       // the client has no right to it, or the path is not allowed
+	CodeFreezeFailed     Code = "freeze_failed"   // the freeze command failed or took too long
+	CodeDiskFailed       Code = "disk_failed"     // the disk, or a layer, can't be read
+	CodeNoSpace          Code = "no_space"        // the directory's file system is full
+	CodeStateFailed      Code = "state_failed"    // the state could not be recorded: no changes are accepted until a restart
+
+	CodeFailed Code = "failed" // anything else: a file that is missing, in use or no store; an I/O error
 )
 
 // statusOf is the HTTP status that goes with a code.
@@ -42,7 +59,23 @@ var statusOf = map[Code]int{
 	CodeUnfinished:     http.StatusUnprocessableEntity,
 	CodeFixed:          http.StatusConflict,
 	CodeTooLarge:       http.StatusRequestEntityTooLarge,
-	CodeFailed:         http.StatusUnprocessableEntity,
+
+	CodeNoSuchDisk:       http.StatusNotFound,
+	CodeNoSuchNode:       http.StatusNotFound,
+	CodeNoSuchCheckpoint: http.StatusNotFound,
+	CodeNoSuchElement:    http.StatusNotFound,
+	CodeHasChildren:      http.StatusConflict,
+	CodeInUse:            http.StatusConflict,
+	CodeSealed:           http.StatusConflict,
+	CodeNotAncestor:      http.StatusConflict,
+	CodeQuota:            http.StatusForbidden,
+	CodeForbidden:        http.StatusForbidden,
+	CodeFreezeFailed:     http.StatusUnprocessableEntity,
+	CodeDiskFailed:       http.StatusUnprocessableEntity,
+	CodeNoSpace:          http.StatusInsufficientStorage,
+	CodeStateFailed:      http.StatusInsufficientStorage,
+
+	CodeFailed: http.StatusUnprocessableEntity,
 }
 
 // HTTPStatus returns the HTTP status that goes with the code.
