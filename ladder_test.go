@@ -20,7 +20,7 @@ const module = "github.com/dmsnap/dmsnap"
 var floors = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
-	"latency":          0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0,
+	"latency":          0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/text": 0,
 	"block": 1, "ondisk": 1,
 	"block/blocktest":   2,
 	"writeback":         2,

@@ -4,8 +4,10 @@ import (
 	"context"
 	"fmt"
 	"image/color"
+	"io"
 	"math"
 
+	"github.com/dmsnap/dmsnap/internal/bytesize"
 	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -119,16 +121,36 @@ var (
 	mapData     = color.RGBA{0x1f, 0x6f, 0xb4, 255}
 )
 
-// Panels draws both maps. label is how a number of bytes is written.
-func (m *Map) Panels(columns, diskRows, cowRows int, label func(bytes int64) string) []picture.Panel {
-	size := label(m.DiskBytes)
+// MapColumns is how many cells a row of a map in text has, unless the terminal is narrower.
+const MapColumns = 64
+
+// Rows of the strips, and columns of an image.
+const (
+	diskRows     = 32
+	cowRows      = 8
+	imageColumns = 128
+)
+
+// WriteSVG draws both maps as an image.
+func (m *Map) WriteSVG(w io.Writer) error {
+	return picture.SVG(w, m.panels(imageColumns, diskRows, cowRows)...)
+}
+
+// WritePNG draws both maps as an image.
+func (m *Map) WritePNG(w io.Writer) error {
+	return picture.PNG(w, m.panels(imageColumns, diskRows, cowRows)...)
+}
+
+// panels draws both maps.
+func (m *Map) panels(columns, diskRows, cowRows int) []picture.Panel {
+	size := bytesize.Text(m.DiskBytes)
 	if !m.DiskKnown {
 		size += " or more"
 	}
 	return []picture.Panel{
-		{Title: "disk, " + size, Strip: m.diskStrip(columns * diskRows), Columns: columns, Label: label},
-		{Title: fmt.Sprintf("%s, %s", m.Path, label(int64(m.TotalSectors)*ondisk.SectorSize)),
-			Strip: m.cowStrip(columns * cowRows), Columns: columns, Label: label},
+		{Title: "disk, " + size, Strip: m.diskStrip(columns * diskRows), Columns: columns, Label: bytesize.Text},
+		{Title: fmt.Sprintf("%s, %s", m.Path, bytesize.Text(int64(m.TotalSectors)*ondisk.SectorSize)),
+			Strip: m.cowStrip(columns * cowRows), Columns: columns, Label: bytesize.Text},
 	}
 }
 

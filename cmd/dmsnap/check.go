@@ -10,6 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -234,9 +235,4 @@ func (res checkResult) print(w io.Writer, r *check.Report) error {
 }
 
 // plural is "1 problem" or "2 problems".
-func plural(n uint64, what string) string {
-	if n == 1 {
-		return "1 " + what
-	}
-	return fmt.Sprintf("%d %ss", n, what)
-}
+func plural(n uint64, what string) string { return text.Count(n, what) }

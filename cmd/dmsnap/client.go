@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"text/tabwriter"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -24,44 +23,7 @@ func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 	if asJSON {
 		return printJSON(c, r)
 	}
-	w := c.OutOrStdout()
-	fmt.Fprintf(w, "origin %s: %s\n", r.Origin.Path, bytesText(r.Origin.SizeBytes))
-	if r.Origin.Error != "" {
-		fmt.Fprintf(w, "  %s, %s in memory only: %s\n", r.Origin.State, bytesText(r.Origin.DirtyBytes), r.Origin.Error)
-	}
-	if r.Origin.URI != "" {
-		fmt.Fprintf(w, "  uri  %s\n", r.Origin.URI)
-	}
-	for _, s := range r.Snapshots {
-		if err := printSnapshot(w, s); err != nil {
-			return err
-		}
-	}
-	if m := r.Merge; m != nil {
-		return printMerge(w, *m)
-	}
-	return nil
-}
-
-func printSnapshot(w io.Writer, s api.Snapshot) error {
-	merged := ""
-	if s.Merged {
-		merged = ", merged into the origin"
-	}
-	fmt.Fprintf(w, "snapshot %s: %s%s\n", printable(s.Name), s.State, merged)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	fmt.Fprintf(t, "  cow\t%s\n  uri\t%s\n", s.COW, s.URI)
-	printFigures(t, s.Figures)
-	return t.Flush()
-}
-
-func printMerge(w io.Writer, m api.Merge) error {
-	_, err := fmt.Fprintf(w, "merge of %s: %s, %s of %s (%.1f %%)\n", printable(m.Name), m.State,
-		bytesText(m.MergedBytes), bytesText(m.TotalBytes), m.Percent)
-	if m.Error != "" {
-		_, err = fmt.Fprintf(w, "  %s\n", m.Error)
-	}
-	return err
+	return textTo(c).Server(r)
 }
 
 // liveMerge is merge with --control.
@@ -86,7 +48,7 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	if asJSON {
 		err = printJSON(c, m)
 	} else {
-		err = printMerge(c.OutOrStdout(), m)
+		err = textTo(c).Merge(m)
 	}
 	if err == nil && m.State == api.MergeFailed {
 		err = fmt.Errorf("the merge of %s failed: %s", printable(m.Name), m.Error)

@@ -10,10 +10,11 @@ import (
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/text"
 )
 
 // steps are the commands that an inspection proposes.
-func steps(i oneInspection) string {
+func steps(i inspect.Single) string {
 	var all []string
 	for _, s := range i.Next {
 		all = append(all, s.Command)
@@ -25,7 +26,7 @@ func TestInspectAStore(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	before := digests(t, p.dir)
-	i := mustJSON[oneInspection](t, "inspect", p.cow)
+	i := mustJSON[inspect.Single](t, "inspect", p.cow)
 	if i.Kind != "store" || i.Bytes != 260*4096 || i.InUse || i.Store == nil || !i.Store.Opens || i.Store.Figures.Exceptions != 5 ||
 		i.Store.Header != (inspect.Header{Valid: 1, Version: 1, ChunkSectors: 8}) || len(i.Store.Problems) > 0 || i.Store.Origin != p.origin {
 		t.Errorf("%+v, %+v", i, i.Store)
@@ -42,7 +43,7 @@ func TestInspectAStore(t *testing.T) {
 		}
 	}
 	held := openFile(t, p.cow, false) // as a server does
-	if i := mustJSON[oneInspection](t, "inspect", p.cow); !i.InUse || strings.Contains(steps(i), "merge") {
+	if i := mustJSON[inspect.Single](t, "inspect", p.cow); !i.InUse || strings.Contains(steps(i), "merge") {
 		t.Errorf("in use: %v, steps %s", i.InUse, steps(i))
 	}
 	held.Close()
@@ -53,7 +54,7 @@ func TestInspectABadStore(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
 	spoil(t, p.cow)
-	i := mustJSON[oneInspection](t, "inspect", p.cow)
+	i := mustJSON[inspect.Single](t, "inspect", p.cow)
 	if !i.Store.Opens || i.Store.Figures.Valid || i.Store.Problems[check.MarkedInvalid] != 1 || !strings.HasPrefix(steps(i), "dmsnap rescue "+p.origin+" "+p.cow) {
 		t.Errorf("an invalid store: %+v, steps %s", i.Store, steps(i))
 	}
@@ -64,7 +65,7 @@ func TestInspectABadStore(t *testing.T) {
 	p = newPair(t)
 	p.withStore(t)
 	patch(4096+16, 0)(t, &p) // origin chunk 0 twice
-	i = mustJSON[oneInspection](t, "inspect", p.cow)
+	i = mustJSON[inspect.Single](t, "inspect", p.cow)
 	if i.Store.Opens || i.Store.Figures != nil || i.Store.Problems[check.DuplicateOrigin] != 1 || !strings.Contains(steps(i), "dmsnap repair "+p.cow) {
 		t.Errorf("a damaged store: %+v, steps %s", i.Store, steps(i))
 	}
@@ -75,7 +76,7 @@ func TestInspectABadStore(t *testing.T) {
 		p := newPair(t)
 		p.withStore(t)
 		set(t, &p)
-		if i := mustJSON[oneInspection](t, "inspect", p.cow); i.Kind != "store" || i.Store.Opens || len(i.Store.Problems) == 0 {
+		if i := mustJSON[inspect.Single](t, "inspect", p.cow); i.Kind != "store" || i.Store.Opens || len(i.Store.Problems) == 0 {
 			t.Errorf("%+v, %+v", i, i.Store)
 		}
 	}
@@ -101,7 +102,7 @@ func TestInspectAnOrigin(t *testing.T) {
 	again := filepath.Join(p.dir, "disk.img.cow")
 	p.withStoreAt(t, again)
 	spoil(t, again)
-	i := mustJSON[oneInspection](t, "inspect", p.origin)
+	i := mustJSON[inspect.Single](t, "inspect", p.origin)
 	if i.Kind != "gpt" || len(i.Beside) != 2 || i.Beside[1] != (inspect.Beside{Path: p.cow, State: "ok", Exceptions: 5, Fits: true}) || i.Beside[0] != (inspect.Beside{Path: again, State: "invalid", Fits: true}) {
 		t.Errorf("%+v", i)
 	}
@@ -115,7 +116,7 @@ func TestInspectAnOrigin(t *testing.T) {
 	}
 	os.Remove(again)
 	os.Truncate(p.origin, 1<<19)
-	if i := mustJSON[oneInspection](t, "inspect", p.origin); i.Beside[0].Fits || !strings.Contains(steps(i), "--origin "+p.origin) {
+	if i := mustJSON[inspect.Single](t, "inspect", p.origin); i.Beside[0].Fits || !strings.Contains(steps(i), "--origin "+p.origin) {
 		t.Errorf("a disk that was cut: %+v", i)
 	}
 }
@@ -163,7 +164,7 @@ func TestKindsInterop(t *testing.T) {
 			if out, err := exec.Command(args[0], args[1:]...).CombinedOutput(); err != nil {
 				t.Skipf("SKIPPED: %v: %s", err, out)
 			}
-			i := mustJSON[oneInspection](t, "inspect", file)
+			i := mustJSON[inspect.Single](t, "inspect", file)
 			said := ""
 			for _, d := range i.Details {
 				said += d.Name + "=" + d.Value + " "
@@ -191,11 +192,11 @@ func TestInspectOtherThings(t *testing.T) {
 		}
 		dmsnap("inspect", path)
 	}
-	packed, text := filepath.Join(p.dir, "packed"), filepath.Join(p.dir, "it's a dump")
+	packed, plain := filepath.Join(p.dir, "packed"), filepath.Join(p.dir, "it's a dump")
 	mustRun(t, "dump", "--pack", p.cow, "-o", packed)
-	mustRun(t, "dump", p.cow, "-o", text)
-	for path, want := range map[string]string{packed: "packed-dump", text: "dump"} {
-		if i := mustJSON[oneInspection](t, "inspect", path); i.Kind != want || steps(i) != "dmsnap restore "+shellWord(path)+" NEWCOW" {
+	mustRun(t, "dump", p.cow, "-o", plain)
+	for path, want := range map[string]string{packed: "packed-dump", plain: "dump"} {
+		if i := mustJSON[inspect.Single](t, "inspect", path); i.Kind != want || steps(i) != "dmsnap restore "+text.ShellWords(path)+" NEWCOW" {
 			t.Errorf("%+v, want %s", i, want)
 		}
 	}
@@ -203,24 +204,32 @@ func TestInspectOtherThings(t *testing.T) {
 
 // Every command that is proposed is one of a verb that there is, with the options it has.
 func TestNextStepsExist(t *testing.T) {
+	for do := inspect.ActionCreate; do < inspect.ActionConvert; do++ {
+		if commands[do][0] == "" {
+			t.Errorf("action %d has no command", do)
+		}
+	}
 	facts := func(opens bool) *inspect.Store { return &inspect.Store{Opens: opens, Report: &check.Report{}} }
-	all := (&inspection{Disk: &inspect.Disk{Path: "a", Store: facts(true)}}).next(nil)
-	all = append(all, nextForStore(facts(true), "a", true)...)
+	var all []inspect.Step
+	add := func(d inspect.Disk) { all = append(all, (&inspect.Inspection{Disk: &d}).Steps(nil)...) }
+	add(inspect.Disk{Path: "a", Store: facts(true)})
+	add(inspect.Disk{Path: "a", Store: facts(true), InUse: true})
 	for _, code := range []check.Code{check.MarkedInvalid, check.DuplicateOrigin, check.OutOfOrder, check.NoEndMark, check.VoidSlots} {
 		f := facts(false)
 		f.Report.Found = map[check.Code]uint64{code: 1}
-		all = append(all, nextForStore(f, "a.cow", false)...)
+		add(inspect.Disk{Path: "a.cow", Store: f})
 	}
 	for _, k := range image.Kinds() {
 		if k == image.Store {
 			continue // it has facts, and steps of its own: above
 		}
 		for _, b := range [][]inspect.Beside{nil, {{State: "ok", Fits: true}, {State: "ok"}, {State: "invalid"}, {State: "damaged"}, {InUse: true}}} {
-			all = append(all, (&inspection{Disk: &inspect.Disk{Path: "a.b", Kind: k.Name, Content: image.Content{Kind: k}, Beside: b}}).next(nil)...)
+			add(inspect.Disk{Path: "a.b", Kind: k.Name, Content: image.Content{Kind: k}, Beside: b})
 		}
 	}
 	for _, s := range all {
-		args := strings.Fields(s.Command)
+		command := commandOf(s)
+		args := strings.Fields(command)
 		if args[0] == "qemu-img" {
 			continue
 		}
@@ -232,20 +241,7 @@ func TestNextStepsExist(t *testing.T) {
 			err = c.Args(c, c.Flags().Args())
 		}
 		if err != nil || args[0] != "dmsnap" || !c.HasParent() {
-			t.Errorf("%q: %v", s.Command, err)
-		}
-	}
-}
-
-func TestShellWord(t *testing.T) {
-	for in, want := range map[string]string{"/dev/vg/a-cow": "/dev/vg/a-cow", "": "''", "a b": "'a b'", "it's": `'it'\''s'`, "$HOME": "'$HOME'", "\n": "'\n'"} {
-		if got := shellWord(in); got != want {
-			t.Errorf("%q becomes %s, want %s", in, got, want)
-		}
-	}
-	for in, want := range map[string]string{"a.cow": "a", "/a.b/c": "/a.b/c", "/a/.cow": "/a/.cow", "x.y.z": "x.y"} {
-		if got := withoutEnd(in); got != want {
-			t.Errorf("%q without its end is %q, want %q", in, got, want)
+			t.Errorf("%q: %v", command, err)
 		}
 	}
 }

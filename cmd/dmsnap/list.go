@@ -2,12 +2,8 @@ package main
 
 import (
 	"bufio"
-	"context"
 	"errors"
-	"fmt"
-	"io"
 	"math"
-	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -40,7 +36,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or damage
 			ctx, stop := untilSignal()
 			defer stop()
 			w := bufio.NewWriterSize(c.OutOrStdout(), 64<<10)
-			list := listText
+			list := inspect.ListText
 			if asJSON {
 				list = inspect.ListJSON
 			}
@@ -82,32 +78,4 @@ func loadStore(path string, cow block.Device, live bool) (*store.Store, error) {
 		err = errors.Join(st.Err(), st.CheckOrigin(largestDisk))
 	}
 	return st, about(path, err)
-}
-
-func listText(ctx context.Context, w io.Writer, path string, st *store.Store) error {
-	const row = "%14v  %23v  %23v  %s\n"
-	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
-	runs := uint64(0)
-	for r := range st.Exceptions() {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		e := inspect.RunOf(st.Layout(), r)
-		if _, err := fmt.Fprintf(w, row, e.OriginOffset, chunkRange(e.OriginChunk, e.Chunks), chunkRange(e.COWChunk, e.Chunks), bytesText(e.Length)); err != nil {
-			return err
-		}
-		runs++
-	}
-	l := st.Layout()
-	_, err := fmt.Fprintf(w, "%s: %s in %s, %s; a chunk is %s\n", path, plural(st.Len(), "exception"), plural(runs, "run"),
-		bytesText(int64(st.Len())<<l.Shift()), bytesText(l.ChunkBytes()))
-	return err
-}
-
-// chunkRange is "7" or "7-9".
-func chunkRange(first, n uint64) string {
-	if n == 1 {
-		return fmt.Sprint(first)
-	}
-	return strings.Join([]string{fmt.Sprint(first), fmt.Sprint(first + n - 1)}, "-")
 }

@@ -5,14 +5,12 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
-	"github.com/dmsnap/dmsnap/internal/picture"
 )
 
 type mapOptions struct {
@@ -115,27 +113,16 @@ func (o *mapOptions) checkOutputs(inputs []string) error {
 	return nil
 }
 
-// Cells of a row and rows of a strip. In letters a cell is twice as high as wide, so there are fewer.
-const (
-	mapColumns   = 64
-	diskRows     = 32
-	cowRows      = 8
-	imageColumns = 128
-	jsonCells    = 1024
-)
+// jsonCells is how many cells a map has as JSON.
+const jsonCells = 1024
 
 func (o *mapOptions) show(c *cobra.Command, m *inspect.Map, inputs []string) error {
-	if o.svg != "" || o.png != "" {
-		panels := m.Panels(imageColumns, diskRows, cowRows, bytesText)
-		for _, out := range []struct {
-			path  string
-			write func(io.Writer, ...picture.Panel) error
-		}{{o.svg, picture.SVG}, {o.png, picture.PNG}} {
-			if out.path == "" {
-				continue
-			}
-			write := func(w io.Writer) error { return out.write(w, panels...) }
-			if err := writePicture(c, out.path, o.force, inputs, write); err != nil {
+	for _, out := range []struct {
+		path  string
+		write func(io.Writer) error
+	}{{o.svg, m.WriteSVG}, {o.png, m.WritePNG}} {
+		if out.path != "" {
+			if err := writePicture(c, out.path, o.force, inputs, out.write); err != nil {
 				return err
 			}
 		}
@@ -144,30 +131,9 @@ func (o *mapOptions) show(c *cobra.Command, m *inspect.Map, inputs []string) err
 		m.FillCells(jsonCells)
 		return printJSON(c, m)
 	}
-	return o.print(c.OutOrStdout(), m)
-}
-
-func (o *mapOptions) print(w io.Writer, m *inspect.Map) error {
-	columns, colours := o.terminal(w)
-	rows, draw := 2, picture.Panel.Letters
-	if colours {
-		rows, draw = 1, picture.Panel.Colours
-	}
-	for _, p := range m.Panels(columns, diskRows/rows, cowRows/rows, bytesText) {
-		if err := draw(p, w); err != nil {
-			return err
-		}
-		fmt.Fprintln(w)
-	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	printFigures(t, m.Figures)
-	if m.UnusedChunks > 0 {
-		fmt.Fprintf(t, "  unused\t%s allocated and used by no exception\n", plural(m.UnusedChunks, "chunk"))
-	}
-	f := m.Fragmentation
-	fmt.Fprintf(t, "  runs\t%d, %s on average, the longest %s\n", f.Runs, bytesText(f.MeanBytes), bytesText(f.LongestBytes))
-	fmt.Fprintf(t, "  fragmentation\t%s: %d of %d neighbouring chunks are not neighbours in COW\n", picture.Percent(int64(f.Jumps), int64(f.Neighbours)), f.Jumps, f.Neighbours)
-	return t.Flush()
+	w := textTo(c)
+	w.Columns, w.Colours = o.terminal(w.W)
+	return w.Map(m)
 }
 
 // terminal returns how wide maps on w may be, and whether colours are used.
@@ -179,8 +145,8 @@ func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 			columns = max(16, n-labels)
 		}
 	}
-	if columns == 0 || columns > mapColumns {
-		columns = mapColumns
+	if columns == 0 || columns > inspect.MapColumns {
+		columns = inspect.MapColumns
 	}
 	colours = ok && os.Getenv("NO_COLOR") == ""
 	if o.colour != "auto" {

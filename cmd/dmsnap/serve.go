@@ -10,7 +10,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -19,6 +18,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -426,13 +426,8 @@ func (o *serveOptions) listener(originPath string) (net.Listener, error) {
 	return l, nil
 }
 
-// printable is a name as it is printed: quoted if it has spaces or control characters.
-func printable(name string) string {
-	if q := strconv.Quote(name); q != `"`+name+`"` || strings.Contains(name, " ") {
-		return q
-	}
-	return name
-}
+// printable is a name as it is printed.
+func printable(name string) string { return text.Name(name) }
 
 // newLog returns a function that writes lines to w and never blocks: lines are dropped while w is blocked. end writes
 // the remaining ones.

@@ -62,7 +62,7 @@ func folderContent(t *testing.T, dir string) map[string][]byte {
 // mergingBeside is what inspect shows of the merge into an origin, whatever the origin holds.
 func mergingBeside(t *testing.T, origin string) *inspect.Merging {
 	t.Helper()
-	var i inspection
+	var i inspect.Inspection
 	if o := dmsnap("inspect", origin, "--json"); o.status == exitTrouble {
 		t.Fatalf("inspect: %s", o.stderr)
 	} else if err := json.Unmarshal([]byte(o.out), &i); err != nil {

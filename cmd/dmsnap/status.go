@@ -2,16 +2,11 @@ package main
 
 import (
 	"errors"
-	"fmt"
-	"io"
-	"text/tabwriter"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
-	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server/api"
 )
 
 func newStatus() *cobra.Command {
@@ -52,7 +47,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 			if asJSON {
 				return printJSON(c, st)
 			}
-			return printStatus(c.OutOrStdout(), st)
+			return textTo(c).Status(st)
 		},
 	}
 	c.Flags().StringVar(&control, "control", "", "control socket of a running server")
@@ -75,32 +70,7 @@ func (d *diskFlags) statusOf(path string) (inspect.Status, error) {
 	return s, about(path, err)
 }
 
-// printStatus writes a status as text.
-func printStatus(w io.Writer, s inspect.Status) error {
-	use := ""
-	if s.InUse {
-		use = ", in use"
-	}
-	fmt.Fprintf(w, "%s: %s%s\n", s.Path, s.State, use)
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	printFigures(t, s.Figures)
-	return t.Flush()
-}
-
-// printFigures writes figures as rows of a table.
-func printFigures(w io.Writer, f api.Figures) {
-	fmt.Fprintf(w, "  dmsetup\t%s\n", f.Dmsetup)
-	if f.Full {
-		fmt.Fprintf(w, "  full\twrites that require space fail or wait; see dmsnap grow\n")
-	}
-	if f.Error != "" {
-		fmt.Fprintf(w, "  error\t%s\n", f.Error)
-	}
-	if f.Unmarked {
-		fmt.Fprintf(w, "  unmarked\tthe COW device could not be marked invalid: do not use it as a snapshot again\n")
-	}
-	fmt.Fprintf(w, "  chunk\t%s (%d sectors)\n", bytesText(int64(f.ChunkSectors)*ondisk.SectorSize), f.ChunkSectors)
-	fmt.Fprintf(w, "  exceptions\t%d\n", f.Exceptions)
-	fmt.Fprintf(w, "  used\t%s of %s (%.1f %%), %s of it metadata\n", bytesText(int64(f.SectorsAllocated)*ondisk.SectorSize),
-		bytesText(int64(f.TotalSectors)*ondisk.SectorSize), f.Percent, bytesText(int64(f.MetadataSectors)*ondisk.SectorSize))
+// textTo returns a writer of texts to the verb's standard output.
+func textTo(c *cobra.Command) inspect.TextWriter {
+	return inspect.TextWriter{W: c.OutOrStdout(), Full: "; see dmsnap grow"}
 }

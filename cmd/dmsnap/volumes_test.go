@@ -108,7 +108,7 @@ func TestInspectVolumes(t *testing.T) {
 // TestInspectVolumesJSON: one document for one disk, and one for several.
 func TestInspectVolumesJSON(t *testing.T) {
 	inLVMCase(t, "gpt")
-	one := mustJSON[oneInspection](t, "inspect", "disk0.img")
+	one := mustJSON[inspect.Single](t, "inspect", "disk0.img")
 	if one.Kind != "gpt" || one.Scheme != "gpt" || len(one.Partitions) != 2 || len(one.VolumeGroups) != 1 {
 		t.Fatalf("%+v", one)
 	}
@@ -137,7 +137,7 @@ func TestInspectVolumesJSON(t *testing.T) {
 	}
 
 	disks := inLVMCase(t, "missing-pv")
-	several := mustJSON[severalInspections](t, append([]string{"inspect"}, disks...)...)
+	several := mustJSON[inspect.Report](t, append([]string{"inspect"}, disks...)...)
 	if len(several.Images) != 2 || several.Images[1].Path != "disk2.img" || len(several.VolumeGroups) != 1 {
 		t.Fatalf("%+v", several)
 	}
@@ -163,7 +163,7 @@ func TestInspectDamagedStoreInVolume(t *testing.T) {
 	}
 	copy(content[at+4096:], "\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\xff\x0f") // slot 0
 	writeFile(t, "disk0.img", content)
-	i := mustJSON[oneInspection](t, "inspect", "disk0.img")
+	i := mustJSON[inspect.Single](t, "inspect", "disk0.img")
 	for _, v := range i.VolumeGroups[0].Volumes {
 		if damaged := v.Name == "snap"; v.Readable == damaged || (v.Status != nil) || (v.Reason == "") == damaged {
 			t.Errorf("%+v", v)
