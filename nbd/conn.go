@@ -31,6 +31,7 @@ type conn struct {
 	export     *export
 	nc         net.Conn
 	structured bool
+	readOnly   bool // the client may only read
 	contexts   []metaContext
 
 	reading  sync.Mutex // guards r, deadline, ended and err; the worker that holds it is the reader
@@ -55,7 +56,7 @@ type conn struct {
 }
 
 func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
-	c := &conn{server: s, export: e, nc: nc, structured: h.structured, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
+	c := &conn{server: s, export: e, nc: nc, structured: h.structured, readOnly: h.readOnly, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
 	c.held.init(c)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
 	c.inline.timer = time.AfterFunc(time.Hour, c.watchdog)

@@ -126,7 +126,7 @@ func (g *requestGroup) count() int64 {
 }
 
 // flags are the transmission flags of the export. DF is about structured replies.
-func (e *export) flags(structured bool) uint16 {
+func (e *export) flags(structured, readOnly bool) uint16 {
 	f := wire.HasFlags | wire.SendFlush | wire.SendFUA | wire.SendCache
 	if structured {
 		f |= wire.SendDF
@@ -134,7 +134,7 @@ func (e *export) flags(structured bool) uint16 {
 	if e.MultiConn {
 		f |= wire.CanMultiConn
 	}
-	if e.ReadOnly {
+	if e.ReadOnly || readOnly {
 		return f | wire.ReadOnly
 	}
 	f |= wire.SendWriteZeroes | wire.SendFastZero

@@ -36,7 +36,9 @@ type handshake struct {
 	w      *bufio.Writer
 	r      *bufio.Reader
 
+	client     ClientInfo
 	secure     bool
+	readOnly   bool // the client may not change the export that is served
 	noZeroes   bool
 	structured bool
 	contextsOf string // the export for which contexts were chosen, as the client named it
@@ -44,7 +46,7 @@ type handshake struct {
 }
 
 func newHandshake(s *Server, nc net.Conn) *handshake {
-	h := &handshake{server: s}
+	h := &handshake{server: s, client: ClientInfo{Addr: nc.LocalAddr()}}
 	h.attach(nc)
 	return h
 }
@@ -155,13 +157,16 @@ func (h *handshake) answer(o wire.Option, data []byte) (e *export, done bool, er
 
 // exportName answers OptExportName, which has no error reply.
 func (h *handshake) exportName(name string) (*export, error) {
-	e := h.server.find(name)
+	e, allowed := h.find(name)
+	if !allowed {
+		return nil, fmt.Errorf("handshake: the client has no right to export %q", name)
+	}
 	if e == nil {
 		return nil, fmt.Errorf("handshake: no export %q", name)
 	}
 	h.settle(name, e)
 	b := binary.BigEndian.AppendUint64(nil, uint64(e.Device.Size()))
-	b = binary.BigEndian.AppendUint16(b, e.flags(h.structured))
+	b = binary.BigEndian.AppendUint16(b, e.flags(h.structured, h.readOnly))
 	if !h.noZeroes {
 		b = append(b, make([]byte, 124)...)
 	}
@@ -173,9 +178,9 @@ func (h *handshake) list(data []byte) error {
 		return h.refuse(wire.OptList, wire.RepErrInvalid, "no data expected")
 	}
 	for _, name := range h.server.Names() {
-		e := h.server.find(name)
+		e, _ := h.find(name)
 		if e == nil {
-			continue // removed meanwhile
+			continue // removed meanwhile, or not for this client
 		}
 		if err := h.append(wire.OptList, wire.RepServer, wire.AppendServer(nil, name, e.Description)); err != nil {
 			return err
@@ -190,12 +195,12 @@ func (h *handshake) info(o wire.Option, data []byte) (*export, error) {
 	if err != nil {
 		return nil, h.refuse(o, wire.RepErrInvalid, err.Error())
 	}
-	e := h.server.find(r.Name)
+	e, allowed := h.find(r.Name)
 	if e == nil {
-		return nil, h.refuse(o, wire.RepErrUnknown, noExport)
+		return nil, h.refuseExport(o, r.Name, allowed)
 	}
 	infos := [][]byte{
-		wire.ExportInfo{Size: uint64(e.Device.Size()), Flags: e.flags(h.structured)}.Append(nil),
+		wire.ExportInfo{Size: uint64(e.Device.Size()), Flags: e.flags(h.structured, h.readOnly)}.Append(nil),
 		e.blockSizes().Append(nil),
 	}
 	if slices.Contains(r.Types, wire.InfoName) {
@@ -243,9 +248,9 @@ func (h *handshake) metaContexts(o wire.Option, data []byte) error {
 	if i := slices.IndexFunc(q.Queries, func(s string) bool { return !strings.Contains(s, ":") }); i >= 0 {
 		return h.refuse(o, wire.RepErrInvalid, "query without a namespace")
 	}
-	e := h.server.find(q.Export)
+	e, allowed := h.find(q.Export)
 	if e == nil {
-		return h.refuse(o, wire.RepErrUnknown, noExport)
+		return h.refuseExport(o, q.Export, allowed)
 	}
 	names := append([]string{baseAllocation}, slices.Sorted(maps.Keys(e.Contexts))...)
 	for i, name := range names {

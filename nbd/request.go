@@ -95,7 +95,7 @@ func (c *conn) validate(r wire.Request) (wire.Errno, string) {
 	if r.Flags&^known != 0 {
 		return wire.EINVAL, fmt.Sprintf("flags 0x%x don't go with command %d", uint16(r.Flags&^known), r.Command)
 	}
-	if changes && e.ReadOnly {
+	if changes && (e.ReadOnly || c.readOnly) {
 		return wire.EPERM, "export is read-only"
 	}
 	if r.Command == wire.CmdTrim && !e.CanTrim {

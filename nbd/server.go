@@ -55,9 +55,14 @@ type Options struct {
 	// TLS, if not nil, is the configuration for OptStartTLS: at least a certificate. With ClientAuth and ClientCAs
 	// clients' certificates are verified; the names of ClientCAs are not sent. A certificate that expired is logged by
 	// NewServer. With RequireTLS a client that does not start TLS gets nothing, not even the names of exports; without,
-	// TLS is optional.
+	// TLS is optional. PlainUnix exempts clients on unix sockets from RequireTLS.
 	TLS        *tls.Config
 	RequireTLS bool
+	PlainUnix  bool
+
+	// Authorize, unless it is nil, says what a client may do with the export of a name, before the client learns whether
+	// there is one. It is called in handshakes, concurrently; a connection keeps what it was given.
+	Authorize func(c ClientInfo, export string) Access
 
 	// Log is called with each failure of a connection or a device, in one line. It may be called concurrently.
 	Log func(line string)
@@ -71,8 +76,8 @@ type Options struct {
 type Server struct {
 	opts     Options
 	log      eventlog.Log
-	tls      *tls.Config // Options.TLS as connections use it
-	payloads budget      // see Options.MaxPayloads
+	tls      atomic.Pointer[tls.Config] // Options.TLS as connections use it
+	payloads budget                     // see Options.MaxPayloads
 
 	processors int64 // that goroutines run on
 
@@ -91,9 +96,11 @@ func NewServer(o Options) *Server {
 		o.MaxPayloads = 1 << 30
 	}
 	log := eventlog.Log{Line: o.Log, Logger: o.Logger}
-	warnOfCertificates(o.TLS, time.Now(), func(line string) { log.Event(slog.LevelWarn, line, line, nil) })
-	return &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, log: log, tls: withoutAuthorityNames(o.TLS),
+	s := &Server{processors: int64(runtime.GOMAXPROCS(0)), opts: o, log: log,
 		exports: make(map[string]*export), payloads: budget{total: max(o.MaxPayloads, leastPayloads)}}
+	s.warnOfCertificates(o.TLS)
+	s.tls.Store(withoutAuthorityNames(o.TLS))
+	return s
 }
 
 // leastPayloads is the least MaxPayloads: the longest payload always fits into the share of a connection of an idle

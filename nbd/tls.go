@@ -5,6 +5,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
@@ -29,10 +30,12 @@ func (h *handshake) startTLS(data []byte) error {
 	if err := h.reply(o, wire.RepAck, nil); err != nil {
 		return err
 	}
-	nc := tls.Server(h.nc, h.server.tls)
+	nc := tls.Server(h.nc, h.server.tls.Load())
 	if err := nc.Handshake(); err != nil { // within the deadline of the whole handshake
 		return fmt.Errorf("TLS: %w", err)
 	}
+	state := nc.ConnectionState()
+	h.client.TLS = &state
 	h.attach(nc)
 	h.secure = true
 	h.structured, h.contexts, h.contextsOf = false, nil, ""
@@ -41,7 +44,24 @@ func (h *handshake) startTLS(data []byte) error {
 
 // mustEncrypt reports whether an option has to wait for TLS.
 func (h *handshake) mustEncrypt(o wire.Option) bool {
-	return h.server.opts.RequireTLS && !h.secure && o != wire.OptStartTLS && o != wire.OptAbort
+	if !h.server.opts.RequireTLS || h.secure || o == wire.OptStartTLS || o == wire.OptAbort {
+		return false
+	}
+	return !(h.server.opts.PlainUnix && h.client.unix())
+}
+
+// SetTLS replaces the certificates and the authorities of clients for handshakes that begin from now on. The server must
+// have been made with [Options].TLS.
+func (s *Server) SetTLS(config *tls.Config) {
+	if s.opts.TLS == nil || config == nil {
+		panic("nbd: SetTLS of a server without TLS")
+	}
+	s.warnOfCertificates(config)
+	s.tls.Store(withoutAuthorityNames(config))
+}
+
+func (s *Server) warnOfCertificates(config *tls.Config) {
+	warnOfCertificates(config, time.Now(), func(line string) { s.log.Event(slog.LevelWarn, line, line, nil) })
 }
 
 // withoutAuthorityNames returns a configuration that verifies clients as config does, and does not send them the names
