@@ -1,0 +1,263 @@
+// Package notify delivers events to an HTTP server and to a program, without ever making the sender wait.
+//
+//	n, err := notify.New(notify.Options{URL: "https://alerts.example/hook"})
+//	defer n.Close()
+//	n.Send(notify.Event{Key: "vm1 fill", Body: body})
+//
+// # Guarantees
+//
+//   - Send returns at once. At most 1024 events wait; of more, the oldest is dropped, and that is logged.
+//   - A waiting event is replaced by a later one of the same key: a server that was away gets the latest state.
+//   - A delivery that fails is repeated after 1 second, then 2, 4 and so on up to a minute, and given up after 15 minutes.
+//     Each attempt ends after 10 seconds, whatever the other side does.
+//   - No part of the URL but its scheme and host is logged: the rest may be a secret.
+package notify
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"os"
+	"os/exec"
+	"sync"
+	"syscall"
+	"time"
+)
+
+// An Event is something to be delivered.
+type Event struct {
+	Key  string          // what it is about; of several events with one key only the last is worth delivering
+	Body json.RawMessage // a JSON object
+	Env  []string        // NAME=value, for the program
+}
+
+// Options are where events go. Without URL and Command they go nowhere.
+type Options struct {
+	URL     string // http or https; receives each event as a POST with Content-Type application/json
+	Command string // run by /bin/sh -c for each event, with its body on standard input
+
+	// Log is called when a delivery fails or events are dropped, with one line. It must not block.
+	Log func(line string)
+}
+
+// Limits of deliveries. Tests shorten them.
+type limits struct {
+	queue          int
+	attempt        time.Duration // of one attempt
+	first, longest time.Duration // between attempts
+	giveUp         time.Duration
+}
+
+var defaults = limits{queue: 1024, attempt: 10 * time.Second, first: time.Second, longest: time.Minute, giveUp: 15 * time.Minute}
+
+// A Notifier delivers events. Its methods may be called concurrently.
+type Notifier struct {
+	sinks  []*sink
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+}
+
+// New returns a Notifier; the caller closes it. It refuses a URL that is not http or https.
+func New(o Options) (*Notifier, error) { return newNotifier(o, defaults) }
+
+func newNotifier(o Options, l limits) (*Notifier, error) {
+	if o.Log == nil {
+		o.Log = func(string) {}
+	}
+	var deliver []*sink
+	if o.URL != "" {
+		u, err := url.Parse(o.URL)
+		if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+			return nil, errors.New("the URL for notifications must be http://HOST/… or https://HOST/…")
+		}
+		// Redirects are not followed: the body goes where it was meant to go.
+		client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+		deliver = append(deliver, &sink{name: u.Scheme + "://" + u.Host, limits: l, log: o.Log,
+			deliver: func(ctx context.Context, e Event) error { return post(ctx, client, o.URL, e) }})
+	}
+	if o.Command != "" {
+		deliver = append(deliver, &sink{name: "the command for notifications", limits: l, log: o.Log,
+			deliver: func(ctx context.Context, e Event) error { return run(ctx, o.Command, e) }})
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	n := &Notifier{sinks: deliver, cancel: cancel}
+	for _, s := range deliver {
+		s.wake = make(chan struct{}, 1)
+		n.done.Go(func() { s.loop(ctx) })
+	}
+	return n, nil
+}
+
+// Send queues an event for delivery.
+func (n *Notifier) Send(e Event) {
+	for _, s := range n.sinks {
+		s.add(e)
+	}
+}
+
+// Close waits at most 3 seconds for the delivery of what is queued, and ends.
+func (n *Notifier) Close() {
+	until := time.Now().Add(3 * time.Second)
+	for _, s := range n.sinks {
+		for time.Now().Before(until) && !s.idle() {
+			time.Sleep(10 * time.Millisecond)
+		}
+	}
+	n.cancel()
+	n.done.Wait()
+}
+
+// A sink is one destination with its queue.
+type sink struct {
+	name string
+	limits
+	log     func(string)
+	deliver func(context.Context, Event) error
+	wake    chan struct{}
+
+	mu      sync.Mutex
+	queue   []Event
+	busy    bool // an event is being delivered
+	dropped int  // since the last event was taken
+}
+
+func (s *sink) add(e Event) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range s.queue {
+		if s.queue[i].Key == e.Key {
+			s.queue[i] = e
+			return
+		}
+	}
+	if len(s.queue) == s.limits.queue {
+		s.queue = s.queue[1:]
+		s.dropped++
+	}
+	s.queue = append(s.queue, e)
+	select {
+	case s.wake <- struct{}{}:
+	default:
+	}
+}
+
+func (s *sink) idle() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.queue) == 0 && !s.busy
+}
+
+// next takes the first event, and says how many were dropped before it.
+func (s *sink) next() (e Event, dropped int, ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.busy = len(s.queue) > 0; !s.busy {
+		return e, 0, false
+	}
+	e, s.queue = s.queue[0], s.queue[1:]
+	dropped, s.dropped = s.dropped, 0
+	return e, dropped, true
+}
+
+func (s *sink) loop(ctx context.Context) {
+	for {
+		e, dropped, ok := s.next()
+		if !ok {
+			select {
+			case <-ctx.Done():
+				return
+			case <-s.wake:
+				continue
+			}
+		}
+		if dropped > 0 {
+			s.log(fmt.Sprintf("%s: %d notifications were dropped: too many are waiting", s.name, dropped))
+		}
+		s.try(ctx, e)
+		if ctx.Err() != nil {
+			return
+		}
+	}
+}
+
+// try delivers an event, or gives it up.
+func (s *sink) try(ctx context.Context, e Event) {
+	pause, began := s.first, time.Now()
+	for attempt := 1; ; attempt++ {
+		one, cancel := context.WithTimeout(ctx, s.attempt)
+		err := s.deliver(one, e)
+		cancel()
+		if err == nil || ctx.Err() != nil {
+			return
+		}
+		if time.Since(began)+pause > s.giveUp {
+			s.log(fmt.Sprintf("%s: a notification (%s) is given up after %d attempts: %v", s.name, e.Key, attempt, err))
+			return
+		}
+		if attempt == 1 {
+			s.log(fmt.Sprintf("%s: a notification (%s) is repeated: %v", s.name, e.Key, err))
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-time.After(pause):
+		}
+		pause = min(2*pause, s.longest)
+		if later, ok := s.takeKey(e.Key); ok { // what changed meanwhile is delivered instead
+			e = later
+		}
+	}
+}
+
+// takeKey takes the waiting event of a key.
+func (s *sink) takeKey(key string) (Event, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i, e := range s.queue {
+		if e.Key == key {
+			s.queue = append(s.queue[:i:i], s.queue[i+1:]...)
+			return e, true
+		}
+	}
+	return Event{}, false
+}
+
+// post sends an event. Its errors do not contain the URL.
+func post(ctx context.Context, client *http.Client, to string, e Event) error {
+	q, err := http.NewRequestWithContext(ctx, http.MethodPost, to, bytes.NewReader(e.Body))
+	if err != nil {
+		return errors.New("the request can't be made")
+	}
+	q.Header.Set("Content-Type", "application/json")
+	q.Header.Set("User-Agent", "dmsnap")
+	answer, err := client.Do(q)
+	if err != nil {
+		var withURL *url.Error
+		if errors.As(err, &withURL) {
+			err = withURL.Err
+		}
+		return err
+	}
+	defer answer.Body.Close()
+	io.Copy(io.Discard, io.LimitReader(answer.Body, 64<<10)) // so that the connection can be used again
+	if answer.StatusCode/100 != 2 {
+		return fmt.Errorf("the answer was %s", answer.Status)
+	}
+	return nil
+}
+
+// run runs the command. When ctx ends, its whole process group is killed.
+func run(ctx context.Context, command string, e Event) error {
+	c := exec.CommandContext(ctx, "/bin/sh", "-c", command)
+	c.Stdin = bytes.NewReader(e.Body)
+	c.Env = append(os.Environ(), e.Env...)
+	c.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	c.Cancel = func() error { return syscall.Kill(-c.Process.Pid, syscall.SIGKILL) }
+	c.WaitDelay = time.Second // a process that left the group may keep the pipe open
+	return c.Run()
+}
