@@ -28,9 +28,19 @@ const (
 	ElementFailed ElementState = "failed" // Error has the reason: its disk, or a layer below, can't be read; or its own store failed
 )
 
+// ServerKind says which requests a server takes besides GET /v1/tree.
+type ServerKind string
+
+// The kinds of servers.
+const (
+	ServerOfOne   ServerKind = "origin" // one origin with snapshots: those of docs/api.md
+	ServerOfFleet ServerKind = "fleet"  // those of docs/fleet.md
+)
+
 // Tree is the reply to GET /v1/tree.
 type Tree struct {
-	Elements []Element `json:"elements"` // parents before children
+	Server   ServerKind `json:"server,omitempty"`
+	Elements []Element  `json:"elements"` // parents before children
 	// Error is why the tree accepts no changes: its state could not be recorded. What is exported is served still.
 	Error string `json:"error,omitempty"`
 }
@@ -62,6 +72,28 @@ type Element struct {
 
 	Figures  *Figures  `json:"figures,omitempty"`  // of its layer; disks have none
 	Counters *Counters `json:"counters,omitempty"` // of a node
+	Activity *Activity `json:"activity,omitempty"` // of its export, where that is observed
+
+	// Merge is the merge into a disk, under way or the last one since the start.
+	Merge *TreeMerge `json:"merge,omitempty"`
+}
+
+// Activity is what clients did to an export since it is served, whatever way they took.
+type Activity struct {
+	Reads        Latency `json:"reads"`
+	Writes       Latency `json:"writes"` // and zeroing and discards
+	Flushes      Latency `json:"flushes"`
+	ReadBytes    uint64  `json:"read_bytes"`
+	WrittenBytes uint64  `json:"written_bytes"`
+	Errors       uint64  `json:"errors"` // requests that failed
+}
+
+// HeatMap is the reply to GET /v1/heat/{name}: equal parts of a disk, in order.
+type HeatMap struct {
+	Name      string    `json:"name"`
+	SizeBytes int64     `json:"size_bytes"`
+	Stored    []float64 `json:"stored"`           // fraction of each part that is in the element's own layer, 0 to 1
+	Writes    []uint32  `json:"writes,omitempty"` // requests that changed something in each part, modulo 2^32; without observation: none
 }
 
 // Disk is a base of nodes: the reply to GET /v1/disks/{name}.
