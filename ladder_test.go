@@ -20,10 +20,10 @@ const module = "github.com/dmsnap/dmsnap"
 var floors = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
-	"latency":          0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/text": 0,
+	"latency":          0, "notify": 0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/text": 0,
 	"block": 1, "ondisk": 1,
-	"block/blocktest":   2,
-	"writeback":         2,
+	"block/blocktest": 2,
+	"writeback":       2, "activity": 2,
 	"internal/chunkmap": 2, "internal/gate": 2,
 	"internal/newfile": 2,
 	"source/mapped":    2,
@@ -36,7 +36,7 @@ var floors = map[string]int{
 	"stream": 5,
 	"nbd":    5, "fuse": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"cowfile": 5, "server/api": 5, "source/address": 5,
-	"server": 6, "source": 6,
+	"server": 6, "source": 6, "monitor": 6,
 	"inspect":    7,
 	"cmd/dmsnap": 8,
 
@@ -46,7 +46,7 @@ var floors = map[string]int{
 }
 
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.
-var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "internal/eventlog", "latency", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
+var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "internal/eventlog", "latency", "notify", "activity", "monitor", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "source/mapped", "source/partition", "source/lvm"}
 
 // forbidden: imports that the ladder alone would allow, with the reason.
 var forbidden = map[[2]string]string{

@@ -1,3 +1,14 @@
+// Package monitor turns what a server reports, again and again, into rates, forecasts and alerts.
+//
+//	var s monitor.Sampler
+//	for range ticker {
+//		report := s.Step(time.Now(), tree) // an api.Tree
+//		for _, a := range alerts.Step(report) {
+//			...
+//		}
+//	}
+//
+// It asks nobody by itself, and reads nothing but the free space of the file systems that hold the files of layers.
 package monitor
 
 import "time"
