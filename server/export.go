@@ -19,6 +19,8 @@ type Files interface {
 
 // addExport serves a device over NBD and, where Options say so, as a vhost-user back-end and as a file.
 func (s *Server) addExport(e nbd.Export) error {
+	served, observed := s.observe(e.Name, e.Device)
+	e.Device = served
 	added := []func(context.Context, string) error{s.nbd.Remove}
 	err := s.nbd.Add(e)
 	if err == nil && s.vhost != nil {
@@ -33,8 +35,10 @@ func (s *Server) addExport(e nbd.Export) error {
 		for _, remove := range added[:len(added)-1] {
 			err = errors.Join(err, remove(context.Background(), e.Name))
 		}
+		return err
 	}
-	return err
+	observed()
+	return nil
 }
 
 func (s *Server) addVhost(e nbd.Export) error {
@@ -44,6 +48,7 @@ func (s *Server) addVhost(e nbd.Export) error {
 
 // removeExport ends what addExport began. When ctx ends, requests under way are waited for no longer than their device needs.
 func (s *Server) removeExport(ctx context.Context, name string) error {
+	defer s.forget(name)
 	err := s.nbd.Remove(ctx, name)
 	if s.vhost != nil {
 		err = errors.Join(err, s.vhost.Remove(ctx, name))

@@ -36,6 +36,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/eventlog"
@@ -80,6 +81,7 @@ type Options struct {
 	NBD       nbd.Options     // limits of the NBD server, and TLS; Log and Logger are those below where they are nil
 	Files     Files           // shows the exports as files too; the caller closes it after Serve and before Close; nil: none
 	VhostUser string          // directory of sockets NAME.sock, on which virtual machines find the exports too (package vhost); "": none
+	Observe   bool            // count requests, their durations and their places, for Tree and HeatMap (package activity)
 	SysFS     string          // where sysfs is mounted, which says which volume groups are active; "": /sys
 
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
@@ -115,6 +117,9 @@ type Server struct {
 	log       eventlog.Log
 	nbd       *nbd.Server
 	vhost     *vhost.Server // nil without Options.VhostUser
+
+	observing sync.Mutex                  // below all others
+	observed  map[string]*activity.Device // by name of the export
 
 	mu         sync.Mutex
 	addr       net.Addr    // of the NBD listener; nil before Start
