@@ -92,6 +92,25 @@ func CheckNewFile(path string) error {
 // writing. A path that exists already, of whatever kind, is an error wrapping fs.ErrExist. When Create returns, the
 // file and its name are durable.
 func Create(path string, size int64) (*File, error) {
+	f, err := CreateUnsynced(path, size)
+	if err != nil {
+		return nil, err
+	}
+	if err = retry(func() error { return unix.Fsync(f.fd) }); err != nil {
+		err = f.error("create", err)
+	} else {
+		err = SyncDirectory(filepath.Dir(path))
+	}
+	if err != nil {
+		os.Remove(path)
+		return nil, errors.Join(err, f.Close())
+	}
+	return f, nil
+}
+
+// CreateUnsynced is Create without the durability: a crash may leave the file at any smaller size, or not at all. A Flush
+// makes the file durable, and SyncDirectory its name.
+func CreateUnsynced(path string, size int64) (*File, error) {
 	if size < 0 {
 		return nil, fmt.Errorf("create %s: size of %d bytes", path, size)
 	}
@@ -115,7 +134,7 @@ func Create(path string, size int64) (*File, error) {
 	return nil, err
 }
 
-// fill makes the new, empty file size bytes long and durable, for Create.
+// fill makes the new, empty file size bytes long, for CreateUnsynced.
 func (f *File) fill(size int64) error {
 	var st unix.Stat_t
 	if err := unix.Fstat(f.fd, &st); err != nil {
@@ -124,13 +143,7 @@ func (f *File) fill(size int64) error {
 	if err := f.prepare(st, LockWrite); err != nil {
 		return err
 	}
-	if err := f.Grow(size); err != nil {
-		return err
-	}
-	if err := retry(func() error { return unix.Fsync(f.fd) }); err != nil {
-		return f.error("create", err)
-	}
-	return SyncDirectory(filepath.Dir(f.path))
+	return f.Grow(size)
 }
 
 // SyncDirectory makes the names in a directory durable, where its file system can.

@@ -138,6 +138,31 @@ func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err e
 	return c, block.WithPath(cowPath, err)
 }
 
+// CreateUnsynced makes a COW file that does not exist, with an empty store for an origin of originSize bytes, and opens it.
+// Of o it uses ChunkSectors, Size and Format. Nothing is flushed: the store is durable with its first Sync, and the name with
+// block.SyncDirectory. A crash before may leave no file, one of any size that is all zeros, or the empty store (see
+// store.CreateUnsynced). It fails with fs.ErrExist when there is a file, and leaves none when it fails otherwise.
+func CreateUnsynced(path string, originSize int64, o Options) (*block.File, *store.Store, error) {
+	l, err := o.layout()
+	if err != nil {
+		return nil, nil, err
+	}
+	size, err := o.size(l, originSize)
+	if err != nil {
+		return nil, nil, block.WithPath(path, err)
+	}
+	f, err := block.CreateUnsynced(path, size)
+	if err != nil {
+		return nil, nil, block.WithPath(path, err)
+	}
+	st, err := store.CreateUnsynced(f, l, o.Format)
+	if err != nil {
+		os.Remove(path)
+		return nil, nil, block.WithPath(path, errors.Join(err, f.Close()))
+	}
+	return f, st, nil
+}
+
 // size is the size of a new COW file for an origin of the given number of bytes.
 func (o *Options) size(l ondisk.Layout, origin int64) (int64, error) {
 	if o.Size != 0 {

@@ -24,6 +24,25 @@ func Create(dev block.Device, l ondisk.Layout, force bool) (*Store, error) {
 // CreateFor is Create for an origin of a format: with another one than ondisk.RawFormat the first sector has an
 // ondisk.OriginLabel.
 func CreateFor(dev block.Device, l ondisk.Layout, force bool, format string) (*Store, error) {
+	return create(dev, l, force, format, (*Store).writeEmpty)
+}
+
+// CreateUnsynced is CreateFor on a device that reads as zeros from its first byte to its last, as a new file does, without
+// a flush: the store is durable with its first Sync, or any other flush of dev.
+//
+// The race considered: a crash before that flush is complete. Only the header is written, in one sector; the area and the
+// rest are the zeros of the device. So the device has the empty store then, or still nothing: an Open returns
+// ondisk.ErrNoStore, and the store can be made again. No slot is written before a flush that makes the header durable,
+// since a Sync flushes data, and the header with it, before it writes slots (see Store.round).
+func CreateUnsynced(dev block.Device, l ondisk.Layout, format string) (*Store, error) {
+	return create(dev, l, false, format, func(s *Store) error {
+		_, err := s.dev.WriteAt(s.firstBlock(s.header), 0)
+		return err
+	})
+}
+
+// create makes a store by write, which writes its first bytes.
+func create(dev block.Device, l ondisk.Layout, force bool, format string, write func(*Store) error) (*Store, error) {
 	if size := dev.Size(); l.Chunks(size, false) < uint64(ondisk.FirstDataChunk) {
 		return nil, fmt.Errorf("COW device of %d bytes is too small for a store: header and first area need %d", size, 2*l.ChunkBytes())
 	}
@@ -41,7 +60,7 @@ func CreateFor(dev block.Device, l ondisk.Layout, force bool, format string) (*S
 	s := newStore(dev, l)
 	s.format = format
 	s.header = ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: ondisk.Version, ChunkSectors: l.ChunkSectors}
-	if err := s.writeEmpty(); err != nil {
+	if err := write(s); err != nil {
 		return nil, fmt.Errorf("create store: %w", err)
 	}
 	s.next = ondisk.FirstDataChunk

@@ -1,6 +1,8 @@
 package store_test
 
 import (
+	"bytes"
+	"errors"
 	"fmt"
 	"strings"
 	"testing"
@@ -37,6 +39,16 @@ var orders = []struct {
 			t.Fatal(err)
 		}
 	}, "Z 8+8; F; WD 0+8"},
+	// The header is durable before the first slot is written.
+	{"create unsynced", 8, func(t *testing.T, o *ordered) {
+		o.createUnsynced(t)
+		o.add(t, 7, 1)
+		mustSync(t, o.Store)
+	}, "R 0+1; W 0+8; W 16+8; F; W 8+8; F"},
+	{"create unsynced, sync of nothing", 16, func(t *testing.T, o *ordered) {
+		o.createUnsynced(t)
+		mustSync(t, o.Store)
+	}, "R 0+1; W 0+8; F"},
 	{"open writes nothing", 8, func(t *testing.T, o *ordered) {
 		o.create(t)
 		o.log.Clear()
@@ -193,6 +205,18 @@ func newOrdered(chunk uint32) *ordered {
 func (o *ordered) create(t *testing.T) {
 	t.Helper()
 	s, err := store.Create(o.dev, o.layout, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Store = s
+}
+
+func (o *ordered) createUnsynced(t *testing.T) {
+	t.Helper()
+	if err := block.Zero(o.mem, 0, o.mem.Size(), 0); err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.CreateUnsynced(o.dev, o.layout, "")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -358,4 +382,72 @@ func TestCrashInCreateByForce(t *testing.T) {
 		}
 	}
 	t.Logf("%d images", images)
+}
+
+// TestCrashInCreateUnsynced cuts the first operations of a store that was made without a flush: before the first flush
+// there may be no store, or the empty one; what a Sync made durable is there.
+func TestCrashInCreateUnsynced(t *testing.T) {
+	for _, c := range []uint32{1, 8, 16} {
+		l := ondisk.Layout{ChunkSectors: c}
+		crash := blocktest.NewCrash(make([]byte, 200*int(c)*sector))
+		images, none, synced := 0, 0, uint64(0)
+		flushed := false
+		crash.Power().Observe(func(op blocktest.Op) {
+			flushed = flushed || op.Kind == blocktest.Flush
+			for img := range crash.Power().Cut().Images(blocktest.Choices{Random: 20}) {
+				images++
+				mem := block.MemoryFrom(img.Disk(crash))
+				s, err := store.Open(mem)
+				if errors.Is(err, ondisk.ErrNoStore) && !flushed {
+					none++
+					if len(bytes.Trim(mem.Bytes()[:2*l.ChunkBytes()], "\x00")) > 0 {
+						t.Errorf("chunk %d, after %v, %v: no store, and no zeros", c, op, img)
+					}
+					continue
+				}
+				if err != nil {
+					t.Errorf("chunk %d, after %v, %v: %v", c, op, img, err)
+					return
+				}
+				if s.Layout() != l || s.OriginFormat() != "qcow2" || s.Len() < synced {
+					t.Errorf("chunk %d, after %v, %v: chunk %d, format %s, %d exceptions of %d", c, op, img,
+						s.Layout().ChunkSectors, s.OriginFormat(), s.Len(), synced)
+				}
+			}
+		})
+		s, err := store.CreateUnsynced(crash, l, "qcow2")
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i := range uint64(3) {
+			r, err := s.Reserve(ondisk.OriginChunk(40*i), 15)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := crash.WriteAt(blocktest.Pattern(int(int64(r.Count)*l.ChunkBytes()), i), l.COWOffset(r.New)); err != nil {
+				t.Fatal(err)
+			}
+			if err := r.Commit(); err != nil {
+				t.Fatal(err)
+			}
+			mustSync(t, s)
+			synced += r.Count
+		}
+		if none == 0 || none == images {
+			t.Errorf("chunk %d: %d of %d images have no store", c, none, images)
+		}
+		if s, err := store.Open(block.MemoryFrom(crash.Durable())); err != nil || s.Len() != synced {
+			t.Errorf("chunk %d: %v", c, err)
+		}
+	}
+	if _, err := store.CreateUnsynced(existing(t), ondisk.Layout{ChunkSectors: 8}, ""); !errors.Is(err, store.ErrExists) {
+		t.Errorf("over a store: %v", err)
+	}
+}
+
+// existing returns a device with a store.
+func existing(t *testing.T) block.Device {
+	t.Helper()
+	_, mem, _, _ := newStore(t, 8, 256)
+	return mem
 }

@@ -141,7 +141,7 @@ func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n ui
 	}
 	max = min(max-1, uint64(lastChunk-old)) + 1
 	number, at := split(old)
-	start, n, mapped := m.runInPage(number, at)
+	start, n, mapped := m.runInPage(number, at, max)
 	if n < max && at+int(n) == pageChunks { // up to the page's end: it may go on
 		last, _ := split(old + ondisk.OriginChunk(max-1))
 		if mapped {
@@ -150,7 +150,7 @@ func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n ui
 			next := m.nextPage(number+1, last)
 			n += (next - number - 1) << pageShift
 			if next <= last {
-				if _, k, mapped := m.runInPage(next, 0); !mapped {
+				if _, k, mapped := m.runInPage(next, 0, max-n); !mapped {
 					n += k
 				}
 			}
@@ -159,7 +159,8 @@ func (m *Map) Run(old ondisk.OriginChunk, max uint64) (new ondisk.COWChunk, n ui
 	return ondisk.COWChunk(start), min(n, max), mapped
 }
 
-func (m *Map) runInPage(number uint64, at int) (new, n uint64, mapped bool) {
+// runInPage describes the uniform range from chunk at of a page on. It is not measured past max chunks.
+func (m *Map) runInPage(number uint64, at int, max uint64) (new, n uint64, mapped bool) {
 	h := hash(number)
 	s := m.shardOf(h)
 	s.mu.RLock()
@@ -168,7 +169,7 @@ func (m *Map) runInPage(number uint64, at int) (new, n uint64, mapped bool) {
 	if p == nil {
 		return 0, uint64(pageChunks - at), false
 	}
-	new, k, mapped := p.uniform(at)
+	new, k, mapped := p.uniform(at, int(min(max, pageChunks)))
 	return new, uint64(k), mapped
 }
 
@@ -176,7 +177,7 @@ func (m *Map) runInPage(number uint64, at int) (new, n uint64, mapped bool) {
 // new on, looking no further than page last.
 func (m *Map) continued(number, last, new uint64) (n uint64) {
 	for ; number <= last; number++ {
-		start, k, mapped := m.runInPage(number, 0)
+		start, k, mapped := m.runInPage(number, 0, pageChunks)
 		if !mapped || start != new+n {
 			break
 		}
@@ -236,7 +237,7 @@ func (m *Map) pageRuns(runs []Run, number uint64) []Run {
 		return runs
 	}
 	for at := 0; at < pageChunks; {
-		new, n, mapped := p.uniform(at)
+		new, n, mapped := p.uniform(at, pageChunks)
 		if mapped {
 			runs = append(runs, Run{ondisk.OriginChunk(number<<pageShift) + ondisk.OriginChunk(at), ondisk.COWChunk(new), uint64(n)})
 		}

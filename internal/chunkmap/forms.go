@@ -169,9 +169,9 @@ func (p *page) setEntry(i int, e uint64) {
 }
 
 // tableUniform is uniform for a table.
-func (p *page) tableUniform(at int) (new uint64, n int, mapped bool) {
+func (p *page) tableUniform(at, max int) (new uint64, n int, mapped bool) {
 	first := p.entry(at)
-	for n = 1; at+n < pageChunks; n++ {
+	for n = 1; n < max && at+n < pageChunks; n++ {
 		e := p.entry(at + n)
 		if first == 0 && e != 0 || first != 0 && e != first+uint64(n) {
 			break

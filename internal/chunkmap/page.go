@@ -67,10 +67,10 @@ func (p *page) get(at int) (new uint64, mapped bool) {
 	return 0, false
 }
 
-// uniform describes the longest uniform range from chunk at on, within the page.
-func (p *page) uniform(at int) (new uint64, n int, mapped bool) {
+// uniform describes the longest uniform range from chunk at on, within the page. A table is not measured past max chunks.
+func (p *page) uniform(at, max int) (new uint64, n int, mapped bool) {
 	if p.form() >= narrowTable {
-		return p.tableUniform(at)
+		return p.tableUniform(at, max)
 	}
 	i := p.find(at)
 	if i >= 0 {
