@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/spf13/cobra"
 
@@ -11,7 +10,6 @@ import (
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/text"
-	"github.com/dmsnap/dmsnap/ondisk"
 )
 
 type checkOptions struct {
@@ -21,33 +19,6 @@ type checkOptions struct {
 	liveRead  bool
 	disk      diskFlags
 	asJSON    bool
-}
-
-// checkResult is what check prints as JSON.
-type checkResult struct {
-	Path         string                `json:"path"`
-	Clean        bool                  `json:"clean"` // no problem of the requested level or above
-	Bytes        int64                 `json:"bytes"` // size of the device
-	ChunkSectors uint32                `json:"chunk_sectors"`
-	Areas        uint64                `json:"areas"`
-	Exceptions   uint64                `json:"exceptions"` // sound ones
-	Runs         uint64                `json:"runs"`
-	Leaked       uint64                `json:"leaked_chunks"`
-	Found        map[check.Code]uint64 `json:"found"`
-	Findings     []findingResult       `json:"findings"` // the first 16 of each code
-}
-
-type findingResult struct {
-	Code     check.Code     `json:"code"`
-	Name     string         `json:"name"`
-	Severity check.Severity `json:"severity"`
-	Place    string         `json:"place"`
-	Detail   string         `json:"detail"`
-	Count    uint64         `json:"count"`
-	Means    string         `json:"means"`
-	Kernel   string         `json:"kernel"`
-	Repair   string         `json:"repair"`
-	Helps    string         `json:"helps"`
 }
 
 // repairText is a repairability in words of the command line.
@@ -169,69 +140,16 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	if err != nil {
 		return about(path, err)
 	}
-	res := o.result(path, r)
+	res := r.Result(path, o.level.Severity, repairText)
 	if o.asJSON {
 		err = printJSON(c, res)
 	} else {
-		err = res.print(c.OutOrStdout(), r)
+		err = res.WriteText(c.OutOrStdout())
 	}
 	if err == nil && !res.Clean {
 		err = errNo
 	}
 	return err
-}
-
-// result returns the problems of the requested level or above.
-func (o *checkOptions) result(path string, r *check.Report) checkResult {
-	res := checkResult{Path: path, Bytes: r.Size, ChunkSectors: r.Layout.ChunkSectors, Areas: r.Areas, Exceptions: r.Exceptions,
-		Runs: r.Runs, Leaked: r.Leaked, Found: map[check.Code]uint64{}, Findings: []findingResult{}}
-	for _, f := range r.Findings {
-		p := f.Problem()
-		if p.Severity < o.level.Severity {
-			continue
-		}
-		res.Found[f.Code] = r.Found[f.Code]
-		res.Findings = append(res.Findings, findingResult{f.Code, p.Name, p.Severity, f.Place, f.Detail, f.Count, p.Means, p.Kernel, repairText(p.Repair), p.Remedy})
-	}
-	res.Clean = len(res.Findings) == 0
-	return res
-}
-
-// print writes each problem once, with its places and its remedy.
-func (res checkResult) print(w io.Writer, r *check.Report) error {
-	if res.Clean {
-		_, err := fmt.Fprintf(w, "%s: clean: %s, %s a chunk\n", res.Path, plural(res.Exceptions, "exception"), bytesText(int64(res.ChunkSectors)*ondisk.SectorSize))
-		return err
-	}
-	n := uint64(0)
-	for _, k := range res.Found {
-		n += k
-	}
-	fmt.Fprintf(w, "%s: %s\n", res.Path, plural(n, "problem"))
-	for _, p := range check.Problems() {
-		if res.Found[p.Code] == 0 {
-			continue
-		}
-		fmt.Fprintf(w, "\n%v %v: %s\n  %s\n", p.Code, p.Severity, p.Name, p.Means)
-		shown := uint64(0)
-		for _, f := range res.Findings {
-			if f.Code == p.Code {
-				fmt.Fprintf(w, "    %s: %s\n", f.Place, f.Detail)
-				shown++
-			}
-		}
-		if more := res.Found[p.Code] - shown; more > 0 {
-			fmt.Fprintf(w, "    and %d more\n", more)
-		}
-		if _, err := fmt.Fprintf(w, "  Repairable: %s. %s\n", repairText(p.Repair), p.Remedy); err != nil {
-			return err
-		}
-	}
-	if r.Slots > 0 {
-		_, err := fmt.Fprintf(w, "\n%d of %s are sound\n", r.Exceptions, plural(r.Slots, "exception"))
-		return err
-	}
-	return nil
 }
 
 // plural is "1 problem" or "2 problems".

@@ -73,7 +73,7 @@ Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is in
 func (o *diffOptions) printer(w io.Writer, size int64) (diff.Printer, error) {
 	switch o.format {
 	case "text":
-		return &diffText{w: w, size: size, verified: o.verify}, nil
+		return diff.NewTextPrinter(w, size, o.verify), nil
 	case "ranges":
 		return diff.NewRangePrinter(w), nil
 	case "json":
@@ -152,43 +152,4 @@ func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, ba
 		return errNo
 	}
 	return nil
-}
-
-// diffText is for people: ranges that differ, and a summary.
-type diffText struct {
-	w               io.Writer
-	size            int64
-	verified        bool
-	ranges          uint64
-	changed, copied int64 // bytes
-}
-
-// Extent prints a range that differs.
-func (p *diffText) Extent(e diff.Extent) error {
-	if e.Class == diff.Copied {
-		p.copied += e.Length
-		return nil
-	}
-	p.ranges++
-	p.changed += e.Length
-	_, err := fmt.Fprintf(p.w, "%14d  %s\n", e.Off, bytesText(e.Length))
-	return err
-}
-
-// End prints the summary.
-func (p *diffText) End() error {
-	verb := "may differ"
-	if p.verified {
-		verb = "differ"
-	}
-	if p.ranges == 0 {
-		fmt.Fprintf(p.w, "no difference in %s", bytesText(p.size))
-	} else {
-		fmt.Fprintf(p.w, "%s of %s %s, in %s", bytesText(p.changed), bytesText(p.size), verb, plural(p.ranges, "range"))
-	}
-	if p.copied > 0 {
-		fmt.Fprintf(p.w, "; %s are stored and the same", bytesText(p.copied))
-	}
-	_, err := fmt.Fprintln(p.w)
-	return err
 }

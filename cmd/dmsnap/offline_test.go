@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/repair"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -43,7 +44,7 @@ func TestCheckVerb(t *testing.T) {
 	if out := mustRun(t, "check", p.cow, "--origin", p.origin); out != p.cow+": clean: 5 exceptions, 4 KiB a chunk\n" {
 		t.Errorf("a sound store: %q", out)
 	}
-	if res := mustJSON[checkResult](t, "check", p.cow); !res.Clean || res.Exceptions != 5 || res.ChunkSectors != 8 || len(res.Findings) != 0 {
+	if res := mustJSON[check.Result](t, "check", p.cow); !res.Clean || res.Exceptions != 5 || res.ChunkSectors != 8 || len(res.Findings) != 0 {
 		t.Errorf("%+v", res)
 	}
 	os.Truncate(p.origin, 1<<19)
@@ -116,7 +117,7 @@ func TestCatalogueByVerbs(t *testing.T) {
 			}
 			os.Remove(out)
 			wantSame(t, dir, before)
-			res := mustJSON[repairResult](t, append([]string{"repair", cow, "--in-place", "--undo", undoFile}, more...)...)
+			res := mustJSON[repair.Result](t, append([]string{"repair", cow, "--in-place", "--undo", undoFile}, more...)...)
 			if !res.Changed || res.Found[problem.Code] == 0 {
 				t.Errorf("in place: %+v", res)
 			}
@@ -146,7 +147,7 @@ func TestRepairVerb(t *testing.T) {
 
 	before := readFile(t, out)
 	undoFile := filepath.Join(p.dir, "undo")
-	if res := mustJSON[repairResult](t, "repair", out, "--in-place", "--undo", undoFile); res.Changed || len(res.Found) > 0 {
+	if res := mustJSON[repair.Result](t, "repair", out, "--in-place", "--undo", undoFile); res.Changed || len(res.Found) > 0 {
 		t.Errorf("nothing was wrong: %+v", res)
 	}
 	wantContent(t, out, before)

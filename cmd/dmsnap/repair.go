@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bufio"
 	"context"
 	"errors"
 	"fmt"
@@ -12,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/repair"
 )
 
@@ -24,18 +22,6 @@ type repairOptions struct {
 	undoApply string
 	force     bool
 	asJSON    bool
-}
-
-// repairResult is what repair prints as JSON.
-type repairResult struct {
-	Path      string                `json:"path"` // of the sound store
-	Changed   bool                  `json:"changed"`
-	Found     map[check.Code]uint64 `json:"found"` // what was wrong
-	KeptBytes int64                 `json:"kept_bytes"`
-	LostBytes int64                 `json:"lost_bytes"`
-	Kept      []block.Range         `json:"kept"` // of the origin, ascending
-	Lost      []repair.Lost         `json:"lost"`
-	Missing   []string              `json:"missing"` // places of slots of which nothing is known
 }
 
 // undoResult is what repair --undo-apply prints as JSON.
@@ -170,48 +156,11 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 
 // printResult prints what was kept and lost.
 func (o *repairOptions) printResult(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
-	res := repairResult{Path: path, Changed: changed, Found: p.Report.Found, KeptBytes: p.Bytes(),
-		Kept: append([]block.Range{}, p.Kept()...), Lost: append([]repair.Lost{}, p.Lost()...), Missing: []string{}}
-	for _, l := range res.Lost {
-		res.LostBytes += l.Length
-	}
-	for _, f := range p.Missing() {
-		res.Missing = append(res.Missing, f.Place+": "+f.Detail)
-	}
+	res := p.Result(path, changed)
 	if o.asJSON {
 		return printJSON(c, res)
 	}
-	return res.print(c.OutOrStdout(), p.Report.Clean())
-}
-
-// maxLines is how many ranges of a kind are printed; JSON has all.
-const maxLines = 20
-
-func (res repairResult) print(out io.Writer, wasClean bool) error {
-	w := bufio.NewWriter(out) // keeps the first error for Flush
-	state := "sound now"
-	if wasClean && len(res.Lost) == 0 {
-		state = "nothing was wrong"
-	}
-	fmt.Fprintf(w, "%s: %s: kept %s in %s\n", res.Path, state, bytesText(res.KeptBytes), plural(uint64(len(res.Kept)), "range"))
-	for i, r := range res.Kept {
-		if i == maxLines {
-			fmt.Fprintf(w, "  kept  %d more ranges\n", len(res.Kept)-i)
-			break
-		}
-		fmt.Fprintf(w, "  kept  bytes %d to %d of the origin\n", r.Off, r.Off+r.Length-1)
-	}
-	for i, r := range res.Lost {
-		if i == maxLines {
-			fmt.Fprintf(w, "  lost  %d more ranges\n", len(res.Lost)-i)
-			break
-		}
-		fmt.Fprintf(w, "  lost  bytes %d to %d of the origin: %v, %s\n", r.Off, r.Off+r.Length-1, r.Code, r.Code.Problem().Name)
-	}
-	for _, m := range res.Missing {
-		fmt.Fprintf(w, "  lost  unknown ranges: %s\n", m)
-	}
-	return w.Flush()
+	return res.WriteText(c.OutOrStdout())
 }
 
 // takeBack applies an undo file.

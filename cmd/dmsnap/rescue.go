@@ -3,33 +3,19 @@ package main
 import (
 	"cmp"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"image/color"
 	"io"
 	"path/filepath"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/lvm"
 )
-
-// rescueResult is what rescue prints as JSON.
-type rescueResult struct {
-	Certain  int64          `json:"certain_bytes"`
-	Doubtful int64          `json:"doubtful_bytes"`
-	Lost     int64          `json:"lost_bytes"`
-	Behind   int64          `json:"behind_end_bytes"` // kept for what is behind the end of the origin; not in the image
-	Ranges   []rescue.Range `json:"ranges"`           // of the whole snapshot, ascending
-	Problems []string       `json:"problems"`
-}
 
 type rescueOptions struct {
 	force, dryRun, asJSON, liveRead bool
@@ -220,68 +206,15 @@ func (o *rescueOptions) writeImage(ctx context.Context, c *cobra.Command, r *res
 
 // printResult prints the totals, and writes the map.
 func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges []rescue.Range, from rescued) error {
-	sum := rescue.Totals(ranges)
-	result := rescueResult{sum[rescue.Certain], sum[rescue.Doubtful], sum[rescue.Lost], r.Behind(), ranges, []string{}}
-	for _, f := range r.Report().Findings {
-		result.Problems = append(result.Problems, f.String())
-	}
 	if o.mapFile != "" {
-		write := func(w io.Writer) error { return writeMap(w, ranges, filepath.Ext(o.mapFile)) }
+		write := func(w io.Writer) error { return rescue.WriteMap(w, ranges, filepath.Ext(o.mapFile)) }
 		if err := writePicture(c, o.mapFile, o.force, from.all(), write); err != nil {
 			return err
 		}
 	}
+	result := r.Result(ranges)
 	if o.asJSON {
 		return printJSON(c, result)
 	}
-	for _, p := range result.Problems {
-		if err := printf(c, "%s\n", p); err != nil {
-			return err
-		}
-	}
-	behind := ""
-	if result.Behind > 0 {
-		behind = fmt.Sprintf("; %s more are kept for what is after the end of %s, which is too small, and are omitted", bytesText(result.Behind), from.inputs[0])
-	}
-	return printf(c, "%s: %s certain, %s doubtful, %s lost%s\n", cmp.Or(from.out, from.Names[0]),
-		bytesText(result.Certain), bytesText(result.Doubtful), bytesText(result.Lost), behind)
-}
-
-// writeMap writes the ranges: as JSON, as a picture, or a line each.
-func writeMap(w io.Writer, ranges []rescue.Range, kind string) error {
-	switch kind {
-	case ".json":
-		e := json.NewEncoder(w)
-		e.SetIndent("", "  ")
-		return e.Encode(ranges)
-	case ".svg":
-		return picture.SVG(w, certaintyPanel(ranges))
-	case ".png":
-		return picture.PNG(w, certaintyPanel(ranges))
-	}
-	var text strings.Builder
-	for _, x := range ranges {
-		fmt.Fprintf(&text, "%d %d %v\n", x.Off, x.Length, x.Class)
-	}
-	_, err := io.WriteString(w, text.String())
-	return err
-}
-
-// certaintyPanel draws the disk as a strip. Lost ranges have precedence over doubtful ones, and those over certain
-// ones.
-func certaintyPanel(ranges []rescue.Range) picture.Panel {
-	size := int64(0)
-	for _, x := range ranges {
-		size += x.Length
-	}
-	s := picture.NewStrip(size, 64*32,
-		picture.Class{Name: rescue.Certain.String(), Letter: '.', Colour: color.RGBA{0x2e, 0x8b, 0x57, 0xff}},
-		picture.Class{Name: rescue.Doubtful.String(), Letter: 'd', Colour: color.RGBA{0xe6, 0xa8, 0x17, 0xff}},
-		picture.Class{Name: rescue.Lost.String(), Letter: 'l', Colour: color.RGBA{0xc0, 0x39, 0x2b, 0xff}})
-	for _, x := range ranges {
-		if x.Class != rescue.Certain {
-			s.Add(x.Off, x.Length, int(x.Class))
-		}
-	}
-	return picture.Panel{Title: "classes of the rescued image", Strip: s, Columns: 64, Label: bytesText}
+	return result.WriteText(c.OutOrStdout(), cmp.Or(from.out, from.Names[0]), from.inputs[0])
 }

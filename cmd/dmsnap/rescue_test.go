@@ -35,10 +35,10 @@ func TestRescue(t *testing.T) {
 	dmsnap("export", p.origin, p.cow, "-").wantRefused(t, "invalid")
 	before := digests(t, p.dir)
 
-	plan := mustJSON[rescueResult](t, "rescue", "--dry-run", p.origin, p.cow)
+	plan := mustJSON[rescue.Result](t, "rescue", "--dry-run", p.origin, p.cow)
 	wantSame(t, p.dir, before)
 	out, table := filepath.Join(p.dir, "old.img"), filepath.Join(p.dir, "old.map")
-	got := mustJSON[rescueResult](t, "rescue", p.origin, p.cow, out, "--map", table)
+	got := mustJSON[rescue.Result](t, "rescue", p.origin, p.cow, out, "--map", table)
 	if fmt.Sprint(plan.Ranges) != fmt.Sprint(got.Ranges) || got.Certain != 6*4096 || got.Lost != 0 || got.Doubtful != int64(len(p.content))-got.Certain {
 		t.Errorf("planned %+v, got %+v", plan, got)
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/rescue"
 )
 
 // sideBySide are the arguments of a snapshot volume as an origin and a COW volume.
@@ -119,12 +120,12 @@ func TestSnapshotVolumeStore(t *testing.T) {
 // TestSnapshotVolumeInvalid: what an invalid snapshot volume still has is certain as in a store beside a disk.
 func TestSnapshotVolumeInvalid(t *testing.T) {
 	inLVMCase(t, "overflow")
-	result := mustJSON[rescueResult](t, "rescue", "disk0.img#vg/own", "own.img")
-	pair := mustJSON[rescueResult](t, "rescue", "disk0.img#vg/base:real", "disk0.img#vg/own:cow", "pair.img")
+	result := mustJSON[rescue.Result](t, "rescue", "disk0.img#vg/own", "own.img")
+	pair := mustJSON[rescue.Result](t, "rescue", "disk0.img#vg/base:real", "disk0.img#vg/own:cow", "pair.img")
 	if result.Certain == 0 || result.Lost != 0 || fmt.Sprint(result) != fmt.Sprint(pair) || !bytes.Equal(readFile(t, "own.img"), readFile(t, "pair.img")) {
 		t.Errorf("%+v, by origin and COW volume %+v", result, pair)
 	}
-	if dry := mustJSON[rescueResult](t, "rescue", "--dry-run", "disk0.img#vg/own"); dry.Certain != result.Certain {
+	if dry := mustJSON[rescue.Result](t, "rescue", "--dry-run", "disk0.img#vg/own"); dry.Certain != result.Certain {
 		t.Errorf("dry run: %+v", dry)
 	}
 	mustRun(t, "rescue", "--revalidate", "disk0.img#vg/own", "again.cow")

@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -240,7 +241,7 @@ func TestOriginTooShort(t *testing.T) {
 		dmsnap(args...).wantRefused(t, "too small", "behind its end")
 	}
 	dmsnap("serve", p.origin, p.cow, "--socket", filepath.Join(testhost.ShortDir(t), "s")).wantRefused(t, "--force")
-	r := mustJSON[rescueResult](t, "rescue", p.origin, p.cow, filepath.Join(t.TempDir(), "out"))
+	r := mustJSON[rescue.Result](t, "rescue", p.origin, p.cow, filepath.Join(t.TempDir(), "out"))
 	if r.Behind != 4*4096 || r.Certain+r.Doubtful+r.Lost != 8192 || r.Doubtful == 0 || len(r.Problems) == 0 {
 		t.Errorf("rescue: %+v", r)
 	}
