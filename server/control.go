@@ -1,17 +1,11 @@
 package server
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
-	"io"
-	"log"
-	"net"
 	"net/http"
 	"strconv"
 	"time"
-	"unicode/utf8"
 
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/merge"
@@ -21,42 +15,16 @@ import (
 
 // The control API: HTTP with JSON on a unix socket, described in docs/api.md.
 
-const (
-	maxBody     = 64 << 10 // bytes of a request's body
-	maxWait     = 60       // seconds that GET /v1/merge?wait=… waits
-	dropTimeout = 10 * time.Second
-)
-
-// serveControl serves the API on l until ctx ends, and lets requests under way end then.
-func (s *Server) serveControl(ctx context.Context, l net.Listener) error {
-	h := &http.Server{Handler: s.Handler(), MaxHeaderBytes: 16 << 10, IdleTimeout: time.Minute,
-		ReadHeaderTimeout: 10 * time.Second, ReadTimeout: (maxWait + 30) * time.Second, // it also bounds a long poll
-		ErrorLog:    log.New(io.Discard, "", 0),
-		BaseContext: func(net.Listener) context.Context { return ctx }} // long polls end with ctx
-	var closing error
-	closed := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(closed)
-		late, cancel := context.WithTimeout(context.WithoutCancel(ctx), dropTimeout)
-		defer cancel()
-		closing = errors.Join(h.Shutdown(late), h.Close())
-	})
-	err := h.Serve(l)
-	if stop() {
-		return err // ctx has not ended: the listener failed
-	}
-	<-closed
-	return closing
-}
+const dropTimeout = 10 * time.Second
 
 // Handler returns the control API, for servers of HTTP other than the one that Start runs.
 func (s *Server) Handler() http.Handler {
 	mux := http.NewServeMux()
 	handle := func(pattern string, f func(*http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(w http.ResponseWriter, r *http.Request) {
-			r.Body = http.MaxBytesReader(w, r.Body, maxBody)
+			r.Body = http.MaxBytesReader(w, r.Body, api.MaxBody)
 			answer, err := f(r)
-			reply(w, answer, err)
+			api.WriteReply(w, answer, err, codeOf)
 		})
 	}
 	handle("GET /v1/status", func(*http.Request) (any, error) { return s.Status(), nil })
@@ -71,14 +39,14 @@ func (s *Server) Handler() http.Handler {
 	handle("GET /v1/snapshots/{name}", func(r *http.Request) (any, error) { return s.Snapshot(r.PathValue("name")) })
 	handle("POST /v1/snapshots", func(r *http.Request) (any, error) {
 		var q api.AttachRequest
-		if err := readBody(r, &q); err != nil {
+		if err := api.ReadBody(r, &q); err != nil {
 			return nil, err
 		}
 		return s.Attach(q)
 	})
 	handle("POST /v1/snapshots/{name}/grow", func(r *http.Request) (any, error) {
 		var q api.GrowRequest
-		if err := readBody(r, &q); err != nil {
+		if err := api.ReadBody(r, &q); err != nil {
 			return nil, err
 		}
 		return s.Grow(r.PathValue("name"), q.Size)
@@ -112,18 +80,6 @@ func PartsOf(r *http.Request) (int, error) {
 	return n, nil
 }
 
-// reply writes an answer, or an error.
-func reply(w http.ResponseWriter, answer any, err error) {
-	status := http.StatusOK
-	if err != nil {
-		e := api.Error{Code: codeOf(err), Message: err.Error()}
-		status, answer = e.Code.HTTPStatus(), api.ErrorReply{Error: e}
-	}
-	w.Header().Set("Content-Type", "application/json")
-	w.WriteHeader(status)
-	json.NewEncoder(w).Encode(answer)
-}
-
 // codeOf is the code of an error.
 func codeOf(err error) api.Code {
 	var coded *api.Error
@@ -141,33 +97,9 @@ func codeOf(err error) api.Code {
 	return api.CodeFailed
 }
 
-// readBody reads a request's body into v: one JSON object without unknown fields.
-func readBody(r *http.Request, v any) error {
-	body, err := io.ReadAll(r.Body)
-	if err == nil && !utf8.Valid(body) {
-		err = errors.New("not UTF-8") // what could not be decoded would be another path or name
-	}
-	d := json.NewDecoder(bytes.NewReader(body))
-	d.DisallowUnknownFields()
-	if err == nil {
-		err = d.Decode(v)
-	}
-	if err == nil {
-		if _, err = d.Token(); err == io.EOF {
-			return nil
-		}
-		err = errors.New("more than one object")
-	}
-	var tooLarge *http.MaxBytesError
-	if errors.As(err, &tooLarge) {
-		return refuse(api.CodeTooLarge, "the body is longer than %d bytes", maxBody)
-	}
-	return refuse(api.CodeBadRequest, "body: %v", err)
-}
-
 func (s *Server) postMerge(r *http.Request) (any, error) {
 	var q api.MergeRequest
-	if err := readBody(r, &q); err != nil {
+	if err := api.ReadBody(r, &q); err != nil {
 		return nil, err
 	}
 	if _, err := s.StartMerge(q.Name); err != nil {
@@ -178,11 +110,12 @@ func (s *Server) postMerge(r *http.Request) (any, error) {
 
 // getMerge replies at once, or, with ?wait=SECONDS, when the merge has ended or failed or that time is over.
 func (s *Server) getMerge(r *http.Request) (any, error) {
+	const most = uint64(api.MaxWait / time.Second)
 	wait := uint64(0)
 	if text := r.URL.Query().Get("wait"); text != "" {
 		var err error
-		if wait, err = strconv.ParseUint(text, 10, 16); err != nil || wait > maxWait {
-			return nil, refuse(api.CodeBadRequest, "wait: %q is not a number of seconds up to %d", text, maxWait)
+		if wait, err = strconv.ParseUint(text, 10, 16); err != nil || wait > most {
+			return nil, refuse(api.CodeBadRequest, "wait: %q is not a number of seconds up to %d", text, most)
 		}
 	}
 	return s.Merge(r.Context(), time.Duration(wait)*time.Second)

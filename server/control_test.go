@@ -66,7 +66,7 @@ func TestControlAPI(t *testing.T) {
 		{"POST", "/v1/merge", ``, 400, "bad_request"},
 		{"POST", "/v1/merge", `{"name":"disk"}{}`, 400, "bad_request"},
 		{"POST", "/v1/merge", `[]`, 400, "bad_request"},
-		{"POST", "/v1/merge", `{"name":"` + strings.Repeat("x", maxBody) + `"}`, 413, "too_large"},
+		{"POST", "/v1/merge", `{"name":"` + strings.Repeat("x", api.MaxBody) + `"}`, 413, "too_large"},
 		{"POST", "/v1/snapshots", `{"name":"disk","cow":"x"}`, 409, "name_taken"},
 		{"POST", "/v1/snapshots", `{"name":"","cow":"x"}`, 400, "bad_name"},
 		{"POST", "/v1/snapshots", `{"name":"..","cow":"x"}`, 400, "bad_name"},

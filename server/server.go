@@ -417,7 +417,7 @@ func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func(
 		})
 	}
 	if control != nil {
-		all.Go(func() { cancel(s.serveControl(ctx, control)) })
+		all.Go(func() { cancel(api.Serve(ctx, control, s.Handler(), nil)) })
 	}
 	all.Go(func() { s.flushLoop(ctx, flushEvery) })
 	return func() error {

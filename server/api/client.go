@@ -105,17 +105,30 @@ func ask[T any](ctx context.Context, c *Client, method, path string, body any) (
 
 // call makes one request, with body as JSON unless it is nil, and reads the reply.
 func (c *Client) call(ctx context.Context, method, path string, body, reply any) error {
+	got, err := c.open(ctx, method, path, body)
+	if err != nil {
+		return err
+	}
+	defer got.Body.Close()
+	if err := json.NewDecoder(io.LimitReader(got.Body, maxReply)).Decode(reply); err != nil {
+		return fmt.Errorf("control socket %s: reply: %w", c.path, err)
+	}
+	return nil
+}
+
+// open makes one request and returns a reply that is a success. The caller closes its body.
+func (c *Client) open(ctx context.Context, method, path string, body any) (*http.Response, error) {
 	var send io.Reader
 	if body != nil {
 		b, err := json.Marshal(body)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		send = bytes.NewReader(b)
 	}
 	r, err := http.NewRequestWithContext(ctx, method, "http://dmsnap"+path, send)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	got, err := c.http.Do(r)
 	if err != nil {
@@ -124,21 +137,17 @@ func (c *Client) call(ctx context.Context, method, path string, body, reply any)
 			err = u.Err // its URL names no host
 		}
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			return nil, context.Cause(ctx)
 		}
-		return fmt.Errorf("control socket %s: %w", c.path, err)
+		return nil, fmt.Errorf("control socket %s: %w", c.path, err)
+	}
+	if got.StatusCode == http.StatusOK {
+		return got, nil
 	}
 	defer got.Body.Close()
-	d := json.NewDecoder(io.LimitReader(got.Body, maxReply))
-	if got.StatusCode != http.StatusOK {
-		var e ErrorReply
-		if err := d.Decode(&e); err != nil || e.Error.Message == "" {
-			return fmt.Errorf("control socket %s: %s", c.path, got.Status)
-		}
-		return &e.Error
+	var e ErrorReply
+	if err := json.NewDecoder(io.LimitReader(got.Body, maxReply)).Decode(&e); err != nil || e.Error.Message == "" {
+		return nil, fmt.Errorf("control socket %s: %s", c.path, got.Status)
 	}
-	if err := d.Decode(reply); err != nil {
-		return fmt.Errorf("control socket %s: reply: %w", c.path, err)
-	}
-	return nil
+	return nil, &e.Error
 }

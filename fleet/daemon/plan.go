@@ -1,0 +1,157 @@
+package daemon
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dmsnap/dmsnap/internal/bytesize"
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// A removal is a node or checkpoint that a policy does not keep.
+type removal struct {
+	name string
+	why  string
+}
+
+// A plan is what policies want at one moment.
+type plan struct {
+	remove []removal
+	// limits are those of each node; full is why its writes are refused, "" when they are not.
+	limits map[string]nodeLimits
+}
+
+type nodeLimits struct {
+	policy Policy
+	full   string
+}
+
+// use is what is known of a node beside the tree.
+type use struct {
+	last  time.Time // when a client was connected last, or the daemon saw the node first
+	grown int64     // bytes by which its quota has grown
+}
+
+// makePlan decides what policies want of a tree at the time now. It updates uses, and forgets nodes that are gone.
+func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf func(disk string) Policy, uses map[string]*use) plan {
+	p := plan{limits: map[string]nodeLimits{}}
+	own, disks := bytesOf(t)
+	for disk, n := range preserved {
+		disks[disk] += n
+	}
+	seen := map[string]bool{}
+	retained := map[string][]api.Element{} // named checkpoints by node
+	for _, e := range t.Elements {
+		policy := policyOf(e.Disk)
+		switch e.Kind {
+		case api.KindCheckpoint:
+			if node, _, ok := strings.Cut(e.Name, "@"); ok && !e.Unnamed {
+				retained[node+"@"+e.Disk] = append(retained[node+"@"+e.Disk], e)
+			}
+		case api.KindNode:
+			seen[e.Name] = true
+			u := uses[e.Name]
+			if u == nil {
+				u = &use{last: now}
+				uses[e.Name] = u
+			}
+			if e.Connections > 0 {
+				u.last = now
+			}
+			if idle := now.Sub(u.last); policy.IdleDrop > 0 && idle >= policy.IdleDrop {
+				p.remove = append(p.remove, removal{e.Name, fmt.Sprintf("it had no clients for %v", idle.Round(time.Second))})
+			}
+			p.limits[e.Name] = nodeLimits{policy, fullness(policy, own[e.Name], disks[e.Disk], u)}
+		}
+	}
+	for name := range uses {
+		if !seen[name] {
+			delete(uses, name)
+		}
+	}
+	for _, list := range retained {
+		p.remove = append(p.remove, unretained(policyOf(list[0].Disk), list)...)
+	}
+	slices.SortFunc(p.remove, func(a, b removal) int { return strings.Compare(a.name, b.name) })
+	return p
+}
+
+// fullness is which quota is reached, "" when none is. A node's quota grows where the policy says so and the disk has room.
+func fullness(p Policy, node, disk int64, u *use) string {
+	if p.Quota > 0 && disk >= p.Quota {
+		return fmt.Sprintf("the layers of its disk use %s, and the quota is %s", bytesize.Text(disk), bytesize.Text(p.Quota))
+	}
+	if p.NodeQuota == 0 {
+		return ""
+	}
+	for p.Grow > 0 && node >= p.NodeQuota+u.grown && (p.Quota == 0 || disk+p.Grow <= p.Quota) {
+		u.grown += p.Grow
+	}
+	if quota := p.NodeQuota + u.grown; node >= quota {
+		return fmt.Sprintf("its layers use %s, and the quota is %s", bytesize.Text(node), bytesize.Text(quota))
+	}
+	return ""
+}
+
+// bytesOf returns what the layers of each node that no other node needs use, and what those of each disk do.
+func bytesOf(t api.Tree) (own, disks map[string]int64) {
+	own, disks = map[string]int64{}, map[string]int64{}
+	elements := make(map[string]*api.Element, len(t.Elements))
+	for i := range t.Elements {
+		e := &t.Elements[i]
+		elements[e.Name] = e
+		if e.Kind != api.KindDisk {
+			disks[e.Disk] += e.AllocatedBytes
+		}
+	}
+	for _, e := range elements {
+		if e.Kind != api.KindNode {
+			continue
+		}
+		own[e.Name] = e.AllocatedBytes
+		for below := elements[e.Parent]; below != nil && below.Kind == api.KindCheckpoint && below.Children <= 1; below = elements[below.Parent] {
+			own[e.Name] += below.AllocatedBytes
+		}
+	}
+	return own, disks
+}
+
+// unretained are the checkpoints of one node that the policy does not keep.
+func unretained(p Policy, list []api.Element) (remove []removal) {
+	if p.KeepLast == 0 && p.Hourly == 0 && p.Daily == 0 {
+		return nil
+	}
+	slices.SortFunc(list, func(a, b api.Element) int { return b.Created.Compare(a.Created) }) // the newest first
+	keep := map[string]bool{}
+	for i, e := range list {
+		if i < p.KeepLast {
+			keep[e.Name] = true
+		}
+	}
+	keepPeriods(list, p.Hourly, "2006-01-02 15", keep)
+	keepPeriods(list, p.Daily, "2006-01-02", keep)
+	for _, e := range list {
+		if !keep[e.Name] {
+			remove = append(remove, removal{e.Name, "the policy of its disk does not keep it"})
+		}
+	}
+	return remove
+}
+
+// keepPeriods keeps the newest checkpoint of each of the last n periods that have any; a period is what has the same time in
+// a layout, in UTC.
+func keepPeriods(newestFirst []api.Element, n int, layout string, keep map[string]bool) {
+	last := ""
+	for _, e := range newestFirst {
+		period := e.Created.UTC().Format(layout)
+		if period == last {
+			continue
+		}
+		if n--; n < 0 {
+			return
+		}
+		last, keep[e.Name] = period, true
+	}
+}

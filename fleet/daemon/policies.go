@@ -1,0 +1,150 @@
+package daemon
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// policies are the policies in force.
+type policies struct {
+	mu    sync.Mutex                   // guards texts
+	texts map[string]map[string]string // the defaults, by disk; "*" for all
+
+	// These are the loop's.
+	uses    map[string]*use
+	failed  map[string]string // by removal: the error that was logged
+	limited bool              // some disk had a policy at the last step
+}
+
+func (p *policies) init() {
+	p.uses, p.failed = map[string]*use{}, map[string]string{}
+}
+
+func (p *policies) setDefaults(texts map[string]map[string]string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.texts = texts
+}
+
+// policyOf is the policy of a disk: the keys that it has itself, then those of its defaults, then those of all disks. What
+// can't be read counts as nothing: it was checked when it was set.
+func (d *Daemon) policyOf(disk api.Disk) Policy {
+	set := map[string]string{}
+	d.policies.mu.Lock()
+	maps.Copy(set, d.policies.texts["*"])
+	maps.Copy(set, d.policies.texts[disk.Name])
+	d.policies.mu.Unlock()
+	maps.Copy(set, disk.Policy)
+	p, err := ParsePolicy(set)
+	if err != nil {
+		d.log.Event(slog.LevelError, fmt.Sprintf("policy of disk %s: %v: none is applied", disk.Name, err), "policy ignored", err, slog.String("disk", disk.Name))
+		return Policy{}
+	}
+	return p
+}
+
+// setPolicy changes keys of a disk's policy. The whole policy must be one that can be read.
+func (d *Daemon) setPolicy(ctx context.Context, q api.PolicyRequest) (api.Disk, error) {
+	disk, err := d.fleet.Disk(q.Disk)
+	if err != nil {
+		return disk, err
+	}
+	after := map[string]string{}
+	maps.Copy(after, disk.Policy)
+	maps.Copy(after, q.Set)
+	maps.DeleteFunc(after, func(_, value string) bool { return value == "" })
+	if _, err := ParsePolicy(after); err != nil {
+		return disk, refuse(api.CodeBadRequest, "set: %v", err)
+	}
+	return d.fleet.SetPolicy(ctx, q)
+}
+
+// reserveNode refuses a further node of a disk whose policy has a maximum, and holds back others until unlock.
+func (d *Daemon) reserveNode(name string) (unlock func(), err error) {
+	disk, err := d.fleet.Disk(name)
+	if err != nil {
+		return nil, err
+	}
+	most := d.policyOf(disk).MaxNodes
+	if most == 0 {
+		return func() {}, nil
+	}
+	d.forks.Lock()
+	n := 0
+	for _, e := range d.fleet.Tree().Elements {
+		if e.Kind == api.KindNode && e.Disk == name {
+			n++
+		}
+	}
+	if n >= most {
+		d.forks.Unlock()
+		return nil, refuse(api.CodeQuota, "disk %q has %d nodes, and its policy allows %d", name, n, most)
+	}
+	return d.forks.Unlock, nil
+}
+
+// applyPolicies applies policies every so often, until ctx ends.
+func (d *Daemon) applyPolicies(ctx context.Context) {
+	every := d.opts.PolicyInterval
+	if every <= 0 {
+		every = time.Second
+	}
+	t := time.NewTicker(every)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case now := <-t.C:
+			d.step(context.WithoutCancel(ctx), now)
+		}
+	}
+}
+
+// step applies policies once, at the time now. A daemon without policies does nothing, whatever the number of its nodes.
+func (d *Daemon) step(ctx context.Context, now time.Time) {
+	byDisk, preserved := map[string]Policy{}, map[string]int64{}
+	any := false
+	for _, disk := range d.fleet.Disks().Disks {
+		byDisk[disk.Name], preserved[disk.Name] = d.policyOf(disk), disk.PreserveBytes
+		any = any || byDisk[disk.Name] != Policy{}
+	}
+	if !any && !d.policies.limited {
+		return
+	}
+	d.policies.limited = any
+	p := makePlan(now, d.fleet.Tree(), preserved, func(disk string) Policy { return byDisk[disk] }, d.policies.uses)
+	if d.opts.Limits != nil {
+		for _, name := range d.opts.Limits.set(p.limits) {
+			d.log.Event(slog.LevelWarn, fmt.Sprintf("%s: writes are refused: %s", name, p.limits[name].full), "quota reached", nil, slog.String("node", name))
+		}
+	}
+	for _, r := range p.remove {
+		d.remove(ctx, r)
+	}
+}
+
+// remove drops what a policy does not keep. What can't be dropped is tried again at the next step, and logged once.
+func (d *Daemon) remove(ctx context.Context, r removal) {
+	err := d.fleet.Drop(ctx, r.name)
+	if err == nil {
+		delete(d.policies.failed, r.name)
+		d.log.Event(slog.LevelInfo, fmt.Sprintf("%s: dropped: %s", r.name, r.why), "dropped by policy", nil, slog.String("name", r.name))
+		return
+	}
+	var coded *api.Error
+	if errors.As(err, &coded) && (coded.Code == api.CodeNoSuchNode || coded.Code == api.CodeNoSuchCheckpoint || coded.Code == api.CodeNoSuchElement) {
+		return // somebody else dropped it
+	}
+	if d.policies.failed[r.name] != err.Error() {
+		d.policies.failed[r.name] = err.Error()
+		d.log.Event(slog.LevelWarn, fmt.Sprintf("%s: not dropped, although %s: %v", r.name, r.why, err), "not dropped by policy", err, slog.String("name", r.name))
+	}
+}

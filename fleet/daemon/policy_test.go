@@ -1,0 +1,247 @@
+package daemon
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+func TestParsePolicy(t *testing.T) {
+	got, err := ParsePolicy(map[string]string{"on-full": "pause", "quota": "10GiB", "node-quota": "1GiB", "grow": "1MiB", "max-nodes": "100", "idle-drop": "36h",
+		"keep-last": "3", "hourly": "24", "daily": "7", "read-iops": "100", "write-iops": "200", "read-bytes": "1MiB", "write-bytes": "2MiB"})
+	want := Policy{FullPause, 10 << 30, 1 << 30, 1 << 20, 100, 36 * time.Hour, 3, 24, 7, 100, 200, 1 << 20, 2 << 20}
+	if err != nil || got != want {
+		t.Errorf("%+v, %v", got, err)
+	}
+	for key, value := range map[string]string{"on-full": "ignore", "quota": "-1", "node-quota": "0", "max-nodes": "x", "idle-drop": "0s", "keep-last": "0", "read-iops": "", "other": "1"} {
+		if _, err := ParsePolicy(map[string]string{key: value}); err == nil || !strings.Contains(err.Error(), key) {
+			t.Errorf("%s=%s: %v", key, value, err)
+		}
+	}
+	all, err := ParsePolicyDefaults(strings.NewReader("# all\n* keep-last=3\ndebian quota=1GiB  daily=7\n"))
+	if err != nil || all["*"]["keep-last"] != "3" || all["debian"]["daily"] != "7" || len(all) != 2 {
+		t.Errorf("%v, %v", all, err)
+	}
+	if _, err := ParsePolicyDefaults(strings.NewReader("*\n* what")); err == nil || !strings.Contains(err.Error(), "line 2") {
+		t.Error(err)
+	}
+}
+
+// A disk's own keys come before its defaults, and those before the ones of all disks.
+func TestPolicyOf(t *testing.T) {
+	s := newFakeServer(t)
+	text := map[string]map[string]string{"*": {"keep-last": "1", "daily": "1", "hourly": "1"}, "base": {"daily": "2", "hourly": "2"}}
+	s.daemon.opts.PolicyDefaults = func() (map[string]map[string]string, error) { return text, nil }
+	if err := s.daemon.Reload(); err != nil {
+		t.Fatal(err)
+	}
+	if p := s.daemon.policyOf(api.Disk{Name: "base", Policy: map[string]string{"hourly": "3"}}); p.KeepLast != 1 || p.Daily != 2 || p.Hourly != 3 {
+		t.Errorf("%+v", p)
+	}
+	text = map[string]map[string]string{"*": {"keep-last": "none"}}
+	if err := s.daemon.Reload(); err == nil {
+		t.Error("a bad default was accepted")
+	}
+	if p := s.daemon.policyOf(api.Disk{Name: "other"}); p.KeepLast != 1 {
+		t.Errorf("the former defaults are gone: %+v", p)
+	}
+	if status, body := s.do(t, "PUT", "/v1/disks/base/policy", `{"set":{"quota":"much"}}`); status != 400 || !strings.Contains(string(body), "quota") {
+		t.Errorf("status %d, %s", status, body)
+	}
+	if status, body := s.do(t, "PUT", "/v1/disks/base/policy", `{"set":{"max-nodes":"2"}}`); status != 200 {
+		t.Fatalf("status %d, %s", status, body)
+	}
+	for i, want := range []int{200, api.CodeQuota.HTTPStatus()} {
+		if status, body := s.do(t, "POST", "/v1/fork", fmt.Sprintf(`{"from":"base","name":"n%d"}`, i)); status != want {
+			t.Errorf("fork %d: status %d, %s, want %d", i, status, body, want)
+		}
+	}
+}
+
+func names(list []removal) (all []string) {
+	for _, r := range list {
+		all = append(all, r.name)
+	}
+	return all
+}
+
+func TestRetention(t *testing.T) {
+	noon := time.Date(2026, 5, 10, 12, 30, 0, 0, time.UTC)
+	tree := api.Tree{Elements: []api.Element{{Name: "base", Kind: api.KindDisk, Disk: "base"}}}
+	add := func(name string, ago time.Duration, unnamed bool) {
+		tree.Elements = append(tree.Elements, api.Element{Name: name, Kind: api.KindCheckpoint, Disk: "base", Unnamed: unnamed, Created: noon.Add(-ago)})
+	}
+	for i := range 5 {
+		add(fmt.Sprintf("a@min%d", i), time.Duration(i)*10*time.Minute, false) // 12:30, 12:20, 12:10, 12:00, 11:50
+	}
+	add("a@h3", 3*time.Hour, false)
+	add("a@d1", 24*time.Hour, false)
+	add("a@d2", 48*time.Hour, false)
+	add("a@~9", 100*time.Hour, true)
+	add("b@only", 1000*time.Hour, false)
+	plan := func(p Policy) string {
+		return strings.Join(names(makePlan(noon, tree, nil, func(string) Policy { return p }, map[string]*use{}).remove), " ")
+	}
+	for _, c := range []struct {
+		policy Policy
+		want   string
+	}{
+		{Policy{}, ""},
+		{Policy{KeepLast: 2}, "a@d1 a@d2 a@h3 a@min2 a@min3 a@min4"},
+		{Policy{Hourly: 2}, "a@d1 a@d2 a@h3 a@min1 a@min2 a@min3"},
+		{Policy{Daily: 2}, "a@d2 a@h3 a@min1 a@min2 a@min3 a@min4"},
+		{Policy{KeepLast: 2, Hourly: 3, Daily: 9}, "a@min2 a@min3"},
+	} {
+		if got := plan(c.policy); got != c.want {
+			t.Errorf("%+v: removes %s, want %s", c.policy, got, c.want)
+		}
+	}
+}
+
+func TestIdleDrop(t *testing.T) {
+	now := time.Date(2026, 5, 10, 12, 0, 0, 0, time.UTC)
+	tree := api.Tree{Elements: []api.Element{{Name: "a", Kind: api.KindNode, Disk: "base"}, {Name: "b", Kind: api.KindNode, Disk: "base", Connections: 1}}}
+	uses := map[string]*use{}
+	policy := func(string) Policy { return Policy{IdleDrop: time.Hour} }
+	for _, c := range []struct {
+		after time.Duration
+		want  string
+	}{{0, ""}, {59 * time.Minute, ""}, {time.Hour, "a"}} {
+		if got := strings.Join(names(makePlan(now.Add(c.after), tree, nil, policy, uses).remove), " "); got != c.want {
+			t.Errorf("after %v: removes %q, want %q", c.after, got, c.want)
+		}
+	}
+	tree.Elements[1].Connections = 0 // from an hour on
+	if got := names(makePlan(now.Add(90*time.Minute), tree, nil, policy, uses).remove); !slices.Equal(got, []string{"a"}) {
+		t.Errorf("removes %q", got)
+	}
+	tree.Elements = tree.Elements[1:]
+	if got := names(makePlan(now.Add(2*time.Hour), tree, nil, policy, uses).remove); !slices.Equal(got, []string{"b"}) {
+		t.Errorf("removes %q", got)
+	}
+	if got := slices.Collect(maps.Keys(uses)); !slices.Equal(got, []string{"b"}) {
+		t.Errorf("remembers %q", got)
+	}
+}
+
+func TestQuotas(t *testing.T) {
+	tree := api.Tree{Elements: []api.Element{
+		{Name: "base", Kind: api.KindDisk, Disk: "base"},
+		{Name: "a@shared", Kind: api.KindCheckpoint, Parent: "base", Disk: "base", Children: 2, AllocatedBytes: 1000},
+		{Name: "a@own", Kind: api.KindCheckpoint, Parent: "a@shared", Disk: "base", Children: 1, AllocatedBytes: 100},
+		{Name: "a", Kind: api.KindNode, Parent: "a@own", Disk: "base", AllocatedBytes: 10},
+		{Name: "b", Kind: api.KindNode, Parent: "a@shared", Disk: "base", AllocatedBytes: 1},
+	}}
+	full := func(p Policy, uses map[string]*use) string {
+		var list []string
+		for name, n := range makePlan(time.Now(), tree, map[string]int64{"base": 5}, func(string) Policy { return p }, uses).limits {
+			if n.full != "" {
+				list = append(list, name)
+			}
+		}
+		slices.Sort(list)
+		return strings.Join(list, " ")
+	}
+	for _, c := range []struct {
+		policy Policy
+		want   string
+	}{
+		{Policy{}, ""}, {Policy{NodeQuota: 111}, ""}, {Policy{NodeQuota: 110}, "a"}, {Policy{NodeQuota: 1}, "a b"},
+		{Policy{Quota: 1117}, ""}, {Policy{Quota: 1116}, "a b"},
+		{Policy{NodeQuota: 100, Grow: 5}, ""}, {Policy{NodeQuota: 100, Grow: 5, Quota: 1118}, "a"},
+	} {
+		if got := full(c.policy, map[string]*use{}); got != c.want {
+			t.Errorf("%+v: full are %q, want %q", c.policy, got, c.want)
+		}
+	}
+}
+
+// A step removes what a policy does not keep, and sets limits.
+func TestStep(t *testing.T) {
+	s := newFakeServer(t)
+	var limits Limits
+	s.daemon.opts.Limits = &limits
+	dev := limits.Wrap("a", block.NewMemory(1<<20))
+	now := time.Now()
+	s.daemon.step(t.Context(), now)
+	s.fleet.policy = map[string]string{"idle-drop": "1m", "node-quota": "1"}
+	s.fleet.elements[2].AllocatedBytes = 2
+	s.daemon.step(t.Context(), now)
+	if len(s.fleet.dropped) > 0 {
+		t.Errorf("dropped %q", s.fleet.dropped)
+	}
+	if _, err := dev.WriteAt(make([]byte, 512), 0); !errors.Is(err, syscall.ENOSPC) {
+		t.Errorf("a write over the quota: %v", err)
+	}
+	s.daemon.step(t.Context(), now.Add(time.Minute))
+	if !slices.Equal(s.fleet.dropped, []string{"a"}) {
+		t.Errorf("dropped %q", s.fleet.dropped)
+	}
+	s.fleet.policy = nil // what was limited is not any more
+	s.daemon.step(t.Context(), now.Add(2*time.Minute))
+	if _, err := dev.WriteAt(make([]byte, 512), 0); err != nil {
+		t.Errorf("a write without a quota: %v", err)
+	}
+}
+
+// A write that waits for space goes on when there is some.
+func TestFullPauses(t *testing.T) {
+	var limits Limits
+	dev := limits.Wrap("a", block.NewMemory(4096))
+	limits.set(map[string]nodeLimits{"a": {Policy{OnFull: FullPause}, "it is full"}})
+	_, err := dev.WriteAt(make([]byte, 512), 0)
+	room := block.CanRetry(err)
+	if room == nil {
+		t.Fatalf("%v is not to be tried again", err)
+	}
+	if _, err := dev.ReadAt(make([]byte, 512), 0); err != nil {
+		t.Errorf("a read: %v", err)
+	}
+	if err := dev.Flush(); err != nil {
+		t.Errorf("a flush: %v", err)
+	}
+	limits.set(map[string]nodeLimits{"a": {}})
+	<-room
+	if _, err := dev.WriteAt(bytes.Repeat([]byte{1}, 512), 0); err != nil {
+		t.Error(err)
+	}
+	limits.set(nil)
+	if len(limits.nodes) != 0 {
+		t.Errorf("nodes that are gone: %v", limits.nodes)
+	}
+}
+
+func TestBucket(t *testing.T) {
+	var b bucket
+	b.set(1000)
+	now := time.Now()
+	if d := b.takeAt(now, 100, 1000); d != 0 {
+		t.Errorf("a burst waits %v", d)
+	}
+	if d := b.takeAt(now, 100, 1000); d != 100*time.Millisecond {
+		t.Errorf("waits %v", d)
+	}
+	if d := b.takeAt(now.Add(time.Second), 500, 1000); d != 400*time.Millisecond {
+		t.Errorf("waits %v", d)
+	}
+	b.set(0)
+	if d := b.take(1 << 40); d != 0 {
+		t.Errorf("without a rate it waits %v", d)
+	}
+}
+
+// A limited device passes on everything.
+func TestLimitedDevice(t *testing.T) {
+	var limits Limits
+	blocktest.RunForward(t, func(_ *testing.T, dev block.Device) block.Device { return limits.Wrap("a", dev) })
+}
