@@ -21,6 +21,7 @@ var floors = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
 	"latency":          0, "notify": 0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/text": 0,
+	"layer": 0,
 	"block": 1, "ondisk": 1,
 	"block/blocktest": 2,
 	"writeback":       2, "activity": 2,
