@@ -6,8 +6,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/server/figures"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -32,7 +32,7 @@ func StatusOf(path string, cow block.Device, inUse bool) (Status, error) {
 }
 
 // Figures returns the status of a snapshot with this store in the types of the API.
-func Figures(st *store.Store) api.Figures { return server.FiguresOf(SnapshotStatus(st)) }
+func Figures(st *store.Store) api.Figures { return figures.Of(SnapshotStatus(st)) }
 
 // SnapshotStatus is the status of a snapshot with this store.
 func SnapshotStatus(st *store.Store) snapshot.Status {

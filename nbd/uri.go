@@ -6,6 +6,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"path/filepath"
 	"strings"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
@@ -138,4 +139,14 @@ func escape(s string) string {
 		}
 	}
 	return string(b)
+}
+
+// ExportURI returns the URI of an export on a listener. The path of a unix socket is made absolute: the client may work in
+// another directory.
+func ExportURI(l net.Addr, name string, tls bool) string {
+	u := URI{Network: l.Network(), Address: l.String(), Export: name, TLS: tls}
+	if path, err := filepath.Abs(u.Address); err == nil && u.Network == "unix" {
+		u.Address = path
+	}
+	return u.String()
 }

@@ -1,6 +1,7 @@
 package nbd_test
 
 import (
+	"net"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/nbd"
@@ -68,4 +69,23 @@ func FuzzURI(f *testing.F) {
 			t.Errorf("%q is %+v, printed %q, which is %+v, %v", s, u, u.String(), again, err)
 		}
 	})
+}
+
+func TestExportURI(t *testing.T) {
+	unix := &net.UnixAddr{Net: "unix", Name: "/run/a b&c?d+e%.sock"}
+	tcp := &net.TCPAddr{IP: net.IPv6loopback, Port: 10809}
+	for _, c := range []struct {
+		l    net.Addr
+		name string
+		want string
+	}{
+		{unix, "snap", "nbd+unix:///snap?socket=/run/a%20b%26c%3Fd%2Be%25.sock"},
+		{tcp, "snap", "nbd://[::1]/snap"},
+		{tcp, "a/b c?#ü%", "nbd://[::1]/a/b%20c%3F%23%C3%BC%25"},
+		{tcp, "", "nbd://[::1]/"},
+	} {
+		if got := nbd.ExportURI(c.l, c.name, false); got != c.want {
+			t.Errorf("URI of %q: %s, want %s", c.name, got, c.want)
+		}
+	}
 }

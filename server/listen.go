@@ -15,7 +15,6 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/nbd"
 )
 
 // maxSocketPath is how long the path of a unix socket may be, in bytes: sun_path has 108 with the zero at its end.
@@ -184,13 +183,4 @@ func tcpAddress(address string) (network, full string, err error) {
 		network = "tcp4" // with "tcp", Go takes 0.0.0.0 for every address, IPv6 included
 	}
 	return network, net.JoinHostPort(host, port), nil
-}
-
-// exportURI is the NBD URI of an export on a listener.
-func exportURI(l net.Addr, name string, tls bool) string {
-	u := nbd.URI{Network: l.Network(), Address: l.String(), Export: name, TLS: tls}
-	if path, err := filepath.Abs(u.Address); err == nil && u.Network == "unix" {
-		u.Address = path // the client may work in another directory
-	}
-	return u.String()
 }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/nbd"
 )
 
 // A socket without a listener is replaced; one with a listener, and anything else, is not.
@@ -139,8 +140,8 @@ func TestTCPAddresses(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	if a := l.Addr().(*net.TCPAddr); a.IP.To4() == nil || !strings.HasPrefix(exportURI(a, "x", false), "nbd://0.0.0.0:") {
-		t.Errorf("0.0.0.0 listens on %v, %s", a, exportURI(a, "x", false))
+	if a := l.Addr().(*net.TCPAddr); a.IP.To4() == nil || !strings.HasPrefix(nbd.ExportURI(a, "x", false), "nbd://0.0.0.0:") {
+		t.Errorf("0.0.0.0 listens on %v, %s", a, nbd.ExportURI(a, "x", false))
 	}
 }
 
@@ -154,24 +155,5 @@ func TestListenTCPIsLoopbackUnlessAsked(t *testing.T) {
 			t.Errorf("--listen %s listens on %s", address, a)
 		}
 		l.Close()
-	}
-}
-
-func TestExportURI(t *testing.T) {
-	unix := &net.UnixAddr{Net: "unix", Name: "/run/a b&c?d+e%.sock"}
-	tcp := &net.TCPAddr{IP: net.IPv6loopback, Port: 10809}
-	for _, c := range []struct {
-		l    net.Addr
-		name string
-		want string
-	}{
-		{unix, "snap", "nbd+unix:///snap?socket=/run/a%20b%26c%3Fd%2Be%25.sock"},
-		{tcp, "snap", "nbd://[::1]/snap"},
-		{tcp, "a/b c?#ü%", "nbd://[::1]/a/b%20c%3F%23%C3%BC%25"},
-		{tcp, "", "nbd://[::1]/"},
-	} {
-		if got := exportURI(c.l, c.name, false); got != c.want {
-			t.Errorf("URI of %q: %s, want %s", c.name, got, c.want)
-		}
 	}
 }

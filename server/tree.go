@@ -7,6 +7,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/server/figures"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -47,7 +48,7 @@ func ActivityOf(d *activity.Device) *api.Activity {
 		return nil
 	}
 	c := d.Counts()
-	return &api.Activity{Reads: latencyOf(c.Reads), Writes: latencyOf(c.Writes), Flushes: latencyOf(c.Flushes),
+	return &api.Activity{Reads: figures.Latency(c.Reads), Writes: figures.Latency(c.Writes), Flushes: figures.Latency(c.Flushes),
 		ReadBytes: c.ReadBytes, WrittenBytes: c.WriteBytes, Errors: c.Errors}
 }
 

@@ -81,7 +81,11 @@ type Snapshot struct {
 // Attach loads the store on cow, or makes a new one there when its magic is zero, and activates it as a snapshot of o:
 // Load and Resume. From then on every write to o, of any size, is preserved (docs/spec/dm-snapshot.md §8.2, H7).
 func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
-	s, err := o.Load(cow, opts)
+	return resumed(o.Load(cow, opts))
+}
+
+// resumed resumes a snapshot that was loaded.
+func resumed(s *Snapshot, err error) (*Snapshot, error) {
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +105,19 @@ func (o *Origin) Attach(cow block.Device, opts Options) (*Snapshot, error) {
 // The caller keeps cow open until Close. Errors: those of store.Open and store.Create, ErrSameDevice,
 // ErrPassdown, ErrChunkNotSet, ErrPairing; ErrAlreadyMerging while a merge is under way, before cow is read or written.
 func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
+	return o.load(cow, opts, func() (*store.Store, error) { return openStore(o.dev, cow, opts) })
+}
+
+// AttachStore is Attach for a store that is open, of which nothing is read: a new one, or one that another snapshot had
+// that is not used any more.
+func (o *Origin) AttachStore(st *store.Store, opts Options) (*Snapshot, error) {
+	return resumed(o.load(st.Device(), opts, func() (*store.Store, error) {
+		return st, store.CheckBlockSize(st.Layout(), o.dev)
+	}))
+}
+
+// load is Load with a store that open returns.
+func (o *Origin) load(cow block.Device, opts Options, open func() (*store.Store, error)) (*Snapshot, error) {
 	s, err := o.newSnapshot(cow, opts)
 	if err != nil {
 		return nil, err
@@ -120,7 +137,7 @@ func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	}
 	// Reading a large store takes long, so the lock is released: this snapshot is not active yet and does not depend on
 	// origin writes. The same COW device may be loaded concurrently, so the list is checked again.
-	if s.store, err = openStore(o.dev, cow, opts); err != nil {
+	if s.store, err = open(); err != nil {
 		return nil, err
 	}
 	s.invalid.Store(errors.Is(s.store.Err(), store.ErrInvalid))
@@ -318,13 +335,19 @@ func (s *Snapshot) Identity() string {
 
 // ChangeLabel is store.Store.ChangeLabel of the snapshot's store.
 func (s *Snapshot) ChangeLabel(change func(sector []byte)) error {
-	s.origin.mu.RLock()
-	st := s.store
-	s.origin.mu.RUnlock()
+	st := s.Store()
 	if st == nil {
 		return store.ErrInvalid // handed over
 	}
 	return st.ChangeLabel(change)
+}
+
+// Store returns the store, nil while there is none (see Load). The caller must not add exceptions to it, or drop some,
+// while the snapshot is used.
+func (s *Snapshot) Store() *store.Store {
+	s.origin.mu.RLock()
+	defer s.origin.mu.RUnlock()
+	return s.store
 }
 
 // COW returns the COW device.
