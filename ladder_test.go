@@ -39,7 +39,7 @@ var floors = map[string]int{
 	"server/api": 4,
 	"cowfile":    5, "server/figures": 5, "source/address": 5,
 	"server": 6, "source": 6, "monitor": 6, "fleet": 6,
-	"inspect": 7, "fleet/daemon": 7,
+	"inspect": 7, "fleet/daemon": 7, "offline": 7,
 	"cmd/dmsnap": 8,
 
 	// Only tests and demonstrations use these; nothing below may.

@@ -77,6 +77,14 @@ func (o OriginOptions) CheckRaw(origin block.Device) error {
 	return err
 }
 
+// Check refuses an origin as CheckSize and CheckRaw do.
+func (o OriginOptions) Check(origin block.Device) error {
+	if err := CheckSize(origin); err != nil {
+		return err
+	}
+	return o.CheckRaw(origin)
+}
+
 // CheckSize refuses an origin whose last bytes are in no sector.
 func CheckSize(origin block.Device) error {
 	if size := origin.Size(); size%ondisk.SectorSize != 0 {

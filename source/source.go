@@ -202,6 +202,14 @@ func CheckDifferent(originName, cowName string) error {
 	return cowfile.CheckDifferent(origin.Path, cow.Path)
 }
 
+// OpenWhole opens a file or a block device that is going to be changed in place. Parts of disks are refused.
+func OpenWhole(path string, o block.Options) (*block.File, error) {
+	if a, err := address.Parse(path); err == nil && !a.Plain() {
+		return nil, fmt.Errorf("%s: a part of a disk can't be changed in place; a file or a block device as a whole is required", path)
+	}
+	return cowfile.OpenDevice(path, o)
+}
+
 // Opener returns a function that opens origins as o says.
 func Opener(o Options) cowfile.Opener {
 	return func(name string, oo cowfile.OriginOptions) (cowfile.Origin, error) {

@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/offline"
 )
 
 // twoPVs makes the disks of a group on two disks: an origin of 4456448 bytes, and a snapshot of its first 3670016 bytes.
@@ -44,7 +45,7 @@ func TestMergeFurtherPVs(t *testing.T) {
 	if !bytes.Equal(exported(t, origin, "--pv", second), want) {
 		t.Error("the origin does not have the content of the snapshot, followed by its own")
 	}
-	if st := mustJSON[mergeResult](t, "merge", snapshot, "--pv", second, "--dry-run"); st.Chunks != 0 {
+	if st := mustJSON[offline.MergeResult](t, "merge", snapshot, "--pv", second, "--dry-run"); st.Chunks != 0 {
 		t.Errorf("left to merge: %+v", st)
 	}
 	mustRun(t, "check", snapshot, "--pv", second)

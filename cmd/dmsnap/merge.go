@@ -1,38 +1,14 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
+	"strings"
 
 	"github.com/spf13/cobra"
 
-	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/offline"
 )
-
-// mergeResult is what an offline merge prints as JSON.
-type mergeResult struct {
-	DryRun       bool   `json:"dry_run"`
-	ChunkSectors uint32 `json:"chunk_sectors"`
-	Chunks       uint64 `json:"chunks"`         // exceptions to merge
-	Runs         uint64 `json:"runs"`           // consecutive on both sides
-	Bytes        int64  `json:"bytes"`          // to copy to the origin
-	Ranges       uint64 `json:"ranges"`         // ranges of the origin that are overwritten
-	UndoBytes    int64  `json:"undo_bytes"`     // size of an undo store
-	Undo         string `json:"undo,omitempty"` // its path
-
-	Siblings []mergeSibling `json:"siblings,omitempty"`        // other snapshots that preserve what is overwritten
-	Others   []string       `json:"other_snapshots,omitempty"` // stores in the same folder that do not
-}
-
-// mergeSibling is a sibling of an offline merge as JSON.
-type mergeSibling struct {
-	COW     string `json:"cow"`
-	Invalid bool   `json:"invalid,omitempty"` // there is nothing to preserve
-	Chunks  uint64 `json:"chunks"`            // to preserve
-	Free    uint64 `json:"free_chunks"`       // that there is room for
-}
 
 // offlineMerge holds the options of an offline merge.
 type offlineMerge struct {
@@ -129,143 +105,36 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 func (o *offlineMerge) run(c *cobra.Command, args []string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	in, err := o.open(args)
+	keep, bar := newProgress(c.ErrOrStderr(), "keep"), newProgress(c.ErrOrStderr(), "merge")
+	opts := offline.MergeOptions{DryRun: o.dryRun, Force: o.force, Undo: o.undo, Siblings: o.siblings, Raw: o.disk.raw, PVs: o.disk.pvs,
+		UndoProgress: keep.show,
+		Progress: func(done, total int64) {
+			keep.end()
+			bar.show(done, total)
+		},
+		NoSideFile: func(origin string, err error) {
+			keep.end()
+			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, origin)
+		},
+	}
+	if !o.asJSON { // JSON has them in a field
+		opts.Others = func(origin string, paths []string) {
+			keep.end()
+			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: if they are snapshots of %s, these are changed by the merge: %s; --sibling COW preserves one\n",
+				origin, strings.Join(paths, ", "))
+		}
+	}
+	res, err := offline.Merge(ctx, args, opts)
+	keep.end()
+	bar.end()
 	if err != nil {
 		return advise(err)
 	}
-	res := mergeResult{DryRun: o.dryRun, Undo: o.undo}
-	work, err := o.merge(ctx, c, in, &res)
-	if err := errors.Join(err, about(in.cowName, in.Close())); err != nil {
-		return err
-	}
-	res.ChunkSectors, res.Chunks, res.Runs, res.Ranges = work.ChunkSectors, work.Chunks, work.Runs, work.Ranges
-	res.Bytes, res.UndoBytes = work.Bytes, work.UndoBytes
 	if o.asJSON {
 		return printJSON(c, res)
 	}
-	return res.print(c, in.originName, in.cowName)
-}
-
-func (res mergeResult) print(c *cobra.Command, originPath, cowPath string) error {
-	what := fmt.Sprintf("%d chunks in %d runs, %s", res.Chunks, res.Runs, bytesText(res.Bytes))
-	if res.DryRun {
-		if err := printf(c, "%s: to merge: %s; %d ranges of %s are overwritten; an undo store takes %s\n", cowPath, what,
-			res.Ranges, originPath, bytesText(res.UndoBytes)); err != nil {
-			return err
-		}
-		return res.printSiblings(c, "is to preserve %d chunks, with room for %d")
-	}
-	if err := printf(c, "%s: merged %s\n", cowPath, what); err != nil {
+	if err := res.WriteText(c.OutOrStdout()); err != nil || o.dryRun || res.Undo == "" {
 		return err
 	}
-	if err := res.printSiblings(c, "preserved %d chunks, with room for %d before"); err != nil || res.Undo == "" {
-		return err
-	}
-	return printf(c, "%s: has what was overwritten; to undo the merge: dmsnap merge %s %s\n", res.Undo, originPath, res.Undo)
-}
-
-func (res mergeResult) printSiblings(c *cobra.Command, format string) error {
-	for _, s := range res.Siblings {
-		text := "is invalid: there is nothing to preserve"
-		if !s.Invalid {
-			text = fmt.Sprintf(format, s.Chunks, s.Free)
-		}
-		if err := printf(c, "%s: %s\n", s.COW, text); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// merge does what was asked for.
-func (o *offlineMerge) merge(ctx context.Context, c *cobra.Command, in *mergeInputs, res *mergeResult) (merge.Work, error) {
-	origin, cow, inputs := in.origin, in.cow, in.files
-	work, err := merge.Plan(origin, cow)
-	if err != nil {
-		return work, about(in.cowName, err)
-	}
-	if err := in.planSiblings(o.undo, res, work); err != nil {
-		return work, err
-	}
-	half, err := o.sideFile(inputs[0], cow)
-	if err != nil {
-		return work, about(in.cowName, advise(err))
-	}
-	if o.dryRun {
-		if err := o.checkUndo(in); err != nil {
-			return work, err
-		}
-		in.warnOfOthers(c, res, o.asJSON)
-		return work, nil
-	}
-	var begun *merge.SideFile
-	if half != nil {
-		// An undo store is known by a label that making an undo store of its own replaces: it is noted before.
-		if err := o.checkUndo(in); err != nil {
-			return work, err
-		}
-		if begun, err = o.begin(c, in); err != nil {
-			return work, err
-		}
-	}
-	if o.undo != "" {
-		kept, err := o.keep(ctx, c, in, work.UndoBytes)
-		if err != nil {
-			if begun != nil {
-				err = errors.Join(err, begun.Cancel(inputs[0]))
-			}
-			return work, err
-		}
-		defer kept.Close() // nothing is written to it
-	}
-	if half == nil && work.Chunks > 0 {
-		if begun, err = o.begin(c, in); err != nil {
-			return work, err
-		}
-	}
-	var completed func() error
-	if begun != nil {
-		if err := begun.Undo(inputs[0], cow); err != nil {
-			return work, about(inputs[0], err)
-		}
-		completed = func() error { return about(inputs[0], begun.End(inputs[0], cow)) }
-	}
-	in.warnOfOthers(c, res, o.asJSON)
-	work, err = mergeDevices(ctx, c, origin, cow, in.siblings, completed)
-	return work, about(in.cowName, err)
-}
-
-// sideFile returns the side file that an earlier part of this merge has left beside the origin, or nil. One of another
-// merge refuses this one, unless forced.
-func (o *offlineMerge) sideFile(originPath string, cow block.Device) (*merge.SideFile, error) {
-	half, err := merge.ReadSideFile(originPath)
-	if err == nil && half != nil {
-		err = half.Check(cow)
-	}
-	if o.force && errors.Is(err, merge.ErrUnfinished) {
-		return nil, nil
-	}
-	return half, err
-}
-
-// begin writes the side file. If none can be made, it prints a warning and returns nil.
-func (o *offlineMerge) begin(c *cobra.Command, in *mergeInputs) (*merge.SideFile, error) {
-	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, o.force)
-	if errors.Is(err, merge.ErrNoSideFile) {
-		fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, in.originName)
-		return nil, nil
-	}
-	return begun, about(in.cowName, err)
-}
-
-func mergeDevices(ctx context.Context, c *cobra.Command, origin, cow block.Device, siblings []merge.Sibling, completed func() error) (merge.Work, error) {
-	bar := newProgress(c.ErrOrStderr(), "merge")
-	work, err := merge.Offline(ctx, origin, cow, merge.Options{Siblings: siblings, Completed: completed, Progress: func(p merge.Progress) {
-		bar.show(p.MergedBytes(), p.TotalBytes())
-	}})
-	bar.end()
-	if i := (interrupted{}); errors.As(err, &i) {
-		err = fmt.Errorf("%w; nothing is lost: run the merge again to continue", err)
-	}
-	return work, err
+	return printf(c, "%s: has what was overwritten; to undo the merge: dmsnap merge %s %s\n", res.Undo, res.Origin, res.Undo)
 }

@@ -12,6 +12,8 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/offline"
+	"github.com/dmsnap/dmsnap/source"
 )
 
 // exported is what an export of origin and COW device, or of an address, has.
@@ -92,7 +94,7 @@ func TestMergeVolume(t *testing.T) {
 	if !bytes.Equal(readFile(t, disk), before) {
 		t.Error("a dry run changed the image")
 	}
-	res := mustJSON[mergeResult](t, "merge", disk+"#vg0/before", "--undo", undo)
+	res := mustJSON[offline.MergeResult](t, "merge", disk+"#vg0/before", "--undo", undo)
 	if res.Chunks == 0 || len(res.Siblings) != 1 || res.Siblings[0].COW != "later" || res.Siblings[0].Chunks == 0 {
 		t.Errorf("%+v", res)
 	}
@@ -183,23 +185,28 @@ func TestMergeVolumeRefused(t *testing.T) {
 	}
 }
 
+// beginMerge leaves a merge of a snapshot volume that is begun and not complete.
+func beginMerge(t *testing.T, snapshot string, pvs ...string) {
+	t.Helper()
+	cow, err := source.OpenStore(snapshot, source.Options{PVs: pvs})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := merge.Begin(source.Path(snapshot), snapshot, cow, false); err != nil {
+		t.Fatal(err)
+	}
+	if err := cow.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestMergeVolumeCut: while a merge inside an image is not complete, a side file beside the image says so, and the same merge
 // continues.
 func TestMergeVolumeCut(t *testing.T) {
 	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
-	o := offlineMerge{}
-	in, err := o.open([]string{disk + "#vg0/before"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := merge.Begin(in.files[0], in.cowName, in.cow, false); err != nil {
-		t.Fatal(err)
-	}
-	if err := in.Close(); err != nil {
-		t.Fatal(err)
-	}
+	beginMerge(t, disk+"#vg0/before")
 	for _, args := range [][]string{
 		{"merge", disk + "#vg0/later"},
 		{"serve", disk + "#vg0/root", "--socket", filepath.Join(dir, "s")},
@@ -226,18 +233,7 @@ func TestMergeVolumeCutOnSeveralDisks(t *testing.T) {
 		writeFile(t, filepath.Join(dir, name), content)
 		disks = append(disks, filepath.Join(dir, name))
 	}
-	o := offlineMerge{}
-	o.disk.pvs = disks[1:]
-	in, err := o.open([]string{disks[0] + "#vg/snap"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if _, err := merge.Begin(in.files[0], in.cowName, in.cow, false); err != nil {
-		t.Fatal(err)
-	}
-	if err := in.Close(); err != nil {
-		t.Fatal(err)
-	}
+	beginMerge(t, disks[0]+"#vg/snap", disks[1:]...)
 	for _, args := range [][]string{
 		{"merge", disks[1] + "#vg/snap", "--pv", disks[0]},
 		{"serve", disks[1] + "#vg/base", "--pv", disks[0], "--socket", filepath.Join(dir, "s")},

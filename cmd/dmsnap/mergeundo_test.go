@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
 
@@ -50,7 +51,7 @@ func TestMergeUndo(t *testing.T) {
 	before := readFile(t, p.origin)
 	undo := filepath.Join(p.dir, "before.cow")
 	files := digests(t, p.dir)
-	plan := mustJSON[mergeResult](t, "merge", "-n", p.origin, p.cow, "--undo", undo)
+	plan := mustJSON[offline.MergeResult](t, "merge", "-n", p.origin, p.cow, "--undo", undo)
 	if !plan.DryRun || plan.Undo != undo || plan.UndoBytes == 0 {
 		t.Errorf("dry run: %+v", plan)
 	}
@@ -68,7 +69,7 @@ func TestMergeUndo(t *testing.T) {
 	}
 	for range 2 { // complete, and asked for once more: nothing to do, nothing changed
 		files = digests(t, p.dir)
-		if res := mustJSON[mergeResult](t, "merge", p.origin, p.cow, "--undo", undo); res.Chunks != 0 || res.Undo != undo {
+		if res := mustJSON[offline.MergeResult](t, "merge", p.origin, p.cow, "--undo", undo); res.Chunks != 0 || res.Undo != undo {
 			t.Errorf("once more: %+v", res)
 		}
 		mustRun(t, "merge", "-n", p.origin, p.cow, "--undo", undo)
@@ -131,20 +132,20 @@ func TestMergeUndoRefuses(t *testing.T) {
 	refused(undo, "new writes")
 }
 
-// The undo store is held while the merge goes on, like the other two.
+// The undo store is locked during the merge, like the other two.
 func TestMergeUndoIsLocked(t *testing.T) {
 	p, _ := bigPair(t)
-	origin, cow := openFile(t, p.origin, false), openFile(t, p.cow, false)
-	defer origin.Close()
-	defer cow.Close()
-	o := offlineMerge{undo: filepath.Join(p.dir, "undo.cow")}
-	kept, err := o.keep(t.Context(), newMerge(), &mergeInputs{origin: origin, cow: cow, files: []string{p.origin, p.cow}}, 100<<20)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer kept.Close()
-	if _, err := block.Open(o.undo, block.Options{}); !errors.Is(err, block.ErrInUse) {
-		t.Errorf("another writer: %v", err)
+	undo, tried := filepath.Join(p.dir, "undo.cow"), 0
+	_, err := offline.Merge(t.Context(), []string{p.origin, p.cow}, offline.MergeOptions{Undo: undo, Progress: func(int64, int64) {
+		tried++
+		for _, path := range []string{undo, p.origin, p.cow} {
+			if _, err := block.Open(path, block.Options{}); !errors.Is(err, block.ErrInUse) {
+				t.Errorf("%s, another writer: %v", path, err)
+			}
+		}
+	}})
+	if err != nil || tried == 0 {
+		t.Errorf("%v, after %d calls", err, tried)
 	}
 }
 

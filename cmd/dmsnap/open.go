@@ -14,7 +14,6 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source"
-	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
@@ -26,10 +25,7 @@ func about(path string, err error) error { return block.WithPath(path, err) }
 // openDevice opens a path as a device; the error names the path.
 // Parts of disks are refused: they are not changed in place.
 func openDevice(path string, o block.Options) (*block.File, error) {
-	if a, err := address.Parse(path); err == nil && !a.Plain() {
-		return nil, fmt.Errorf("%s: a part of a disk can't be changed in place; a file or a block device as a whole is required", path)
-	}
-	return cowfile.OpenDevice(path, o)
+	return source.OpenWhole(path, o)
 }
 
 // An openDisk is a disk that was opened by its name.
@@ -119,11 +115,7 @@ func (d *diskFlags) openRawOrigin(path string, o block.Options) (cowfile.Origin,
 
 // checkRawDisk refuses a disk whose last bytes are in no sector and, unless raw, one that is known not to be a raw disk.
 func checkRawDisk(path string, dev block.Device, raw bool) error {
-	err := cowfile.CheckSize(dev)
-	if err == nil {
-		err = cowfile.OriginOptions{Raw: raw}.CheckRaw(dev)
-	}
-	return advise(about(path, err))
+	return advise(about(path, cowfile.OriginOptions{Raw: raw}.Check(dev)))
 }
 
 // openPair opens an origin and a device that holds a store. Both are closed by the closer.
@@ -188,6 +180,8 @@ func advise(err error) error {
 	var needs *qcow2.NeedsFileError
 	var format *source.FormatError
 	switch {
+	case errors.Is(err, merge.ErrNotUndo):
+		return fmt.Errorf("%w; choose another name, or use --force to replace it", err)
 	case errors.Is(err, merge.ErrUnfinished):
 		return fmt.Errorf("%w; --force continues anyway", err)
 	case errors.Is(err, lvm.ErrActive):

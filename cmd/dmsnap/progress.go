@@ -84,6 +84,7 @@ func (p *progressBar) line(done, total int64, now time.Time) string {
 // end leaves the last line standing.
 func (p *progressBar) end() {
 	if p.painted {
+		p.painted = false
 		fmt.Fprintln(p.w)
 	}
 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/server"
@@ -359,13 +360,13 @@ func TestMerge(t *testing.T) {
 	p := newPair(t)
 	shown := p.withStore(t)
 	before := digests(t, p.dir)
-	plan := mustJSON[mergeResult](t, "merge", "--dry-run", p.origin, p.cow)
-	want := mergeResult{DryRun: true, ChunkSectors: 8, Chunks: 5, Runs: 4, Bytes: 5*4096 - 2048, Ranges: 4, UndoBytes: 7 * 4096}
+	plan := mustJSON[offline.MergeResult](t, "merge", "--dry-run", p.origin, p.cow)
+	want := offline.MergeResult{DryRun: true, ChunkSectors: 8, Chunks: 5, Runs: 4, Bytes: 5*4096 - 2048, Ranges: 4, UndoBytes: 7 * 4096}
 	if !reflect.DeepEqual(plan, want) {
 		t.Errorf("dry run: %+v, want %+v", plan, want)
 	}
 	wantSame(t, p.dir, before)
-	did := mustJSON[mergeResult](t, "merge", p.origin, p.cow)
+	did := mustJSON[offline.MergeResult](t, "merge", p.origin, p.cow)
 	if plan.DryRun = false; !reflect.DeepEqual(did, plan) {
 		t.Errorf("merged %+v, planned %+v", did, plan)
 	}
