@@ -26,7 +26,9 @@ type clientHandshake struct {
 	c *Client
 	r *bufio.Reader
 
-	tls *tls.Config // nil: in the clear
+	tls    *tls.Config // nil: in the clear
+	simple bool        // structured replies are not asked for, nor contexts
+	flags  uint16      // of the transmission, as the server sent them
 }
 
 // run requests everything the client can use and accepts what the server has.
@@ -42,10 +44,12 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 			return err
 		}
 	}
-	err := h.option(wire.OptStructuredReply, nil, nil)
-	h.c.structured = err == nil
-	if err := missing(err); err != nil {
-		return err
+	if !h.simple {
+		err := h.option(wire.OptStructuredReply, nil, nil)
+		h.c.structured = err == nil
+		if err := missing(err); err != nil {
+			return err
+		}
 	}
 	if h.c.structured {
 		if err := missing(h.setContexts(export, contexts)); err != nil {
@@ -231,6 +235,7 @@ func (h *clientHandshake) exportName(export string) error {
 func (h *clientHandshake) setExport(e wire.ExportInfo) {
 	has := func(flag uint16) bool { return e.Flags&wire.HasFlags != 0 && e.Flags&flag != 0 }
 	i := &h.c.info
+	h.flags = e.Flags
 	i.Size = -1
 	if e.Size <= math.MaxInt64 {
 		i.Size = int64(e.Size)

@@ -1,6 +1,8 @@
 package nbd
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,13 +24,16 @@ import (
 //   - Changes that were acknowledged and not flushed may be lost, when the server was: after it every Flush and durable
 //     write fails, as after a failed Flush (see block.Device). To continue, open the export again.
 //   - An export that has another size after it, or lacks an ability that it had, is refused permanently.
+//
+// With KeepChanges, changes are sent again instead.
 type Redialer struct {
 	dial  func(ctx context.Context) (*Client, error)
 	bound time.Duration
 	ctx   context.Context // ended by Close
 	end   context.CancelFunc
-	info  Info   // of the first connection
-	name  string // its identity
+	info  Info         // of the first connection
+	name  string       // its identity
+	kept  *keptChanges // nil without KeepChanges
 
 	redialing sync.Mutex // one at a time
 
@@ -105,7 +110,13 @@ func (r *Redialer) again(do func(c *Client) error) error {
 
 // change calls do, which changes data, once: when the connection is lost meanwhile the change may have been made, or
 // may still be. A connection that was lost before is replaced first.
-func (r *Redialer) change(do func(c *Client) error) error {
+//
+// With KeepChanges it is called until it is acknowledged. again then returns what repeats the change later, and needs that many
+// bytes of memory.
+func (r *Redialer) change(do func(c *Client) error, bytes int, again func() func(c *Client) error) error {
+	if r.kept != nil {
+		return r.changeKept(do, int64(bytes), again)
+	}
 	c, err := r.current()
 	if err == nil && c.closed() != nil {
 		if err = r.redial(c, c.closed()); err == nil {
@@ -122,13 +133,13 @@ func (r *Redialer) change(do func(c *Client) error) error {
 	defer r.mu.Unlock()
 	r.changed++
 	if r.client != c { // lost since it was acknowledged
-		r.fail(c.closed())
+		r.failUnflushed(c.closed())
 	}
 	return nil
 }
 
-// fail makes this Flush and later ones fail because of changes that were lost with a connection. mu is held.
-func (r *Redialer) fail(cause error) {
+// failUnflushed makes this Flush and later ones fail because of changes that were lost with a connection. mu is held.
+func (r *Redialer) failUnflushed(cause error) {
 	if r.failed == nil {
 		r.failed = fmt.Errorf("the connection was lost with changes that had not been flushed: %w", cause)
 	}
@@ -168,8 +179,8 @@ func (r *Redialer) redial(old *Client, cause error) error {
 		return err
 	}
 	r.client = c
-	if r.changed > r.flushed {
-		r.fail(cause)
+	if r.kept == nil && r.changed > r.flushed {
+		r.failUnflushed(cause)
 	}
 	return nil
 }
@@ -194,7 +205,10 @@ func (r *Redialer) connect(ctx context.Context) (*Client, error) {
 				c.Close()
 				return nil, err
 			}
-			return c, nil
+			if err = r.repeatKept(c); err == nil {
+				return c, nil
+			}
+			c.Close()
 		}
 		select {
 		case <-ctx.Done():
@@ -202,6 +216,21 @@ func (r *Redialer) connect(ctx context.Context) (*Client, error) {
 		case <-time.After(redialPause):
 		}
 	}
+}
+
+// repeatKept sends kept changes to a new server. An error means that its connection is lost too. What the server refuses fails later flushes.
+func (r *Redialer) repeatKept(c *Client) error {
+	if r.kept == nil {
+		return nil
+	}
+	err := r.kept.repeat(c)
+	if err == nil || lost(c, err) {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.failed = cmp.Or(r.failed, err)
+	return nil
 }
 
 // sameExport refuses an export that differs from the one before.
@@ -255,18 +284,28 @@ func (r *Redialer) WriteAt(p []byte, off int64) (n int, err error) {
 	err = r.change(func(c *Client) (err error) {
 		n, err = c.WriteAt(p, off)
 		return err
-	})
+	}, len(p), func() func(*Client) error { return writes(bytes.Clone(p), off) })
 	return n, err
+}
+
+// writes returns what writes p at off.
+func writes(p []byte, off int64) func(c *Client) error {
+	return func(c *Client) error {
+		_, err := c.WriteAt(p, off)
+		return err
+	}
 }
 
 // ZeroAt zeroes; see [Client.ZeroAt].
 func (r *Redialer) ZeroAt(off, n int64, flags block.ZeroFlags) error {
-	return r.change(func(c *Client) error { return c.ZeroAt(off, n, flags) })
+	do := func(c *Client) error { return c.ZeroAt(off, n, flags) }
+	return r.change(do, 0, func() func(*Client) error { return do })
 }
 
 // Discard discards; see [Client.Discard].
 func (r *Redialer) Discard(off, n int64) error {
-	return r.change(func(c *Client) error { return c.Discard(off, n) })
+	do := func(c *Client) error { return c.Discard(off, n) }
+	return r.change(do, 0, func() func(*Client) error { return do })
 }
 
 // WriteDurableAt writes durably, unless a Flush has failed. A failure counts as a failed Flush.
@@ -275,7 +314,8 @@ func (r *Redialer) WriteDurableAt(p []byte, off int64) error {
 		return err
 	}
 	return r.synced(func() error {
-		return r.change(func(c *Client) error { return c.WriteDurableAt(p, off) })
+		return r.change(func(c *Client) error { return c.WriteDurableAt(p, off) }, len(p),
+			func() func(*Client) error { return writes(bytes.Clone(p), off) }) // older ones are repeated before it
 	})
 }
 
@@ -285,6 +325,10 @@ func (r *Redialer) Flush() error {
 		r.mu.Lock()
 		changed := r.changed
 		r.mu.Unlock()
+		var kept uint64
+		if r.kept != nil {
+			kept = r.kept.newest()
+		}
 		err := r.again(func(c *Client) error {
 			if err := r.failure(); err != nil { // with the connection before this one
 				return err
@@ -295,6 +339,9 @@ func (r *Redialer) Flush() error {
 			r.mu.Lock()
 			defer r.mu.Unlock()
 			r.flushed = max(r.flushed, changed)
+			if r.kept != nil {
+				r.kept.flushed(kept)
+			}
 		}
 		return err
 	})
