@@ -38,7 +38,7 @@ var floors = map[string]int{
 	"nbd":    5, "fuse": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"server/api": 4,
 	"cowfile":    5, "server/figures": 5, "source/address": 5,
-	"server": 6, "source": 6, "monitor": 6, "fleet": 6,
+	"server": 6, "source": 6, "monitor": 6, "fleet": 6, "nbdkernel": 6,
 	"inspect": 7, "fleet/daemon": 7, "offline": 7,
 	"cmd/dmsnap": 8,
 
@@ -158,10 +158,13 @@ func TestFuseIsInOnePackage(t *testing.T) {
 			if strings.HasPrefix(name, "github.com/hanwen/go-fuse/") && dir != "fuse" {
 				t.Errorf("%s imports %s: package fuse alone does", dir, name)
 			}
+			if strings.HasPrefix(name, "github.com/mdlayher/") && dir != "nbdkernel" {
+				t.Errorf("%s imports %s: package nbdkernel alone does", dir, name)
+			}
 			if strings.HasPrefix(name, module+"/test/") {
 				t.Errorf("%s imports %s: it is for tests alone", dir, name)
 			}
-			if name == module+"/fuse" && dir != "cmd/dmsnap" {
+			if (name == module+"/fuse" || name == module+"/nbdkernel") && dir != "cmd/dmsnap" {
 				t.Errorf("%s imports %s: programs choose it, libraries don't", dir, name)
 			}
 		}

@@ -252,6 +252,9 @@ func (r *Redialer) Close() error {
 	return c.Close()
 }
 
+// Info returns what the server reported at first.
+func (r *Redialer) Info() Info { return r.info }
+
 // Size returns the size of the export in bytes.
 func (r *Redialer) Size() int64 { return r.info.Size }
 

@@ -73,7 +73,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 		id, title string
 		verbs     []*cobra.Command
 	}{
-		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge()}},
+		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge(), newAttach(), newDetach()}},
 		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
 		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},
 		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newSend(), newReceive(), newCompact()}},

@@ -23,6 +23,8 @@ type calling struct {
 	quiet  bool   // prints nothing, or not to standard output
 	served bool   // speaks with a server, behind CONTROL
 	stays  bool   // goes on until a signal ends it
+
+	needs func() error // of the host; nil: nothing
 }
 
 var callings = []calling{
@@ -76,6 +78,8 @@ var callings = []calling{
 	{args: "compact COW OUT", json: true},
 	{args: "compact COW OUT --drop-unchanged --origin ORIGIN", json: true},
 	{args: "compact COW --punch", writes: "COW", json: true},
+	{args: "attach --list", json: true, needs: attachedDevices},
+	{args: "detach /dev/nbd0", json: true, needs: notHere},
 	{args: "version", json: true},
 	{args: "man FOLDER", quiet: true},
 }
@@ -119,6 +123,11 @@ func eachCalling(t *testing.T, suits func(calling) bool, f func(t *testing.T, c 
 	for _, c := range callings {
 		if suits == nil || suits(c) {
 			t.Run(c.args, func(t *testing.T) {
+				if c.needs != nil {
+					if err := c.needs(); err != nil {
+						t.Skip("SKIPPED: ", err)
+					}
+				}
 				t.Parallel() // most of the time goes into waiting for the disk
 				f(t, c)
 			})

@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/test/kernel/job"
+	"github.com/dmsnap/dmsnap/test/kernel/machine"
 )
 
 // busy is a load for a file system: trees unpacked and deleted, and small writes that each are made
@@ -55,13 +56,7 @@ func TestKernelNBD(t *testing.T) {
 func kernelNBD(t *testing.T, fs fileSystem) {
 	m := boot(t)
 	k := newKernelOf(t, m)
-	program, err := os.ReadFile(filepath.Join(binaries, "dmsnap"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(m.Share(), "dmsnap"), program, 0o755); err != nil {
-		t.Fatal(err)
-	}
+	putProgram(t, m)
 	k.sh("truncate -s 320M /run/disk.img && mkdir -p /run/a /run/b && tar cf /run/tree.tar -C /usr/share zoneinfo/Europe zoneinfo/Asia 2>/dev/null || tar cf /run/tree.tar -C /etc .")
 	server := k.spawn("server.log", "/mnt/dmsnap", "serve", "/run/disk.img", "first=/run/first.cow", "--create", "--export-origin",
 		"--socket", "/run/nbd.sock", "--control", "/run/control.sock")
@@ -116,6 +111,18 @@ func kernelNBD(t *testing.T, fs fileSystem) {
 	}
 	if c := m.Complaints(); len(c) > 0 {
 		t.Errorf("the kernel complains: %v", c)
+	}
+}
+
+// putProgram puts dmsnap into the directory that the guest shares, its /mnt.
+func putProgram(t *testing.T, m *machine.Machine) {
+	t.Helper()
+	program, err := os.ReadFile(filepath.Join(binaries, "dmsnap"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(m.Share(), "dmsnap"), program, 0o755); err != nil {
+		t.Fatal(err)
 	}
 }
 
