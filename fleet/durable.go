@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"slices"
 	"sync"
 	"time"
 
@@ -138,15 +137,27 @@ func (f *Fleet) settleLoop(ctx context.Context) {
 			f.log.Event(slog.LevelError, fmt.Sprintf("flush: %v", err), "flush failed", err)
 		}
 		f.reap()
+		f.compact(ctx)
+	}
+}
+
+// compact merges the indexes of the chains below nodes, as far as that makes reads faster.
+func (f *Fleet) compact(ctx context.Context) {
+	for _, dev := range f.devices() {
+		if v := dev.pin(); v != nil {
+			for ctx.Err() == nil && v.chain.Compact() {
+			}
+			v.unpin()
+		}
 	}
 }
 
 // flushDirty makes durable what is not.
 func (f *Fleet) flushDirty() (errs []error) {
-	for _, n := range f.openNodes() {
-		if n.dev.dirty() {
-			if err := n.dev.Flush(); err != nil && !errors.Is(err, os.ErrClosed) {
-				errs = append(errs, fmt.Errorf("%s: %w", n.name, err))
+	for _, dev := range f.devices() {
+		if dev.dirty() {
+			if err := dev.Flush(); err != nil && !errors.Is(err, os.ErrClosed) {
+				errs = append(errs, fmt.Errorf("%s: %w", dev.name, err))
 			}
 		}
 	}
@@ -176,11 +187,24 @@ func (f *Fleet) flushDirty() (errs []error) {
 	return errs
 }
 
-// openNodes returns the nodes with a device, in the order of their names.
-func (f *Fleet) openNodes() []*node {
+// devices returns those of the nodes, in the order of their names.
+func (f *Fleet) devices() (list []*nodeDevice) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return slices.DeleteFunc(sorted(f.nodes), func(n *node) bool { return n.dev == nil })
+	for _, n := range sorted(f.nodes) {
+		if n.dev != nil {
+			list = append(list, n.dev)
+		}
+	}
+	return list
+}
+
+// flushNode flushes a node, for an operation that is to be durable.
+func (f *Fleet) flushNode(n *node) error {
+	f.mu.Lock()
+	dev := n.dev
+	f.mu.Unlock()
+	return dev.Flush()
 }
 
 // flushAll is flushDirty, side by side, and makes the journal durable.
@@ -188,17 +212,17 @@ func (f *Fleet) flushAll() (errs []error) {
 	var mu sync.Mutex
 	var all sync.WaitGroup
 	slots := make(chan struct{}, 16)
-	for _, n := range f.openNodes() {
-		if !n.dev.dirty() {
+	for _, dev := range f.devices() {
+		if !dev.dirty() {
 			continue
 		}
 		slots <- struct{}{}
 		all.Go(func() {
 			defer func() { <-slots }()
-			if err := n.dev.Flush(); err != nil {
+			if err := dev.Flush(); err != nil {
 				mu.Lock()
 				defer mu.Unlock()
-				errs = append(errs, fmt.Errorf("%s: %w", n.name, err))
+				errs = append(errs, fmt.Errorf("%s: %w", dev.name, err))
 			}
 		})
 	}

@@ -112,7 +112,8 @@ type Fleet struct {
 	reaper reaper
 
 	background sync.WaitGroup
-	stop       context.CancelFunc // ends the background
+	life       context.Context    // of the background
+	stop       context.CancelFunc // ends life
 	wake       chan struct{}      // something is not durable, or to be removed
 	idle       atomic.Bool        // the background waits for wake
 }
@@ -162,9 +163,9 @@ func Open(dir string, o Options) (_ *Fleet, err error) {
 		return nil, err
 	}
 	f.openAll()
-	ctx, cancel := context.WithCancel(context.Background())
-	f.stop = cancel
-	f.background.Go(func() { f.settleLoop(ctx) })
+	f.life, f.stop = context.WithCancel(context.Background())
+	f.background.Go(func() { f.settleLoop(f.life) })
+	f.notice()
 	return f, nil
 }
 
@@ -179,7 +180,7 @@ func (f *Fleet) acquire(ctx context.Context) (release func(), err error) {
 	defer f.mu.Unlock()
 	if f.closed {
 		<-f.ops
-		return nil, refuse(api.CodeFailed, "the fleet is closed")
+		return nil, errClosed
 	}
 	if f.broken != nil {
 		<-f.ops
@@ -187,6 +188,25 @@ func (f *Fleet) acquire(ctx context.Context) (release func(), err error) {
 	}
 	return func() { <-f.ops }, nil
 }
+
+// begin begins an operation that copies: its context ends when the fleet is closed, which waits for end.
+func (f *Fleet) begin(ctx context.Context) (_ context.Context, end func(), err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return nil, nil, errClosed
+	}
+	f.background.Add(1)
+	ctx, cancel := context.WithCancelCause(ctx)
+	unhook := context.AfterFunc(f.life, func() { cancel(errClosed) })
+	return ctx, func() {
+		unhook()
+		cancel(nil)
+		f.background.Done()
+	}, nil
+}
+
+var errClosed = refuse(api.CodeFailed, "the fleet is closed")
 
 // stateFailed is the error of a change after the state could not be recorded. mu is held.
 func (f *Fleet) stateFailed() error {
@@ -371,8 +391,6 @@ func (f *Fleet) Start(ctx context.Context, l net.Listener, more ...net.Listener)
 // Close makes everything durable and closes the files. Nothing may be served any more. An error says what could not be
 // made durable.
 func (f *Fleet) Close() error {
-	f.ops <- struct{}{} // an operation under way ends
-	defer func() { <-f.ops }()
 	f.mu.Lock()
 	if f.closed {
 		f.mu.Unlock()
@@ -382,6 +400,8 @@ func (f *Fleet) Close() error {
 	f.mu.Unlock()
 	f.stop()
 	f.background.Wait()
+	f.ops <- struct{}{} // an operation under way ends
+	defer func() { <-f.ops }()
 	errs := f.flushAll()
 	f.reap() // before state.json: it says then that nothing is left
 	f.mu.Lock()
@@ -400,8 +420,8 @@ func (f *Fleet) Close() error {
 // closeFiles closes what is open.
 func (f *Fleet) closeFiles() error {
 	var errs []error
-	for _, n := range sorted(f.nodes) {
-		n.dev.detach()
+	for _, dev := range f.devices() {
+		dev.detach()
 	}
 	for _, d := range sorted(f.disks) {
 		errs = append(errs, d.close())

@@ -3,6 +3,7 @@ package fleet
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -173,7 +174,8 @@ func (f *testFleet) names() string {
 }
 
 func codeOf(err error) api.Code {
-	if e, ok := err.(*api.Error); ok {
+	var e *api.Error
+	if errors.As(err, &e) {
 		return e.Code
 	}
 	return ""

@@ -24,7 +24,7 @@ func (f *Fleet) Fork(ctx context.Context, q api.ForkRequest) (api.Element, error
 		return api.Element{}, err
 	}
 	if q.Durable {
-		if err := n.dev.Flush(); err != nil {
+		if err := f.flushNode(n); err != nil {
 			return api.Element{}, err
 		}
 	}

@@ -158,7 +158,7 @@ func (f *Fleet) Checkpoint(ctx context.Context, q api.CheckpointRequest) (api.Ch
 	reply := api.Checkpoints{PauseSeconds: pause.Seconds()}
 	for i, n := range nodes {
 		if q.Durable {
-			if err := n.dev.Flush(); err != nil {
+			if err := f.flushNode(n); err != nil {
 				return reply, err
 			}
 		}

@@ -226,8 +226,11 @@ func (s *state) ancestors(l *layerRecord) (list []*layerRecord) {
 
 // orphans returns the layers that go with one on them that is dropped: unnamed checkpoints, and sealed preserve layers,
 // whose last child it is. parent is that of the dropped one.
-func (s *state) orphans(parent uint64) (list []uint64) {
-	for p := s.Layers[parent]; p != nil && p.Sealed && (p.Preserve || p.Name == "") && s.kids[p.ID] == 1; p = s.Layers[p.Parent] {
+func (s *state) orphans(parent uint64) []uint64 { return s.orphansBut(parent, 0) }
+
+// orphansBut is orphans, as if another layer had a child already.
+func (s *state) orphansBut(parent, kept uint64) (list []uint64) {
+	for p := s.Layers[parent]; p != nil && p.ID != kept && p.Sealed && (p.Preserve || p.Name == "") && s.kids[p.ID] == 1; p = s.Layers[p.Parent] {
 		list = append(list, p.ID)
 	}
 	return list

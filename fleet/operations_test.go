@@ -1,0 +1,375 @@
+package fleet
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// TestRollback goes back to a checkpoint; later ones stay.
+func TestRollback(t *testing.T) {
+	f := newFleet(t, Options{})
+	f.fork("golden", "vm")
+	vm := f.dial("vm")
+	put(t, vm, 0, "one")
+	f.checkpoint("a", "vm")
+	put(t, vm, 0, "two")
+	f.checkpoint("b", "vm")
+	put(t, vm, 0, "six")
+	f.fork("vm", "other") // an unnamed checkpoint, which other needs
+	put(t, vm, 0, "ten")
+	back := func(to string, force bool) error {
+		_, err := f.Rollback(t.Context(), api.RollbackRequest{Node: "vm", Checkpoint: to, Force: force})
+		return err
+	}
+	if err := back("vm@a", false); codeOf(err) != api.CodeInUse {
+		t.Errorf("while a client is connected: %v", err)
+	}
+	if err := back("vm@c", true); codeOf(err) != api.CodeNoSuchCheckpoint {
+		t.Errorf("to nowhere: %v", err)
+	}
+	if err := back("vm@a", true); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := vm.ReadAt(make([]byte, 1), 0); err == nil {
+		t.Error("the client was not disconnected")
+	}
+	if err := vm.Flush(); err == nil {
+		t.Error("the client was not disconnected")
+	}
+	want(t, f.dial("vm"), 0, "one")
+	want(t, f.dial("other"), 0, "six")
+	put(t, f.dial("vm"), 0, "new")
+	if err := back("vm@b", true); codeOf(err) != api.CodeNotAncestor {
+		t.Errorf("to a checkpoint beside it: %v", err)
+	}
+	tree := ">golden golden>vm@a vm@a>vm@b vm@b>vm@~3 vm@~3>other vm@a>vm"
+	if got := f.names(); got != tree {
+		t.Errorf("tree %s, want %s", got, tree)
+	}
+	if err := f.dial("vm").Flush(); err != nil {
+		t.Fatal(err)
+	}
+	f.restart()
+	if got := f.names(); got != tree {
+		t.Errorf("tree %s, want %s", got, tree)
+	}
+	want(t, f.dial("vm"), 0, "new")
+	if err := f.Drop(t.Context(), "other"); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := f.names(), ">golden golden>vm@a vm@a>vm@b vm@a>vm"; got != want {
+		t.Errorf("tree %s, want %s", got, want)
+	}
+}
+
+// TestSquash keeps the content, the clients, and the layers that others need.
+func TestSquash(t *testing.T) {
+	f := newFleet(t, Options{})
+	f.fork("golden", "vm")
+	vm := f.dial("vm")
+	put(t, vm, 0, "named")
+	f.checkpoint("keep", "vm")
+	for i := range 6 { // layers of its own: those of forks that are dropped
+		put(t, vm, int64(i)*3000, fmt.Sprintf("layer %d", i))
+		f.fork("vm", fmt.Sprint("gone", i))
+	}
+	for i := range 6 {
+		if err := f.Drop(t.Context(), fmt.Sprint("gone", i)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put(t, vm, 100, "top")
+	e, err := f.Element("vm")
+	if err != nil || e.Depth != 7 {
+		t.Fatalf("depth %d before, want 7 (%v)", e.Depth, err)
+	}
+	if e, err = f.Squash(t.Context(), api.SquashRequest{Node: "vm"}); err != nil {
+		t.Fatal(err)
+	}
+	if e.Depth != 2 {
+		t.Errorf("depth %d, want 2", e.Depth)
+	}
+	verify := func() {
+		t.Helper()
+		vm := f.dial("vm")
+		want(t, vm, 100, "top")
+		for i := 1; i < 6; i++ {
+			want(t, vm, int64(i)*3000, fmt.Sprintf("layer %d", i))
+		}
+	}
+	verify()
+	put(t, vm, 200, "still connected")
+	if err := vm.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	f.restart()
+	verify()
+	want(t, f.dial("vm"), 200, "still connected")
+	f.fork("vm@keep", "other")
+	want(t, f.dial("other"), 0, "named")
+	if files, _ := filepath.Glob(filepath.Join(f.dir, layersDir, "*")); len(files) != 4 {
+		t.Errorf("%d files, want 4: %v", len(files), files)
+	}
+	if _, err := f.Squash(t.Context(), api.SquashRequest{Node: "vm@keep"}); codeOf(err) != api.CodeSealed {
+		t.Errorf("of a checkpoint: %v", err)
+	}
+}
+
+// TestSquashIsCancelled has nothing left of it.
+func TestSquashIsCancelled(t *testing.T) {
+	f := newFleet(t, Options{})
+	f.fork("golden", "vm")
+	vm := f.dial("vm")
+	for i := range 2 {
+		put(t, vm, 0, "xyz"[i:])
+		f.fork("vm", "gone")
+		if err := f.Drop(t.Context(), "gone"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s, err := f.beginSquash(t.Context(), "vm")
+	if err != nil || s == nil {
+		t.Fatal(err)
+	}
+	for _, op := range []func() error{
+		func() error { return f.Drop(t.Context(), "vm") },
+		func() error { _, err := f.Fork(t.Context(), api.ForkRequest{From: "vm", Name: "x"}); return err },
+		func() error {
+			_, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "x"})
+			return err
+		},
+		func() error { _, err := f.Squash(t.Context(), api.SquashRequest{Node: "vm"}); return err },
+	} {
+		if err := op(); codeOf(err) != api.CodeInUse {
+			t.Errorf("during a squash: %v", err)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := s.fill(ctx); !errors.Is(err, context.Canceled) {
+		t.Errorf("fill: %v", err)
+	}
+	if err := s.abandon(); err != nil {
+		t.Error(err)
+	}
+	if _, err := f.Squash(t.Context(), api.SquashRequest{Node: "vm"}); err != nil {
+		t.Errorf("a second squash: %v", err)
+	}
+	want(t, vm, 0, "yz")
+}
+
+// TestAdopt takes a store into the tree, and leaves the file when the node is dropped.
+func TestAdopt(t *testing.T) {
+	f := newFleet(t, Options{})
+	cow := filepath.Join(t.TempDir(), "x.cow")
+	if _, err := cowfile.Create(f.golden, cow, cowfile.Options{Raw: true}); err != nil {
+		t.Fatal(err)
+	}
+	adopt := func(cow string) error {
+		_, err := f.Adopt(t.Context(), api.AdoptRequest{Node: "vm", COW: cow, Disk: "golden"})
+		return err
+	}
+	if err := adopt("x.cow"); codeOf(err) != api.CodeBadRequest {
+		t.Errorf("a relative path: %v", err)
+	}
+	if err := adopt(f.golden); err == nil {
+		t.Error("the disk itself was adopted")
+	}
+	if err := adopt(cow); err != nil {
+		t.Fatal(err)
+	}
+	put(t, f.dial("vm"), 77, "adopted")
+	if err := f.dial("vm").Flush(); err != nil {
+		t.Fatal(err)
+	}
+	f.checkpoint("c", "vm")
+	f.restart()
+	want(t, f.dial("vm"), 77, "adopted")
+	for _, name := range []string{"vm", "vm@c"} {
+		if err := f.Drop(t.Context(), name); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.stop()
+	if _, err := os.Stat(cow); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestTable shows the layers of a node bottom-up.
+func TestTable(t *testing.T) {
+	f := newFleet(t, Options{})
+	if _, err := f.Fork(t.Context(), api.ForkRequest{From: "golden", Name: "vm", Size: 2 * testSize}); err != nil {
+		t.Fatal(err)
+	}
+	put(t, f.dial("vm"), 0, "x")
+	f.checkpoint("c", "vm")
+	got, err := f.Table("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var lines []string
+	for _, d := range got.Devices {
+		lines = append(lines, fmt.Sprintf("%s %v %s", d.Name, d.ReadOnly, d.Table))
+	}
+	want := []string{
+		"fleet-1-base true 0 2048 linear @golden 0\n2048 2048 zero",
+		"fleet-1 true 0 4096 snapshot /dev/mapper/fleet-1-base @1 P 8",
+		"fleet-2 false 0 4096 snapshot /dev/mapper/fleet-1 @2 P 8",
+	}
+	if strings.Join(lines, "\n") != strings.Join(want, "\n") {
+		t.Errorf("table\n%s\nwant\n%s", strings.Join(lines, "\n"), strings.Join(want, "\n"))
+	}
+	if len(got.Files) != 3 || got.Files[0].File != f.golden || got.Files[2].Placeholder != "@2" {
+		t.Errorf("files %+v", got.Files)
+	}
+	if _, err := f.Table("nothing"); codeOf(err) != api.CodeNoSuchElement {
+		t.Error(err)
+	}
+}
+
+// TestSealedLayersStay compares the files of sealed layers before and after everything that is done over them.
+func TestSealedLayersStay(t *testing.T) {
+	f := newFleet(t, Options{})
+	f.fork("golden", "vm")
+	vm := f.dial("vm")
+	put(t, vm, 0, "one")
+	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "a", Durable: true}); err != nil {
+		t.Fatal(err)
+	}
+	e, err := f.Element("vm@a")
+	if err != nil || !e.Durable || !e.Sealed {
+		t.Fatalf("%+v %v", e, err)
+	}
+	before := digest(t, e.File)
+	put(t, vm, 0, "two")
+	f.fork("vm@a", "x")
+	put(t, f.dial("x"), 4, "three")
+	f.fork("vm", "gone")
+	if err := f.Drop(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	put(t, vm, 8192, "two")
+	if _, err := f.Squash(t.Context(), api.SquashRequest{Node: "vm"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := vm.Flush(); err != nil {
+		t.Fatal(err)
+	}
+	f.restart()
+	if _, err := f.Rollback(t.Context(), api.RollbackRequest{Node: "vm", Checkpoint: "vm@a"}); err != nil {
+		t.Fatal(err)
+	}
+	f.restart()
+	if digest(t, e.File) != before {
+		t.Error("the file of a sealed layer has changed")
+	}
+	if st, err := os.Stat(e.File); err != nil || st.Mode().Perm() != 0o444 {
+		t.Errorf("mode of a sealed layer: %v %v", st.Mode(), err)
+	}
+}
+
+func digest(t *testing.T, path string) [32]byte {
+	t.Helper()
+	b, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sha256.Sum256(b)
+}
+
+// TestNames refuses what is no name.
+func TestNames(t *testing.T) {
+	f := newFleet(t, Options{})
+	for _, name := range []string{"", ".", "..", "a b", "a@b", "ä", "a/b", strings.Repeat("x", 65)} {
+		if _, err := f.Fork(t.Context(), api.ForkRequest{From: "golden", Name: name}); codeOf(err) != api.CodeBadName {
+			t.Errorf("%q: %v", name, err)
+		}
+	}
+	f.fork("golden", strings.Repeat("x", 64))
+	f.fork("golden", "A-Za-z0-9._-")
+	if _, err := f.Fork(t.Context(), api.ForkRequest{From: "golden", Name: "golden"}); codeOf(err) != api.CodeNameTaken {
+		t.Error(err)
+	}
+	if _, err := f.Fork(t.Context(), api.ForkRequest{From: "nothing", Name: "n"}); codeOf(err) != api.CodeNoSuchElement {
+		t.Error(err)
+	}
+	if _, err := f.AddDisk(t.Context(), api.AddDiskRequest{Name: "A-Za-z0-9._-", Source: f.golden, Raw: true}); codeOf(err) != api.CodeNameTaken {
+		t.Error(err)
+	}
+}
+
+// TestFreeze is called around checkpoints, and refuses them.
+func TestFreeze(t *testing.T) {
+	var calls []string
+	var fail error
+	f := newFleet(t, Options{Freeze: func(_ context.Context, thaw bool, nodes []string) error {
+		calls = append(calls, fmt.Sprint(thaw, nodes))
+		if thaw {
+			return nil
+		}
+		return fail
+	}})
+	f.fork("golden", "a")
+	f.fork("golden", "b")
+	f.checkpoint("one", "b", "a")
+	fail = errors.New("no")
+	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"a"}, Name: "two"}); codeOf(err) != api.CodeFreezeFailed {
+		t.Error(err)
+	}
+	if got, want := strings.Join(calls, " "), "false[b a] true[b a] false[a] true[a]"; strings.ReplaceAll(got, " [", "[") != want {
+		t.Errorf("calls %s, want %s", got, want)
+	}
+	if got, want := f.names(), ">golden golden>a@one golden>b@one a@one>a b@one>b"; got != want {
+		t.Errorf("tree %s, want %s", got, want)
+	}
+}
+
+// TestVanishedDisk shows the nodes over it as failed, and serves the rest.
+func TestVanishedDisk(t *testing.T) {
+	f := newFleet(t, Options{})
+	second := filepath.Join(filepath.Dir(f.golden), "second.img")
+	if err := os.WriteFile(second, make([]byte, 8192), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.AddDisk(t.Context(), api.AddDiskRequest{Name: "second", Source: second, Raw: true}); err != nil {
+		t.Fatal(err)
+	}
+	f.fork("golden", "vm")
+	f.fork("second", "other")
+	put(t, f.dial("other"), 0, "kept")
+	f.checkpoint("c", "other")
+	f.stop()
+	if err := os.Rename(second, second+".x"); err != nil {
+		t.Fatal(err)
+	}
+	f.open()
+	for _, e := range f.Tree().Elements {
+		failed := e.Disk == "second"
+		if (e.State == api.ElementFailed) != failed || failed && !strings.Contains(e.Error, "second.img") {
+			t.Errorf("%s: %s %s", e.Name, e.State, e.Error)
+		}
+	}
+	put(t, f.dial("vm"), 0, "served")
+	if _, err := f.Fork(t.Context(), api.ForkRequest{From: "other@c", Name: "x"}); codeOf(err) != api.CodeDiskFailed {
+		t.Error(err)
+	}
+	f.stop()
+	if err := os.Rename(second+".x", second); err != nil {
+		t.Fatal(err)
+	}
+	f.open()
+	want(t, f.dial("other"), 0, "kept")
+	if err := f.Drop(t.Context(), "other"); err != nil {
+		t.Error(err)
+	}
+}
