@@ -16,7 +16,18 @@ import (
 func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	r, err := api.NewClient(control).Status(ctx)
+	ctl := api.NewClient(control)
+	r, err := ctl.Status(ctx)
+	if isNoRequest(err) {
+		d, err := ctl.Daemon(ctx)
+		switch {
+		case err != nil:
+			return err
+		case asJSON:
+			return printJSON(c, d)
+		}
+		return textTo(c).Daemon(d)
+	}
 	if err != nil {
 		return err
 	}
@@ -37,6 +48,9 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	defer stop()
 	ctl := api.NewClient(l.control)
 	m, err := l.request(ctx, ctl, args)
+	if isNoRequest(err) {
+		return l.mergeNode(ctx, c, ctl, args, asJSON)
+	}
 	if err != nil {
 		return err
 	}

@@ -107,6 +107,13 @@ func TestExamples(t *testing.T) {
 					}
 				}
 			}
+			if strings.Contains(v.Example, "--control fleet/control.sock") {
+				defer serveExample(t, dir, "dmsnap daemon --dir fleet --allow-path .")()
+				setup := "export DMSNAP_CONTROL=fleet/control.sock; dmsnap disk add base disk.img; dmsnap fork base vm1; dmsnap checkpoint vm1 --name before"
+				if out, err := shell(dir, setup).CombinedOutput(); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+			}
 			ran := 0
 			for _, script := range examples(v) {
 				if tool := missingTool(script); tool != "" {
@@ -114,7 +121,7 @@ func TestExamples(t *testing.T) {
 					continue
 				}
 				ran++
-				if strings.HasPrefix(script, "  dmsnap serve") {
+				if strings.HasPrefix(script, "  dmsnap serve") || strings.HasPrefix(script, "  dmsnap daemon") {
 					serveExample(t, dir, script)()
 					continue
 				}

@@ -53,13 +53,13 @@ func exitStatus(err error, stderr io.Writer) int {
 // untilSignal returns a context that ends at the first SIGINT, SIGTERM or SIGHUP, with an interrupted as its
 // cause. A second SIGINT or SIGTERM ends the process at once; a second SIGHUP does not, since a shell repeats the one
 // that the kernel sends when a terminal goes away. A SIGHUP that the process was started to ignore, by nohup(1),
-// stays ignored. stop gives the signals back.
-func untilSignal() (ctx context.Context, stop func()) {
+// stays ignored. stop gives the signals back. With hangUp, that is called at each SIGHUP instead.
+func untilSignal(hangUp ...func()) (ctx context.Context, stop func()) {
 	ctx, cancel := context.WithCancelCause(context.Background())
 	signals := make(chan os.Signal, 4)
 	done := make(chan struct{})
 	signal.Notify(signals, syscall.SIGINT, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) {
+	if !signal.Ignored(syscall.SIGHUP) || hangUp != nil {
 		signal.Notify(signals, syscall.SIGHUP)
 	}
 	go func() {
@@ -67,6 +67,8 @@ func untilSignal() (ctx context.Context, stop func()) {
 			select {
 			case s := <-signals:
 				switch {
+				case s == syscall.SIGHUP && hangUp != nil:
+					hangUp[0]()
 				case ctx.Err() == nil:
 					cancel(interrupted{s.(syscall.Signal)})
 				case s != syscall.SIGHUP:

@@ -16,16 +16,19 @@ import (
 
 func newExport() *cobra.Command {
 	var force bool
+	var control string
 	var disk diskFlags
 	var format imageFormat
 	c := &cobra.Command{
-		Use:   "export {ORIGIN COW | ADDRESS} OUT",
-		Short: "Write the content of a snapshot, a logical volume or a partition to a raw or qcow2 image",
+		Use:   "export {ORIGIN COW | ADDRESS | --control PATH NODE} OUT",
+		Short: "Write the content of a snapshot, a node, a logical volume or a partition to a raw or qcow2 image",
 		Long: `Write the content of the snapshot in COW to OUT, a sparse raw image; "-" is standard output.
 
 ADDRESS is a part of a disk: DISK#p2 is partition 2, DISK#vg/snap a logical volume as it is when it is active,
 DISK#vg/base:real an origin without a merge into it, and DISK#vg/snap:cow a COW volume. It may also be a qcow2 image or an
 NBD URI as a whole.
+
+With --control PATH, NODE is a node, a checkpoint or a disk of a daemon, whose content at this moment is read while it is used.
 
 With --format qcow2, OUT is a qcow2 image. With --backing BASE it is an overlay that has only what the store has: BASE
 must have the content of ORIGIN, or be ORIGIN. The name is written to the image as it is given.
@@ -36,7 +39,8 @@ An invalid snapshot is refused.`,
   dmsnap export disk.img disk.cow - | zstd > old.img.zst
   dmsnap export disk.img disk.cow old.qcow2 --format qcow2 --compress
   dmsnap export disk.img disk.cow changes.qcow2 --format qcow2 --backing disk.img
-  dmsnap export 'vm.img#vg0/later' later.img`,
+  dmsnap export 'vm.img#vg0/later' later.img
+  dmsnap export vm1 vm1.img --control fleet/control.sock`,
 		Args: cobra.RangeArgs(2, 3),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			inputs, output := args[:len(args)-1], args[len(args)-1]
@@ -48,13 +52,20 @@ An invalid snapshot is refused.`,
 					return err
 				}
 			}
+			ctx, stop := untilSignal()
+			defer stop()
+			if control != "" {
+				done, err := nodeSource(ctx, control, inputs, output, force)
+				if err != nil {
+					return err
+				}
+				defer done()
+			}
 			from, closeAll, err := disk.openExported(inputs)
 			if err != nil {
 				return err
 			}
 			defer func() { err = errors.Join(err, closeAll()) }()
-			ctx, stop := untilSignal()
-			defer stop()
 			bar := newProgress(c.ErrOrStderr(), "export")
 			defer bar.end()
 			if format.format == "qcow2" {
@@ -72,6 +83,7 @@ An invalid snapshot is refused.`,
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
+	c.Flags().StringVar(&control, "control", "", "control socket of the daemon that has NODE")
 	disk.add(c.Flags())
 	format.add(c.Flags())
 	return c

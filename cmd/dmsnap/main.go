@@ -1,7 +1,7 @@
 // Command dmsnap creates, serves, checks, exports and merges copy-on-write snapshots in the on-disk format of the Linux
 // device-mapper, in userspace.
 //
-// Each verb has a file in this folder. Exit statuses are decided in exit.go, opening devices in open.go.
+// Each verb has a file in this folder; those that ask the daemon of a fleet are in fleet.go. Exit statuses are decided in exit.go, opening devices in open.go.
 package main
 
 import (
@@ -74,6 +74,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 		verbs     []*cobra.Command
 	}{
 		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge(), newAttach(), newDetach()}},
+		{"fleet", "Fleets of forked disks:", []*cobra.Command{newDaemon(), newDisk(), newTree(), newFork(), newCheckpoint(), newRollback(), newSquash(), newAdopt(), newPolicy(), newTable()}},
 		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
 		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},
 		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newSend(), newReceive(), newCompact()}},

@@ -22,7 +22,7 @@ func TestMannersOfDurableOutput(t *testing.T) {
 	if err != nil {
 		t.Skip("SKIPPED: strace is not installed")
 	}
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && !c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		cmd := exec.Command(strace, append([]string{"-f", "-y", "-qq", "-e", "trace=write,pwrite64,writev,pwritev,pwritev2,copy_file_range,ftruncate,fallocate,fsync,fdatasync,renameat2,renameat,rename,linkat",
 			"-o", "/dev/stderr", program(t)}, k.expand(c.args)...)...)

@@ -197,7 +197,7 @@ func TestMannersOfInputBeingRead(t *testing.T) {
 
 // A server that is not there, or is something else, is refused by the path of its socket.
 func TestMannersOfMissingServer(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return c.served || c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		k.wantRefused(t, k.expand(c.args), k.path["CONTROL"], "no such file")
 		k.path["CONTROL"] = k.path["TEXT"]

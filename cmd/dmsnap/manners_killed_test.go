@@ -160,7 +160,7 @@ func TestMannersOfKilled(t *testing.T) {
 	}
 	makes := func(c calling) bool {
 		again := c.verb() == "merge" || c.verb() == "receive" && c.writes != "" // goes on when it is called again: other tests
-		return !c.served && !c.stays && !again && c.verb() != "grow" && c.status == exitDone && (withOutputs(c) || c.writes != "")
+		return !c.served && !c.fleet && !c.stays && !again && c.verb() != "grow" && c.status == exitDone && (withOutputs(c) || c.writes != "")
 	}
 	kill := func(t *testing.T, c calling) {
 		k := &killing{kit: big, calling: c, before: map[string][]byte{}, after: map[string][]byte{}}

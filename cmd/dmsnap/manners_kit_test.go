@@ -22,7 +22,7 @@ import (
 type kit struct {
 	dir, in, out string
 	path         map[string]string
-	run          *running // serves COW to those that need a server
+	stop         func() // ends the server that a calling needs
 }
 
 // template holds what is in the folder of inputs, made once.
@@ -105,6 +105,8 @@ func kitIn(dir string) *kit {
 		k.path[name] = filepath.Join(k.out, strings.ToLower(name))
 	}
 	k.path["CONTROL"] = filepath.Join(k.in, "control.sock")
+	k.path["OTHER"] = filepath.Join(k.in, "more", "copy.file") // not an input: the daemon opens it
+	k.path["STORE"] = filepath.Join(k.in, "more", "cow2.file")
 	os.MkdirAll(filepath.Join(k.in, "more"), 0o755)
 	os.Mkdir(k.out, 0o755)
 	for _, dir := range []string{k.dir, k.in, filepath.Join(k.in, "more"), k.out} {
@@ -129,14 +131,17 @@ func newKit(t *testing.T) *kit {
 // serve starts the server for a calling that needs one.
 func (k *kit) serve(t *testing.T, c calling) {
 	if c.served {
-		k.run = start(t, pair{dir: k.in, origin: k.path["ORIGIN"], cow: k.path["COW"]}, serveOptions{}, "disk="+k.path["COW"])
+		k.stop = start(t, pair{dir: k.in, origin: k.path["ORIGIN"], cow: k.path["COW"]}, serveOptions{}, "disk="+k.path["COW"]).stop
+	}
+	if c.fleet {
+		k.serveFleet(t)
 	}
 }
 
 // end stops the server, if one runs.
 func (k *kit) end() {
-	if k.run != nil {
-		k.run.stop()
+	if k.stop != nil {
+		k.stop()
 	}
 }
 

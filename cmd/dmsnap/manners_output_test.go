@@ -74,7 +74,7 @@ func TestMannersOfOutput(t *testing.T) {
 
 // A folder that may not be written to is refused.
 func TestMannersOfOutputFolder(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && !c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		for _, in := range c.inputs() {
 			os.Chmod(k.path[in], 0o666)
@@ -111,7 +111,7 @@ func TestMannersOfFullOutput(t *testing.T) {
 
 // Who does not want to hear more, as in "dmsnap list COW | head", is no trouble.
 func TestMannersOfClosedPipe(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return !c.stays && !c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return !c.stays && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -138,7 +138,7 @@ func TestMannersOfClosedPipe(t *testing.T) {
 
 // With --force no file is replaced that another program, such as a server, has locked.
 func TestForceSparesFilesInUse(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {
 			for _, o := range []block.Options{{}, {ReadOnly: true}} {
 				k := newKit(t)
@@ -177,7 +177,7 @@ func TestForceSparesServedFiles(t *testing.T) {
 
 // --force replaces the file behind a symbolic link and keeps its mode, owner and attributes.
 func TestForceKeepsModeAndLink(t *testing.T) {
-	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served }, func(t *testing.T, c calling) {
+	eachCalling(t, func(c calling) bool { return withOutputs(c) && c.option("force") && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		for _, out := range c.outputs() {
 			k := newKit(t)
 			file := filepath.Join(k.out, "file")
@@ -251,7 +251,7 @@ func TestAdviceForSpecialOutputs(t *testing.T) {
 	advice := regexp.MustCompile(`"dmsnap ([^"]*) - >DEVICE"`)
 	followed := 0
 	for _, c := range callings {
-		if !withOutputs(c) || c.served {
+		if !withOutputs(c) || c.served || c.fleet {
 			continue
 		}
 		for _, out := range c.outputs() {

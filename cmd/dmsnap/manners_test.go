@@ -21,7 +21,8 @@ type calling struct {
 	any    string // those whose content it does not check
 	json   bool   // takes --json
 	quiet  bool   // prints nothing, or not to standard output
-	served bool   // speaks with a server, behind CONTROL
+	served bool   // speaks with a server of one origin, behind CONTROL
+	fleet  bool   // speaks with the daemon of a fleet, behind CONTROL
 	stays  bool   // goes on until a signal ends it
 
 	needs func() error // of the host; nil: nothing
@@ -80,6 +81,22 @@ var callings = []calling{
 	{args: "compact COW --punch", writes: "COW", json: true},
 	{args: "attach --list", json: true, needs: attachedDevices},
 	{args: "detach /dev/nbd0", json: true, needs: notHere},
+	{args: "daemon --dir FOLDER --control SOCKET", stays: true},
+	{args: "disk add more OTHER --control CONTROL", fleet: true, json: true},
+	{args: "disk list --control CONTROL", fleet: true, json: true},
+	{args: "disk show base --control CONTROL", fleet: true, json: true},
+	{args: "disk remove spare --control CONTROL", fleet: true, json: true},
+	{args: "tree --control CONTROL", fleet: true, json: true},
+	{args: "fork disk more --control CONTROL", fleet: true, json: true},
+	{args: "checkpoint disk --name more --control CONTROL", fleet: true, json: true},
+	{args: "rollback disk disk@before --control CONTROL", fleet: true, json: true},
+	{args: "squash disk --control CONTROL", fleet: true, json: true},
+	{args: "adopt more STORE --disk base --control CONTROL", fleet: true, json: true},
+	{args: "policy base keep-last=1 --control CONTROL", fleet: true, json: true},
+	{args: "table disk --control CONTROL", fleet: true, json: true},
+	{args: "drop disk --control CONTROL", fleet: true, json: true},
+	{args: "status --control CONTROL", fleet: true, json: true},
+	{args: "export disk OUT --control CONTROL", fleet: true, quiet: true},
 	{args: "version", json: true},
 	{args: "man FOLDER", quiet: true},
 }

@@ -54,9 +54,14 @@ func (d *diskFlags) addPVs(f *pflag.FlagSet) {
 func (d *diskFlags) add(f *pflag.FlagSet) {
 	d.addRaw(f)
 	d.addPVs(f)
-	f.BoolVar(&d.follow, "follow-backing", false, "open the backing files that a qcow2 image names: relative names, below the image's folder")
 	f.StringVar(&d.backing, "backing-file", "", "open this file as the backing file of the qcow2 image, whatever the image names")
 	f.StringVar(&d.data, "data-file", "", "open this file as the external data file of the qcow2 image")
+	d.addRemote(f)
+}
+
+// addRemote adds the flags that are about any number of disks: what images name, and NBD servers.
+func (d *diskFlags) addRemote(f *pflag.FlagSet) {
+	f.BoolVar(&d.follow, "follow-backing", false, "open the backing files that a qcow2 image names: relative names, below the image's folder")
 	f.DurationVar(&d.reconnect, "reconnect", 0, "of an NBD URI: try for this long to replace a lost connection, e.g. 30s (default: the loss is an error)")
 	f.StringVar(&d.certificates, "nbd-certificates", "", "of an nbds URI: folder with ca-cert.pem and, if the server requires a certificate, client-cert.pem and client-key.pem")
 }

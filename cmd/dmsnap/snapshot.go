@@ -52,12 +52,11 @@ current content of the origin, and every later write to the origin is first pres
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&control, "control", "", "control socket of the server")
+	addControl(c, &control)
 	f.BoolVar(&create, "create", false, "create the COW file, or the store on it, if missing")
 	f.BoolVar(&force, "force", false, "create the store over existing content, and attach a store of a longer disk")
 	f.Var(&chunkSize, "chunk-size", "chunk size of a created store (default 4KiB)")
 	f.Var(&kind, "store", "P, PO (a full COW refuses writes and the snapshot stays valid) or N (in memory)")
 	f.BoolVar(&asJSON, "json", false, "print JSON")
-	c.MarkFlagRequired("control")
 	return c
 }

@@ -10,6 +10,12 @@ import (
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
+// TemporaryPrefix begins the names of nodes that are dropped temporaryIdle after their last client disconnected, whatever the
+// policy: programs make them to read what an element shows at a moment, and drop them unless they are killed.
+const TemporaryPrefix = "export."
+
+const temporaryIdle = time.Minute
+
 // A removal is a node or checkpoint that a policy does not keep.
 type removal struct {
 	name string
@@ -60,7 +66,11 @@ func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf fu
 			if e.Connections > 0 {
 				u.last = now
 			}
-			if idle := now.Sub(u.last); policy.IdleDrop > 0 && idle >= policy.IdleDrop {
+			most := policy.IdleDrop
+			if strings.HasPrefix(e.Name, TemporaryPrefix) {
+				most = temporaryIdle
+			}
+			if idle := now.Sub(u.last); most > 0 && idle >= most {
 				p.remove = append(p.remove, removal{e.Name, fmt.Sprintf("it had no clients for %v", idle.Round(time.Second))})
 			}
 			p.limits[e.Name] = nodeLimits{policy, fullness(policy, own[e.Name], disks[e.Disk], u)}

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"slices"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/dmsnap/dmsnap/server/api"
@@ -21,10 +24,13 @@ type policies struct {
 	uses    map[string]*use
 	failed  map[string]string // by removal: the error that was logged
 	limited bool              // some disk had a policy at the last step
+
+	temporary atomic.Bool // there may be a temporary node
 }
 
 func (p *policies) init() {
 	p.uses, p.failed = map[string]*use{}, map[string]string{}
+	p.temporary.Store(true) // those of before the start
 }
 
 func (p *policies) setDefaults(texts map[string]map[string]string) {
@@ -66,8 +72,12 @@ func (d *Daemon) setPolicy(ctx context.Context, q api.PolicyRequest) (api.Disk, 
 	return d.fleet.SetPolicy(ctx, q)
 }
 
-// reserveNode refuses a further node of a disk whose policy has a maximum, and holds back others until unlock.
-func (d *Daemon) reserveNode(name string) (unlock func(), err error) {
+// reserveNode refuses a further node of a disk whose policy has a maximum, and holds back others until unlock. Temporary nodes
+// don't count.
+func (d *Daemon) reserveNode(name, node string) (unlock func(), err error) {
+	if strings.HasPrefix(node, TemporaryPrefix) {
+		return func() {}, nil
+	}
 	disk, err := d.fleet.Disk(name)
 	if err != nil {
 		return nil, err
@@ -79,7 +89,7 @@ func (d *Daemon) reserveNode(name string) (unlock func(), err error) {
 	d.forks.Lock()
 	n := 0
 	for _, e := range d.fleet.Tree().Elements {
-		if e.Kind == api.KindNode && e.Disk == name {
+		if e.Kind == api.KindNode && e.Disk == name && !strings.HasPrefix(e.Name, TemporaryPrefix) {
 			n++
 		}
 	}
@@ -116,11 +126,16 @@ func (d *Daemon) step(ctx context.Context, now time.Time) {
 		byDisk[disk.Name], preserved[disk.Name] = d.policyOf(disk), disk.PreserveBytes
 		any = any || byDisk[disk.Name] != Policy{}
 	}
-	if !any && !d.policies.limited {
+	temporary := d.policies.temporary.Swap(false)
+	if !any && !d.policies.limited && !temporary {
 		return
 	}
 	d.policies.limited = any
-	p := makePlan(now, d.fleet.Tree(), preserved, func(disk string) Policy { return byDisk[disk] }, d.policies.uses)
+	tree := d.fleet.Tree()
+	if slices.ContainsFunc(tree.Elements, func(e api.Element) bool { return strings.HasPrefix(e.Name, TemporaryPrefix) }) {
+		d.policies.temporary.Store(true)
+	}
+	p := makePlan(now, tree, preserved, func(disk string) Policy { return byDisk[disk] }, d.policies.uses)
 	if d.opts.Limits != nil {
 		for _, name := range d.opts.Limits.set(p.limits) {
 			d.log.Event(slog.LevelWarn, fmt.Sprintf("%s: writes are refused: %s", name, p.limits[name].full), "quota reached", nil, slog.String("node", name))

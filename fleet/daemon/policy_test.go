@@ -134,6 +134,22 @@ func TestIdleDrop(t *testing.T) {
 	}
 }
 
+// What a killed program left to be read is dropped without a policy.
+func TestTemporaryNodes(t *testing.T) {
+	s := newFakeServer(t)
+	now := time.Now()
+	s.daemon.step(t.Context(), now)
+	if status, body := s.do(t, "POST", "/v1/fork", `{"from":"base","name":"export.1.2"}`); status != 200 {
+		t.Fatalf("status %d, %s", status, body)
+	}
+	for after, want := range []int{0, 0, 1} {
+		s.daemon.step(t.Context(), now.Add(time.Duration(after)*50*time.Second))
+		if len(s.fleet.dropped) != want {
+			t.Errorf("step %d: dropped %q", after, s.fleet.dropped)
+		}
+	}
+}
+
 func TestQuotas(t *testing.T) {
 	tree := api.Tree{Elements: []api.Element{
 		{Name: "base", Kind: api.KindDisk, Disk: "base"},

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"net/http"
+	"strings"
 	"time"
 
 	"github.com/dmsnap/dmsnap/server/api"
@@ -36,11 +37,14 @@ func (d *Daemon) fork(ctx context.Context, q api.ForkRequest) (any, error) {
 	if err != nil {
 		return nil, err
 	}
-	unlock, err := d.reserveNode(e.Disk)
+	unlock, err := d.reserveNode(e.Disk, q.Name)
 	if err != nil {
 		return nil, err
 	}
 	defer unlock()
+	if strings.HasPrefix(q.Name, TemporaryPrefix) {
+		defer d.policies.temporary.Store(true)
+	}
 	return d.fleet.Fork(ctx, q)
 }
 
@@ -49,7 +53,7 @@ func (d *Daemon) adopt(ctx context.Context, q api.AdoptRequest) (any, error) {
 	if q.COW, err = d.allowFile("cow", q.COW); err != nil {
 		return nil, err
 	}
-	unlock, err := d.reserveNode(q.Disk)
+	unlock, err := d.reserveNode(q.Disk, q.Node)
 	if err != nil {
 		return nil, err
 	}
