@@ -1,4 +1,5 @@
-// Package offline changes disks that are not served, by their names: it merges snapshots into their origins.
+// Package offline changes disks that are not served, by their names: it merges snapshots into their origins, and receives
+// streams.
 //
 //	res, err := offline.Merge(ctx, []string{"disk.img", "disk.cow"}, offline.MergeOptions{Undo: "before.cow"})
 //

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/stream"
 )
 
@@ -66,7 +67,7 @@ func TestReceive(t *testing.T) {
 	mustRun(t, "receive", s.path("delta"), s.path("copy.img"), "--undo", s.path("undo.cow"), "--verify-first")
 	s.wantCopy(t, s.new)
 	mustRun(t, "check", s.path("undo.cow"), "--origin", s.path("copy.img"))
-	var got receiveResult
+	var got offline.ReceiveResult
 	if err := json.Unmarshal([]byte(mustRun(t, "receive", s.path("delta"), s.path("copy.img"), "--json")), &got); err != nil {
 		t.Fatal(err)
 	}
