@@ -22,7 +22,11 @@ func halfMerged(t *testing.T, p pair, more ...string) {
 		m := launch(t, append([]string{"merge", p.origin, p.cow}, more...)...)
 		begun := func() bool {
 			s, err := merge.ReadSideFile(p.origin)
-			return err == nil && s != nil && s.COW() == p.cow
+			if err != nil || s == nil || s.COW() != p.cow {
+				return false
+			}
+			text, err := os.ReadFile(s.Path())
+			return err == nil && (len(more) == 0 || strings.Contains(string(text), `"undo"`)) // the undo store is noted a moment later
 		}
 		for end := time.Now().Add(30 * time.Second); !begun() && time.Now().Before(end) && syscall.Kill(m.Process.Pid, 0) == nil; {
 			time.Sleep(100 * time.Microsecond)
