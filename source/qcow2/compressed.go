@@ -18,10 +18,16 @@ import (
 // frame is decoded into the cluster, which is its own history.
 const maxWindow = 128 << 20
 
+// compressedAt returns where the data of a compressed cluster begins, by its L2 entry, and how many further sectors it has
+// behind the one with that byte (docs/spec/qcow2.md §5.4). bits is the log2 of the cluster size.
+func compressedAt(entry uint64, bits uint) (host, sectors int64) {
+	x := 62 - (bits - 8)
+	return int64(entry & (1<<x - 1)), int64(entry &^ (compressedFlag | copiedFlag) >> x)
+}
+
 // cluster returns the content of a compressed cluster. off is a byte of the disk, for errors.
 func (i *Image) cluster(entry uint64, off int64) ([]byte, error) {
-	x := 62 - (i.bits - 8)
-	host := int64(entry & (1<<x - 1))
+	host, sectors := compressedAt(entry, i.bits)
 	place := fmt.Sprintf("compressed cluster at byte %d of the disk, image byte %d", off&^(i.info.ClusterSize-1), host)
 	if host>>56 != 0 {
 		return nil, corrupt(place, "reserved bits are set in the L2 entry 0x%016x", entry)
@@ -29,7 +35,6 @@ func (i *Image) cluster(entry uint64, off int64) ([]byte, error) {
 	if host >= i.file.Size() {
 		return nil, corrupt(place, "the file ends at byte %d: is it truncated?", i.file.Size())
 	}
-	sectors := int64(entry &^ (compressedFlag | copiedFlag) >> x)
 	return i.clusters.get(int64(entry&^copiedFlag), func() ([]byte, error) {
 		in := make([]byte, (sectors+1)*block.SectorSize-host%block.SectorSize)
 		if n := min(int64(len(in)), i.file.Size()-host); n > 0 {

@@ -89,6 +89,9 @@ type Info struct {
 type header struct {
 	clusterBits     uint
 	l1              table
+	counts          table // the reference count table
+	countOrder      uint  // log2 of the bits of a reference count
+	encryption      byteRange
 	snapshotsOffset int64
 	bitmaps         bitmapsExtension
 	rawData         bool
@@ -99,6 +102,9 @@ type table struct {
 	offset  int64 // bytes
 	entries int64
 }
+
+// A byteRange is a run of bytes of the file, as found.
+type byteRange struct{ offset, bytes int64 }
 
 // ErrEncrypted reports an image whose content is encrypted.
 var ErrEncrypted = errors.New("the image is encrypted")
@@ -151,6 +157,7 @@ func parseHeader(b []byte) (*Info, error) {
 	h := &i.header
 	h.clusterBits = uint(be.Uint32(b[20:]))
 	length := uint32(v2HeaderBytes)
+	h.countOrder = 4
 	var incompat, compat, autoclear uint64
 	if i.Version == 3 {
 		length = be.Uint32(b[100:])
@@ -158,9 +165,11 @@ func parseHeader(b []byte) (*Info, error) {
 			return nil, corrupt("header, byte 100", "header_length is %d", length)
 		}
 		incompat, compat, autoclear = be.Uint64(b[72:]), be.Uint64(b[80:]), be.Uint64(b[88:])
-		if order := be.Uint32(b[96:]); order > 6 {
+		order := be.Uint32(b[96:])
+		if order > 6 {
 			return nil, corrupt("header, byte 96", "refcount_order is %d, not 0 to 6", order)
 		}
+		h.countOrder = uint(order)
 	}
 	if err := i.tables(b); err != nil {
 		return nil, err
@@ -201,8 +210,11 @@ func parseHeader(b []byte) (*Info, error) {
 	default:
 		return nil, fmt.Errorf("header, byte 32: encryption method %d: %w", crypt, ErrUnsupportedFeature)
 	}
-	if e.encryption && i.Encryption != "LUKS" {
+	if e.encryption != nil && i.Encryption != "LUKS" {
 		return nil, corrupt("header extensions", "an encryption header in an image without LUKS")
+	}
+	if len(e.encryption) >= 16 {
+		h.encryption = byteRange{int64(be.Uint64(e.encryption)), int64(be.Uint64(e.encryption[8:]))}
 	}
 	if err := i.backing(b, e); err != nil {
 		return nil, err
@@ -237,6 +249,7 @@ func (i *Info) tables(b []byte) error {
 	if refBytes > maxRefTable || refBytes == 0 {
 		return corrupt("header, byte 56", "a reference count table of %d bytes", refBytes)
 	}
+	h.counts = table{refOffset, refBytes / 8}
 	h.snapshotsOffset = int64(be.Uint64(b[64:]))
 	n := be.Uint32(b[60:])
 	if n > maxSnapshots {
@@ -262,11 +275,14 @@ func (i *Info) tables(b []byte) error {
 // backing takes the name of the backing file over.
 func (i *Info) backing(b []byte, e extensions) error {
 	offset, length := binary.BigEndian.Uint64(b[8:]), binary.BigEndian.Uint32(b[16:])
-	if offset == 0 || length == 0 {
+	if offset == 0 {
 		return nil
 	}
-	if length > maxName || offset > uint64(len(b)) || uint64(length) > uint64(len(b))-offset {
+	if offset > uint64(len(b)) || length > maxName || uint64(length) > uint64(len(b))-offset {
 		return corrupt("header, byte 8", "a backing file name of %d bytes at byte %d", length, offset)
+	}
+	if length == 0 {
+		return nil
 	}
 	i.Backing, i.BackingFormat = string(b[offset:][:length]), e.backingFormat
 	if strings.ContainsRune(i.Backing, 0) {
@@ -283,7 +299,7 @@ type extensions struct {
 	backingFormat, dataFile string
 	features                []byte
 	bitmaps                 []byte // nil: absent
-	encryption              bool
+	encryption              []byte // nil: absent
 }
 
 // parseExtensions parses the extensions of the first cluster b, which begin at byte at.
@@ -296,11 +312,11 @@ func parseExtensions(b []byte, at int64) (e extensions, err error) {
 	for end-at >= 8 {
 		kind, length := binary.BigEndian.Uint32(b[at:]), int64(binary.BigEndian.Uint32(b[at+4:]))
 		place := fmt.Sprintf("header extension 0x%08x, byte %d", kind, at)
-		if kind == extEnd {
-			break
-		}
 		if length > end-at-8 {
 			return e, corrupt(place, "%d bytes do not fit in the header", length)
+		}
+		if kind == extEnd {
+			break
 		}
 		data := b[at+8:][:length]
 		switch kind {
@@ -324,7 +340,7 @@ func parseExtensions(b []byte, at int64) (e extensions, err error) {
 		case extBitmaps:
 			e.bitmaps = data
 		case extEncryption:
-			e.encryption = true
+			e.encryption = data
 		}
 		seen[kind] = true
 		at += 8 + (length+7)&^7

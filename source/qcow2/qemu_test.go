@@ -43,7 +43,7 @@ func (r *random) image(size int64) string {
 	for size>>(2*bits-3) > 1<<16 {
 		bits++
 	}
-	options := []string{fmt.Sprintf("cluster_size=%d", 1<<bits)}
+	options, countBits := []string{fmt.Sprintf("cluster_size=%d", 1<<bits)}, 16
 	v2, external, zstdToo := r.IntN(5) == 0, r.IntN(4) == 0 && len(r.made) == 0, false
 	if v2 {
 		options, external = append(options, "compat=0.10"), false
@@ -55,7 +55,8 @@ func (r *random) image(size int64) string {
 			options = append(options, "compression_type=zstd")
 		}
 		if !external {
-			options = append(options, fmt.Sprintf("refcount_bits=%d", 1<<r.IntN(7)))
+			countBits = 1 << r.IntN(7)
+			options = append(options, fmt.Sprintf("refcount_bits=%d", countBits))
 		}
 		if r.IntN(5) == 0 {
 			options = append(options, "lazy_refcounts=on")
@@ -77,7 +78,8 @@ func (r *random) image(size int64) string {
 	}
 	run(r.t, "qemu-img", append(args, path, fmt.Sprint(size))...)
 	r.write(path, size, 1<<bits, !external)
-	if r.IntN(4) == 0 && !external && !strings.Contains(args[5], "refcount_bits=1,") && !strings.HasSuffix(args[5], "refcount_bits=1") {
+	// A snapshot doubles the counts of clusters that compressed ones share.
+	if r.IntN(4) == 0 && !external && countBits >= 8 {
 		run(r.t, "qemu-img", "snapshot", "-c", "one", path)
 		r.write(path, size, 1<<bits, true)
 	}
@@ -139,11 +141,14 @@ func (r *random) noise(n int) string {
 	return path
 }
 
-// rawOf returns the content of an image by qemu-img.
+// rawOf returns the content of an image by qemu-img; nil where that can't read it.
 func rawOf(t testing.TB, path string) []byte {
 	t.Helper()
 	out := filepath.Join(t.TempDir(), "raw")
-	run(t, "qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, out)
+	if said, err := exec.Command("qemu-img", "convert", "-f", "qcow2", "-O", "raw", path, out).CombinedOutput(); err != nil {
+		t.Logf("qemu-img convert: %s", said)
+		return nil
+	}
 	b, err := os.ReadFile(out)
 	if err != nil {
 		t.Fatal(err)
@@ -157,6 +162,7 @@ func TestInteropRandomImages(t *testing.T) {
 		t.Skip("long")
 	}
 	need(t, "qemu-img", "qemu-io")
+	damaged := 0
 	for seed := range seeds() {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			r := newRandom(t, seed)
@@ -196,6 +202,13 @@ func TestInteropRandomImages(t *testing.T) {
 				t.Fatalf("%v\n%s", err, strings.Join(about, "\n"))
 			}
 			defer f.Close()
+			if want == nil { // qemu-io 7.2 can damage an image with subclusters, compressed clusters and a snapshot: seed 43
+				damaged++
+				if _, err := f.ReadAt(make([]byte, f.Size()), 0); err == nil {
+					t.Error("it was read, and qemu-img does not")
+				}
+				return
+			}
 			if f.Size() != int64(len(want)) {
 				t.Fatalf("size %d, want %d", f.Size(), len(want))
 			}
@@ -210,6 +223,9 @@ func TestInteropRandomImages(t *testing.T) {
 				t.Log(strings.Join(about, "\n"))
 			}
 		})
+	}
+	if damaged > 2 {
+		t.Errorf("qemu-img does not read %d images", damaged)
 	}
 }
 

@@ -24,25 +24,30 @@ type Snapshot struct {
 // Snapshots lists the internal snapshots of the image in file, whose header is info. What could be read before an error
 // is returned with it.
 func Snapshots(file block.Device, info *Info) ([]Snapshot, error) {
-	var all []Snapshot
+	all, _, err := readSnapshots(file, info)
+	return all, err
+}
+
+// readSnapshots is Snapshots, and returns how many bytes the table has.
+func readSnapshots(file block.Device, info *Info) (all []Snapshot, length int64, err error) {
 	be := binary.BigEndian
 	at, start := info.header.snapshotsOffset, info.header.snapshotsOffset
 	for n := range info.Snapshots {
 		place := fmt.Sprintf("snapshot %d, image byte %d", n, at)
 		if at-start > maxListBytes {
-			return all, corrupt(place, "the snapshot table is longer than %d bytes", maxListBytes)
+			return all, at - start, corrupt(place, "the snapshot table is longer than %d bytes", maxListBytes)
 		}
 		var b [40]byte
 		if err := readInside(file, b[:], at, place); err != nil {
-			return all, err
+			return all, at - start, err
 		}
 		idBytes, nameBytes, extraBytes := int64(be.Uint16(b[12:])), int64(be.Uint16(b[14:])), int64(be.Uint32(b[36:]))
 		if extraBytes > 64<<10 {
-			return all, corrupt(place, "%d bytes of extra data", extraBytes)
+			return all, at - start, corrupt(place, "%d bytes of extra data", extraBytes)
 		}
 		rest := make([]byte, extraBytes+idBytes+nameBytes)
 		if err := readInside(file, rest, at+40, place); err != nil {
-			return all, err
+			return all, at - start, err
 		}
 		s := Snapshot{
 			ID: string(rest[extraBytes:][:idBytes]), Name: string(rest[extraBytes+idBytes:]),
@@ -56,14 +61,14 @@ func Snapshots(file block.Device, info *Info) ([]Snapshot, error) {
 		if extraBytes >= 16 {
 			size := be.Uint64(rest[8:])
 			if size >= 1<<63 {
-				return all, corrupt(place, "a disk of %d bytes", size)
+				return all, at - start, corrupt(place, "a disk of %d bytes", size)
 			}
 			s.Size = int64(size) &^ (block.SectorSize - 1)
 		}
 		all = append(all, s)
 		at += (40 + int64(len(rest)) + 7) &^ 7
 	}
-	return all, nil
+	return all, at - start, nil
 }
 
 // Snapshots lists the internal snapshots; see the function of that name.
@@ -94,6 +99,8 @@ type Bitmap struct {
 	Granularity int64 // bytes of the disk that a bit stands for
 	InUse       bool  // a program had it open when it died: its content is wrong
 	Auto        bool  // it records writes
+
+	table table
 }
 
 // bitmapsExtension is where the bitmap directory is.
@@ -149,7 +156,8 @@ func Bitmaps(file block.Device, info *Info) (all []Bitmap, consistent bool, err 
 			return all, x.consistent, err
 		}
 		flags := be.Uint32(b[12:])
-		all = append(all, Bitmap{string(name), 1 << b[17], flags&1 != 0, flags&2 != 0})
+		t := table{int64(be.Uint64(b[:])), int64(be.Uint32(b[8:]))}
+		all = append(all, Bitmap{string(name), 1 << b[17], flags&1 != 0, flags&2 != 0, t})
 		at += (24 + extra + nameBytes + 7) &^ 7
 	}
 	return all, x.consistent, nil
