@@ -89,7 +89,7 @@ func Look(ctx context.Context, path string, dev block.Device) (*Disk, error) {
 		d.Beside = storesBeside(path, dev.Size())
 	}
 	if c.Name == "qcow2" {
-		d.QCOW2 = lookAtImage(dev)
+		d.QCOW2 = lookAtImage(ctx, dev)
 	}
 	d.Merging = mergeInto(path)
 	return d, nil

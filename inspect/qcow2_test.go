@@ -1,6 +1,7 @@
 package inspect_test
 
 import (
+	"os"
 	"os/exec"
 	"path/filepath"
 	"testing"
@@ -42,19 +43,59 @@ func TestQCOW2(t *testing.T) {
 		len(q.Snapshots) != 0 || len(q.Bitmaps) != 2 {
 		t.Fatalf("%+v", q)
 	}
-	if b := q.Bitmaps; b[0].Name != "backup" || b[0].Granularity != 64<<10 || b[1].Name != "second" || b[1].Granularity != 512 || b[0].InUse {
+	if b := q.Bitmaps; b[0].DirtyBytes == nil || *b[0].DirtyBytes != 0 || b[0].Stale || b[0].Name != "backup" || b[0].Granularity != 64<<10 || b[1].Name != "second" || b[1].Granularity != 512 || b[0].InUse {
 		t.Errorf("%+v", b)
 	}
 	alone := filepath.Join(t.TempDir(), "alone.qcow2")
 	for _, args := range [][]string{
-		{"create", "-q", "-f", "qcow2", alone, "1M"}, {"snapshot", "-c", "monday", alone}, {"resize", "-q", alone, "2M"}, {"snapshot", "-c", "tuesday", alone},
+		{"img", "create", "-q", "-f", "qcow2", alone, "1M"}, {"img", "snapshot", "-c", "monday", alone}, {"img", "resize", "-q", alone, "2M"},
+		{"img", "snapshot", "-c", "tuesday", alone}, {"img", "bitmap", "--add", alone, "backup"},
+		{"io", "-f", "qcow2", "-c", "write 100k 10k", "-c", "write 400k 4k", alone},
 	} {
-		if out, err := exec.Command("qemu-img", args...).CombinedOutput(); err != nil {
+		if out, err := exec.Command("qemu-"+args[0], args[1:]...).CombinedOutput(); err != nil {
 			t.Fatalf("%q: %v, %s", args, err, out)
 		}
 	}
-	s := look(alone).Snapshots
+	q = look(alone)
+	if b := q.Bitmaps; len(b) != 1 || b[0].DirtyBytes == nil || *b[0].DirtyBytes != 128<<10 {
+		t.Errorf("%+v", b)
+	}
+	s := q.Snapshots
 	if len(s) != 2 || s[0].ID != "1" || s[0].Name != "monday" || s[0].SizeBytes != 1<<20 || s[1].Name != "tuesday" || s[1].SizeBytes != 2<<20 || s[0].Time.IsZero() {
 		t.Errorf("%+v", s)
 	}
+	if c := checkOf(t, q, alone); !c.Sound() || len(c.Problems) != 0 {
+		t.Errorf("%+v", c)
+	}
+	f, err := os.OpenFile(alone, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if _, err := f.WriteAt([]byte{0, 0}, 2<<16); err != nil { // the reference count of the header
+		t.Fatal(err)
+	}
+	if c := checkOf(t, q, alone); c.Sound() || c.Errors != 1 || len(c.Problems) != 1 {
+		t.Errorf("%+v", c)
+	}
+	if _, err := f.WriteAt([]byte{1}, 1<<16+7); err != nil { // the first block of counts is nowhere
+		t.Fatal(err)
+	}
+	if c := checkOf(t, q, alone); c.Sound() {
+		t.Errorf("%+v", c)
+	}
+}
+
+// checkOf checks the image at path.
+func checkOf(t *testing.T, q *inspect.QCOW2, path string) *inspect.QCOW2Check {
+	t.Helper()
+	f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockShared})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := q.CheckImage(t.Context(), f); err != nil {
+		t.Fatal(err)
+	}
+	return q.Check
 }

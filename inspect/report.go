@@ -68,7 +68,9 @@ func printableDetails(found []image.Detail) []Detail {
 
 // Options say how disks are examined.
 type Options struct {
-	PVs     []string          // further disks with physical volumes, for addresses
+	// Source says what is opened to read the disks, and further ones with physical volumes; ReadOnly, Lock and Raw are set by Disks.
+	Source  source.Options
+	Check   bool              // check the reference counts and tables of qcow2 images
 	Command func(Step) string // spells an action as a command; nil: commands are empty
 }
 
@@ -78,10 +80,13 @@ func Disks(ctx context.Context, names []string, o Options) (*Report, error) {
 	var disks []Image
 	var place []int // of each of them in all
 	var notes []string
+	open := o.Source
+	open.ReadOnly, open.Lock = true, block.LockShared
 	for _, name := range names {
 		// Of a whole disk the bytes themselves are looked at.
 		whole := source.Path(name) == name
-		dev, err := source.Open(name, source.Options{ReadOnly: true, Lock: block.LockShared, Raw: whole, PVs: o.PVs})
+		open.Raw = whole
+		dev, err := source.Open(name, open)
 		if err != nil {
 			return nil, block.WithPath(name, err)
 		}
@@ -92,7 +97,13 @@ func Disks(ctx context.Context, names []string, o Options) (*Report, error) {
 		}
 		inside := dev // the disk in an image
 		if whole && look.Kind == source.QCOW2 {
-			if inside, err = source.Open(name, source.Options{ReadOnly: true, Lock: block.LockShared}); err != nil {
+			if o.Check {
+				if err := look.QCOW2.CheckImage(ctx, dev); err != nil {
+					return nil, block.WithPath(name, err)
+				}
+			}
+			open.Raw = false
+			if inside, err = source.Open(name, open); err != nil {
 				notes = append(notes, fmt.Sprintf("what is in the image is not listed: %v", err))
 			} else {
 				defer inside.Close()
@@ -117,6 +128,16 @@ func Disks(ctx context.Context, names []string, o Options) (*Report, error) {
 		}
 	}
 	return &Report{all, parts.Groups, append(parts.Warnings, notes...)}, nil
+}
+
+// Sound reports whether no check found a problem.
+func (r *Report) Sound() bool {
+	for _, i := range r.Images {
+		if i.QCOW2 != nil && i.QCOW2.Check != nil && !i.QCOW2.Check.Sound() {
+			return false
+		}
+	}
+	return true
 }
 
 // Known reports whether the kind of every disk is known.

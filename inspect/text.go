@@ -6,7 +6,6 @@ import (
 	"io"
 	"strings"
 	"text/tabwriter"
-	"time"
 
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/image"
@@ -79,24 +78,6 @@ func (p TextWriter) inspection(t io.Writer, i *Inspection) {
 			head = "next"
 		}
 		fmt.Fprintf(t, "  %s\t%s\n  \t    %s\n", head, step.Why, step.Command)
-	}
-}
-
-func printQCOW2(t io.Writer, q *QCOW2) {
-	if q.ClusterSize > 0 {
-		fmt.Fprintf(t, "  clusters\t%s, %s\n", bytesize.Text(q.ClusterSize), q.Compression)
-	}
-	if q.DataFile != "" {
-		fmt.Fprintf(t, "  data file\t%s\n", text.Name(q.DataFile))
-	}
-	for _, s := range q.Snapshots {
-		fmt.Fprintf(t, "  internal snapshot\t%s %s, %s, %s\n", text.Name(s.ID), text.Name(s.Name), bytesize.Text(s.SizeBytes), s.Time.Format(time.RFC3339))
-	}
-	for _, b := range q.Bitmaps {
-		fmt.Fprintf(t, "  bitmap\t%s, a bit for %s\n", text.Name(b.Name), bytesize.Text(b.Granularity))
-	}
-	if q.Error != "" {
-		fmt.Fprintf(t, "  error\t%s\n", text.Name(q.Error))
 	}
 }
 

@@ -71,6 +71,9 @@ type Options struct {
 	SysFS string
 
 	NBD NBDOptions
+
+	// Warn, where it is not nil, is called with what must be known of a disk that is opened. It names the disk.
+	Warn func(text string)
 }
 
 // NBDOptions say how NBD exports are opened.
@@ -334,6 +337,9 @@ func (d *Disk) openWhole(path string, o Options) (block.Device, error) {
 	}
 	d.closers = append(d.closers, img)
 	d.files = append(d.files, img.Files()...)
+	if img.Info().Corrupt && o.Warn != nil {
+		o.Warn(fmt.Sprintf("%s: %v: a program found its tables damaged; what is read may be wrong", path, qcow2.ErrMarkedCorrupt))
+	}
 	return img, nil
 }
 

@@ -5,12 +5,13 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/text"
 )
 
 func newInspect() *cobra.Command {
-	var asJSON bool
+	var asJSON, check bool
 	var disk diskFlags
 	c := &cobra.Command{
 		Use:   "inspect PATH...",
@@ -25,17 +26,25 @@ brackets are parts of others. A group that is on several disks needs all of them
 
 PATH may be an address: DISK#p2 shows what is in partition 2.
 
+Of a qcow2 image, list the names of further files, internal snapshots, bitmaps and what is in its disk; with --check,
+check the reference counts and tables of the image, as qemu-img check does.
+
 Nothing is written. Files in use are read, too.
 
-Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
+Exit status: 0 the format is known, 1 it is unknown or --check found a problem, 2 trouble.`,
 		Example: `  dmsnap inspect disk.cow
   dmsnap inspect --json disk.img
-  dmsnap inspect vm.img`,
+  dmsnap inspect vm.img
+  dmsnap inspect --check disk.qcow2`,
 		Args: cobra.MinimumNArgs(1),
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
-			r, err := inspect.Disks(ctx, args, inspect.Options{PVs: disk.pvs, Command: commandOf})
+			opts, err := disk.options(block.Options{})
+			if err != nil {
+				return err
+			}
+			r, err := inspect.Disks(ctx, args, inspect.Options{Source: opts, Check: check, Command: commandOf})
 			if err != nil {
 				return advise(err)
 			}
@@ -44,14 +53,15 @@ Exit status: 0 the format is known, 1 it is unknown, 2 trouble.`,
 			} else {
 				err = textTo(c).Report(r)
 			}
-			if err == nil && !r.Known() {
+			if err == nil && (!r.Known() || !r.Sound()) {
 				err = errNo
 			}
 			return err
 		},
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
-	disk.addPVs(c.Flags())
+	c.Flags().BoolVar(&check, "check", false, "check reference counts and tables of qcow2 images")
+	disk.addOpening(c.Flags())
 	return c
 }
 

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -53,6 +54,11 @@ func (d *diskFlags) addPVs(f *pflag.FlagSet) {
 // add adds all flags.
 func (d *diskFlags) add(f *pflag.FlagSet) {
 	d.addRaw(f)
+	d.addOpening(f)
+}
+
+// addOpening adds those that say what is opened to read a disk.
+func (d *diskFlags) addOpening(f *pflag.FlagSet) {
 	d.addPVs(f)
 	f.StringVar(&d.backing, "backing-file", "", "open this file as the backing file of the qcow2 image, whatever the image names")
 	f.StringVar(&d.data, "data-file", "", "open this file as the external data file of the qcow2 image")
@@ -69,7 +75,8 @@ func (d *diskFlags) addRemote(f *pflag.FlagSet) {
 // options are those of package source.
 func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
-		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect}}
+		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect},
+		Warn: func(text string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", text) }}
 	var err error
 	if d.certificates != "" {
 		s.NBD.TLS, err = source.LoadTLS(d.certificates)

@@ -2,6 +2,8 @@ package main
 
 import (
 	"bytes"
+	"encoding/binary"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"strings"
@@ -12,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -247,4 +250,40 @@ func TestQcow2ExportKilled(t *testing.T) {
 	}
 	t.Logf("%d cut short, %d complete", cut, whole)
 	formatIn(t, cow)
+}
+
+// TestInspectCheck: inspect --check answers by its exit status, and an image that is marked corrupt is read with a warning.
+func TestInspectCheck(t *testing.T) {
+	dir := t.TempDir()
+	path, out := filepath.Join(dir, "disk.qcow2"), filepath.Join(dir, "out")
+	content := bytes.Repeat([]byte("checked "), 40<<10)
+	imageOf(t, path, content)
+	if text := mustRun(t, "inspect", "--check", path); !strings.Contains(text, "check     no problem\n") {
+		t.Errorf("%s", text)
+	}
+	good := readFile(t, path)
+	counts := binary.BigEndian.Uint64(good[48:])
+	if err := patchFile(path, int64(counts)+1, 0xff); err != nil { // the counts are nowhere
+		t.Fatal(err)
+	}
+	o := dmsnap("inspect", "--check", "--json", path)
+	var i inspect.Single
+	if err := json.Unmarshal([]byte(o.out), &i); err != nil || o.status != exitNo || i.QCOW2.Check.Errors == 0 || len(i.QCOW2.Check.Problems) == 0 {
+		t.Errorf("%v, %+v", err, o)
+	}
+	if o := dmsnap("inspect", "--check", path); o.status != exitNo || !strings.Contains(o.out, "the reference count is 0, and there are 1 references") {
+		t.Errorf("%+v", o)
+	}
+	mustRun(t, "inspect", path)
+	if err := patchFile(path, 79, 2); err != nil {
+		t.Fatal(err)
+	}
+	if text := mustRun(t, "inspect", path); !strings.Contains(text, "  corrupt   ") {
+		t.Errorf("%s", text)
+	}
+	s := launch(t, "export", path, out)
+	if status := s.end(t); status != exitDone || !strings.Contains(s.stderr.String(), "warning: "+path+": the image is marked corrupt") {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
+	wantContent(t, out, content)
 }
