@@ -46,6 +46,9 @@ func exampleFolder(t *testing.T, v *cobra.Command) string {
 	if strings.Contains(v.Example, "vm.img") {
 		writeLVMImage(t, filepath.Join(dir, "vm.img"))
 	}
+	if strings.Contains(v.Example, " disk.qcow2") {
+		mustRun(t, "export", filepath.Join(dir, "disk.img"), filepath.Join(dir, "disk.cow"), filepath.Join(dir, "disk.qcow2"), "--format", "qcow2")
+	}
 	if err := os.Symlink(program(t), filepath.Join(dir, "dmsnap")); err != nil {
 		t.Fatal(err)
 	}
