@@ -14,6 +14,7 @@
 //   - An fsync covers every write, to whichever file descriptor of the export, that returned before it. A failed one is EIO.
 //   - What is waiting for room (block.RetryLater) waits until there is some, or the process that asked gets a signal.
 //   - When Remove or Close has returned, nothing uses the device any more. Descriptors that are still open get ENODEV.
+//   - Unmount, of this or another process, ends a mount in order. So does umount(8).
 //   - When the process is killed, what was made durable is there, and nothing hangs: open files answer ENOTCONN. Mount
 //     removes a mount that such a process left.
 //
@@ -55,6 +56,11 @@ type Options struct {
 	Owner *Owner
 	Mode  os.FileMode
 
+	// Cache has the kernel cache what is read and written, and writes still go to the device at once. Changed must be called for
+	// every change of a device other than by its file. Without it requests go past the page cache, except those of a loop device:
+	// that has a cache of its own, which knows nothing of changes either way.
+	Cache bool
+
 	// Log receives one line for each failed request. It may be called concurrently.
 	Log func(line string)
 
@@ -70,6 +76,10 @@ type Server struct {
 	dir  string
 	opts Options
 	fs   *gofuse.Server
+
+	root *folder
+
+	ended chan struct{} // closed when nothing is mounted any more
 
 	mu      sync.Mutex
 	exports map[string]*export
@@ -95,10 +105,11 @@ func Mount(dir string, o Options) (*Server, error) {
 	if o.Mode == 0 {
 		o.Mode = 0o600
 	}
-	s := &Server{dir: dir, opts: o, exports: map[string]*export{}, inodes: 1}
+	s := &Server{dir: dir, opts: o, ended: make(chan struct{}), exports: map[string]*export{}, inodes: 1}
 	none := new(time.Duration) // names and sizes are asked for each time: exports come and go
 	silent := log.New(io.Discard, "", 0)
-	s.fs, err = fs.Mount(dir, &folder{s: s}, &fs.Options{
+	s.root = &folder{s: s}
+	s.fs, err = fs.Mount(dir, s.root, &fs.Options{
 		EntryTimeout: none, AttrTimeout: none, Logger: silent,
 		MountOptions: gofuse.MountOptions{
 			FsName: "dmsnap", Name: "dmsnap", AllowOther: o.AllowOther, Options: []string{"default_permissions"},
@@ -108,6 +119,10 @@ func Mount(dir string, o Options) (*Server, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
 	}
+	go func() {
+		s.fs.Wait()
+		close(s.ended)
+	}()
 	return s, nil
 }
 
@@ -126,7 +141,7 @@ func detach(dir string) error {
 	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
-	return fusermount(dir)
+	return fusermount(dir, true)
 }
 
 // Add shows a device as a file called name from now on. readOnly: changes fail, whatever the device can do.
@@ -141,8 +156,24 @@ func (s *Server) Add(name string, dev block.Device, readOnly bool) error {
 	}
 	s.inodes++
 	gone, stop := context.WithCancel(context.Background())
-	s.exports[name] = &export{name: name, dev: dev, readOnly: readOnly, ino: s.inodes, gone: gone, stop: stop}
+	x := &export{name: name, dev: dev, readOnly: readOnly, ino: s.inodes, gone: gone, stop: stop}
+	x.inode = s.root.NewPersistentInode(gone, &file{s: s, x: x}, fs.StableAttr{Mode: syscall.S_IFREG, Ino: x.ino})
+	s.exports[name] = x
 	return nil
+}
+
+// Cached reports whether the kernel caches the content of the files.
+func (s *Server) Cached() bool { return s.opts.Cache }
+
+// Changed drops what the kernel has cached of n bytes at off of a file; n 0: to the end. It waits for the requests to those
+// bytes, and so must not be called by one of them.
+func (s *Server) Changed(name string, off, n int64) {
+	s.mu.Lock()
+	x := s.exports[name]
+	s.mu.Unlock()
+	if x != nil && s.opts.Cache {
+		x.inode.NotifyContent(off, n) // an error: the kernel does not know the file
+	}
 }
 
 // Path returns the path of an export's file, whether it exists or not.
@@ -158,7 +189,12 @@ func (s *Server) Remove(ctx context.Context, name string) error {
 	if x == nil {
 		return fmt.Errorf("fuse: there is no export %q", name)
 	}
-	return x.end(ctx)
+	err := x.end(ctx)
+	if s.opts.Cache {
+		x.inode.NotifyContent(0, 0)
+	}
+	x.inode.ForgetPersistent()
+	return err
 }
 
 // Close removes all exports and the mount, also while files are open or the folder is in use. What was written and not
@@ -177,11 +213,20 @@ func (s *Server) Close() error {
 			}
 		}
 	}
+	select {
+	case <-s.ended: // unmounted by somebody else; what is mounted there now is not ours
+		return all
+	default:
+	}
 	if err := s.fs.Unmount(); err != nil { // it is in use
 		return errors.Join(all, detach(s.dir))
 	}
 	return all
 }
+
+// Ended is closed when the folder is no longer mounted, and nothing in it is in use: after Close, or when somebody else has
+// unmounted it.
+func (s *Server) Ended() <-chan struct{} { return s.ended }
 
 // An export is a device that is shown.
 type export struct {
@@ -189,9 +234,10 @@ type export struct {
 	dev      block.Device
 	readOnly bool
 
-	ino  uint64
-	gone context.Context // ends with the export: what waits fails
-	stop context.CancelFunc
+	ino   uint64
+	inode *fs.Inode       // kept until the export ends
+	gone  context.Context // ends with the export: what waits fails
+	stop  context.CancelFunc
 
 	mu sync.RWMutex // held for reading by requests, and for writing for good at the end
 }

@@ -22,6 +22,9 @@ type folder struct {
 	s *Server
 }
 
+// processInode is the inode number of processFile.
+const processInode = 1 << 62
+
 // A file is an export as it was when its name was looked up.
 type file struct {
 	fs.Inode
@@ -61,15 +64,19 @@ func (d *folder) Getattr(_ context.Context, _ fs.FileHandle, out *gofuse.AttrOut
 }
 
 func (d *folder) Lookup(ctx context.Context, name string, out *gofuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	if name == processFile {
+		f := &fs.MemRegularFile{Data: fmt.Appendln(nil, os.Getpid()), Attr: gofuse.Attr{Mode: syscall.S_IFREG | 0o444}}
+		out.Mode, out.Size, out.Ino = f.Attr.Mode, uint64(len(f.Data)), processInode
+		return d.NewInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG, Ino: processInode}), 0
+	}
 	d.s.mu.Lock()
 	x := d.s.exports[name]
 	d.s.mu.Unlock()
 	if x == nil {
 		return nil, syscall.ENOENT
 	}
-	f := &file{s: d.s, x: x}
-	f.attr(&out.Attr)
-	return d.NewInode(ctx, f, fs.StableAttr{Mode: syscall.S_IFREG, Ino: x.ino}), 0
+	x.inode.Operations().(*file).attr(&out.Attr)
+	return x.inode, 0
 }
 
 func (d *folder) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
@@ -119,6 +126,9 @@ func (f *file) Setattr(_ context.Context, _ fs.FileHandle, in *gofuse.SetAttrIn,
 func (f *file) Open(_ context.Context, flags uint32) (fs.FileHandle, uint32, syscall.Errno) {
 	if f.x.readOnly && flags&syscall.O_ACCMODE != syscall.O_RDONLY {
 		return nil, 0, syscall.EROFS
+	}
+	if f.s.opts.Cache {
+		return nil, gofuse.FOPEN_KEEP_CACHE, 0
 	}
 	return nil, gofuse.FOPEN_DIRECT_IO, 0
 }
@@ -231,10 +241,19 @@ func (f *file) Lseek(ctx context.Context, _ fs.FileHandle, off uint64, whence ui
 	return uint64(at), 0 // the end is a hole
 }
 
-// fusermount detaches a mount without root.
-func fusermount(dir string) error {
-	out, err := exec.Command("fusermount3", "-u", "-z", dir).CombinedOutput()
-	if err != nil {
+// fusermount ends a mount without root, or takes it out of the tree of files.
+func fusermount(dir string, lazy bool) error {
+	args := []string{"-u", dir}
+	if lazy {
+		args = []string{"-u", "-z", dir}
+	}
+	c := exec.Command("fusermount3", args...)
+	c.Env = append(os.Environ(), "LC_ALL=C")
+	out, err := c.CombinedOutput()
+	switch {
+	case err != nil && bytes.Contains(out, []byte("busy")):
+		return syscall.EBUSY
+	case err != nil:
 		return fmt.Errorf("unmount %s: %w: %s", dir, err, bytes.TrimSpace(out))
 	}
 	return nil

@@ -21,6 +21,10 @@ type Files interface {
 func (s *Server) addExport(e nbd.Export) error {
 	served, observed := s.observe(e.Name, e.Device)
 	e.Device = served
+	file := served
+	if c := s.cacher(); c != nil {
+		e.Device, file = s.withCache(c, e.Name, served)
+	}
 	added := []func(context.Context, string) error{s.nbd.Remove}
 	err := s.nbd.Add(e)
 	if err == nil && s.vhost != nil {
@@ -29,7 +33,7 @@ func (s *Server) addExport(e nbd.Export) error {
 	}
 	if err == nil && s.opts.Files != nil {
 		added = append(added, s.opts.Files.Remove)
-		err = s.opts.Files.Add(e.Name, e.Device, e.ReadOnly)
+		err = s.opts.Files.Add(e.Name, file, e.ReadOnly)
 	}
 	if err != nil { // the last one has not got it
 		for _, remove := range added[:len(added)-1] {

@@ -91,6 +91,7 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, opts)}
 	s.merging = v.merge
+	s.originReplaced(name)
 	return v.merge.status(), nil
 }
 

@@ -113,6 +113,7 @@ type Server struct {
 	volumes   *lvm.Origin                    // what the origin is in a volume group, or nil
 	addressed string                         // the volume of it that the address names: itself or a snapshot
 	half      atomic.Pointer[merge.SideFile] // of a merge into the origin that is not complete, or nil
+	merged    atomic.Pointer[[]string]       // snapshots whose export shows the origin, since their live merge began
 	opts      Options
 	log       eventlog.Log
 	nbd       *nbd.Server
@@ -398,17 +399,21 @@ func (v *attached) close() error {
 	return block.WithPath(v.path, errors.Join(v.snap.Close(), v.closeCOW()))
 }
 
-// Start begins to serve the exports on l and, unless it is nil, the control API on control; both are closed in the end.
+// Start begins to serve the exports on l and the control API on control, unless they are nil; both are closed in the end.
 // wait waits until ctx has ended and requests under way are answered (nil), or one of the listeners failed; then
 // nothing is served any more. Start is called once, before Close.
 func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func() error) {
-	s.mu.Lock()
-	s.addr = l.Addr()
-	s.mu.Unlock()
+	if l != nil {
+		s.mu.Lock()
+		s.addr = l.Addr()
+		s.mu.Unlock()
+	}
 	until := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	var all sync.WaitGroup
-	all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
+	if l != nil {
+		all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
+	}
 	if s.vhost != nil {
 		all.Go(func() {
 			if err := s.vhost.Serve(ctx); err != nil {

@@ -14,8 +14,10 @@ func attachedDevices() error {
 	return err
 }
 
-// notHere is for what only a kernel of a test's own may do.
-func notHere() error { return errors.New("test/kernel attaches devices (TestAttach)") }
+// tested is for callings that have a test of their own.
+func tested(by string) func() error {
+	return func() error { return errors.New("what it needs is made by " + by) }
+}
 
 // What attach and detach refuse before they ask the kernel, and that they say what is missing without its module.
 func TestAttachRefuses(t *testing.T) {

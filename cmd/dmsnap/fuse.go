@@ -15,20 +15,21 @@ import (
 type fuseFlags struct {
 	dir        string
 	allowOther bool
+	cache      bool
 	owner      string
 	mode       string
 }
 
-func (o *fuseFlags) add(f *pflag.FlagSet) {
-	f.StringVar(&o.dir, "fuse", "", "also show each export as a file NAME in this empty folder")
-	f.BoolVar(&o.allowOther, "fuse-allow-other", false, "let other users use the files, as owner and mode say")
-	f.StringVar(&o.owner, "fuse-owner", "", "owner of the files, UID[:GID] (default: the user of the server)")
-	f.StringVar(&o.mode, "fuse-mode", "0600", "mode of the files, octal")
+func (o *fuseFlags) add(f *pflag.FlagSet, prefix string) {
+	f.BoolVar(&o.allowOther, prefix+"allow-other", false, "let other users use the files, as owner and mode say")
+	f.BoolVar(&o.cache, prefix+"cache", false, "let the kernel cache what is read and written (default: requests go past the page cache)")
+	f.StringVar(&o.owner, prefix+"owner", "", "owner of the files, UID[:GID] (default: the user of the server)")
+	f.StringVar(&o.mode, prefix+"mode", "0600", "mode of the files, octal")
 }
 
 // options checks the flags.
 func (o *fuseFlags) options(log func(string)) (opts fuse.Options, err error) {
-	opts = fuse.Options{AllowOther: o.allowOther, Log: log}
+	opts = fuse.Options{AllowOther: o.allowOther, Cache: o.cache, Log: log}
 	mode, err := strconv.ParseUint(o.mode, 8, 32)
 	if err != nil || mode > 0o777 {
 		return opts, fmt.Errorf("mode %q: must be octal, at most 0777", o.mode)
@@ -68,7 +69,7 @@ func (o *fuseFlags) mount(log func(string)) (m mounted, err error) {
 		m.Server, err = fuse.Mount(o.dir, opts)
 	}
 	if err != nil {
-		err = fmt.Errorf("--fuse: %w", err)
+		err = fmt.Errorf("mount files: %w", err)
 	}
 	return m, err
 }

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -35,6 +36,7 @@ type serveOptions struct {
 	control        string
 	vhostUser      string
 	fuse           fuseFlags
+	filesOnly      bool // of mount: no NBD server, and the end of the mount is the end
 	exportOrigin   bool
 	readOnly       bool
 	create         bool
@@ -114,9 +116,22 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f := c.Flags()
 	f.StringVar(&o.socket, "socket", "", "listen on this unix socket (default ORIGIN.sock)")
 	f.StringVar(&o.listen, "listen", "", "listen on TCP instead, at [HOST:]PORT")
-	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
 	f.StringVar(&o.vhostUser, "vhost-user", "", "also listen in this folder, on a socket NAME.sock for each export, for virtual machines (vhost-user-blk)")
-	o.fuse.add(f)
+	f.StringVar(&o.fuse.dir, "fuse", "", "also show each export as a file NAME in this empty folder")
+	o.fuse.add(f, "fuse-")
+	o.addStores(c)
+	f.StringVar(&o.certificates, "tls-certificates", "", "use TLS with server-cert.pem and server-key.pem of this folder; if it has ca-cert.pem, clients require a certificate signed by it")
+	f.Var(&o.tls, "tls", "with --tls-certificates: require TLS of every client, or allow it")
+	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
+	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
+	c.MarkFlagsMutuallyExclusive("socket", "listen")
+	return c
+}
+
+// addStores adds the flags that serve and mount share.
+func (o *serveOptions) addStores(c *cobra.Command) {
+	f := c.Flags()
+	f.StringVar(&o.control, "control", "", "listen for the control API on this unix socket (default: none)")
 	f.BoolVar(&o.exportOrigin, "export-origin", false, `serve the origin as "origin"`)
 	f.BoolVar(&o.readOnly, "read-only", false, "open everything read-only")
 	f.BoolVar(&o.create, "create", false, "create missing COW files and stores")
@@ -125,16 +140,10 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.Var(&o.onFull, "on-full", "what to do when the COW device is full: writes fail, pause until there is space, or invalidate the snapshot as the kernel does")
 	f.Var(&o.grow, "grow", "when a COW file is full, make it longer by this size (default: never)")
 	f.Var(&o.growMax, "grow-max", "maximum size for --grow")
-	f.StringVar(&o.certificates, "tls-certificates", "", "use TLS with server-cert.pem and server-key.pem of this folder; if it has ca-cert.pem, clients require a certificate signed by it")
-	f.Var(&o.tls, "tls", "with --tls-certificates: require TLS of every client, or allow it")
-	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
-	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "chunk size of created stores (default 4KiB)")
 	f.BoolVar(&o.force, "force", false, "create stores and scratch space over existing content, and serve an origin that is too short for its store, or files that are mounted or used by other devices, or an origin with an incomplete merge of another COW")
 	o.disk.add(f)
-	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	c.MarkFlagsMutuallyExclusive("read-only", "create")
-	return c
 }
 
 // syncFlag is the value of --sync.
@@ -257,6 +266,15 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if err != nil {
 		return err
 	}
+	if o.filesOnly {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithCancel(ctx)
+		defer cancel()
+		go func() {
+			<-files.Ended()
+			cancel()
+		}()
+	}
 	s, err := o.open(originPath, list, files, log)
 	if err != nil {
 		return errors.Join(advise(err), files.close())
@@ -270,29 +288,40 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return err
 	}
 	if err := o.attach(s, list, len(cows) > 0); err != nil {
-		l.Close()
-		if control != nil {
-			control.Close()
-		}
+		closeListeners(l, control)
 		return err
 	}
 	wait := s.Start(ctx, l, control)
 	if s.OriginFormat() != ondisk.RawFormat || o.disk.raw {
 		log(fmt.Sprintf("%s: the format of the origin is %s", originPath, s.OriginFormat()))
 	}
+	var text bytes.Buffer
 	st := s.Status()
 	for _, v := range st.Snapshots {
-		printExport(stdout, v.Name, v.URI, v.VhostUser, v.File)
+		printExport(&text, v.Name, v.URI, v.VhostUser, v.File)
 	}
-	if st.Origin.URI != "" {
-		printExport(stdout, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser, st.Origin.File)
+	if st.Origin.URI != "" || st.Origin.File != "" {
+		printExport(&text, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser, st.Origin.File)
 	}
+	stdout.Write(text.Bytes()) // who does not read it may still use what is served
+	reportReady(text.Bytes())
 	return wait()
+}
+
+// closeListeners closes those that are not nil.
+func closeListeners(list ...net.Listener) {
+	for _, l := range list {
+		if l != nil {
+			l.Close()
+		}
+	}
 }
 
 // printExport prints where an export is found.
 func printExport(w io.Writer, name, uri, vhostSocket, file string) {
-	fmt.Fprintf(w, "%s  %s\n", printable(name), uri)
+	if uri != "" {
+		fmt.Fprintf(w, "%s  %s\n", printable(name), uri)
+	}
 	if vhostSocket != "" {
 		fmt.Fprintf(w, "%s  vhost-user %s\n", printable(name), printable(vhostSocket))
 	}
@@ -358,7 +387,7 @@ func (o *serveOptions) attach(s *server.Server, list []api.AttachRequest, explic
 
 // checkListeners checks the addresses before anything is opened.
 func (o *serveOptions) checkListeners(originPath string, passed map[string]net.Listener) error {
-	if passed["nbd"] == nil {
+	if passed["nbd"] == nil && !o.filesOnly {
 		if err := o.checkListener(originPath); err != nil {
 			return err
 		}
@@ -400,14 +429,14 @@ func (o *serveOptions) socketPath(originPath string) string {
 // listeners returns the sockets that were passed to the process, or listens where o says. control is nil when
 // it was not asked for.
 func (o *serveOptions) listeners(originPath string, passed map[string]net.Listener) (l, control net.Listener, err error) {
-	if l = passed["nbd"]; l == nil {
+	if l = passed["nbd"]; l == nil && !o.filesOnly {
 		if l, err = o.listener(originPath); err != nil {
 			return nil, nil, err
 		}
 	}
 	if control = passed["control"]; control == nil && o.control != "" {
 		if control, err = server.ListenUnix(o.control); err != nil {
-			l.Close()
+			closeListeners(l)
 			return nil, nil, err
 		}
 	}
