@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/nbdkernel"
 	"github.com/dmsnap/dmsnap/source"
@@ -88,7 +89,7 @@ func (o *attachOptions) run(c *cobra.Command, args []string) error {
 		}
 		return show(d)
 	}
-	log, endLog := newLog(c.ErrOrStderr())
+	log, endLog := eventlog.Writer(c.ErrOrStderr(), "dmsnap: ")
 	defer endLog()
 	o.Log = log
 	o.Dial = func(ctx context.Context) (*nbd.Client, error) {

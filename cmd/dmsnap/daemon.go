@@ -16,6 +16,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/fleet/daemon"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/source"
@@ -107,7 +108,7 @@ func (o *daemonOptions) run(ctx context.Context, reload <-chan struct{}, stdout,
 	if err != nil {
 		return err
 	}
-	log, endLog := newLog(stderr)
+	log, endLog := eventlog.Writer(stderr, "dmsnap: ")
 	defer endLog()
 	o.Log = log
 	if o.Passed, err = server.PassedListeners(); err != nil {

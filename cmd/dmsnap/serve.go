@@ -19,6 +19,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
@@ -252,7 +253,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
 		return err
 	}
-	log, endLog := newLog(stderr)
+	log, endLog := eventlog.Writer(stderr, "dmsnap: ")
 	defer endLog()
 	passed, err := server.PassedListeners()
 	if err != nil {
@@ -457,40 +458,3 @@ func (o *serveOptions) listener(originPath string) (net.Listener, error) {
 
 // printable is a name as it is printed.
 func printable(name string) string { return text.Name(name) }
-
-// newLog returns a function that writes lines to w and never blocks: lines are dropped while w is blocked. end writes
-// the remaining ones.
-func newLog(w io.Writer) (log func(string), end func()) {
-	lines := make(chan string, 64)
-	quit, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		for {
-			select {
-			case s := <-lines:
-				fmt.Fprintf(w, "dmsnap: %s\n", s)
-			case <-quit:
-				for {
-					select {
-					case s := <-lines:
-						fmt.Fprintf(w, "dmsnap: %s\n", s)
-					default:
-						return
-					}
-				}
-			}
-		}
-	}()
-	return func(s string) {
-			select {
-			case lines <- s:
-			default:
-			}
-		}, func() {
-			close(quit)
-			select {
-			case <-done:
-			case <-time.After(time.Second): // w is blocked
-			}
-		}
-}
