@@ -82,6 +82,9 @@ type Daemon struct {
 	log   eventlog.Log
 	allow []string // Options.AllowPaths, absolute and without symbolic links
 
+	ending context.Context // ends with Run
+	end    context.CancelFunc
+
 	forks       sync.Mutex // held while the number of a disk's nodes is checked and grows
 	subscribers atomic.Int64
 	policies    policies
@@ -90,6 +93,7 @@ type Daemon struct {
 // New returns a daemon of a fleet, which the caller closes after Run.
 func New(f Fleet, o Options) (*Daemon, error) {
 	d := &Daemon{fleet: f, opts: o, log: eventlog.Log{Line: o.Log, Logger: o.Logger}}
+	d.ending, d.end = context.WithCancel(context.Background())
 	var err error
 	if d.allow, err = resolvePaths(o.AllowPaths); err != nil {
 		return nil, err
@@ -122,6 +126,7 @@ func (d *Daemon) Run(ctx context.Context, control, l net.Listener, more ...net.L
 	until := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
+	defer context.AfterFunc(ctx, d.end)()
 	var all sync.WaitGroup
 	wait := d.fleet.Start(ctx, l, more...)
 	all.Go(func() { cancel(wait()) })

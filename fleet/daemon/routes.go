@@ -99,11 +99,21 @@ func routes() []route {
 	}
 }
 
+// lasting returns a context for a request that changes something: it does not end when its client disconnects, but with the
+// daemon, so that no copying delays that.
+func (d *Daemon) lasting(ctx context.Context) (context.Context, context.CancelFunc) {
+	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(d.ending, cancel)
+	return ctx, func() { stop(); cancel() }
+}
+
 // named is the handler of a request without a body, about the element in its path. It goes on when its client
 // disconnects.
 func named(f func(d *Daemon, ctx context.Context, name string) (any, error)) func(*Daemon, *http.Request, http.ResponseWriter) (any, error) {
 	return func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
-		return f(d, context.WithoutCancel(r.Context()), r.PathValue("name"))
+		ctx, cancel := d.lasting(r.Context())
+		defer cancel()
+		return f(d, ctx, r.PathValue("name"))
 	}
 }
 
@@ -115,7 +125,9 @@ func withBody[Q any](f func(d *Daemon, ctx context.Context, name string, q Q) (a
 		if err := api.ReadBody(r, &q); err != nil {
 			return nil, err
 		}
-		return f(d, context.WithoutCancel(r.Context()), r.PathValue("name"), q)
+		ctx, cancel := d.lasting(r.Context())
+		defer cancel()
+		return f(d, ctx, r.PathValue("name"), q)
 	}
 }
 

@@ -19,7 +19,7 @@ import (
 const (
 	MaxBody       = 64 << 10         // bytes of a request's body
 	MaxWait       = 60 * time.Second // that a request waits for what it asks about
-	finishTimeout = 10 * time.Second // for requests under way when a server ends
+	finishTimeout = 5 * time.Second  // for requests under way when a server ends
 )
 
 // Serve serves h on l, which it closes, until ctx ends, and lets requests under way end then. Their contexts end with
