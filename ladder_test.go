@@ -22,7 +22,8 @@ var floors = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
 	"latency":          0, "notify": 0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/text": 0,
-	"layer": 0,
+	"layer":         0,
+	"source/remote": 1, "source/cache": 1, "source/ondemand": 2,
 	"block": 1, "ondisk": 1,
 	"block/blocktest": 2,
 	"writeback":       2, "activity": 2,
@@ -39,12 +40,12 @@ var floors = map[string]int{
 	"nbd":    5, "fuse": 5, "vhost": 5, "merge": 5, "rescue": 5, "repair": 5, "compact": 5,
 	"server/api": 4,
 	"cowfile":    5, "server/figures": 5, "source/address": 5,
-	"server": 6, "source": 6, "monitor": 6, "fleet": 6, "nbdkernel": 6,
+	"server": 6, "source": 6, "monitor": 6, "fleet": 6, "nbdkernel": 6, "publish": 6,
 	"inspect": 7, "fleet/daemon": 7, "offline": 7,
 	"cmd/dmsnap": 8,
 
 	// Only tests and demonstrations use these; nothing below may.
-	"internal/kernelcase": 5, "internal/model": 1, "internal/testcerts": 1, "internal/testhost": 1,
+	"internal/kernelcase": 5, "internal/model": 1, "internal/testcerts": 1, "internal/testhost": 1, "internal/testremote": 1,
 	"demo": 9, "bench": 9,
 }
 
@@ -167,6 +168,20 @@ func TestFuseIsInOnePackage(t *testing.T) {
 			}
 			if (name == module+"/fuse" || name == module+"/nbdkernel") && dir != "cmd/dmsnap" {
 				t.Errorf("%s imports %s: programs choose it, libraries don't", dir, name)
+			}
+		}
+	}
+}
+
+// TestRegistryClientsAreInOnePackage keeps the clients of registries and object stores out of everything but source/remote: see
+// docs/decisions/0012-registries-and-object-stores.md.
+func TestRegistryClientsAreInOnePackage(t *testing.T) {
+	for dir, names := range imports(t) {
+		for _, name := range names {
+			for _, client := range []string{"oras.land/", "github.com/minio/", "github.com/opencontainers/"} {
+				if strings.HasPrefix(name, client) && dir != "source/remote" {
+					t.Errorf("%s imports %s: package source/remote alone does", dir, name)
+				}
 			}
 		}
 	}

@@ -101,19 +101,13 @@ func isZero(p []byte) bool {
 
 // A Run is what stands at a byte of the disk.
 type Run struct {
-	Entry        // unless Hole
-	Hole  bool   // there is no entry
-	Until int64  // of a hole: entries may begin here
-	leaf  PageID // where it was found
+	Entry       // unless Hole
+	Hole  bool  // there is no entry
+	Until int64 // of a hole: entries may begin here
 }
 
-// Leaf is the page that Find found the run on.
-func (r *Run) Leaf() PageID { return r.leaf }
-
-// NextLeaf returns the number of the leaf page after the run's; false: there is none.
-func (r *Run) NextLeaf() (int64, bool) {
-	return r.leaf.Number + 1, r.leaf.Number+1 < r.leaf.tree.levels[0]
-}
+// Leaves is the number of leaves, which are the first pages.
+func (t *Tree) Leaves() int64 { return t.levels[0] }
 
 // Find returns the entry with the byte at off of the disk, or the hole there.
 func (t *Tree) Find(off int64, load Load) (Run, error) {
@@ -135,13 +129,13 @@ func (t *Tree) Find(off int64, load Load) (Run, error) {
 			to = p.place(i+1, length)
 		}
 		if i < 0 {
-			return Run{Hole: true, Until: to, leaf: id}, nil
+			return Run{Hole: true, Until: to}, nil
 		}
 		if id.level == 0 {
 			if e := p.entry(i); off < e.End() {
-				return Run{Entry: e, leaf: id}, nil
+				return Run{Entry: e}, nil
 			}
-			return Run{Hole: true, Until: to, leaf: id}, nil
+			return Run{Hole: true, Until: to}, nil
 		}
 		below := id.level - 1
 		n := t.starts[below] + (id.Number-t.starts[id.level])*innerEntries + int64(i)

@@ -203,7 +203,7 @@ func Write(ctx context.Context, data, index io.Writer, size int64, produce func(
 			if written == nil {
 				written = w.add(j)
 			}
-			putBuffer(j.unit.Data)
+			Recycle(j.unit.Data)
 		}
 	})
 	err := produce(func(u Unit) error {
@@ -280,7 +280,8 @@ var buffers = sync.Pool{New: func() any { return new([UnitBytes]byte) }}
 // Buffer returns memory for the data of a unit, of UnitBytes, whose content is anything. Write takes it back.
 func Buffer() []byte { return buffers.Get().(*[UnitBytes]byte)[:] }
 
-func putBuffer(b []byte) {
+// Recycle takes memory of Buffer back that Write did not get.
+func Recycle(b []byte) {
 	if cap(b) == UnitBytes {
 		buffers.Put((*[UnitBytes]byte)(b[:UnitBytes]))
 	}

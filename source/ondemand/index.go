@@ -1,0 +1,153 @@
+package ondemand
+
+import (
+	"context"
+	"fmt"
+	"sync"
+
+	"github.com/dmsnap/dmsnap/layer"
+	"github.com/dmsnap/dmsnap/source/cache"
+	"github.com/dmsnap/dmsnap/source/remote"
+)
+
+// An index is that of a disk. Pages that are used often stay in memory.
+type index struct {
+	d      *Disk
+	tree   *layer.Tree
+	remote *remote.Blob
+	cache  *cache.Blob
+	leaves int64
+
+	mu     sync.RWMutex
+	pages  map[int64][]byte // verified
+	ahead  []byte           // pages that were received and are not verified
+	from   int64            // number of the first of them
+	last   int64            // leaf that was received last
+	streak int64            // leaves that were received in order
+}
+
+const (
+	mostPages  = 4096 // 16 MiB
+	aheadPages = 32
+)
+
+func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*index, error) {
+	tree, err := layer.NewTree(x, d.size, layers)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", d.name, err)
+	}
+	kept, err := c.Blob(cache.Index, x.Digest, d.name)
+	if err != nil {
+		return nil, err
+	}
+	return &index{d: d, tree: tree, remote: d.repo.Blob(x.Blob), cache: kept, leaves: tree.Leaves(), pages: map[int64][]byte{}}, nil
+}
+
+// load returns a page of the disk's index.
+func (r *request) load(id layer.PageID) ([]byte, error) { return r.d.index.load(r, id) }
+
+func (x *index) load(r *request, id layer.PageID) ([]byte, error) {
+	x.mu.RLock()
+	b := x.pages[id.Number]
+	x.mu.RUnlock()
+	if b != nil {
+		return b, nil
+	}
+	b = make([]byte, layer.PageBytes)
+	if !x.cached(id, b) {
+		var err error
+		if b, err = x.fetch(r.context(), id); err != nil {
+			return nil, err
+		}
+	}
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	for n := range x.pages {
+		if len(x.pages) < mostPages {
+			break
+		}
+		delete(x.pages, n) // any of them
+	}
+	x.pages[id.Number] = b
+	return b, nil
+}
+
+// cached reads a page from the cache.
+func (x *index) cached(id layer.PageID, b []byte) bool {
+	return x.cache.Read(b, id.Number, 0, len(b), id.Digest) && id.Check(b) == nil
+}
+
+// fetch receives a page, and with leaves in order some that follow.
+func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
+	release, err := x.cache.Claim(ctx, id.Number, 1)
+	if err != nil {
+		return nil, err
+	}
+	defer release()
+	b := make([]byte, layer.PageBytes)
+	if x.cached(id, b) {
+		return b, nil
+	}
+	if x.received(id, b) {
+		x.cache.Put(id.Number, b, id.Digest)
+		return b, nil
+	}
+	for n := 1; ; n++ {
+		pages := make([]byte, x.together(id.Number)*layer.PageBytes)
+		if err = x.remote.ReadRange(ctx, pages, id.Number*layer.PageBytes); err != nil {
+			return nil, err
+		}
+		x.d.requests.Add(1)
+		x.d.received.Add(int64(len(pages)))
+		copy(b, pages)
+		if err = id.Check(b); err == nil {
+			x.keep(id.Number, pages)
+			x.cache.Put(id.Number, b, id.Digest)
+			return b, nil
+		}
+		if n == verifyAttempts {
+			return nil, err
+		}
+	}
+}
+
+// received copies a page that was received with an earlier one.
+func (x *index) received(id layer.PageID, b []byte) bool {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	at := (id.Number - x.from) * layer.PageBytes
+	if at < 0 || at >= int64(len(x.ahead)) {
+		return false
+	}
+	copy(b, x.ahead[at:])
+	return id.Check(b) == nil
+}
+
+// together is how many pages to receive at once.
+func (x *index) together(number int64) int64 {
+	x.mu.RLock()
+	defer x.mu.RUnlock()
+	if number >= x.leaves || number != x.last+1 || x.streak < 1 {
+		return 1
+	}
+	return min(aheadPages, x.leaves-number)
+}
+
+// keep remembers which pages were received.
+func (x *index) keep(number int64, pages []byte) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	if number >= x.leaves {
+		return
+	}
+	n := int64(len(pages) / layer.PageBytes)
+	if number == x.last+1 {
+		x.streak++
+	} else {
+		x.streak = 0
+	}
+	x.last = number + n - 1
+	if n > 1 {
+		x.ahead, x.from = pages, number
+	}
+}

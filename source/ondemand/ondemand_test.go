@@ -1,0 +1,505 @@
+package ondemand_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testremote"
+	"github.com/dmsnap/dmsnap/layer"
+	"github.com/dmsnap/dmsnap/publish"
+	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/source/cache"
+	"github.com/dmsnap/dmsnap/source/ondemand"
+	"github.com/dmsnap/dmsnap/source/remote"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+const diskSize = 6<<20 - 512
+
+// A golden disk: a base and two stores in a registry, and what is seen.
+type golden struct {
+	registry *testremote.Registry
+	faults   *testremote.Faults
+	ref      string
+	content  []byte
+}
+
+// push makes a disk and pushes it.
+func push(t testing.TB, seed uint64) *golden {
+	t.Helper()
+	g := &golden{registry: testremote.NewRegistry()}
+	g.faults = &testremote.Faults{Next: g.registry}
+	g.ref = "oci://" + testremote.Start(t, g.faults) + "/golden/disk:1"
+	g.content = g.pushTo(t, g.ref, seed)
+	return g
+}
+
+// pushTo pushes a disk of which a third is zeros, and returns its content.
+func (g *golden) pushTo(t testing.TB, ref string, seed uint64) []byte {
+	t.Helper()
+	r := rand.New(rand.NewPCG(seed, 3))
+	shown := make([]byte, diskSize)
+	for off := 0; off < diskSize; off += 16 << 10 {
+		if r.IntN(3) > 0 {
+			copy(shown[off:], bytes.Repeat(blocktest.Pattern(512, r.Uint64()), 1+r.IntN(32)))
+		}
+	}
+	base := block.NewMemory(diskSize)
+	write(t, base, shown, 0)
+	var under block.Device = base
+	var stores []*store.Store
+	for range 2 {
+		cow := block.NewMemory(8 << 20)
+		snap, err := snapshot.NewOrigin(under).Attach(cow, snapshot.Options{ChunkSectors: 8})
+		if err != nil {
+			t.Fatal(err)
+		}
+		for range 40 {
+			off := r.IntN(diskSize - 8192)
+			p := make([]byte, 1+r.IntN(8192))
+			if r.IntN(4) > 0 {
+				copy(p, blocktest.Pattern(len(p), r.Uint64()))
+			}
+			write(t, snap, p, int64(off))
+			copy(shown[off:], p)
+		}
+		if err := snap.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, err := store.OpenToRead(cow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		view, err := store.NewView(under, st)
+		if err != nil {
+			t.Fatal(err)
+		}
+		under, stores = view, append(stores, st)
+	}
+	repo, err := remote.Open(ref, remote.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := publish.Push(context.Background(), repo, base, stores, publish.Options{Temp: t.TempDir()}); err != nil {
+		t.Fatal(err)
+	}
+	return shown
+}
+
+func write(t testing.TB, dev block.Device, p []byte, off int64) {
+	t.Helper()
+	if _, err := dev.WriteAt(p, off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func openCache(t testing.TB, dir string) *cache.Cache {
+	t.Helper()
+	c, err := cache.Open(dir, cache.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { c.Close() })
+	return c
+}
+
+func open(t testing.TB, ref string, o ondemand.Options) *ondemand.Disk {
+	t.Helper()
+	if o.Cache == nil {
+		o.Cache = openCache(t, t.TempDir())
+	}
+	d, err := ondemand.Open(context.Background(), ref, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { d.Close() })
+	return d
+}
+
+// readSome reads at random. An error is returned; other bytes than those of want end the test.
+func readSome(t testing.TB, d block.Device, want []byte, n int, seed uint64) error {
+	r := rand.New(rand.NewPCG(seed, 9))
+	p := make([]byte, 128<<10)
+	for range n {
+		off := r.IntN(len(want))
+		b := p[:1+r.IntN(min(len(want)-off, 1<<(8+r.IntN(10))))]
+		if _, err := d.ReadAt(b, int64(off)); err != nil {
+			return err
+		}
+		if !bytes.Equal(b, want[off:off+len(b)]) {
+			t.Fatalf("%d bytes at byte %d are others", len(b), off)
+		}
+	}
+	return nil
+}
+
+func TestDevice(t *testing.T) {
+	g := push(t, 1)
+	d := open(t, g.ref, ondemand.Options{})
+	blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return d })
+	if err := readSome(t, d, g.content, 500, 1); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.WriteAt(make([]byte, 512), 0); !errors.Is(err, block.ErrReadOnly) {
+		t.Error(err)
+	}
+	f := &testremote.File{}
+	f.Set(`"1"`, g.content)
+	file := open(t, "http://"+testremote.Start(t, f)+"/disk.img", ondemand.Options{})
+	blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return file })
+	if err := readSome(t, file, g.content, 500, 2); err != nil {
+		t.Error(err)
+	}
+}
+
+// Whatever happens to answers on their way, no byte is wrong, and a read ends in time.
+func TestFaults(t *testing.T) {
+	rounds := uint64(2)
+	if os.Getenv("DMSNAP_DEEP") != "" {
+		rounds = 12
+	}
+	for _, fault := range []testremote.Fault{testremote.Cut, testremote.Stall, testremote.Hang, testremote.Busy, testremote.Wrong, testremote.Whole, testremote.Shifted, testremote.Redirect} {
+		t.Run(string(fault), func(t *testing.T) {
+			t.Parallel()
+			g := push(t, 2)
+			file := &testremote.File{}
+			file.Set(`"v1"`, g.content)
+			fileFaults := &testremote.Faults{Next: file}
+			url := "http://" + testremote.Start(t, fileFaults) + "/disk.img"
+			odds, timeout := 0.25, time.Minute
+			slow := fault == testremote.Stall || fault == testremote.Hang
+			if slow {
+				odds, timeout = 0.04, 1500*time.Millisecond
+			}
+			changed := fault == testremote.Wrong || fault == testremote.Shifted
+			dir := t.TempDir()
+			for round := range rounds {
+				for _, ref := range []string{g.ref, url} {
+					if ref == url && changed {
+						continue // a file has no digests
+					}
+					c := openCache(t, filepath.Join(dir, fmt.Sprint(round/2))) // the second round finds what the first one kept
+					d := open(t, ref, ondemand.Options{Cache: c, Remote: remote.Options{Timeout: timeout}})
+					g.faults.Set(fault, odds)
+					fileFaults.Set(fault, odds)
+					for i := range uint64(20) {
+						begun := time.Now()
+						err := readSome(t, d, g.content, 25, round*100+i)
+						if err != nil && (!slow && !changed || strings.Contains(err.Error(), "s3cr3t")) {
+							t.Error(err)
+						}
+						if took := time.Since(begun); took > 25*timeout+time.Minute {
+							t.Errorf("25 reads took %v", took)
+						}
+					}
+					g.faults.Set("", 0)
+					fileFaults.Set("", 0)
+					if slow {
+						continue // on a slow machine the timeout may be too short
+					}
+					if err := readSome(t, d, g.content, 100, round); err != nil { // all is well again
+						t.Error(err)
+					}
+				}
+			}
+		})
+	}
+}
+
+// Bytes that are always wrong are an error, and never kept.
+func TestWrongForever(t *testing.T) {
+	g := push(t, 3)
+	c := openCache(t, t.TempDir())
+	d := open(t, g.ref, ondemand.Options{Cache: c})
+	g.faults.Set(testremote.Wrong, 1)
+	if err := readSome(t, d, g.content, 50, 1); !errors.Is(err, layer.ErrCorrupt) {
+		t.Error(err)
+	}
+	g.faults.Set("", 0)
+	if err := readSome(t, d, g.content, 50, 1); err != nil {
+		t.Error(err)
+	}
+}
+
+// A server that does not answer: a read fails in time, others of what is in the cache go on, and so do writes, flushes and a checkpoint of the
+// engine elsewhere.
+func TestHungServerBlocksNothing(t *testing.T) {
+	g := push(t, 4)
+	d := open(t, g.ref, ondemand.Options{Remote: remote.Options{Timeout: 3 * time.Second}})
+	p := make([]byte, 4096)
+	if _, err := d.ReadAt(p, 0); err != nil {
+		t.Fatal(err)
+	}
+	snap, err := snapshot.NewOrigin(d).Attach(block.NewMemory(8<<20), snapshot.Options{ChunkSectors: 8})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer snap.Close()
+	g.faults.Set(testremote.Hang, 1)
+	hung := make(chan error, 1)
+	go func() {
+		_, err := snap.ReadAt(make([]byte, 1<<20), 4<<20)
+		hung <- err
+	}()
+	done := make(chan error, 1)
+	go func() {
+		_, err := snap.WriteAt(p, 8192)
+		err = errors.Join(err, snap.Flush())
+		_, readErr := snap.ReadAt(p, 4096)
+		done <- errors.Join(err, readErr)
+	}()
+	select {
+	case err := <-done:
+		if err != nil {
+			t.Error(err)
+		}
+	case err := <-hung:
+		t.Errorf("the read ended first: %v", err)
+	}
+	if err := <-hung; err == nil {
+		t.Error("a read without an answer succeeded")
+	}
+}
+
+// A hundred forks, in processes of their own as far as the cache can see: each unit is fetched once.
+func TestForksFetchOnce(t *testing.T) {
+	g := push(t, 5)
+	dir := t.TempDir()
+	var forks sync.WaitGroup
+	before := g.registry.Gets.Load()
+	for i := range uint64(100) {
+		d := open(t, g.ref, ondemand.Options{Cache: openCache(t, dir)})
+		forks.Go(func() {
+			if err := readSome(t, d, g.content, 20, i); err != nil {
+				t.Error(err)
+			}
+			got := make([]byte, diskSize)
+			if _, err := d.ReadAt(got, 0); err != nil || !bytes.Equal(got, g.content) {
+				t.Errorf("%v, or other bytes", err)
+			}
+		})
+	}
+	forks.Wait()
+	units, descriptions := int64(3*(diskSize/layer.UnitBytes+1)), int64(100)
+	if n := g.registry.Gets.Load() - before; n > units+descriptions+64 {
+		t.Errorf("%d requests for at most %d units", n, units)
+	}
+	items, err := openCache(t, dir).List()
+	if err != nil || len(items) != 4 { // three layers and an index
+		t.Errorf("%+v, %v", items, err)
+	}
+}
+
+// What is in the cache can be read without the server; a reference names the disk of last time.
+func TestOffline(t *testing.T) {
+	g := push(t, 6)
+	dir := t.TempDir()
+	d := open(t, g.ref, ondemand.Options{Cache: openCache(t, dir)})
+	got := make([]byte, diskSize)
+	if _, err := d.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	g.faults.Set(testremote.Hang, 1)
+	var logged []string
+	o := ondemand.Options{Cache: openCache(t, dir), Remote: remote.Options{Timeout: time.Second}, Log: func(s string) { logged = append(logged, s) }}
+	again := open(t, g.ref, o)
+	if err := readSome(t, again, g.content, 200, 1); err != nil {
+		t.Error(err)
+	}
+	if len(logged) != 1 || again.ID() != d.ID() {
+		t.Errorf("%q", logged)
+	}
+	if _, err := ondemand.Open(context.Background(), strings.Replace(g.ref, ":1", ":2", 1), o); !errors.Is(err, remote.ErrUnreachable) {
+		t.Error(err)
+	}
+}
+
+// A tag that moves, and a file that is replaced, don't change a disk that is open.
+func TestMoved(t *testing.T) {
+	g := push(t, 7)
+	d := open(t, g.ref, ondemand.Options{})
+	if err := readSome(t, d, g.content, 5, 1); err != nil {
+		t.Fatal(err)
+	}
+	other := g.pushTo(t, g.ref, 77)
+	if err := readSome(t, d, g.content, 200, 2); err != nil {
+		t.Error(err)
+	}
+	moved := open(t, g.ref, ondemand.Options{})
+	if err := readSome(t, moved, other, 200, 3); err != nil || moved.ID() == d.ID() {
+		t.Errorf("%v", err)
+	}
+	f := &testremote.File{}
+	f.Set(`"1"`, g.content)
+	url := "http://" + testremote.Start(t, f) + "/disk.img"
+	file := open(t, url, ondemand.Options{})
+	if err := readSome(t, file, g.content, 2, 1); err != nil {
+		t.Fatal(err)
+	}
+	f.Set(`"2"`, other)
+	got := make([]byte, diskSize)
+	if _, err := file.ReadAt(got, 0); !errors.Is(err, remote.ErrChanged) {
+		t.Error(err)
+	}
+	if next := open(t, url, ondemand.Options{}); next.ID() == file.ID() {
+		t.Error("two versions have one identity")
+	}
+	for _, tag := range []string{"", `W/"1"`} {
+		f.Set(tag, g.content)
+		if _, err := ondemand.Open(context.Background(), url, ondemand.Options{Cache: openCache(t, t.TempDir())}); err == nil || !strings.Contains(err.Error(), "ETag") {
+			t.Errorf("%q: %v", tag, err)
+		}
+	}
+}
+
+// The units of a boot are recorded, and fetched at the next one before they are read.
+func TestPrefetch(t *testing.T) {
+	g := push(t, 8)
+	var mu sync.Mutex
+	var recorded []block.Range
+	d := open(t, g.ref, ondemand.Options{Record: func(r block.Range) {
+		mu.Lock()
+		defer mu.Unlock()
+		recorded = append(recorded, r)
+	}})
+	p := make([]byte, 100_000)
+	for _, off := range []int64{5 << 20, 1 << 20, 5 << 20} {
+		if _, err := d.ReadAt(p, off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if len(recorded) == 0 || recorded[0].Off != 5<<20 && recorded[0].Off != 5<<20+layer.UnitBytes || len(recorded) > 4 {
+		t.Fatalf("%v", recorded)
+	}
+	second := open(t, g.ref, ondemand.Options{Prefetch: append(recorded, block.Range{Off: 1 << 60, Length: 5})})
+	second.WaitBackground()
+	g.faults.Set(testremote.Busy, 1)
+	got := make([]byte, 100_000)
+	if _, err := second.ReadAt(got, 1<<20); err != nil || !bytes.Equal(got, p) && !bytes.Equal(got, g.content[1<<20:][:100_000]) {
+		t.Error(err)
+	}
+}
+
+// Pulled files pushed again are the same disk; a file that was changed is refused.
+func TestPull(t *testing.T) {
+	g := push(t, 9)
+	d := open(t, g.ref, ondemand.Options{})
+	dir := t.TempDir()
+	for round := range 2 {
+		files, err := publish.Pull(context.Background(), d, dir, publish.Options{Cache: openCache(t, t.TempDir())})
+		if err != nil || len(files) != 3 || files[0].Kept != (round == 1) || files[0].Store || !files[2].Store {
+			t.Fatalf("%+v, %v", files, err)
+		}
+		var stores []*store.Store
+		base, err := block.Open(files[0].Path, block.Options{ReadOnly: true})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer base.Close()
+		var under block.Device = base
+		for _, f := range files[1:] {
+			cow, err := block.Open(f.Path, block.Options{ReadOnly: true})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer cow.Close()
+			st, err := store.Open(cow)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if under, err = store.NewView(under, st); err != nil {
+				t.Fatal(err)
+			}
+			stores = append(stores, st)
+		}
+		if err := readSome(t, under, g.content, 200, 1); err != nil {
+			t.Error(err)
+		}
+		again := strings.Replace(g.ref, ":1", ":again", 1)
+		repo, err := remote.Open(again, remote.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pushed, err := publish.Push(context.Background(), repo, base, stores, publish.Options{Temp: t.TempDir()})
+		if err != nil || pushed.Digest != d.ID() || pushed.Written != 0 {
+			t.Errorf("%+v, %v", pushed, err)
+		}
+		if round == 1 {
+			continue
+		}
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(files) != 3 {
+		t.Fatalf("%v, %v", files, err)
+	}
+	for _, f := range files {
+		b, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		changed := bytes.Clone(b)
+		changed[bytes.LastIndexFunc(changed, func(r rune) bool { return r != 0 })] ^= 1
+		os.Chmod(f, 0o644)
+		if err := os.WriteFile(f, changed, 0o644); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := publish.Pull(context.Background(), d, dir, publish.Options{Cache: openCache(t, t.TempDir())}); err == nil {
+			t.Errorf("%s was changed, and is taken", f)
+		}
+		if err := os.WriteFile(f, b, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// A delta over a disk that is in the registry already makes one layer, and reads nothing of the base.
+func TestPushOverRemoteBase(t *testing.T) {
+	g := push(t, 10)
+	for _, target := range []string{g.ref, strings.Replace(g.ref, "golden/disk:1", "other/disk:2", 1), "oci://" + testremote.Start(t, testremote.NewRegistry()) + "/far/away"} {
+		base := open(t, g.ref, ondemand.Options{})
+		cow := block.NewMemory(8 << 20)
+		snap, err := snapshot.NewOrigin(base).Attach(cow, snapshot.Options{ChunkSectors: 1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want := bytes.Clone(g.content)
+		copy(want[100_352:], blocktest.Pattern(5120, 1))
+		write(t, snap, want[100_352:][:5120], 100_352)
+		if err := snap.Close(); err != nil {
+			t.Fatal(err)
+		}
+		st, err := store.OpenToRead(cow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		repo, err := remote.Open(target, remote.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		pushed, err := publish.Push(context.Background(), repo, base, []*store.Store{st}, publish.Options{Temp: t.TempDir()})
+		if err != nil || pushed.NewLayers != 1 || pushed.Layers != len(base.Description().Layers)+1 {
+			t.Fatalf("%+v, %v", pushed, err)
+		}
+		if _, data := base.Fetched(); data > 128<<10 {
+			t.Errorf("%d bytes were fetched", data)
+		}
+		if err := readSome(t, open(t, target, ondemand.Options{}), want, 300, 1); err != nil {
+			t.Error(err)
+		}
+		g.content = want
+		if target != g.ref {
+			g.content = g.pushTo(t, g.ref, 10) // as it was
+		}
+	}
+}
