@@ -110,7 +110,7 @@ func read(t testing.TB, size int64, x layer.Index, index []byte, layers []*made)
 func TestMergedIndex(t *testing.T) {
 	for seed := range uint64(6) {
 		r := rand.New(rand.NewPCG(16, seed))
-		size := (1 + r.IntN(20_000)) * 512
+		size := (1 + r.IntN(7_000)) * 512
 		model := make([]byte, size)
 		var layers []*made
 		var index layer.Index

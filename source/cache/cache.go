@@ -106,7 +106,7 @@ func (c *Cache) wrote(n int64) {
 	c.written.Store(0)
 	c.evicts.Go(func() {
 		defer c.busy.Store(false)
-		c.Evict(c.size) // a failure is that of a directory: the next Put reports it
+		c.evict(c.size, unix.LOCK_NB) // a failure is that of a directory: the next Put reports it
 	})
 }
 
@@ -167,15 +167,21 @@ func (c *Cache) List() ([]Item, error) {
 }
 
 // Evict removes the segments that were not used for the longest time, until the others take at most size bytes, and returns
-// how many bytes these took. While another process evicts it does nothing.
-func (c *Cache) Evict(size int64) (removed int64, err error) {
+// how many bytes these took.
+func (c *Cache) Evict(size int64) (removed int64, err error) { return c.evict(size, 0) }
+
+// evict does nothing, with unix.LOCK_NB, while others evict.
+func (c *Cache) evict(size int64, wait int) (removed int64, err error) {
 	lock, err := os.OpenFile(c.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
 	if err != nil {
 		return 0, err
 	}
 	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return 0, nil
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|wait); err != nil {
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			err = nil
+		}
+		return 0, err
 	}
 	items, err := c.List()
 	if err != nil {
