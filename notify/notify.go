@@ -45,6 +45,17 @@ type Options struct {
 	Log func(line string)
 }
 
+// Check refuses a URL that is not http or https. Its error does not contain the URL.
+func (o Options) Check() error {
+	if o.URL == "" {
+		return nil
+	}
+	if u, err := url.Parse(o.URL); err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
+		return errors.New("the URL must be http://HOST/… or https://HOST/…")
+	}
+	return nil
+}
+
 // Limits of deliveries. Tests shorten them.
 type limits struct {
 	queue          int
@@ -69,12 +80,12 @@ func newNotifier(o Options, l limits) (*Notifier, error) {
 	if o.Log == nil {
 		o.Log = func(string) {}
 	}
+	if err := o.Check(); err != nil {
+		return nil, err
+	}
 	var deliver []*sink
 	if o.URL != "" {
-		u, err := url.Parse(o.URL)
-		if err != nil || u.Host == "" || u.Scheme != "http" && u.Scheme != "https" {
-			return nil, errors.New("the URL for notifications must be http://HOST/… or https://HOST/…")
-		}
+		u, _ := url.Parse(o.URL)
 		// Redirects are not followed: the body goes where it was meant to go.
 		client := &http.Client{CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
 		deliver = append(deliver, &sink{name: u.Scheme + "://" + u.Host, limits: l, log: o.Log,

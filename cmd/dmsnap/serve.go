@@ -19,7 +19,6 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
-	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
@@ -37,6 +36,7 @@ type serveOptions struct {
 	control        string
 	vhostUser      string
 	fuse           fuseFlags
+	operator       operatorFlags
 	filesOnly      bool // of mount: no NBD server, and the end of the mount is the end
 	exportOrigin   bool
 	readOnly       bool
@@ -100,6 +100,9 @@ or without root. Its writes are durable after an fsync: see docs/devices.md.
 With --vhost-user DIR each export is also a vhost-user-blk back-end, on the socket DIR/NAME.sock, for one virtual
 machine at a time: see docs/devices.md. Requests take the way through shared memory, and not through NBD.
 
+With --http [HOST:]PORT the server has a page for browsers, at the URL that is printed (its token is required), and
+metrics for Prometheus at /metrics. --notify and --notify-exec send alerts: see docs/operations.md.
+
 With --control PATH a running server accepts commands: see status, snapshot, drop, grow and merge.`,
 		Example: `  dmsnap serve disk.img
   dmsnap serve disk.img before=disk.cow --export-origin --socket nbd.sock --control server.sock
@@ -120,6 +123,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.StringVar(&o.vhostUser, "vhost-user", "", "also listen in this folder, on a socket NAME.sock for each export, for virtual machines (vhost-user-blk)")
 	f.StringVar(&o.fuse.dir, "fuse", "", "also show each export as a file NAME in this empty folder")
 	o.fuse.add(f, "fuse-")
+	o.operator.add(f)
 	o.addStores(c)
 	f.StringVar(&o.certificates, "tls-certificates", "", "use TLS with server-cert.pem and server-key.pem of this folder; if it has ca-cert.pem, clients require a certificate signed by it")
 	f.Var(&o.tls, "tls", "with --tls-certificates: require TLS of every client, or allow it")
@@ -253,8 +257,11 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if _, err := o.chunkSize.chunkSectors(); err != nil {
 		return err
 	}
-	log, endLog := eventlog.Writer(stderr, "dmsnap: ")
-	defer endLog()
+	if err := o.operator.check(); err != nil {
+		return err
+	}
+	log := o.operator.openLog(stderr)
+	defer log.end()
 	passed, err := server.PassedListeners()
 	if err != nil {
 		return err
@@ -263,7 +270,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 		return err
 	}
 	list := o.attachments(originPath, cows)
-	files, err := o.fuse.mount(log)
+	files, err := o.fuse.mount(log.line)
 	if err != nil {
 		return err
 	}
@@ -284,17 +291,24 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if err := o.checkVolumes(s, originPath, cows); err != nil {
 		return err
 	}
-	l, control, err := o.listeners(originPath, passed)
+	page, err := o.operator.listen()
 	if err != nil {
 		return err
 	}
-	if err := o.attach(s, list, len(cows) > 0); err != nil {
-		closeListeners(l, control)
+	l, control, err := o.listeners(originPath, passed)
+	if err != nil {
+		closeListeners(page)
 		return err
 	}
+	if err := o.attach(s, list, len(cows) > 0); err != nil {
+		closeListeners(l, control, page)
+		return err
+	}
+	ctx, stop := context.WithCancel(ctx)
+	defer stop()
 	wait := s.Start(ctx, l, control)
 	if s.OriginFormat() != ondisk.RawFormat || o.disk.raw {
-		log(fmt.Sprintf("%s: the format of the origin is %s", originPath, s.OriginFormat()))
+		log.line(fmt.Sprintf("%s: the format of the origin is %s", originPath, s.OriginFormat()))
 	}
 	var text bytes.Buffer
 	st := s.Status()
@@ -304,6 +318,16 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if st.Origin.URI != "" || st.Origin.File != "" {
 		printExport(&text, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser, st.Origin.File)
 	}
+	watched, err := o.operator.start(ctx, page, func() (api.Tree, error) { return s.Tree(), nil }, s.Handler(), log, &text)
+	if err != nil {
+		closeListeners(page)
+		stop()
+		return errors.Join(err, wait())
+	}
+	defer func() {
+		stop()
+		err = errors.Join(err, watched())
+	}()
 	stdout.Write(text.Bytes()) // who does not read it may still use what is served
 	reportReady(text.Bytes())
 	return wait()
@@ -332,7 +356,7 @@ func printExport(w io.Writer, name, uri, vhostSocket, file string) {
 }
 
 // open opens the origin. The caller closes the server.
-func (o *serveOptions) open(originPath string, cows []api.AttachRequest, files mounted, log func(string)) (s *server.Server, err error) {
+func (o *serveOptions) open(originPath string, cows []api.AttachRequest, files mounted, log serverLog) (s *server.Server, err error) {
 	disk, err := o.disk.options(block.Options{})
 	if err != nil {
 		return nil, err
@@ -340,7 +364,7 @@ func (o *serveOptions) open(originPath string, cows []api.AttachRequest, files m
 	if disk.Format, err = cowfile.FormatOf(storesOf(cows)...); err != nil {
 		return nil, err
 	}
-	opts := server.Options{ReadOnly: o.readOnly, Raw: o.disk.raw, Format: disk.Format, Open: source.Opener(disk), Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log, VhostUser: o.vhostUser,
+	opts := server.Options{ReadOnly: o.readOnly, Raw: o.disk.raw, Format: disk.Format, Open: source.Opener(disk), Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log.Line, Logger: log.Logger, VhostUser: o.vhostUser, Observe: o.operator.http != "",
 		Grow: snapshot.Growth{Step: o.grow.bytes, Max: o.growMax.bytes},
 		NBD:  nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}
 	if files.Server != nil {

@@ -16,6 +16,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
@@ -35,7 +36,7 @@ type running struct {
 func start(t *testing.T, p pair, o serveOptions, cows ...string) *running {
 	t.Helper()
 	o.socket, o.control = filepath.Join(p.dir, "nbd.sock"), filepath.Join(p.dir, "control.sock")
-	s, err := o.open(p.origin, nil, mounted{}, func(line string) { t.Log(line) })
+	s, err := o.open(p.origin, nil, mounted{}, serverLog{Log: eventlog.Log{Line: func(line string) { t.Log(line) }}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -3,6 +3,7 @@ package eventlog
 import (
 	"fmt"
 	"io"
+	"log/slog"
 	"time"
 )
 
@@ -41,4 +42,18 @@ func Writer(w io.Writer, prefix string) (log func(string), end func()) {
 			case <-time.After(time.Second): // w is blocked
 			}
 		}
+}
+
+// JSON returns a logger that writes records to w as JSON objects, a line each, in the way of Writer.
+func JSON(w io.Writer) (logger *slog.Logger, end func()) {
+	line, end := Writer(w, "")
+	return slog.New(slog.NewJSONHandler(lineWriter(line), nil)), end
+}
+
+// lineWriter passes on what a handler writes, a line each.
+type lineWriter func(string)
+
+func (w lineWriter) Write(p []byte) (int, error) {
+	w(string(p[:max(0, len(p)-1)])) // without the newline
+	return len(p), nil
 }

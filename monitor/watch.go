@@ -1,0 +1,127 @@
+package monitor
+
+import (
+	"context"
+	"sync"
+	"time"
+
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// A Watcher makes reports of a server again and again, for several readers.
+type Watcher struct {
+	tree   func() (api.Tree, error)
+	alert  func(Alert)
+	every  time.Duration
+	seldom time.Duration // without subscribers
+
+	stepping sync.Mutex // sampler and alerts
+	sampler  Sampler
+	alerts   Alerts
+
+	mu      sync.Mutex
+	latest  Report
+	err     error
+	readers map[chan struct{}]bool
+	wake    chan struct{} // a reader came
+}
+
+// WatchOptions are what a Watcher does.
+type WatchOptions struct {
+	Thresholds Thresholds
+	Alert      func(Alert) // called for each alert, from one goroutine at a time; nil: none. It must not block.
+}
+
+// NewWatcher returns a Watcher of the server whose tree the function returns.
+func NewWatcher(tree func() (api.Tree, error), o WatchOptions) *Watcher {
+	if o.Alert == nil {
+		o.Alert = func(Alert) {}
+	}
+	return &Watcher{tree: tree, alert: o.Alert, every: time.Second, seldom: 5 * time.Second, alerts: Alerts{Thresholds: o.Thresholds},
+		readers: map[chan struct{}]bool{}, wake: make(chan struct{}, 1)}
+}
+
+// Step makes a report, and has its alerts delivered. An error is that of the server; the latest report stays then.
+func (w *Watcher) Step(now time.Time) error {
+	w.stepping.Lock()
+	defer w.stepping.Unlock()
+	t, err := w.tree()
+	if err != nil {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		w.err = err
+		w.publish()
+		return err
+	}
+	r := w.sampler.Step(now, t)
+	for _, a := range w.alerts.Step(r) {
+		w.alert(a)
+	}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.latest, w.err = r, nil
+	w.publish()
+	return nil
+}
+
+// publish tells the readers that there is a new report. mu is held.
+func (w *Watcher) publish() {
+	for c := range w.readers {
+		select {
+		case c <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Latest returns the last report, and the error of a later step. The report is not changed any more; it is shared.
+func (w *Watcher) Latest() (Report, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.latest, w.err
+}
+
+// Subscribe returns a channel that gets a value after each report, unless one is waiting there; end ends that. While
+// there are subscribers, reports are made each second, otherwise every 5 seconds.
+func (w *Watcher) Subscribe() (reports <-chan struct{}, end func()) {
+	c := make(chan struct{}, 1)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.readers[c] = true
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+	return c, func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.readers, c)
+	}
+}
+
+// Run makes reports until ctx ends.
+func (w *Watcher) Run(ctx context.Context) {
+	for {
+		w.Step(time.Now()) // readers see the error
+		w.mu.Lock()
+		pause := w.seldom
+		if len(w.readers) > 0 {
+			pause = w.every
+		}
+		w.mu.Unlock()
+		t := time.NewTimer(pause)
+		select {
+		case <-ctx.Done():
+			t.Stop()
+			return
+		case <-w.wake:
+			t.Stop()
+			select { // rates need some time between two reports
+			case <-ctx.Done():
+				return
+			case <-time.After(min(w.every, 200*time.Millisecond)):
+			}
+		case <-t.C:
+		}
+	}
+}

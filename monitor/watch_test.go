@@ -1,0 +1,69 @@
+package monitor
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+func TestWatcher(t *testing.T) {
+	noFileSystems(t)
+	var sectors atomic.Uint64
+	var fail atomic.Bool
+	var alerts []Alert
+	w := NewWatcher(func() (api.Tree, error) {
+		if fail.Load() {
+			return api.Tree{}, errors.New("no server")
+		}
+		return node(sectors.Load()), nil
+	}, WatchOptions{Alert: func(a Alert) { alerts = append(alerts, a) }})
+	reports, end := w.Subscribe()
+	for i := range 6 {
+		sectors.Store(uint64(i) * 1000)
+		if err := w.Step(at(float64(i))); err != nil {
+			t.Fatal(err)
+		}
+	}
+	<-reports
+	select {
+	case <-reports:
+		t.Error("reports pile up")
+	default:
+	}
+	if r, err := w.Latest(); err != nil || *r.Find("vm1").Rates.SecondsToFull != 1995 {
+		t.Errorf("%+v, %v", r.Find("vm1"), err)
+	}
+	if len(alerts) != 1 || alerts[0].Kind != AlertTimeToFull {
+		t.Errorf("%+v", alerts)
+	}
+	fail.Store(true)
+	if err := w.Step(at(7)); err == nil {
+		t.Error("an error was lost")
+	}
+	<-reports
+	if r, err := w.Latest(); err == nil || r.Find("vm1") == nil {
+		t.Error("after an error the latest report is gone, or the error is")
+	}
+	end()
+}
+
+// Run makes reports until its context ends, and sooner when somebody reads them.
+func TestWatcherRuns(t *testing.T) {
+	noFileSystems(t)
+	w := NewWatcher(func() (api.Tree, error) { return node(0), nil }, WatchOptions{})
+	w.every, w.seldom = time.Millisecond, time.Hour
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); w.Run(ctx) }()
+	reports, end := w.Subscribe()
+	for range 5 {
+		<-reports
+	}
+	end()
+	stop()
+	<-done
+}
