@@ -205,8 +205,7 @@ func (f *frontend) negotiate(features uint64) {
 	f.t.Helper()
 	offered := binary.LittleEndian.Uint64(f.get(1, nil))
 	f.features = features & offered
-	f.get(15, nil)
-	f.set(16, le(uint64(allProtocol)))
+	f.set(16, le(binary.LittleEndian.Uint64(f.get(15, nil))&allProtocol))
 	f.set(3, nil)
 	f.set(2, le(f.features))
 	f.set(37, le(uint64(0), uint64(gpa), uint64(memSize), uint64(ua), uint64(0)), f.fd)
@@ -362,6 +361,61 @@ func (c *client) transfer(op string, p []byte, off int64, write bool) (int, erro
 		}
 	}
 	return len(p), nil
+}
+
+// whole returns the sectors that lie in a range as a whole: the first, and how many.
+func whole(off, n int64) (first, count int64) {
+	first = (off + 511) / 512
+	return first, max(0, (off+n)/512-first)
+}
+
+// ranges sends a request that has a segment for the whole sectors of a range, in pieces that the device takes.
+func (c *client) ranges(kind, flags uint32, first, count int64) error {
+	for count > 0 {
+		m := min(count, 64<<10)
+		if err := c.ok(c.do(kind, 0, le(uint64(first), uint32(m), flags), true)); err != nil {
+			return err
+		}
+		first, count = first+m, count-m
+	}
+	return nil
+}
+
+// ZeroAt zeroes whole sectors by WRITE_ZEROES and the edges by writes.
+func (c *client) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if err := block.CheckRange("zero", off, n, c.size); err != nil {
+		return err
+	}
+	if c.features&(1<<14) == 0 || flags&block.OnlyFast != 0 {
+		return block.ErrNotFast
+	}
+	var unmap uint32
+	if flags&block.KeepAllocated == 0 {
+		unmap = 1
+	}
+	first, count := whole(off, n)
+	if count == 0 {
+		_, err := c.WriteAt(make([]byte, n), off)
+		return err
+	}
+	if _, err := c.WriteAt(make([]byte, 512*first-off), off); err != nil {
+		return err
+	}
+	if err := c.ranges(13, unmap, first, count); err != nil {
+		return err
+	}
+	end := 512 * (first + count)
+	_, err := c.WriteAt(make([]byte, off+n-end), end)
+	return err
+}
+
+// Discard discards whole sectors.
+func (c *client) Discard(off, n int64) error {
+	if err := block.CheckRange("discard", off, n, c.size); err != nil || c.features&(1<<13) == 0 {
+		return err
+	}
+	first, count := whole(off, n)
+	return c.ranges(11, 0, first, count)
 }
 
 func (c *client) ReadAt(p []byte, off int64) (int, error)  { return c.transfer("read", p, off, false) }

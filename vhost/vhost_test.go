@@ -435,26 +435,6 @@ func TestHostileMessages(t *testing.T) {
 	settle(before)
 }
 
-// FuzzRing lets the fuzzer write the ring, its tables and headers.
-func FuzzRing(f *testing.F) {
-	f.Add([]byte{0, 0, 1, 0}, uint16(1))
-	f.Add(binary.LittleEndian.AppendUint64(nil, gpa+headAt), uint16(3))
-	f.Fuzz(func(t *testing.T, p []byte, n uint16) {
-		if len(p) > headAt+4096 {
-			return
-		}
-		_, path := serve(t, block.NewMemory(1<<20), nil)
-		c := dial(t, path)
-		c.negotiate(allFeatures)
-		copy(c.mem, p)
-		c.mem[availAt+2], c.mem[availAt+3] = byte(n), byte(n>>8)
-		c.start(0)
-		c.get(11, le(uint32(0), uint32(0)))
-		c.close()
-		connect(t, path).want(0, 0, 0, make([]byte, 512), false)
-	})
-}
-
 // FuzzMessages sends bytes instead of messages.
 func FuzzMessages(f *testing.F) {
 	f.Add(le(uint32(1), uint32(1), uint32(0)))
