@@ -108,6 +108,9 @@ type Fleet struct {
 	// unsettled are sealed layers that are not durable as a whole.
 	unsettled map[uint64]*layer
 
+	// appended, unless it is nil, is called after each line of the journal was written, with mu held. For tests.
+	appended func(*change)
+
 	names  directory // layers/
 	reaper reaper
 
@@ -237,6 +240,9 @@ func (f *Fleet) append(c *change, freeing bool) error {
 		return err
 	}
 	f.state.apply(c)
+	if f.appended != nil {
+		f.appended(c)
+	}
 	if f.journal.size >= foldAt && !f.folding && !f.closed {
 		f.folding = true
 		f.background.Go(f.fold)
