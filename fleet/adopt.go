@@ -90,6 +90,9 @@ func (f *Fleet) baseOfDisk(name string) (base, error) {
 	if r == nil {
 		return base{}, noSuchDisk(name)
 	}
+	if err := f.prepareDisk(name); err != nil {
+		return base{}, err
+	}
 	return f.baseOf(name)
 }
 

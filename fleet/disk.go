@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -20,8 +21,14 @@ type disk struct {
 	err  error // why it can't be used
 
 	// Written with ops held.
-	file  cowfile.Origin // nil: err
-	chain *stack.Chain   // the disk itself, for layers without a parent
+	file      cowfile.Origin   // nil: err
+	ground    *ground          // of chain: the disk, until it has a preserve layer
+	chain     *stack.Chain     // the disk itself, for layers without a parent
+	origin    *snapshot.Origin // nil: it was never written
+	preserve  *layer           // the newest one, which is attached to origin
+	exported  bool
+	exportErr error      // why a writable one is not
+	merge     *treeMerge // under way, or the last one since the start; written with Fleet.mu held
 }
 
 // A ground is the device at the bottom of chains: the disk, until something is written to it; then a preserve layer, which
@@ -51,25 +58,38 @@ func newGround(dev block.Device) *ground {
 
 // replace makes dev the device, while no request is in flight.
 func (g *ground) replace(dev block.Device) {
+	g.change(func() (block.Device, error) { return dev, nil })
+}
+
+// change makes the device that with returns the device, while no request is in flight. After an error it stays as it is.
+func (g *ground) change(with func() (block.Device, error)) error {
 	g.behind.mu.Lock()
 	defer g.behind.mu.Unlock()
-	g.behind.dev = dev
+	dev, err := with()
+	if err == nil {
+		g.behind.dev = dev
+	}
+	return err
 }
 
 // openDisk opens the disk of a record.
 func (f *Fleet) openDisk(r *diskRecord) *disk {
 	d := &disk{name: r.Name, size: r.Size}
-	d.file, d.err = f.openSource(r.Source, r.Format, r.Raw)
-	if d.err == nil && d.file.Size() != r.Size {
-		d.err = fmt.Errorf("%s: it has %d bytes, and had %d", r.Source, d.file.Size(), r.Size)
-		d.file.Close()
+	file, err := f.openSource(r.Source, r.Format, r.Raw)
+	if d.err = err; err == nil && file.Size() != r.Size {
+		d.err = fmt.Errorf("%s: it has %d bytes, and had %d", r.Source, file.Size(), r.Size)
+		file.Close()
 	}
-	if d.err != nil {
-		d.file = nil
-		return d
+	if d.err == nil {
+		d.setFile(file)
 	}
-	d.chain = stack.New(newGround(d.file), d.size)
 	return d
+}
+
+// setFile makes the disk usable.
+func (d *disk) setFile(file cowfile.Origin) {
+	d.file, d.ground = file, newGround(file)
+	d.chain = stack.New(d.ground, d.size)
 }
 
 func (f *Fleet) openSource(source, format string, raw bool) (cowfile.Origin, error) {
@@ -110,17 +130,48 @@ func (f *Fleet) AddDisk(ctx context.Context, q api.AddDiskRequest) (api.Disk, er
 	}
 	c := f.newChange("add disk")
 	r := diskRecord{Name: q.Name, Source: q.Source, Format: file.Format(), Raw: q.Raw, Size: file.Size(), Created: c.Time}
-	d := &disk{name: q.Name, size: file.Size(), file: file}
-	d.chain = stack.New(newGround(file), d.size)
+	d := &disk{name: q.Name, size: file.Size()}
+	d.setFile(file)
 	c.Disks = []diskRecord{r}
+	if q.Writable {
+		if err := checkWritable(file); err != nil {
+			return api.Disk{}, block.WithPath(q.Source, errors.Join(err, file.Close()))
+		}
+	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
-	if err := f.append(c, false); err != nil {
+	err = f.append(c, false)
+	if err == nil {
+		f.disks[q.Name] = d
+		f.publish(api.Event{Seq: c.Seq, Kind: api.EventDiskAdded, Name: q.Name, Disk: q.Name, Text: q.Source})
+	}
+	f.mu.Unlock()
+	if err != nil {
 		return api.Disk{}, errors.Join(err, file.Close())
 	}
-	f.disks[q.Name] = d
-	f.publish(api.Event{Seq: c.Seq, Kind: api.EventDiskAdded, Name: q.Name, Disk: q.Name, Text: q.Source})
-	return f.diskStatus(f.state.Disks[q.Name]), nil
+	if q.Writable {
+		if err := f.makeWritable(d); err != nil {
+			return api.Disk{}, fmt.Errorf("the disk was added, and can't be written: %w", err)
+		}
+	}
+	return f.Disk(q.Name)
+}
+
+// makeWritable exports a disk itself. ops is held.
+func (f *Fleet) makeWritable(d *disk) error {
+	if err := f.allowWrites(d); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	r := *f.state.Disks[d.name]
+	r.Writable = true
+	c := f.newChange("writable")
+	c.Disks = []diskRecord{r}
+	err := f.append(c, false)
+	f.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	return f.exportDisk(d)
 }
 
 // free refuses a name that a disk or node has.
@@ -137,25 +188,52 @@ func (f *Fleet) RemoveDisk(ctx context.Context, name string) error {
 		return err
 	}
 	defer release()
+	d, err := f.dropDisk(name)
+	if err != nil {
+		return err
+	}
+	if d.exported {
+		if err := f.nbd.Remove(ctx, name); err != nil {
+			f.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("disk", name))
+		}
+	}
+	err = d.finish()
+	if d.preserve != nil {
+		f.unref(d.preserve)
+	}
+	return errors.Join(err, d.close())
+}
+
+// dropDisk records that a disk is removed.
+func (f *Fleet) dropDisk(name string) (*disk, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.state.Disks[name] == nil {
-		return noSuchDisk(name)
-	}
-	for _, l := range f.state.Layers {
-		if l.Disk == name {
-			return refuse(api.CodeHasChildren, "disk %q has children: %s is one of them", name, f.titleOf(l))
-		}
+		return nil, noSuchDisk(name)
 	}
 	c := f.newChange("remove disk")
-	c.DropDisks = []string{name}
-	if err := f.append(c, true); err != nil {
-		return err
+	for _, l := range f.state.Layers {
+		switch {
+		case l.Disk == name && l.Preserve && !l.Sealed:
+			c.DropLayers = append(c.DropLayers, l.ID)
+		case l.Disk == name:
+			return nil, refuse(api.CodeHasChildren, "disk %q has children: %s is one of them", name, f.titleOf(l))
+		}
 	}
+	c.DropDisks = []string{name}
 	d := f.disks[name]
+	if d.preserve != nil {
+		d.preserve.refs.Add(1) // until it was detached
+	}
+	if err := f.dropLayers(c); err != nil {
+		if d.preserve != nil {
+			d.preserve.refs.Add(-1)
+		}
+		return nil, err
+	}
 	delete(f.disks, name)
 	f.publish(api.Event{Seq: c.Seq, Kind: api.EventDiskRemoved, Name: name, Disk: name})
-	return d.close()
+	return d, nil
 }
 
 // titleOf is the name of the element that a layer is in. mu is held.

@@ -168,6 +168,7 @@ func Open(dir string, o Options) (_ *Fleet, err error) {
 	f.openAll()
 	f.life, f.stop = context.WithCancel(context.Background())
 	f.background.Go(func() { f.settleLoop(f.life) })
+	f.resumeMerges()
 	f.notice()
 	return f, nil
 }
@@ -430,7 +431,7 @@ func (f *Fleet) closeFiles() error {
 		dev.detach()
 	}
 	for _, d := range sorted(f.disks) {
-		errs = append(errs, d.close())
+		errs = append(errs, d.finish(), d.close())
 	}
 	for _, l := range sorted(f.layers) {
 		errs = append(errs, l.closeFile())

@@ -42,11 +42,28 @@ func (f *Fleet) fork(q api.ForkRequest) (*node, error) {
 	if isNode {
 		return f.forkNode(q)
 	}
+	if err := f.prepareDisk(q.From); err != nil {
+		return nil, err
+	}
 	b, err := f.baseOf(q.From)
 	if err != nil {
 		return nil, err
 	}
 	return f.forkBase(q, b)
+}
+
+// prepareDisk has what is put on a disk show the disk as it is now. Of other names it does nothing.
+func (f *Fleet) prepareDisk(name string) error {
+	f.mu.Lock()
+	r, d := f.state.Disks[name], f.disks[name]
+	f.mu.Unlock()
+	switch {
+	case r == nil || d.err != nil:
+		return nil
+	case r.Merging != "":
+		return errMerging(name, r.Merging)
+	}
+	return f.nextGeneration(d)
 }
 
 // baseOf returns what lies on a disk or checkpoint.

@@ -29,6 +29,8 @@ type layer struct {
 	chain *stack.Chain // the disk with this layer on top; nil while it is written
 	err   error        // why it can't be used
 
+	generation *generation // of a preserve layer
+
 	// durable: the file and the store in it are. complete: all that a sealed layer holds is.
 	durable, complete atomic.Bool
 

@@ -2,11 +2,336 @@ package fleet
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/source/stack"
 )
 
-// Merge writes what a node shows into its disk.
+// A merge writes what a node shows into its disk, while both are used:
+//
+//  1. The disk gets a preserve layer, if it has none: everything over it keeps showing what it does, the node included. That
+//     the disk is going to be a mixture is recorded, durably.
+//  2. What the layers of the node hold, and what preserve layers below it do, is copied. The node's top is sealed first;
+//     what is written meanwhile is in the next one, and is copied in the next pass.
+//  3. When little is left, changes to the node wait: it is copied, and the disk is flushed. The node is put on the next
+//     generation of the disk, which is what it shows, and its own layers go.
+//
+// After a crash the copying begins again: it is the same content.
+type treeMerge struct {
+	fleet  *Fleet
+	node   *node
+	disk   *disk
+	merged *stack.Chain // what was copied by the passes so far
+
+	copied, total atomic.Int64
+	status        api.TreeMerge // but the counters; Fleet.mu is held
+}
+
+// mergePasses bounds the passes, and mergeRest is how many exceptions may be left for the last one, during which changes to
+// the node wait.
+const (
+	mergePasses = 8
+	mergeRest   = 256
+)
+
+// Merge begins to write what a node shows into its disk, and returns at once. Disk has the progress. Everything else over
+// the disk keeps its content. Afterwards the node lies directly on the disk. A merge that failed is begun again by another
+// call; until one is complete the disk can't be forked, and the node not be dropped.
 func (f *Fleet) Merge(ctx context.Context, name string) (api.TreeMerge, error) {
-	return api.TreeMerge{}, refuse(api.CodeFailed, "merging is not supported yet")
+	release, err := f.acquire(ctx)
+	if err != nil {
+		return api.TreeMerge{}, err
+	}
+	defer release()
+	m, err := f.beginMerge(name)
+	if err != nil {
+		return api.TreeMerge{}, err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.publish(api.Event{Seq: f.state.Seq, Kind: api.EventMergeStarted, Name: name, Disk: m.disk.name})
+	return m.state(), nil
+}
+
+// beginMerge prepares a merge and starts it in the background. ops is held.
+func (f *Fleet) beginMerge(name string) (*treeMerge, error) {
+	f.mu.Lock()
+	n, r, err := f.findNode(name)
+	if err == nil {
+		err = f.canMerge(n, f.state.Layers[r.Top])
+	}
+	f.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	d := n.disk
+	if err := f.allowWrites(d); err != nil {
+		return nil, err
+	}
+	m := &treeMerge{fleet: f, node: n, disk: d, status: api.TreeMerge{Node: name, Disk: d.name, State: api.MergeRunning}}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.state.Disks[d.name].Merging == "" {
+		rec := *f.state.Disks[d.name]
+		rec.Merging = name
+		c := f.newChange("merge")
+		c.Disks = []diskRecord{rec}
+		if err := f.append(c, false); err != nil {
+			return nil, err
+		}
+		if err := f.journal.sync(c.Seq); err != nil {
+			f.breakWith(err)
+			return nil, err
+		}
+	}
+	if f.closed {
+		return nil, errClosed
+	}
+	n.busy = "merge"
+	d.merge = m
+	f.background.Go(func() { m.run(f.life) })
+	return m, nil
+}
+
+// canMerge refuses a merge that is not possible. mu is held.
+func (f *Fleet) canMerge(n *node, top *layerRecord) error {
+	d := f.state.Disks[n.disk.name]
+	switch {
+	case d.Writable:
+		return refuse(api.CodeInUse, "disk %q is exported writable: nothing is merged into it", d.Name)
+	case top.Size != d.Size:
+		return refuse(api.CodeBadRequest, "node %q has %d bytes, and disk %q has %d: it can't be merged", n.name, top.Size, d.Name, d.Size)
+	case d.Merging != "" && d.Merging != n.name:
+		return refuse(api.CodeAlreadyMerging, "node %q is being merged into disk %q", d.Merging, d.Name)
+	}
+	return nil
+}
+
+// state is the merge for the API. mu is held.
+func (m *treeMerge) state() api.TreeMerge {
+	s := m.status
+	s.CopiedBytes, s.TotalBytes = m.copied.Load(), m.total.Load()
+	return s
+}
+
+// run is the merge, from the first pass to the end.
+func (m *treeMerge) run(ctx context.Context) {
+	err := m.passes(ctx)
+	if err == nil {
+		err = m.finish(ctx)
+	}
+	f := m.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	m.node.busy = ""
+	switch {
+	case err == nil:
+		m.status.State = api.MergeDone
+		f.publish(api.Event{Seq: f.state.Seq, Kind: api.EventMerged, Name: m.node.name, Disk: m.disk.name})
+	case ctx.Err() != nil:
+		m.status.State = api.MergeStopped // the next start continues
+	default:
+		m.status.State, m.status.Error = api.MergeFailed, describeError(err)
+		f.logError("merge of "+m.node.name, err)
+		f.publish(api.Event{Kind: api.EventMergeFailed, Name: m.node.name, Disk: m.disk.name, Error: m.status.Error})
+	}
+}
+
+// passes copies until little is left.
+func (m *treeMerge) passes(ctx context.Context) error {
+	for range mergePasses {
+		done, err := m.pass(ctx)
+		if done || err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// pass seals the node's top, and copies what was sealed since the last pass. done: little was left.
+func (m *treeMerge) pass(ctx context.Context) (done bool, err error) {
+	before := m.merged
+	chain, left, err := m.sealTop(ctx)
+	if err != nil {
+		return false, err
+	}
+	if before == nil {
+		if err := m.copyPreserved(ctx, chain); err != nil {
+			return false, err
+		}
+	}
+	var ranges []block.Range
+	for r := range chain.StoredSince(before, 0, chain.Size()) {
+		ranges = append(ranges, r)
+	}
+	if err := m.copyRanges(ctx, chain, ranges); err != nil {
+		return false, err
+	}
+	m.merged = chain
+	return left <= mergeRest, nil
+}
+
+// sealTop seals the top of the node, unless nothing was written to it, and returns the chain of all that is sealed.
+func (m *treeMerge) sealTop(ctx context.Context) (chain *stack.Chain, left uint64, err error) {
+	f := m.fleet
+	release, err := f.acquire(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer release()
+	if left = m.node.dev.view.Load().top.store.Len(); left > 0 {
+		if err := f.sealUnnamed(m.node, "merge pass"); err != nil {
+			return nil, 0, err
+		}
+	}
+	return m.node.dev.view.Load().chain, left, nil
+}
+
+// copyPreserved copies the ranges that preserve layers below the node hold: there the disk differs from what the node shows.
+func (m *treeMerge) copyPreserved(ctx context.Context, chain *stack.Chain) error {
+	f := m.fleet
+	f.mu.Lock()
+	var generations []*layer
+	top := f.state.Layers[f.state.Nodes[m.node.name].Top]
+	for _, r := range f.state.ancestors(top) {
+		if r.Preserve {
+			generations = append(generations, f.layers[r.ID])
+		}
+	}
+	f.mu.Unlock()
+	for _, l := range generations {
+		var ranges []block.Range
+		if g := l.generation; g.sealed != nil {
+			for r := range g.sealed.StoredSince(nil, 0, chain.Size()) {
+				ranges = append(ranges, r)
+			}
+		} else {
+			layout := l.store.Layout()
+			for r := range l.store.Exceptions() {
+				from, to := layout.OriginRange(r.Old, r.Count, chain.Size())
+				ranges = append(ranges, block.Range{Off: from, Length: to - from})
+			}
+		}
+		if err := m.copyRanges(ctx, chain, ranges); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// mergeAtOnce is how much is written to the disk at once, in bytes.
+const mergeAtOnce = 4 << 20
+
+// copyRanges copies what dev shows of ranges into the disk.
+func (m *treeMerge) copyRanges(ctx context.Context, dev block.Device, ranges []block.Range) error {
+	for _, r := range ranges {
+		m.total.Add(r.Length)
+	}
+	for _, r := range ranges {
+		for off, end := r.Off, r.Off+r.Length; off < end; {
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			n := min(end-off, mergeAtOnce)
+			if err := block.Copy(m.disk.origin, off, dev, off, n, block.LongHoles, nil); err != nil {
+				return fmt.Errorf("merge %d bytes at byte %d: %w", n, off, err)
+			}
+			m.copied.Add(n)
+			off += n
+		}
+	}
+	return nil
+}
+
+// finish copies the rest while changes to the node wait, and puts the node on the next generation of the disk.
+func (m *treeMerge) finish(ctx context.Context) error {
+	f := m.fleet
+	release, err := f.acquire(ctx)
+	if err != nil {
+		return err
+	}
+	defer release()
+	dev := m.node.dev
+	dev.gate.Lock()
+	old, err := m.finishLocked(ctx)
+	dev.gate.Unlock()
+	if old != nil {
+		old.origin.RetryPaused()
+		old.unpin()
+		f.notice()
+	}
+	return err
+}
+
+func (m *treeMerge) finishLocked(ctx context.Context) (old *view, err error) {
+	f, d := m.fleet, m.disk
+	v := m.node.dev.view.Load()
+	var rest []block.Range
+	layout := v.top.store.Layout()
+	for r := range v.top.store.Exceptions() {
+		from, to := layout.OriginRange(r.Old, r.Count, d.size)
+		rest = append(rest, block.Range{Off: from, Length: to - from})
+	}
+	if err := m.copyRanges(ctx, v.snap, rest); err != nil {
+		return nil, err
+	}
+	if err := d.origin.Flush(); err != nil {
+		return nil, err
+	}
+	if err := f.nextGeneration(d); err != nil {
+		return nil, err
+	}
+	f.mu.Lock()
+	b, err := f.baseAt(d, d.preserve.id)
+	f.mu.Unlock()
+	if err != nil {
+		return nil, err
+	}
+	t, err := f.makeTop(m.node, b, d.size)
+	if err != nil {
+		return nil, err
+	}
+	if err := m.record(t); err != nil {
+		return nil, errors.Join(err, t.discard(f))
+	}
+	return m.node.dev.view.Swap(t.view), nil
+}
+
+// record records that the merge is complete.
+func (m *treeMerge) record(t newTop) error {
+	f := m.fleet
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := *f.state.Nodes[m.node.name]
+	dropped := f.state.Layers[r.Top]
+	r.Top = t.layer.id
+	rec := *f.state.Disks[m.disk.name]
+	rec.Merging = ""
+	c := f.newChange("merged")
+	c.Disks, c.Layers, c.Nodes = []diskRecord{rec}, []layerRecord{t.record}, []nodeRecord{r}
+	c.DropLayers = append([]uint64{dropped.ID}, f.state.orphansBut(dropped.Parent, t.record.Parent)...)
+	if err := f.dropLayers(c); err != nil {
+		return err
+	}
+	t.view.seq = c.Seq
+	f.layers[t.layer.id] = t.layer
+	return nil
+}
+
+// resumeMerges continues the merges that the last process did not complete.
+func (f *Fleet) resumeMerges() {
+	for _, r := range sorted(f.state.Disks) {
+		if r.Merging == "" {
+			continue
+		}
+		if _, err := f.beginMerge(r.Merging); err != nil {
+			f.logError("merge of "+r.Merging, err)
+			d := f.disks[r.Name]
+			d.merge = &treeMerge{status: api.TreeMerge{Node: r.Merging, Disk: r.Name, State: api.MergeFailed, Error: describeError(err)}}
+		}
+	}
 }

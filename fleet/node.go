@@ -256,6 +256,9 @@ func (f *Fleet) dropRecord(name string) (gone *node, err error) {
 		if gone = f.nodes[name]; gone.busy != "" {
 			return nil, refuse(api.CodeInUse, "node %q: a %s is under way", name, gone.busy)
 		}
+		if f.state.Disks[gone.disk.name].Merging == name {
+			return nil, refuse(api.CodeMerging, "node %q is not merged completely into disk %q: merge it first", name, gone.disk.name)
+		}
 		c.DropNodes = []string{name}
 		c.DropLayers = append([]uint64{r.Top}, f.state.orphans(f.state.Layers[r.Top].Parent)...)
 		e.Disk = gone.disk.name

@@ -177,7 +177,7 @@ func (s *squash) finish(ctx context.Context) error {
 	}
 	defer release()
 	c := f.newChange("squash")
-	copied := layerRecord{ID: s.copy.id, Parent: s.lower.parent, Disk: s.node.disk.name, Node: s.node.name, Size: s.upper.Size(), Created: c.Time,
+	copied := layerRecord{ID: s.copy.id, Disk: s.node.disk.name, Node: s.node.name, Size: s.upper.Size(), Created: c.Time,
 		Sealed: true, Durable: true, Complete: true, Exceptions: s.copy.store.Len()}
 	s.copy.durable.Store(true)
 	s.copy.seal(s.lower.chain, s.upper.Size())
@@ -203,6 +203,7 @@ func (s *squash) replace(c *change, copied layerRecord) (old *view, err error) {
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	copied.Parent = f.state.Layers[s.own[len(s.own)-1]].Parent // a preserve layer may have come between
 	top := *f.state.Layers[old.top.id]
 	top.Parent = s.copy.id
 	c.Layers = []layerRecord{copied, top}

@@ -23,6 +23,14 @@ func (f *Fleet) openAll() {
 	}
 	f.openLayers()
 	f.buildChains()
+	for _, r := range sorted(f.state.Disks) {
+		if d := f.disks[r.Name]; r.Writable && d.err == nil {
+			if err := f.openWritable(d); err != nil {
+				d.exportErr = err
+				f.logError("disk "+r.Name+" is not exported", err)
+			}
+		}
+	}
 	for _, r := range sorted(f.state.Nodes) {
 		n := f.openNode(r)
 		f.nodes[r.Name] = n
@@ -61,11 +69,14 @@ func (f *Fleet) openLayers() {
 // buildChains makes the chain of each sealed layer, parents before children.
 func (f *Fleet) buildChains() {
 	for _, r := range f.state.bottomUp() {
-		l := f.layers[r.ID]
+		l, d := f.layers[r.ID], f.disks[r.Disk]
+		if r.Preserve && l.err == nil && d.err == nil {
+			l.err = f.openGeneration(d, r, l)
+		}
 		if !r.Sealed || l.err != nil || r.Preserve {
 			continue
 		}
-		b, err := f.baseAt(f.disks[r.Disk], r.Parent)
+		b, err := f.baseAt(d, r.Parent)
 		if err != nil {
 			continue // the layers over it are refused by unusable
 		}

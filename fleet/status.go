@@ -1,6 +1,7 @@
 package fleet
 
 import (
+	"cmp"
 	"errors"
 
 	"github.com/dmsnap/dmsnap/latency"
@@ -182,7 +183,15 @@ func (f *Fleet) Disks() api.Disks {
 func (f *Fleet) diskStatus(r *diskRecord) api.Disk {
 	d := api.Disk{Name: r.Name, Source: r.Source, Format: r.Format, Raw: r.Raw, SizeBytes: r.Size, Writable: r.Writable,
 		Created: r.Created, Policy: r.Policy}
-	d.State, d.Error = stateOf(f.disks[r.Name].err)
+	open := f.disks[r.Name]
+	d.State, d.Error = stateOf(cmp.Or(open.err, open.exportErr))
+	if open.exported {
+		d.URI = f.uri(r.Name)
+	}
+	if open.merge != nil {
+		m := open.merge.state()
+		d.Merge = &m
+	}
 	for _, l := range f.state.Layers {
 		switch {
 		case l.Disk != r.Name:
