@@ -139,7 +139,10 @@ func (d *demo) show() error {
 		return errors.New("disk.img is not what the snapshot was")
 	}
 	d.note("disk.img on disk is the snapshot, byte for byte: sha256 %s", short(tomorrow))
-	return d.checkFileSystem("disk.img")
+	if err := d.checkFileSystem("disk.img"); err != nil {
+		return err
+	}
+	return d.fleet(tomorrow, other)
 }
 
 // writeBoth makes the snapshot tomorrow's disk and the origin the other one, through NBD, and looks that
@@ -302,7 +305,7 @@ func (s *server) stop() error {
 	timer := time.AfterFunc(10*time.Second, func() { s.cmd.Process.Kill() })
 	defer timer.Stop()
 	if err := s.cmd.Wait(); err != nil {
-		return fmt.Errorf("serve: %w", err)
+		return fmt.Errorf("%s: %w", s.cmd.Args[1], err)
 	}
 	return nil
 }
