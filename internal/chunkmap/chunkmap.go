@@ -194,18 +194,20 @@ func (m *Map) continued(number, last, new uint64) (n uint64) {
 func (m *Map) All() iter.Seq[Run] {
 	return func(yield func(Run) bool) {
 		var last Run
-		var runs []Run
+		var runs []run
 		for _, number := range m.pageNumbers() {
 			runs = m.pageRuns(runs[:0], number)
+			first := ondisk.OriginChunk(number << pageShift)
 			for _, r := range runs {
-				if last.Count > 0 && last.Old+ondisk.OriginChunk(last.Count) == r.Old && last.New+ondisk.COWChunk(last.Count) == r.New {
-					last.Count += r.Count
+				old, new := first+ondisk.OriginChunk(r.first), ondisk.COWChunk(r.new)
+				if last.Count > 0 && last.Old+ondisk.OriginChunk(last.Count) == old && last.New+ondisk.COWChunk(last.Count) == new {
+					last.Count += uint64(r.count)
 					continue
 				}
 				if last.Count > 0 && !yield(last) {
 					return
 				}
-				last = r
+				last = Run{old, new, uint64(r.count)}
 			}
 		}
 		if last.Count > 0 {
@@ -227,21 +229,13 @@ func (m *Map) pageNumbers() []uint64 {
 }
 
 // pageRuns appends the runs of a page to runs.
-func (m *Map) pageRuns(runs []Run, number uint64) []Run {
+func (m *Map) pageRuns(runs []run, number uint64) []run {
 	h := hash(number)
 	s := m.shardOf(h)
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	p := s.dir.find(h, number)
-	if p == nil {
-		return runs
-	}
-	for at := 0; at < pageChunks; {
-		new, n, mapped := p.uniform(at, pageChunks)
-		if mapped {
-			runs = append(runs, Run{ondisk.OriginChunk(number<<pageShift) + ondisk.OriginChunk(at), ondisk.COWChunk(new), uint64(n)})
-		}
-		at += n
+	if p := s.dir.find(h, number); p != nil {
+		runs = p.appendTo(runs)
 	}
 	return runs
 }
@@ -263,8 +257,7 @@ func (m *Map) Max() (ondisk.OriginChunk, bool) {
 		}
 		// Empty when its last exception was deleted meanwhile: then look again.
 		if runs := m.pageRuns(nil, largest); len(runs) > 0 {
-			r := runs[len(runs)-1]
-			return r.Old + ondisk.OriginChunk(r.Count-1), true
+			return ondisk.OriginChunk(largest<<pageShift) + ondisk.OriginChunk(runs[len(runs)-1].end()-1), true
 		}
 	}
 }

@@ -84,6 +84,24 @@ func (p *page) uniform(at, max int) (new uint64, n int, mapped bool) {
 	return 0, pageChunks - at, false
 }
 
+// appendTo appends the runs of the page to runs, in ascending order.
+func (p *page) appendTo(runs []run) []run {
+	if p.form() < narrowTable {
+		for i := range p.runs() {
+			runs = append(runs, p.run(i))
+		}
+		return runs
+	}
+	for at := 0; at < pageChunks; {
+		new, n, mapped := p.tableUniform(at, pageChunks)
+		if mapped {
+			runs = append(runs, run{at, n, new})
+		}
+		at += n
+	}
+	return runs
+}
+
 // insert adds chunk at, or returns false when it is there.
 func (p *page) insert(at int, new uint64) bool {
 	if p.form() >= narrowTable {

@@ -68,13 +68,20 @@ func (s *segment) run(old ondisk.OriginChunk, limit uint64) (virtual ondisk.COWC
 	return s.merged.Run(old, limit)
 }
 
-// runs yields the exceptions in ascending order, in virtual chunks.
-func (s *segment) runs() iter.Seq[chunkmap.Run] {
-	if s.merged != nil {
-		return s.merged.All()
-	}
+// runs yields the exceptions in ascending order, in virtual chunks to which base is added.
+func (s *segment) runs(base uint64) iter.Seq[chunkmap.Run] {
 	return func(yield func(chunkmap.Run) bool) {
+		if s.merged != nil {
+			for r := range s.merged.All() {
+				r.New += ondisk.COWChunk(base)
+				if !yield(r) {
+					return
+				}
+			}
+			return
+		}
 		for r := range s.single.Exceptions() {
+			r.New += ondisk.COWChunk(base)
 			if !yield(chunkmap.Run(r)) {
 				return
 			}

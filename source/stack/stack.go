@@ -13,12 +13,12 @@
 // # Index
 //
 // The index of a [Chain] is a list of segments, newest first. A segment says which chunks some adjacent layers hold, and
-// where. That of a new layer is the map of its store; Compact merges adjacent segments of like size, where the newer
-// layer's exceptions replace the older one's:
+// where. That of a new layer is the map of its store; Compact merges adjacent segments, where the newer layer's exceptions
+// replace the older one's:
 //
 //	layers      5   4   3   2   1   base            bottom-up 1 to 5
 //	segments   [5] [4] [3] [2   1]                   before
-//	           [5] [4   3   2   1]                   after two steps
+//	           [5   4   3] [2   1]                   after a step
 //
 // A merged segment maps an origin chunk to a virtual chunk. Each layer has a range of them, so that one number says
 // which layer and which COW chunk:
@@ -26,8 +26,8 @@
 //	layer               1              2                  3
 //	virtual chunk  0 … used-1 | base … base+used-1 | base …
 //
-// Segments become larger by a factor of more than two from the newest to the oldest, so there are few of them however
-// many layers there are, and each exception is merged a few times only. Layers with chunks of another size have segments
+// A segment is merged with all newer ones unless it is more than four times as large as they are together. So there are
+// few of them however many layers there are, and each exception is merged a few times only. Layers with chunks of another size have segments
 // of their own.
 //
 // # Guarantees
