@@ -59,6 +59,9 @@ type Options struct {
 	// that use the nodes can write what they hold in memory. An error of the first call refuses the checkpoint.
 	Freeze func(ctx context.Context, thaw bool, nodes []string) error
 
+	// Observe counts requests to exports, their durations and their places, for Tree and HeatMap (package activity).
+	Observe bool
+
 	// Wrap returns the device that is exported for a node, or for a writable disk; nil: the one it is called with.
 	Wrap func(name string, dev block.Device) block.Device
 

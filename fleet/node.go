@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"strings"
 
+	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -21,7 +22,9 @@ type node struct {
 	disk *disk
 	err  error       // why it is not exported
 	dev  *nodeDevice // nil: err
-	busy string      // the operation that uses it; Fleet.mu is held
+
+	observed *activity.Device // what is exported; nil: it is not observed
+	busy     string           // the operation that uses it; Fleet.mu is held
 }
 
 // snapshotOptions are those of the tops of nodes over a disk.
@@ -143,6 +146,10 @@ func (f *Fleet) export(n *node) error {
 	var dev block.Device = n.dev
 	if f.opts.Wrap != nil {
 		dev = f.opts.Wrap(n.name, dev)
+	}
+	if f.opts.Observe {
+		n.observed = activity.Observe(dev)
+		dev = n.observed
 	}
 	sectors := f.opts.ChunkSectors
 	if sectors == 0 {

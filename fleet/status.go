@@ -142,7 +142,7 @@ func (f *Fleet) nodeElement(r *nodeRecord, depth int) api.Element {
 	defer v.unpin()
 	g := figures.Of(v.snap.Status())
 	c := figures.Counters(v.snap.Counters(), latency.Histogram{})
-	e.Figures, e.Counters = &g, &c
+	e.Figures, e.Counters, e.Activity = &g, &c, figures.Activity(n.observed)
 	if g.Error != "" && e.Error == "" {
 		e.State, e.Error = stateOf(errors.New(g.Error))
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/server/figures"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -30,7 +31,7 @@ func (s *Server) Handler() http.Handler {
 	handle("GET /v1/status", func(*http.Request) (any, error) { return s.Status(), nil })
 	handle("GET /v1/tree", func(*http.Request) (any, error) { return s.Tree(), nil })
 	handle("GET /v1/heat/{name}", func(r *http.Request) (any, error) {
-		parts, err := PartsOf(r)
+		parts, err := figures.Parts(r)
 		if err != nil {
 			return nil, err
 		}
@@ -65,19 +66,6 @@ func (s *Server) Handler() http.Handler {
 		return nil, refuse(api.CodeNoSuchRequest, "there is no %s %s", r.Method, r.URL.Path)
 	})
 	return mux
-}
-
-// PartsOf returns the number of parts that a request for a heat map asks for: parts=N, 1 to 512, without it 256.
-func PartsOf(r *http.Request) (int, error) {
-	q := r.URL.Query().Get("parts")
-	if q == "" {
-		return 256, nil
-	}
-	n, err := strconv.Atoi(q)
-	if err != nil || n < 1 || n > maxParts {
-		return 0, refuse(api.CodeBadRequest, "parts: must be 1 to %d", maxParts)
-	}
-	return n, nil
 }
 
 // codeOf is the code of an error.

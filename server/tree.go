@@ -8,7 +8,6 @@ import (
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/server/figures"
-	"github.com/dmsnap/dmsnap/snapshot"
 )
 
 // observe returns the device that is served as an export: dev, observed if Options say so. added is called when the
@@ -42,16 +41,6 @@ func (s *Server) forget(name string) {
 	delete(s.observed, name)
 }
 
-// ActivityOf returns what was counted of an observed device, in the types of the API; nil of none.
-func ActivityOf(d *activity.Device) *api.Activity {
-	if d == nil {
-		return nil
-	}
-	c := d.Counts()
-	return &api.Activity{Reads: figures.Latency(c.Reads), Writes: figures.Latency(c.Writes), Flushes: figures.Latency(c.Flushes),
-		ReadBytes: c.ReadBytes, WrittenBytes: c.WriteBytes, Errors: c.Errors}
-}
-
 // Tree returns the origin as a disk and its snapshots as nodes on it, for programs that show servers of both kinds.
 func (s *Server) Tree() api.Tree {
 	s.mu.Lock()
@@ -65,7 +54,7 @@ func (s *Server) Tree() api.Tree {
 	}
 	if s.exported {
 		disk.URI = s.uri(s.name)
-		disk.Connections, disk.Activity = s.connections(s.name), ActivityOf(s.observedDevice(s.name))
+		disk.Connections, disk.Activity = s.connections(s.name), figures.Activity(s.observedDevice(s.name))
 	}
 	t := api.Tree{Server: api.ServerOfOne, Elements: []api.Element{disk}}
 	for _, v := range s.snapshots {
@@ -87,7 +76,7 @@ func (s *Server) elementOf(v *attached, disk string) api.Element {
 	st := s.statusOf(v)
 	e := api.Element{Name: v.name, Kind: api.KindNode, Parent: disk, Disk: disk, SizeBytes: v.dev.Size(), State: api.ElementOK,
 		Error: st.Error, URI: st.URI, File: st.COW, Connections: s.connections(v.name), Depth: 1,
-		Figures: &st.Figures, Counters: &st.Counters, Activity: ActivityOf(s.observedDevice(v.name))}
+		Figures: &st.Figures, Counters: &st.Counters, Activity: figures.Activity(s.observedDevice(v.name))}
 	if st.Error != "" || st.State == api.StateInvalid {
 		e.State, e.Error = api.ElementFailed, cmp.Or(st.Error, "the snapshot is invalid")
 	}
@@ -108,7 +97,7 @@ func (s *Server) connections(name string) int64 {
 func (s *Server) HeatMap(name string, parts int) (api.HeatMap, error) {
 	s.mu.Lock()
 	v, dev := s.find(name), block.Device(s.origin)
-	changed := func(off, n int64) ([]block.Extent, error) { return []block.Extent{{Length: n}}, nil }
+	changed := nbd.ContextFunc(figures.Nothing)
 	switch {
 	case v != nil:
 		dev, changed = v.dev, v.dev.Changed
@@ -119,22 +108,5 @@ func (s *Server) HeatMap(name string, parts int) (api.HeatMap, error) {
 		name = s.name
 	}
 	s.mu.Unlock()
-	return HeatMapOf(name, dev, parts, snapshot.InCOW, changed, s.observedDevice(name))
+	return figures.HeatMap(name, dev.Size(), parts, changed, s.observedDevice(name))
 }
-
-// HeatMapOf makes a map of a device in at most 512 parts: the fraction of each that changed reports with the flag stored,
-// and the writes of the observed device, unless that is nil.
-func HeatMapOf(name string, dev block.Device, parts int, stored block.ExtentFlags, changed nbd.ContextFunc, o *activity.Device) (api.HeatMap, error) {
-	h := api.HeatMap{Name: name, SizeBytes: dev.Size()}
-	var err error
-	if h.Stored, err = activity.Fractions(h.SizeBytes, min(max(parts, 1), maxParts), stored, changed); err != nil {
-		return api.HeatMap{}, err
-	}
-	if o != nil {
-		h.Writes = o.Writes(len(h.Stored))
-	}
-	return h, nil
-}
-
-// maxParts is how many parts of a disk a heat map may have.
-const maxParts = 512

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"net/http"
 	"os"
 	"os/signal"
 	"os/user"
@@ -16,9 +17,9 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/fleet/daemon"
-	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source"
 )
 
@@ -26,6 +27,7 @@ import (
 type daemonOptions struct {
 	daemon.Config
 	group, mode    string
+	operator       operatorFlags
 	disk           diskFlags
 	sync           syncFlag
 	chunkSize      sizeFlag
@@ -87,6 +89,7 @@ certificates, --access and --policies again. docs/fleet.md has the whole from in
 	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
 	f.Var(&o.chunkSize, "chunk-size", "chunk size of new layers (default 4KiB)")
+	o.operator.add(f)
 	o.disk.addRemote(f)
 	c.MarkFlagRequired("dir")
 	return c
@@ -108,13 +111,26 @@ func (o *daemonOptions) run(ctx context.Context, reload <-chan struct{}, stdout,
 	if err != nil {
 		return err
 	}
-	log, endLog := eventlog.Writer(stderr, "dmsnap: ")
-	defer endLog()
-	o.Log = log
+	if err := o.operator.check(); err != nil {
+		return err
+	}
+	log := o.operator.openLog(stderr)
+	defer log.end()
+	o.Log, o.Logger = log.Line, log.Logger
+	page, err := o.operator.listen()
+	if err != nil {
+		return err
+	}
+	defer closeListeners(page)
+	if o.operator.watched() {
+		o.Beside = func(ctx context.Context, tree func() (api.Tree, error), control http.Handler) (func() error, error) {
+			return o.operator.start(ctx, page, tree, control, log, stdout)
+		}
+	}
 	if o.Passed, err = server.PassedListeners(); err != nil {
 		return err
 	}
-	return o.Serve(ctx, reload, fleet.Options{Open: source.Opener(disk), Sync: o.sync.SyncMode, ChunkSectors: chunkSectors,
+	return o.Serve(ctx, reload, fleet.Options{Open: source.Opener(disk), Sync: o.sync.SyncMode, ChunkSectors: chunkSectors, Observe: o.operator.http != "",
 		NBD: nbd.Options{MaxConnections: int(o.maxConnections), IdleTimeout: o.idleTimeout}}, func(uris []string) {
 		for _, uri := range uris {
 			fmt.Fprintf(stdout, "%s\n", uri)

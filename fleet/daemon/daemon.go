@@ -49,6 +49,7 @@ type Fleet interface {
 	Tree() api.Tree
 	Element(name string) (api.Element, error)
 	Table(node string) (api.Table, error)
+	HeatMap(name string, parts int) (api.HeatMap, error)
 	Subscribe(ctx context.Context) <-chan api.Event
 	// Start begins to serve the exports on listeners; wait returns when ctx has ended and requests under way are answered.
 	Start(ctx context.Context, l net.Listener, more ...net.Listener) (wait func() error)
@@ -162,6 +163,23 @@ func (d *Daemon) status(r Rights) api.Daemon {
 		}
 	}
 	return s
+}
+
+// Tree returns the tree, with the merges of its disks.
+func (d *Daemon) Tree() api.Tree {
+	t := d.fleet.Tree()
+	t.Server = api.ServerOfFleet
+	for _, disk := range d.fleet.Disks().Disks {
+		if disk.Merge == nil {
+			continue
+		}
+		for i := range t.Elements {
+			if e := &t.Elements[i]; e.Name == disk.Merge.Node {
+				e.Merge = disk.Merge
+			}
+		}
+	}
+	return t
 }
 
 // refuse returns an error with a code.

@@ -167,3 +167,10 @@ func (s *fakeServer) do(t *testing.T, method, path, body string) (status int, re
 func tlsState(c *x509.Certificate) *tls.ConnectionState {
 	return &tls.ConnectionState{PeerCertificates: []*x509.Certificate{c}}
 }
+
+func (f *fakeFleet) HeatMap(name string, parts int) (api.HeatMap, error) {
+	if _, err := f.Element(name); err != nil {
+		return api.HeatMap{}, err
+	}
+	return api.HeatMap{Name: name, Stored: make([]float64, parts), Writes: make([]uint32, parts)}, nil
+}

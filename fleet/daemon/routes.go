@@ -7,6 +7,7 @@ import (
 	"net/http"
 
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/server/figures"
 )
 
 // A route is a request of the API. The handler and the description of the API are both made of this table.
@@ -35,9 +36,14 @@ func routes() []route {
 			return d.status(RightsOf(r.Context())), nil
 		}},
 		{"GET", "/v1/tree", "The disks, checkpoints and nodes, parents before children", RightRead, nil, api.Tree{}, nil, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
-			t := d.fleet.Tree()
-			t.Server = api.ServerOfFleet
-			return t, nil
+			return d.Tree(), nil
+		}},
+		{"GET", "/v1/heat/{name}", "A map of a disk in equal parts (parts=N, 1 to 512; 256): what is in an element's own layer, and what was written", RightRead, nil, api.HeatMap{}, []api.Code{api.CodeNoSuchElement}, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
+			parts, err := figures.Parts(r)
+			if err != nil {
+				return nil, err
+			}
+			return d.fleet.HeatMap(r.PathValue("name"), parts)
 		}},
 		{"GET", "/v1/events", "Events from now on, as server-sent events whose data are JSON", RightRead, nil, api.Event{}, []api.Code{api.CodeInUse}, func(d *Daemon, r *http.Request, w http.ResponseWriter) (any, error) {
 			return nil, d.serveEvents(w, r)

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"time"
@@ -13,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // Config is where and how a fleet is served by a program of its own.
@@ -30,6 +32,10 @@ type Config struct {
 	Freeze          FreezeCommand // Command "": none
 	Log             func(line string)
 	Logger          *slog.Logger
+
+	// Beside begins what runs beside the daemon until ctx ends, a page for example, when clients can connect; wait waits for
+	// its end. Requests to control have all rights. nil: nothing.
+	Beside func(ctx context.Context, tree func() (api.Tree, error), control http.Handler) (wait func() error, err error)
 }
 
 // ShutdownTimeout bounds how long requests in flight are answered for when a daemon ends.
@@ -106,6 +112,22 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 			}
 		}
 	}()
+	if c.Beside != nil {
+		all := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			d.Handler().ServeHTTP(w, r.WithContext(WithRights(r.Context(), RightAdmin)))
+		})
+		wait, err := c.Beside(ctx, func() (api.Tree, error) { return d.Tree(), nil }, all)
+		if err != nil {
+			for _, l := range append(listeners, control) {
+				l.Close()
+			}
+			return err
+		}
+		defer func() {
+			cancel(nil)
+			err = errors.Join(err, wait())
+		}()
+	}
 	if ready != nil {
 		ready(options.URIs)
 	}
