@@ -93,9 +93,13 @@ func CheckSize(origin block.Device) error {
 	return nil
 }
 
-// CheckFormat returns an error unless the label of the store on cow has the format of origin.
-func CheckFormat(origin Origin, cow block.Device) error {
+// CheckFormat returns an error unless the label of the store on cow has the format of origin. part says that the origin is a
+// part of a disk: a store without a label is for it whatever the format of the disk is.
+func CheckFormat(origin Origin, cow block.Device, part bool) error {
 	label, err := store.OriginFormat(cow)
+	if part && label == ondisk.RawFormat {
+		return err
+	}
 	if err == nil && label != origin.Format() {
 		err = fmt.Errorf("the store is for an origin of format %s, and the origin was opened as %s", label, origin.Format())
 	}

@@ -104,7 +104,7 @@ func (i *Inspection) stepsForDisk(steps []Step, inGroup bool) []Step {
 		if i.Content.Kind == image.Unknown || i.Content.Kind == image.Zeros {
 			why = "if it is a raw disk, to create a snapshot of it"
 		}
-		steps = append(steps, step(why, ActionCreate, i.Path, i.Path+".cow"))
+		steps = append(steps, step(why, ActionCreate, i.Path, cowFor(i.Path)))
 	}
 	return steps
 }
@@ -169,6 +169,16 @@ func stepsForStore(f *Store, path string, inUse bool) []Step {
 		steps = append([]Step{step("to show what the warning means", ActionCheck, path)}, steps...)
 	}
 	return steps
+}
+
+// cowFor returns a name for the COW file of a disk: DISK.cow; of a part of a disk one without the separators of addresses.
+func cowFor(name string) string {
+	path := source.Path(name)
+	if !source.IsFile(path) {
+		return "NEW.cow"
+	}
+	part := strings.NewReplacer("#", "-", "/", "-", ":", "-").Replace(name[len(path):])
+	return path + part + ".cow"
 }
 
 // withoutExtension removes the extension of a file name.

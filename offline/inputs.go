@@ -77,6 +77,9 @@ func openMerge(names []string, o MergeOptions) (in *mergeInputs, err error) {
 
 // openPart opens a partition or a logical volume as the origin, with its snapshots, one of which is to be merged or none.
 func (in *mergeInputs) openPart(a address.Address, opts block.Options, snapshot bool, pvs []string) error {
+	if err := source.CheckWritable(a.String()); err != nil {
+		return err
+	}
 	var further []lvm.Disk
 	for _, path := range pvs {
 		pv, err := source.OpenWhole(path, opts)

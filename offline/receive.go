@@ -111,7 +111,7 @@ func (w *receiving) receive(target string) (string, error) {
 		return "", w.verify(nil)
 	}
 	_, err := os.Stat(target)
-	if errors.Is(err, fs.ErrNotExist) && w.from.Header().Kind == stream.Disk && !w.Check {
+	if errors.Is(err, fs.ErrNotExist) && source.IsFile(target) && w.from.Header().Kind == stream.Disk && !w.Check {
 		if w.Undo != "" {
 			return "", fmt.Errorf("%s %w", target, ErrNoTarget)
 		}
@@ -222,6 +222,9 @@ func (w *receiving) toStore() error {
 	l, err := ondisk.NewLayout(w.ChunkSectors)
 	if err != nil {
 		return err
+	}
+	if !source.IsFile(w.Origin) {
+		return fmt.Errorf("%s: the base must be a raw disk as a whole", w.Origin)
 	}
 	base, err := cowfile.OpenRaw(w.Origin, cowfile.OriginOptions{Options: block.Options{ReadOnly: true}, Raw: w.Raw})
 	if err != nil {

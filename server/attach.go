@@ -137,7 +137,7 @@ func (s *Server) openCOW(a attachment) (cow *block.File, undo func() error, err 
 		return cow, undo, nil
 	}
 	if err = cowfile.CheckStore(a.path, cow); err == nil && !s.opts.Raw {
-		err = block.WithPath(a.path, cowfile.CheckFormat(s.file, cow))
+		err = block.WithPath(a.path, cowfile.CheckFormat(s.file, cow, !s.address.Plain()))
 	}
 	if half := s.half.Load(); err == nil && half != nil && !a.force {
 		err = block.WithPath(a.path, half.Check(cow))

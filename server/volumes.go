@@ -15,12 +15,23 @@ import (
 	"github.com/dmsnap/dmsnap/source/lvm"
 )
 
+// A PendingMergeError reports a logical volume into which LVM was asked to merge a snapshot, or has begun to: it is served when
+// that merge is complete.
+type PendingMergeError struct {
+	Snapshot string // its address
+	Origin   string // name of the volume
+}
+
+func (e *PendingMergeError) Error() string {
+	return fmt.Sprintf("LVM was asked to merge %s into %q, or has begun to, and that is to be completed before %q is served", e.Snapshot, e.Origin, e.Origin)
+}
+
 // checkVolumes refuses an origin whose snapshots can't be served beside it.
 func checkVolumes(d *address.Disk, o Options) error {
 	for _, v := range d.Volume.Snapshots {
 		switch {
 		case v.Merging:
-			return fmt.Errorf("snapshot %q is to be merged into %q, or partly is: merge it first", v.Name, d.Volume.Name)
+			return &PendingMergeError{Snapshot: d.Address.Beside(v.Name, "").String(), Origin: d.Volume.Name}
 		case o.ReadOnly:
 		case v.Err != nil:
 			return fmt.Errorf("only a read-only server can serve it: nothing could be preserved in snapshot %q: %w", v.Name, v.Err)

@@ -287,7 +287,7 @@ func TestVolumesRefused(t *testing.T) {
 	for _, name := range []string{"merge-pending", "merge-half", "merge-grown"} {
 		path, before := lvmImage(t, name)
 		for _, readOnly := range []bool{false, true} {
-			if s, err := Open(path+"#vg/base", Options{ReadOnly: readOnly}); err == nil || !strings.Contains(err.Error(), "merge it first") {
+			if s, err := Open(path+"#vg/base", Options{ReadOnly: readOnly}); err == nil || !strings.Contains(err.Error(), "is to be completed before") {
 				t.Errorf("%s: %v, %v", name, s, err)
 			}
 		}

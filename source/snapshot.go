@@ -6,7 +6,6 @@ import (
 	"io"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
 )
@@ -115,8 +114,8 @@ func (s *Sides) openPair(names []string, o Options) (err error) {
 		if o.Raw {
 			continue
 		}
-		if err := cowfile.CheckFormat(s.Origin, cow); err != nil {
-			return block.WithPath(name, err)
+		if err := CheckFormat(s.Origin, name, cow); err != nil {
+			return err
 		}
 	}
 	return nil

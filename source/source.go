@@ -147,7 +147,7 @@ func OpenPair(originName, cowName string, o Options) (origin, cow *Disk, err err
 		return nil, nil, err
 	}
 	if err = cowfile.CheckStore(cowName, cow); err == nil && !o.Raw { // it may be another one by now
-		err = block.WithPath(cowName, cowfile.CheckFormat(origin, cow))
+		err = CheckFormat(origin, cowName, cow)
 	}
 	if err != nil {
 		cow.Close()
@@ -158,7 +158,8 @@ func OpenPair(originName, cowName string, o Options) (origin, cow *Disk, err err
 }
 
 // OpenOriginOf is OpenOrigin in the format that the label of a store records: ondisk.RawFormat without a label, and also
-// where there is no store. The store must be on another disk.
+// where there is no store. Of a part of a disk a store without a label says nothing: LVM and the kernel make such stores whatever
+// the format of the disk is. The store must be on another disk.
 func OpenOriginOf(originName, cowName string, o Options) (*Disk, error) {
 	err := CheckDifferent(originName, cowName)
 	if err == nil {
@@ -167,7 +168,31 @@ func OpenOriginOf(originName, cowName string, o Options) (*Disk, error) {
 	if err != nil {
 		return nil, err
 	}
+	if isPart(originName) && o.Format == ondisk.RawFormat {
+		o.Format = ""
+	}
 	return OpenOrigin(originName, o)
+}
+
+// isPart reports whether a name is that of a part of a disk.
+func isPart(name string) bool {
+	a, err := address.Parse(name)
+	return err == nil && !a.Plain()
+}
+
+// FormatOf is cowfile.FormatOf for the stores of an origin with this name. Of a part of a disk, stores without a label say
+// nothing.
+func FormatOf(originName string, cowPaths ...string) (string, error) {
+	format, err := cowfile.FormatOf(cowPaths...)
+	if isPart(originName) && format == ondisk.RawFormat {
+		format = ""
+	}
+	return format, err
+}
+
+// CheckFormat is cowfile.CheckFormat; the error names the store.
+func CheckFormat(origin *Disk, cowName string, cow block.Device) error {
+	return block.WithPath(cowName, cowfile.CheckFormat(origin, cow, isPart(origin.name)))
 }
 
 // formatFor returns what the label of a store records.
@@ -207,11 +232,37 @@ func CheckDifferent(originName, cowName string) error {
 
 // OpenWhole opens a file or a block device that is going to be changed in place. Parts of disks are refused.
 func OpenWhole(path string, o block.Options) (*block.File, error) {
-	if a, err := address.Parse(path); err == nil && !a.Plain() {
+	switch {
+	case isPart(path):
 		return nil, fmt.Errorf("%s: a part of a disk can't be changed in place; a file or a block device as a whole is required", path)
+	case isURI(path):
+		return nil, fmt.Errorf("%s: an NBD export: a file or a block device is required", path)
 	}
 	return cowfile.OpenDevice(path, o)
 }
+
+// CheckWritable refuses a name whose disk is of a kind that is only read: cowfile.ErrOnlyRead. Other errors are left to opening it.
+func CheckWritable(name string) error {
+	path, why := Path(name), ""
+	if isURI(path) {
+		why = remoteKind
+	} else if f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockNone}); err == nil {
+		if c, err := image.Probe(f); err == nil && c.Name == QCOW2 {
+			why = imageKind
+		}
+		f.Close()
+	}
+	if why == "" {
+		return nil
+	}
+	return fmt.Errorf("%s: %s: %w", name, why, cowfile.ErrOnlyRead)
+}
+
+// The kinds of disks that are only read.
+const (
+	remoteKind = "an NBD export"
+	imageKind  = "a qcow2 image"
+)
 
 // Opener returns a function that opens origins as o says.
 func Opener(o Options) cowfile.Opener {
@@ -325,7 +376,7 @@ func (d *Disk) openWhole(path string, o Options) (block.Device, error) {
 	if d.format == ondisk.RawFormat {
 		return dev, nil
 	}
-	d.onlyRead = "a qcow2 image"
+	d.onlyRead = imageKind
 	beside := path
 	if d.bottom == nil {
 		beside = ""
@@ -353,7 +404,7 @@ func readLock(m block.LockMode) block.LockMode {
 
 func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
 	if isURI(path) {
-		d.onlyRead = "an NBD export"
+		d.onlyRead = remoteKind
 		r, err := openRemote(path, o.NBD)
 		if err != nil {
 			return nil, err

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -31,7 +32,8 @@ NBD URI as a whole.
 With --control PATH, NODE is a node, a checkpoint or a disk of a daemon, whose content at this moment is read while it is used.
 
 With --format qcow2, OUT is a qcow2 image. With --backing BASE it is an overlay that has only what the store has: BASE
-must have the content of ORIGIN, or be ORIGIN. The name is written to the image as it is given.
+must have the content of ORIGIN, or be ORIGIN; of a snapshot volume, that of its origin. The name is written to the
+image as it is given.
 
 OUT gets its name when it is complete and durable, never before. An existing file is replaced only with --force.
 An invalid snapshot is refused.`,
@@ -61,11 +63,11 @@ An invalid snapshot is refused.`,
 				}
 				defer done()
 			}
-			from, closeAll, err := disk.openExported(inputs)
+			from, err := disk.openExported(inputs, format.backing != "")
 			if err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, closeAll()) }()
+			defer func() { err = errors.Join(err, from.close()) }()
 			bar := newProgress(c.ErrOrStderr(), "export")
 			defer bar.end()
 			if format.format == "qcow2" {
@@ -89,32 +91,52 @@ An invalid snapshot is refused.`,
 	return c
 }
 
-// openExported opens what export writes: of an origin and a COW the snapshot, or a part of a disk.
-func (d *diskFlags) openExported(inputs []string) (block.Device, func() error, error) {
-	if len(inputs) == 2 {
+// An exportSource is what export writes.
+type exportSource struct {
+	block.Device
+	origin openDisk // of a snapshot; nil: there is none
+	close  func() error
+}
+
+// openExported opens what export writes: of an origin and a COW the snapshot, or a part of a disk. overlay says that an
+// address has to be that of a snapshot volume.
+func (d *diskFlags) openExported(inputs []string, overlay bool) (x exportSource, err error) {
+	switch {
+	case len(inputs) == 2:
 		return d.openSnapshot(inputs[0], inputs[1])
+	case overlay:
+		sides, err := d.openSides(inputs, false)
+		if err != nil {
+			return x, fmt.Errorf("--backing: %w", err)
+		}
+		return snapshotOf(sides.Origin, sides.COWs[0], sides.Names[0], sides)
 	}
 	dev, err := d.open(inputs[0], block.Options{ReadOnly: true})
 	if err != nil {
-		return nil, nil, err
+		return x, err
 	}
 	if source.IsFile(inputs[0]) && dev.Format() == ondisk.RawFormat {
-		return nil, nil, errors.Join(fmt.Errorf("%[1]s is a raw disk as a whole: ORIGIN COW OUT are required, or the address of a part of a disk (%[1]s#p1, %[1]s#VG/LV)", inputs[0]), dev.Close())
+		return x, errors.Join(fmt.Errorf("%[1]s is a raw disk as a whole: ORIGIN COW OUT are required, or the address of a part of a disk (%[1]s#p1, %[1]s#VG/LV)", inputs[0]), dev.Close())
 	}
-	return dev, dev.Close, nil
+	return exportSource{dev, nil, dev.Close}, nil
 }
 
 // openSnapshot opens the view of a snapshot. A snapshot that can't be read completely is refused.
-func (d *diskFlags) openSnapshot(originPath, cowPath string) (block.Device, func() error, error) {
-	origin, cow, both, err := d.openPair(originPath, cowPath, block.Options{ReadOnly: true})
+func (d *diskFlags) openSnapshot(originName, cowName string) (exportSource, error) {
+	origin, cow, both, err := d.openPair(originName, cowName, block.Options{ReadOnly: true})
 	if err != nil {
-		return nil, nil, err
+		return exportSource{}, err
 	}
+	return snapshotOf(origin, cow, cowName, both)
+}
+
+// snapshotOf returns the view of a store over its origin, which both closes.
+func snapshotOf(origin, cow openDisk, cowName string, both io.Closer) (exportSource, error) {
 	view, err := viewOf(origin, cow)
 	if err != nil {
-		return nil, nil, errors.Join(about(cowPath, err), both.Close())
+		return exportSource{}, errors.Join(about(cowName, err), both.Close())
 	}
-	return view, both.Close, nil
+	return exportSource{view, origin, both.Close}, nil
 }
 
 func viewOf(origin, cow block.Device) (*store.View, error) {

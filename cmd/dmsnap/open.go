@@ -12,8 +12,10 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/source/qcow2"
@@ -76,7 +78,7 @@ func (d *diskFlags) addRemote(f *pflag.FlagSet) {
 func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
 		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect},
-		Warn: func(text string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", text) }}
+		Warn: func(about string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", about) }}
 	var err error
 	if d.certificates != "" {
 		s.NBD.TLS, err = source.LoadTLS(d.certificates)
@@ -109,7 +111,7 @@ func (d *diskFlags) checkFormat(origin openDisk, cowName string, cow block.Devic
 	if d.raw {
 		return nil
 	}
-	return about(cowName, cowfile.CheckFormat(origin, cow))
+	return source.CheckFormat(origin, cowName, cow)
 }
 
 // openRawOrigin opens an origin that must be a raw disk.
@@ -191,7 +193,10 @@ func advise(err error) error {
 	var notEmpty *image.NotEmptyError
 	var needs *qcow2.NeedsFileError
 	var format *source.FormatError
+	var pending *server.PendingMergeError
 	switch {
+	case errors.As(err, &pending):
+		return fmt.Errorf("%w; dmsnap merge %s completes it, dmsnap export writes what volumes show meanwhile", err, text.ShellWords(pending.Snapshot))
 	case errors.Is(err, merge.ErrNotUndo):
 		return fmt.Errorf("%w; choose another name, or use --force to replace it", err)
 	case errors.Is(err, merge.ErrUnfinished):

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -15,6 +16,7 @@ import (
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -50,8 +52,9 @@ func (o *imageFormat) check(out string) error {
 	return nil
 }
 
-// write writes the qcow2 image of a snapshot.
-func (o *imageFormat) write(ctx context.Context, inputs []string, output string, force bool, from block.Device, bar *progressBar) error {
+// write writes the qcow2 image of what is exported. The device of an origin that was opened is named by the first of inputs.
+func (o *imageFormat) write(ctx context.Context, inputs []string, output string, force bool, x exportSource, bar *progressBar) error {
+	from := x.Device
 	e := qcow2.ExportOptions{
 		ClusterSize: o.clusterSize.bytes, Compress: o.compress != "",
 		Progress: func(reached int64) error {
@@ -65,17 +68,17 @@ func (o *imageFormat) write(ctx context.Context, inputs []string, output string,
 	if o.backing != "" {
 		snap, isSnapshot := from.(*store.View)
 		if !isSnapshot {
-			return errors.New("--backing: ORIGIN COW OUT are required: what an overlay holds is what a COW holds")
+			return errors.New("--backing: a snapshot is required, ORIGIN COW or the address of a snapshot volume: what an overlay holds is what a COW holds")
 		}
 		base := o.backing
 		if !filepath.IsAbs(base) {
 			base = filepath.Join(filepath.Dir(output), base)
 		}
-		format, err := backingFormat(base, inputs[0], snap.Size())
+		format, err := backingFormat(base, inputs[0], x.origin, snap.Size())
 		if err != nil {
 			return fmt.Errorf("--backing: %w", err)
 		}
-		inputs = []string{inputs[0], inputs[1], base}
+		inputs = append(slices.Clone(inputs), base)
 		e.Backing, e.BackingFormat, e.BackingSize = o.backing, format, snap.Size()
 		e.Stored = func(off, n int64) (bool, int64) {
 			_, _, follow, stored := snap.Place(off, n)
@@ -88,38 +91,46 @@ func (o *imageFormat) write(ctx context.Context, inputs []string, output string,
 	return writeOutput(output, force, inputs, func(f *os.File) error { return qcow2.Export(f, from, e) })
 }
 
-// backingFormat returns the format of a backing file, whose disk must have the size of the origin.
-func backingFormat(path, originPath string, size int64) (string, error) {
+// backingFormat returns the format of a backing file, whose disk must have the size of the snapshot. It may be the origin itself.
+func backingFormat(path, originName string, origin openDisk, size int64) (string, error) {
 	base, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
 	if err != nil {
 		return "", err
 	}
 	defer base.Close()
-	origin, err := openDevice(originPath, block.Options{ReadOnly: true, Lock: block.LockNone})
-	if err != nil {
+	format, has := ondisk.RawFormat, base.Size()
+	if same, err := isFile(base, originName); err != nil {
 		return "", err
-	}
-	defer origin.Close()
-	format, has := "raw", base.Size()
-	if !block.Same(base, origin) { // the origin's own bytes are the disk, whatever they look like
-		c, err := image.Probe(base)
+	} else if same { // the store records what its bytes are, whatever they look like
+		format, has = origin.Format(), origin.Size()
+	} else if c, err := image.Probe(base); err != nil {
+		return "", about(path, err)
+	} else if c.Name == source.QCOW2 {
+		info, err := qcow2.ReadInfo(base)
 		if err != nil {
 			return "", about(path, err)
 		}
-		if c.Name == "qcow2" {
-			info, err := qcow2.ReadInfo(base)
-			if err != nil {
-				return "", about(path, err)
-			}
-			format, has = "qcow2", info.Size
-		} else if err := errors.Join(cowfile.OriginOptions{}.CheckRaw(base), cowfile.CheckSize(base)); err != nil {
-			return "", about(path, err)
-		}
+		format, has = source.QCOW2, info.Size
+	} else if err := (cowfile.OriginOptions{}).Check(base); err != nil {
+		return "", about(path, err)
 	}
 	if has != size {
-		return "", fmt.Errorf("%s: a disk of %d bytes, the origin has %d: its content must be that of the origin", path, has, size)
+		return "", fmt.Errorf("%s: a disk of %d bytes, the snapshot has %d: its content must be that of the origin", path, has, size)
 	}
 	return format, nil
+}
+
+// isFile reports whether a name is that of an open file.
+func isFile(f *block.File, name string) (bool, error) {
+	if !source.IsFile(name) {
+		return false, nil
+	}
+	other, err := openDevice(name, block.Options{ReadOnly: true, Lock: block.LockNone})
+	if err != nil {
+		return false, err
+	}
+	defer other.Close()
+	return block.Same(f, other), nil
 }
 
 // imported is what import prints as JSON.

@@ -361,7 +361,7 @@ func (o *serveOptions) open(originPath string, cows []api.AttachRequest, files m
 	if err != nil {
 		return nil, err
 	}
-	if disk.Format, err = cowfile.FormatOf(storesOf(cows)...); err != nil {
+	if disk.Format, err = source.FormatOf(originPath, storesOf(cows)...); err != nil {
 		return nil, err
 	}
 	opts := server.Options{ReadOnly: o.readOnly, Raw: o.disk.raw, Format: disk.Format, Open: source.Opener(disk), Force: o.force, Sync: o.sync.SyncMode, OnFull: o.onFull.FullPolicy, Merge: o.merge, Log: log.Line, Logger: log.Logger, VhostUser: o.vhostUser, Observe: o.operator.http != "",
@@ -404,8 +404,11 @@ func (o *serveOptions) attach(s *server.Server, list []api.AttachRequest, explic
 	if err == nil && (explicit || !s.HasVolumes()) {
 		err = s.AttachAll(list)
 	}
-	if errors.Is(err, store.ErrOriginTooSmall) {
+	switch {
+	case errors.Is(err, store.ErrOriginTooSmall):
 		err = fmt.Errorf("%w; --force serves it nevertheless", err)
+	case errors.Is(err, cowfile.ErrOnlyRead):
+		return fmt.Errorf("%w; --read-only serves it for reading", err)
 	}
 	return advise(err)
 }

@@ -213,6 +213,9 @@ func setCount(block []byte, cluster, bits int) {
 
 // TestCheckIsBounded: small files whose tables claim much are checked quickly and with little memory, or not at all.
 func TestCheckIsBounded(t *testing.T) {
+	if testing.Short() {
+		t.Skip("seconds")
+	}
 	huge := tiny(3, 9, 128<<30, 0, nil, nil)
 	edit{36, 4, 4 << 20}.apply(huge)
 	full := append(tiny(3, 9, 128<<30, 0, nil, nil), make([]byte, 32<<20)...) // every L1 entry names one L2 table
