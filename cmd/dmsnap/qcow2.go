@@ -13,7 +13,6 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
-	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source"
@@ -74,7 +73,7 @@ func (o *imageFormat) write(ctx context.Context, inputs []string, output string,
 		if !filepath.IsAbs(base) {
 			base = filepath.Join(filepath.Dir(output), base)
 		}
-		format, err := backingFormat(base, inputs[0], x.origin, snap.Size())
+		format, err := source.BackingFormat(base, inputs[0], x.origin, snap.Size())
 		if err != nil {
 			return fmt.Errorf("--backing: %w", err)
 		}
@@ -89,48 +88,6 @@ func (o *imageFormat) write(ctx context.Context, inputs []string, output string,
 		}
 	}
 	return writeOutput(output, force, inputs, func(f *os.File) error { return qcow2.Export(f, from, e) })
-}
-
-// backingFormat returns the format of a backing file, whose disk must have the size of the snapshot. It may be the origin itself.
-func backingFormat(path, originName string, origin openDisk, size int64) (string, error) {
-	base, err := openDevice(path, block.Options{ReadOnly: true, Lock: block.LockShared})
-	if err != nil {
-		return "", err
-	}
-	defer base.Close()
-	format, has := ondisk.RawFormat, base.Size()
-	if same, err := isFile(base, originName); err != nil {
-		return "", err
-	} else if same { // the store records what its bytes are, whatever they look like
-		format, has = origin.Format(), origin.Size()
-	} else if c, err := image.Probe(base); err != nil {
-		return "", about(path, err)
-	} else if c.Name == source.QCOW2 {
-		info, err := qcow2.ReadInfo(base)
-		if err != nil {
-			return "", about(path, err)
-		}
-		format, has = source.QCOW2, info.Size
-	} else if err := (cowfile.OriginOptions{}).Check(base); err != nil {
-		return "", about(path, err)
-	}
-	if has != size {
-		return "", fmt.Errorf("%s: a disk of %d bytes, the snapshot has %d: its content must be that of the origin", path, has, size)
-	}
-	return format, nil
-}
-
-// isFile reports whether a name is that of an open file.
-func isFile(f *block.File, name string) (bool, error) {
-	if !source.IsFile(name) {
-		return false, nil
-	}
-	other, err := openDevice(name, block.Options{ReadOnly: true, Lock: block.LockNone})
-	if err != nil {
-		return false, err
-	}
-	defer other.Close()
-	return block.Same(f, other), nil
 }
 
 // imported is what import prints as JSON.
