@@ -12,6 +12,7 @@
 // # Guarantees
 //
 //   - An fsync covers every write, to whichever file descriptor of the export, that returned before it. A failed one is EIO.
+//   - A write to a file that is open with O_SYNC or O_DSYNC, or with RWF_DSYNC, is durable when it returns.
 //   - What is waiting for room (block.RetryLater) waits until there is some, or the process that asked gets a signal.
 //   - When Remove or Close has returned, nothing uses the device any more. Descriptors that are still open get ENODEV.
 //   - Unmount, of this or another process, ends a mount in order. So does umount(8).
@@ -109,13 +110,18 @@ func Mount(dir string, o Options) (*Server, error) {
 	none := new(time.Duration) // names and sizes are asked for each time: exports come and go
 	silent := log.New(io.Discard, "", 0)
 	s.root = &folder{s: s}
-	s.fs, err = fs.Mount(dir, s.root, &fs.Options{
+	options := &fs.Options{
 		EntryTimeout: none, AttrTimeout: none, Logger: silent,
 		MountOptions: gofuse.MountOptions{
 			FsName: "dmsnap", Name: "dmsnap", AllowOther: o.AllowOther, Options: []string{"default_permissions"},
 			MaxWrite: maxIO, DisableXAttrs: true, DirectMount: true, DisableReadDirPlus: true, DisableSplice: true, Logger: silent,
 		},
-	})
+	}
+	s.fs, err = gofuse.NewServer(syncing{fs.NewNodeFS(s.root, options)}, dir, &options.MountOptions)
+	if err == nil {
+		go s.fs.Serve()
+		err = s.fs.WaitMount()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("mount %s: %w", dir, err)
 	}
@@ -124,6 +130,28 @@ func Mount(dir string, o Options) (*Server, error) {
 		close(s.ended)
 	}()
 	return s, nil
+}
+
+// syncing makes writes durable that are to be: of a file that is opened with O_DSYNC, and those with RWF_DSYNC. The kernel says so in
+// the flags of a write, and sends no FSYNC of its own where the page cache is not used.
+type syncing struct{ gofuse.RawFileSystem }
+
+func (f syncing) Write(cancel <-chan struct{}, in *gofuse.WriteIn, data []byte) (written uint32, code gofuse.Status) {
+	written, code = f.RawFileSystem.Write(cancel, in, data)
+	return written, f.sync(cancel, in, code)
+}
+
+func (f syncing) Writev(cancel <-chan struct{}, in *gofuse.WriteIn, data [][]byte) (written uint32, code gofuse.Status) {
+	written, code = f.RawFileSystem.Writev(cancel, in, data)
+	return written, f.sync(cancel, in, code)
+}
+
+// sync makes a write durable that has succeeded, if it is to be.
+func (f syncing) sync(cancel <-chan struct{}, in *gofuse.WriteIn, code gofuse.Status) gofuse.Status {
+	if code.Ok() && in.Flags&syscall.O_DSYNC != 0 {
+		return f.Fsync(cancel, &gofuse.FsyncIn{InHeader: in.InHeader, Fh: in.Fh})
+	}
+	return code
 }
 
 // removeStale removes the mount of a process that is gone.

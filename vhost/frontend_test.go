@@ -58,7 +58,8 @@ type frontend struct {
 	free     []uint16
 	waiting  [size]chan struct{}
 	cond     *sync.Cond
-	dead     atomic.Bool
+	dead     atomic.Bool // closed
+	gone     atomic.Bool // the back-end is, as far as somebody watches
 }
 
 func serve(t testing.TB, dev block.Device, change func(e *vhost.Export)) (s *vhost.Server, path string) {
@@ -302,6 +303,9 @@ func (f *frontend) do(kind uint32, sector uint64, data []byte, write bool) (stat
 			f.mu.Unlock()
 			return status, nil
 		case <-time.After(20 * time.Microsecond):
+		}
+		if f.gone.Load() {
+			return 0, errGone
 		}
 		if time.Now().After(deadline) {
 			return 0, errors.New("no completion in 20 s")
