@@ -20,10 +20,18 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// OpenDevice opens a path as a device.
+// OpenDevice opens a path as a device. A sealed layer (store.Store.Seal) is opened for reading only: else it is
+// ondisk.ErrSealed.
 func OpenDevice(path string, o block.Options) (*block.File, error) {
 	f, err := block.Open(path, o)
-	return f, block.WithPath(path, err)
+	if err != nil || o.ReadOnly {
+		return f, block.WithPath(path, err)
+	}
+	if err := store.CheckUnsealed(f); err != nil {
+		f.Close()
+		return nil, block.WithPath(path, err)
+	}
+	return f, nil
 }
 
 // CheckDifferent refuses two paths of one disk before the second is opened: otherwise the error would be that the disk

@@ -150,23 +150,33 @@ func (l *layer) completed() {
 	if l.store == nil || l.stack == nil {
 		return
 	}
+	if l.file != nil && !l.file.ReadOnly() {
+		// Best effort: the lock of the directory and the record protect it as well. One that was durable before it was
+		// sealed has no label yet.
+		l.store.Seal()
+		os.Chmod(l.path, 0o444)
+	}
 	l.stack.SetDurable()
 	l.store = nil
 	l.complete.Store(true)
-	if l.file != nil && !l.file.ReadOnly() {
-		os.Chmod(l.path, 0o444) // best effort: the lock of the directory and the record protect it as well
-	}
 }
 
-// sync makes durable what the layer holds.
+// sync makes durable what the layer holds. A sealed one is labelled as such first.
 func (l *layer) sync() error {
 	l.mu.Lock()
-	st := l.store
+	st, sealed := l.store, l.stack != nil
 	l.mu.Unlock()
 	if st == nil {
 		return nil
 	}
-	if err := st.Sync(); err != nil {
+	var err error
+	if sealed {
+		err = st.Seal()
+	}
+	if err == nil {
+		err = st.Sync()
+	}
+	if err != nil {
 		return fmt.Errorf("%s: %w", l.path, err)
 	}
 	return nil

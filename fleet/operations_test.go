@@ -10,8 +10,11 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // TestRollback goes back to a checkpoint; later ones stay.
@@ -275,6 +278,27 @@ func TestSealedLayersStay(t *testing.T) {
 	}
 	if st, err := os.Stat(e.File); err != nil || st.Mode().Perm() != 0o444 {
 		t.Errorf("mode of a sealed layer: %v %v", st.Mode(), err)
+	}
+	// One that is durable before it is sealed is labelled too.
+	if err := f.dial("vm").Flush(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "b"}); err != nil {
+		t.Fatal(err)
+	}
+	idle, err := f.Element("vm@b")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range []string{e.File, idle.File} {
+		dev, err := block.Open(file, block.Options{ReadOnly: true, Lock: block.LockNone})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := store.CheckUnsealed(dev); !errors.Is(err, ondisk.ErrSealed) {
+			t.Errorf("%s has no label: %v", file, err)
+		}
+		dev.Close()
 	}
 }
 

@@ -2,6 +2,7 @@ package ondisk
 
 import (
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"strings"
@@ -10,6 +11,34 @@ import (
 // Labels are in the first sector of a store, after the header, in bytes that the format leaves unused and the
 // kernel does not read (docs/spec/dm-snapshot.md §2.2). The sector is replaced whole or not at all. A kernel that marks
 // the store invalid overwrites them with zeros.
+
+// A SealedLabel says that a store is a sealed layer: disks are made of it, and it is never written again.
+//
+//	192     magic, 16 bytes
+//	208     zeros, 16
+//	224     CRC-32C of the 32 bytes before it, 4
+type SealedLabel struct{}
+
+const (
+	sealedLabelAt    = 192
+	sealedLabelMagic = "dmsnap sealed 1\x00"
+)
+
+// ErrSealed reports a change of a store that has a SealedLabel.
+var ErrSealed = errors.New("the store is a sealed layer, which is never written")
+
+// Encode puts t in a store's first sector.
+func (t SealedLabel) Encode(sector []byte) {
+	encodeID(sector[sealedLabelAt:], sealedLabelMagic, [16]byte{})
+}
+
+// CheckUnsealed returns ErrSealed when the first sector of a device is that of a store with a SealedLabel.
+func CheckUnsealed(sector []byte) error {
+	if _, sealed := decodeID(sector[sealedLabelAt:], sealedLabelMagic); sealed && DecodeHeader(sector).Magic == Magic {
+		return ErrSealed
+	}
+	return nil
+}
 
 // An UndoLabel links a store that is merged with the undo store that reverts the merge. Both stores carry it.
 //

@@ -1,6 +1,7 @@
 package ondisk_test
 
 import (
+	"errors"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -65,5 +66,42 @@ func TestOriginLabel(t *testing.T) {
 			t.Errorf("byte %d damaged: %+v", at, got)
 		}
 		sector[at] ^= 0x40
+	}
+}
+
+// A sealed store's label is beside all others, and is one only in a store.
+func TestSealedLabel(t *testing.T) {
+	sector := make([]byte, ondisk.SectorSize)
+	ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: ondisk.Version, ChunkSectors: 8}.Encode(sector)
+	undo, change, merge := ondisk.UndoLabel{ID: [16]byte{1}}, ondisk.ChangeLabel{ID: [16]byte{2}}, ondisk.MergeLabel{ID: [16]byte{3}}
+	undo.Encode(sector)
+	change.Encode(sector)
+	merge.Encode(sector)
+	ondisk.OriginLabel{Format: "qcow2"}.Encode(sector)
+	if err := ondisk.CheckUnsealed(sector); err != nil {
+		t.Error(err)
+	}
+	ondisk.SealedLabel{}.Encode(sector)
+	if err := ondisk.CheckUnsealed(sector); !errors.Is(err, ondisk.ErrSealed) {
+		t.Errorf("sealed: %v", err)
+	}
+	if got, ok := ondisk.DecodeUndoLabel(sector); !ok || got != undo {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if got, ok := ondisk.DecodeChangeLabel(sector); !ok || got != change {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if got, ok := ondisk.DecodeMergeLabel(sector); !ok || got != merge {
+		t.Errorf("%+v, %v", got, ok)
+	}
+	if got, err := ondisk.DecodeOriginLabel(sector); err != nil || got.Format != "qcow2" {
+		t.Errorf("%+v, %v", got, err)
+	}
+	if h := ondisk.DecodeHeader(sector); h.Check() != nil || h.ChunkSectors != 8 {
+		t.Errorf("%+v", h)
+	}
+	sector[0] = 0
+	if err := ondisk.CheckUnsealed(sector); err != nil {
+		t.Errorf("no store: %v", err)
 	}
 }

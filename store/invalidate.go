@@ -58,15 +58,52 @@ func (s *Store) ChangeLabel(change func(sector []byte)) error {
 	if err := s.Err(); err != nil {
 		return err
 	}
+	return s.changeFirst(change, block.WriteDurable)
+}
+
+// changeFirst changes the first sector of the device by write. marking is held.
+func (s *Store) changeFirst(change func(sector []byte), write func(dev block.Device, p []byte, off int64) error) error {
 	b := make([]byte, metaBlock(s.layout))
 	if _, err := s.dev.ReadAt(b, 0); err != nil {
 		return fmt.Errorf("read header: %w", err)
 	}
 	change(b[:ondisk.SectorSize])
-	if err := block.WriteDurable(s.dev, b, 0); err != nil {
+	if err := write(s.dev, b, 0); err != nil {
 		return fmt.Errorf("write header: %w", err)
 	}
 	return nil
+}
+
+// Seal labels the store as a sealed layer (ondisk.SealedLabel): from now on Reserve and DropLast return
+// ondisk.ErrSealed, also after the store was opened again, and so does package cowfile for every use that writes. The label
+// is durable after the next Sync; it changes nothing of what the store holds, for dmsnap or for the kernel. Nothing may be
+// reserved. A store that is sealed needs nothing. Errors are those of ChangeLabel.
+func (s *Store) Seal() error {
+	s.marking.Lock()
+	defer s.marking.Unlock()
+	if s.transient {
+		return ErrNoMerge
+	}
+	if err := s.Err(); err != nil || s.Sealed() {
+		return err
+	}
+	err := s.changeFirst(ondisk.SealedLabel{}.Encode, func(dev block.Device, p []byte, off int64) error {
+		_, err := dev.WriteAt(p, off)
+		return err
+	})
+	if err == nil {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.sealed = true
+	}
+	return err
+}
+
+// Sealed reports whether the store is labelled as a sealed layer.
+func (s *Store) Sealed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.sealed
 }
 
 // writeMark writes the first block of chunk 0, durably, on a device that may have failed before.

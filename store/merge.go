@@ -103,6 +103,9 @@ func (s *Store) mergeable() error {
 	if s.err != nil {
 		return s.err
 	}
+	if s.sealed {
+		return ondisk.ErrSealed
+	}
 	if len(s.queue) > 0 || len(s.ready) > 0 {
 		panic("store: merge of a store with exceptions that are not durable")
 	}

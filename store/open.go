@@ -85,11 +85,14 @@ func (s *Store) writeEmpty() error {
 	return block.WriteDurable(s.dev, s.firstBlock(s.header), 0)
 }
 
-// firstBlock is the first block of chunk 0 with header h. Of the labels it has the origin's alone.
+// firstBlock is the first block of chunk 0 with header h. Of the labels it has the origin's and that of a sealed layer.
 func (s *Store) firstBlock(h ondisk.Header) []byte {
 	b := make([]byte, metaBlock(s.layout))
 	h.Encode(b)
 	ondisk.OriginLabel{Format: s.format}.Encode(b)
+	if s.Sealed() {
+		ondisk.SealedLabel{}.Encode(b)
+	}
 	return b
 }
 
@@ -105,6 +108,15 @@ func OriginFormat(dev block.Device) (string, error) {
 	}
 	label, err := ondisk.DecodeOriginLabel(sector)
 	return label.Format, err
+}
+
+// CheckUnsealed returns ondisk.ErrSealed when dev holds a sealed layer (Store.Seal). What can't be read is none.
+func CheckUnsealed(dev block.Device) error {
+	_, sector, err := readFirst(dev)
+	if err != nil {
+		return nil
+	}
+	return ondisk.CheckUnsealed(sector)
 }
 
 // ReadHeader reads the header of dev without validating it. A device shorter than a header is a *ondisk.CorruptError.
@@ -201,7 +213,7 @@ func open(dev block.Device, toRead bool) (*Store, error) {
 		return nil, err
 	}
 	s := newStore(dev, ondisk.Layout{ChunkSectors: h.ChunkSectors})
-	s.header, s.format = h, label.Format
+	s.header, s.format, s.sealed = h, label.Format, ondisk.CheckUnsealed(sector) != nil
 	if err := CheckBlockSize(s.layout, dev); err != nil && !toRead {
 		return nil, &ondisk.CorruptError{Place: "header, byte 0xc", What: fmt.Sprintf("invalid chunk size %d: %v", h.ChunkSectors, err)}
 	}

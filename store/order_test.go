@@ -49,6 +49,13 @@ var orders = []struct {
 		o.createUnsynced(t)
 		mustSync(t, o.Store)
 	}, "R 0+1; W 0+8; F"},
+	{"seal", 8, func(t *testing.T, o *ordered) {
+		o.fresh(t)
+		if err := o.Seal(); err != nil {
+			t.Fatal(err)
+		}
+		mustSync(t, o.Store)
+	}, "R 0+8; W 0+8; F"},
 	{"open writes nothing", 8, func(t *testing.T, o *ordered) {
 		o.create(t)
 		o.log.Clear()

@@ -49,6 +49,9 @@ func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error)
 	if s.err != nil {
 		return Reservation{}, s.err
 	}
+	if s.sealed {
+		return Reservation{}, ondisk.ErrSealed
+	}
 	n := s.room(s.dev.Size(), max)
 	if n == 0 {
 		size, err := block.Refresh(s.dev)

@@ -97,6 +97,7 @@ type Store struct {
 	mu        sync.Mutex
 	moved     sync.Cond // the head of queue changed, or err was set
 	err       error     // why the store refuses writes: wraps ErrInvalid or ErrFailed; nil: it accepts them
+	sealed    bool      // it has an ondisk.SealedLabel
 	next      ondisk.COWChunk
 	reserved  position       // of the next reservation
 	pos       position       // of the next exception that completes in order

@@ -6,7 +6,7 @@
 // A target that exists is replaced with [Options].Replace only, and never while it is in use: it is locked as for
 // writing (docs/decisions/0001-locks.md) before anything is written, and until it is replaced. The new file keeps its
 // mode, owner, access list and other extended attributes. A target behind a symbolic link is replaced; the link stays.
-// Devices, pipes, sockets, directories and the inputs are never replaced.
+// Devices, pipes, sockets, directories, the inputs and sealed layers (ondisk.SealedLabel) are never replaced.
 package newfile
 
 import (
@@ -20,6 +20,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/ondisk"
 )
 
 // Options say what may be replaced.
@@ -145,6 +146,13 @@ func (o Options) open(path string) (*target, error) {
 	old, err := block.Open(at, block.Options{ReadOnly: true, Lock: block.LockWrite})
 	if err != nil {
 		return nil, fmt.Errorf("not replaced: %w", err)
+	}
+	sector := make([]byte, ondisk.SectorSize)
+	if _, err := old.ReadAt(sector, 0); err == nil {
+		if err := ondisk.CheckUnsealed(sector); err != nil {
+			old.Close()
+			return nil, fmt.Errorf("%s: not replaced: %w", path, err)
+		}
 	}
 	return &target{path: at, info: info, old: old}, nil
 }
