@@ -1,0 +1,102 @@
+package top
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/internal/bytesize"
+	"github.com/dmsnap/dmsnap/monitor"
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// An action is what a key does with an element.
+type action struct {
+	key, name string
+	kinds     []api.Kind
+	ask       string                          // what text is asked for; "": none
+	loses     func(e *monitor.Element) string // the question; nil: it is done at once
+	possible  func(e *monitor.Element) bool   // nil: always
+	do        func(ctx context.Context, c *api.Client, e *monitor.Element, text string) error
+}
+
+func own(e *monitor.Element) string {
+	if e.Figures == nil {
+		return "what is in its layer"
+	}
+	return fmt.Sprintf("%s in %d chunks", bytesize.Text(int64(e.Figures.Exceptions)*int64(e.Figures.ChunkSectors)*512), e.Figures.Exceptions)
+}
+
+func clients(e *monitor.Element) string {
+	if e.Connections == 0 {
+		return ""
+	}
+	return fmt.Sprintf("; %d clients are disconnected", e.Connections)
+}
+
+var (
+	disks       = []api.Kind{api.KindDisk}
+	nodes       = []api.Kind{api.KindNode}
+	checkpoints = []api.Kind{api.KindCheckpoint}
+	all         = []api.Kind{api.KindDisk, api.KindCheckpoint, api.KindNode}
+)
+
+// fleetActions are those of a fleet.
+var fleetActions = []action{
+	{key: "f", name: "fork", kinds: all, ask: "name of the new node", do: func(ctx context.Context, c *api.Client, e *monitor.Element, text string) error {
+		_, err := c.Fork(ctx, api.ForkRequest{From: e.Name, Name: text})
+		return err
+	}},
+	{key: "c", name: "checkpoint", kinds: nodes, ask: "name of the checkpoint", do: func(ctx context.Context, c *api.Client, e *monitor.Element, text string) error {
+		_, err := c.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{e.Name}, Name: text})
+		return err
+	}},
+	{key: "r", name: "rollback", kinds: nodes, ask: "checkpoint, as NODE@NAME", loses: func(e *monitor.Element) string {
+		return fmt.Sprintf("roll %s back? What was written since the checkpoint is lost, at least %s%s", e.Name, own(e), clients(e))
+	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, text string) error {
+		_, err := c.Rollback(ctx, api.RollbackRequest{Node: e.Name, Checkpoint: text, Force: e.Connections > 0})
+		return err
+	}},
+	{key: "s", name: "squash", kinds: nodes, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+		_, err := c.Squash(ctx, e.Name)
+		return err
+	}},
+	{key: "m", name: "merge", kinds: nodes, loses: func(e *monitor.Element) string {
+		return fmt.Sprintf("merge %s into %s? What the disk holds now is lost, except for what others show", e.Name, e.Disk)
+	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+		_, err := c.MergeNode(ctx, e.Name)
+		return err
+	}},
+	{key: "d", name: "drop", kinds: append(nodes[:1:1], checkpoints...), loses: func(e *monitor.Element) string {
+		return fmt.Sprintf("drop %s? Its file is deleted: %s%s", e.Name, own(e), clients(e))
+	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+		if e.Kind == api.KindCheckpoint {
+			return c.DropCheckpoint(ctx, e.Name)
+		}
+		return c.DropNode(ctx, e.Name)
+	}},
+}
+
+// originActions are those of a server of one origin.
+var originActions = []action{
+	{key: "m", name: "merge", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge == nil }, loses: func(e *monitor.Element) string {
+		return fmt.Sprintf("merge %s into the origin? What that holds now is lost, except for what other snapshots show", e.Name)
+	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+		_, err := c.StartMerge(ctx, e.Name)
+		return err
+	}},
+	{key: "p", name: "pause or resume the merge", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge != nil },
+		do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+			var err error
+			if e.Merge.State == api.MergeRunning {
+				_, err = c.PauseMerge(ctx)
+			} else {
+				_, err = c.ResumeMerge(ctx)
+			}
+			return err
+		}},
+	{key: "d", name: "drop", kinds: nodes, loses: func(e *monitor.Element) string {
+		return fmt.Sprintf("stop serving %s? It is lost when the origin changes after that; its file stays%s", e.Name, clients(e))
+	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+		return c.Drop(ctx, e.Name)
+	}},
+}
