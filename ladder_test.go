@@ -41,7 +41,7 @@ var floors = map[string]int{
 	"server/api": 4,
 	"cowfile":    5, "server/figures": 5, "source/address": 5,
 	"server": 6, "source": 6, "monitor": 6, "fleet": 6, "nbdkernel": 6, "publish": 6,
-	"inspect": 7, "metrics": 7, "web": 7, "fleet/daemon": 7, "offline": 7,
+	"inspect": 7, "metrics": 7, "web": 7, "top": 7, "fleet/daemon": 7, "offline": 7,
 	"cmd/dmsnap": 8,
 
 	// Only tests and demonstrations use these; nothing below may.
@@ -159,10 +159,12 @@ var homes = map[string][]string{
 	"github.com/mdlayher/":       {"nbdkernel"},
 	"github.com/prometheus/":     {"metrics"},
 	"github.com/chromedp/":       {},
+	"charm.land/":                {"top"},
+	"github.com/charmbracelet/":  {"top"},
 }
 
 // chosen are packages that programs choose and libraries do not import.
-var chosen = []string{"fuse", "metrics", "nbdkernel"}
+var chosen = []string{"fuse", "metrics", "nbdkernel", "top"}
 
 func TestModulesStayInTheirPackages(t *testing.T) {
 	for dir, names := range imports(t) {

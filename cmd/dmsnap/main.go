@@ -73,7 +73,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 		id, title string
 		verbs     []*cobra.Command
 	}{
-		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newSnapshot(), newDrop(), newGrow(), newMerge(), newMount(), newUmount(), newAttach(), newDetach()}},
+		{"serve", "Serve and control:", []*cobra.Command{newCreate(), newServe(), newStatus(), newTop(), newSnapshot(), newDrop(), newGrow(), newMerge(), newMount(), newUmount(), newAttach(), newDetach()}},
 		{"fleet", "Fleets of forked disks:", []*cobra.Command{newDaemon(), newDisk(), newTree(), newFork(), newCheckpoint(), newRollback(), newSquash(), newAdopt(), newPolicy(), newTable()}},
 		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
 		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},

@@ -79,6 +79,7 @@ var callings = []calling{
 	{args: "compact COW OUT", json: true},
 	{args: "compact COW OUT --drop-unchanged --origin ORIGIN", json: true},
 	{args: "compact COW --punch", writes: "COW", json: true},
+	{args: "top --once --control CONTROL", served: true, json: true},
 	{args: "attach --list", json: true, needs: attachedDevices},
 	{args: "detach /dev/nbd0", json: true, needs: tested("test/kernel.TestAttach")},
 	{args: "mount ORIGIN COW FOLDER --control CONTROL", writes: "COW", stays: true, needs: tested("TestMountAndUmount")},
