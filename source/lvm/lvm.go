@@ -367,7 +367,11 @@ func (s *Set) matchPVs(g *Group) {
 	for _, pv := range s.PVs {
 		if pv.Group == nil && slices.ContainsFunc(pv.texts, func(m *metadata) bool { return m.id == g.ID }) &&
 			!slices.ContainsFunc(g.meta.pvs, func(t *pvText) bool { return t.id == pv.ID }) {
-			pv.Group, pv.Outdated = g, true
+			pv.Group = g
+			if slices.ContainsFunc(pv.texts, func(m *metadata) bool { return m.id == g.ID && m.seqno == g.Seqno }) {
+				continue // neither it nor the text that does not list it is older: newGroup has refused the group
+			}
+			pv.Outdated = true
 			g.warn("%s: physical volume %s is outdated: the group does not list it any more", pv.Place(), pv.ID)
 		}
 	}

@@ -547,6 +547,47 @@ func TestUnsupportedTypes(t *testing.T) {
 	}
 }
 
+// TestVDO: volumes on a VDO pool, as lvm2 describes them, are refused with their type, and so are snapshots of them; all others are
+// readable, the pool's data volume too.
+func TestVDO(t *testing.T) {
+	set := scan(t, []Disk{made(t, 1, groupText(1, 1,
+		textVolume{"lvol0", "", seg(0, 20, "vdo", `vdo_pool = "vpool0" vdo_offset = 0`)},
+		textVolume{"vpool0", "", seg(0, 40, "vdo-pool", `data = "vpool0_vdata" header_size = 1024 virtual_extents = 20
+use_compression = 1 use_deduplication = 1 use_metadata_hints = 1 minimum_io_size = 4096 block_map_cache_size_mb = 128`)},
+		textVolume{"vpool0_vdata", "", linear(0, 40, "pv1", 0)},
+		textVolume{"plain", "", linear(0, 5, "pv1", 40)},
+		textVolume{"cow", "", linear(0, 8, "pv1", 50)},
+		tieText("snapshot0", 20, `origin = "lvol0" cow_store = "cow"`),
+	))})
+	for name, kind := range map[string]string{"lvol0": `"vdo"`, "vpool0": `"vdo-pool"`, "cow": `"vdo"`} {
+		refused(t, set, name, Active, kind)
+	}
+	holds(t, mustOpen(t, set, "plain", Active), 0, 1, 40, 5*512)
+	holds(t, mustOpen(t, set, "vpool0_vdata", Active), 0, 1, 0, 40*512)
+}
+
+// TestSplitBrain: where each of two physical volumes was written without the other, no one is called outdated; each alone is read.
+func TestSplitBrain(t *testing.T) {
+	disks := []Disk{made(t, 1, groupText(7, 1, textVolume{"a", "", linear(0, 5, "pv1", 0)})),
+		made(t, 2, strings.ReplaceAll(groupText(7, 1, textVolume{"b", "", linear(0, 5, "pv1", 0)}), id(1), id(2)))}
+	set := scan(t, disks)
+	g := set.Groups[0]
+	if g.Err == nil || !strings.Contains(g.Err.Error(), "two metadata texts of sequence number 7") || len(g.Missing) != 0 {
+		t.Errorf("%v, missing %v", g.Err, g.Missing)
+	}
+	for _, pv := range set.PVs {
+		if pv.Outdated || pv.Group != g {
+			t.Errorf("%+v", pv)
+		}
+	}
+	if text := fmt.Sprint(set.Warnings, g.Warnings); strings.Contains(text, "outdated") {
+		t.Error(text)
+	}
+	for i, name := range []string{"a", "b"} {
+		holds(t, mustOpen(t, scan(t, disks[i:i+1]), name, Active), 0, i+1, 0, 5*512)
+	}
+}
+
 // tieText makes the volume that joins origin and COW volume.
 func tieText(name string, extents int, keys string) textVolume {
 	return textVolume{name, "", seg(0, extents, "snapshot", "chunk_size = 8\n"+keys)}
