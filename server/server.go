@@ -285,6 +285,18 @@ func (s *Server) ExportOrigin() error {
 	return s.exportOrigin()
 }
 
+// ExportAlone exports the origin as ExportOrigin does, and as the export "": for a server without snapshots.
+func (s *Server) ExportAlone() error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	err := s.exportOrigin()
+	if err == nil && !s.hadDefault {
+		s.hadDefault = true
+		s.nbd.SetDefault(s.name)
+	}
+	return err
+}
+
 // exportOrigin exports the origin, once. mu is held.
 func (s *Server) exportOrigin() error {
 	if s.exported && s.volumes != nil {

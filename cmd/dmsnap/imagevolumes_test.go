@@ -4,10 +4,13 @@ import (
 	"bytes"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/nbd"
 )
 
 // inImageOfLVM makes vm.qcow2, an image of the disk of the case gpt, beside that disk.
@@ -121,6 +124,37 @@ func TestImageRefused(t *testing.T) {
 			}
 		}
 	}
+	wantSame(t, ".", before)
+}
+
+// TestServeAlone: with --read-only a disk, an image or a part of one is served without a COW, as the export "" too, and nothing is
+// written or made.
+func TestServeAlone(t *testing.T) {
+	program(t) // before the working folder changes
+	inImageOfLVM(t)
+	before := digests(t, ".")
+	socket := filepath.Join(testhost.ShortDir(t), "s")
+	for name, want := range map[string][]byte{
+		"disk0.img": readFile(t, "disk0.img"), "vm.qcow2": readFile(t, "disk0.img"), "vm.qcow2#p1": exported(t, "disk0.img#p1"), "vm.qcow2#vg0/later": exported(t, "disk0.img#vg0/later"),
+	} {
+		s := launch(t, "serve", name, "--read-only", "--socket", socket)
+		if _, err := s.stdout.ReadString('\n'); err != nil {
+			t.Fatalf("%v: %s", err, &s.stderr)
+		}
+		c, err := nbd.Dial(t.Context(), "nbd+unix:///?socket="+socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !c.Info().ReadOnly || !bytes.Equal(readAll(t, c), want) {
+			t.Errorf("%s: writable, or other content", name)
+		}
+		c.Close()
+		s.Process.Signal(os.Interrupt)
+		if status := s.end(t); status != exitDone {
+			t.Errorf("%s: status %d, %s", name, status, &s.stderr)
+		}
+	}
+	dmsnap("serve", "disk0.img#p1", "--socket", socket).wantRefused(t, "COW is required", "--read-only")
 	wantSame(t, ".", before)
 }
 

@@ -64,9 +64,9 @@ func newServe() *cobra.Command {
 extension. The export "" is the first snapshot. --export-origin also serves the origin, as "origin"; every
 snapshot preserves what clients overwrite there. The text before the first "=" is a NAME unless it has a slash.
 
-Without COW, ORIGIN.cow is used, and created if it does not exist. Any other COW must hold a store, unless --create
-is given: then missing files and stores are created as by dmsnap create. With --store N the exceptions are kept in
-memory, and the COW is scratch space without use afterwards.
+Without COW, ORIGIN.cow is used, and created if it does not exist; with --read-only the origin alone is served then. Any
+other COW must hold a store, unless --create is given: then missing files and stores are created as by dmsnap create.
+With --store N the exceptions are kept in memory, and the COW is scratch space without use afterwards.
 
 ORIGIN may be a qcow2 image or an NBD URI; then it is only read. A format other than raw is logged, and recorded in the
 stores that are created.
@@ -216,6 +216,9 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 	one := api.AttachRequest{Create: o.create, Force: o.force, ChunkSize: o.chunkSize.bytes, Store: o.store.String()}
 	if len(args) == 0 {
 		one.COW = originPath + ".cow"
+		if o.readOnly && !isThere(one.COW) {
+			return nil
+		}
 		one.Name = exportName(one.COW)
 		one.Create = !o.readOnly
 		return []api.AttachRequest{one}
@@ -230,6 +233,12 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 		list = append(list, one)
 	}
 	return list
+}
+
+// isThere reports whether there is a file of this name.
+func isThere(path string) bool {
+	_, err := os.Lstat(path)
+	return err == nil
 }
 
 // storesOf are the COW devices that hold a store, or will.
@@ -384,8 +393,10 @@ func (o *serveOptions) checkVolumes(s *server.Server, originPath string, cows []
 	switch {
 	case len(cows) > 0 || source.IsFile(originPath):
 		return nil
+	case !s.HasVolumes() && o.readOnly:
+		return nil
 	case !s.HasVolumes():
-		return fmt.Errorf("%s: COW is required: it is not an LVM volume with snapshots", originPath)
+		return fmt.Errorf("%s: COW is required: it is not an LVM volume with snapshots; --read-only serves it alone", originPath)
 	case o.grow.bytes > 0:
 		return fmt.Errorf("%s: --grow: COW volumes have a fixed size", originPath)
 	}
@@ -399,6 +410,9 @@ func (o *serveOptions) attach(s *server.Server, list []api.AttachRequest, explic
 		if err := s.ExportOrigin(); err != nil {
 			return err
 		}
+	}
+	if len(list) == 0 && !s.HasVolumes() {
+		return advise(s.ExportAlone())
 	}
 	err := s.AttachVolumes()
 	if err == nil && (explicit || !s.HasVolumes()) {
