@@ -348,6 +348,20 @@ func TestRandomTree(t *testing.T) {
 			compare()
 			f.restart()
 			compare()
+		case k == 19:
+			for _, e := range f.Tree().Elements {
+				if e.Kind != api.KindCheckpoint || r.IntN(3) > 0 {
+					continue
+				}
+				if !e.Unnamed && r.IntN(2) == 0 {
+					if err := f.Forget(t.Context(), e.Name); err != nil {
+						t.Fatal(err)
+					}
+					delete(models, e.Name)
+				} else if _, err := f.Squash(t.Context(), api.SquashRequest{Node: e.Name}); err != nil && codeOf(err) != api.CodeNoSuchCheckpoint {
+					t.Fatal(err)
+				}
+			}
 		}
 	}
 	compare()

@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"errors"
+	"strings"
 
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -19,35 +20,44 @@ import (
 // written to it.
 type squash struct {
 	fleet *Fleet
-	node  *node
+	node  *node    // nil: a checkpoint is squashed
 	own   []uint64 // layers, from the uppermost to the lowest
 	lower base     // what they lie on
 	upper *stack.Chain
 	copy  *layer
 	size  int64
+
+	result string // the name of a checkpoint that was squashed: it is another one without a name
 }
 
 // copyAtOnce is how much a squash writes at once, in bytes.
 const copyAtOnce = 1 << 20
 
-// Squash copies the layers that no other node needs and that have no name into one. When ctx ends before that is done
-// nothing has changed but that the node's top was sealed.
+// Squash copies the layers that no other node needs and that have no name into one: those of a node, or those below a
+// checkpoint into its layer. When ctx ends before that is done nothing has changed but that the node's top was sealed.
 func (f *Fleet) Squash(ctx context.Context, q api.SquashRequest) (api.Element, error) {
 	ctx, end, err := f.begin(ctx)
 	if err != nil {
 		return api.Element{}, err
 	}
 	defer end()
-	s, err := f.beginSquash(ctx, q.Node)
+	begin, finish := f.beginSquash, (*squash).finish
+	if strings.Contains(q.Node, "@") {
+		begin, finish = f.beginSquashBelow, (*squash).finishBelow
+	}
+	s, err := begin(ctx, q.Node)
 	if err != nil {
 		return api.Element{}, err
 	}
 	if s != nil {
 		if err = s.fill(ctx); err == nil {
-			err = s.finish(ctx)
+			err = finish(s, ctx)
 		}
 		if err != nil {
 			return api.Element{}, errors.Join(err, s.abandon())
+		}
+		if s.result != "" {
+			return f.Element(s.result)
 		}
 	}
 	return f.Element(q.Node)
@@ -122,7 +132,9 @@ func (s *squash) prepare() (err error) {
 
 // mark marks what the squash uses as busy. mu is held.
 func (s *squash) mark(what string) {
-	s.node.busy = what
+	if s.node != nil {
+		s.node.busy = what
+	}
 	for _, id := range s.own {
 		s.fleet.layers[id].busy = what
 	}
@@ -227,7 +239,9 @@ func (s *squash) replace(c *change, copied layerRecord) (old *view, err error) {
 // abandon ends a squash that failed.
 func (s *squash) abandon() error {
 	s.fleet.mu.Lock()
-	s.node.busy = ""
+	if s.node != nil {
+		s.node.busy = ""
+	}
 	for _, id := range s.own {
 		if l := s.fleet.layers[id]; l != nil {
 			l.busy = ""

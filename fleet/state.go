@@ -145,8 +145,8 @@ func (s *state) drop(id uint64) {
 	if s.kids[l.Parent]--; s.kids[l.Parent] == 0 {
 		delete(s.kids, l.Parent)
 	}
-	if l.isCheckpoint() {
-		delete(s.titles, l.title())
+	if title := l.title(); l.isCheckpoint() && s.titles[title] == id { // not when another one has taken the name
+		delete(s.titles, title)
 	}
 }
 

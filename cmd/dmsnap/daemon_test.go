@@ -51,7 +51,7 @@ func (k *kit) serveFleet(t *testing.T) {
 	ctl := api.NewClient(o.Control)
 	_, err := ctl.AddDisk(ctx, api.AddDiskRequest{Name: "base", Source: k.path["ORIGIN"]})
 	if err == nil {
-		_, err = ctl.AddDisk(ctx, api.AddDiskRequest{Name: "spare", Source: k.path["ORIGIN"]})
+		_, err = ctl.AddDisk(ctx, api.AddDiskRequest{Name: "spare", Source: k.path["OTHER"]})
 	}
 	if err == nil {
 		_, err = ctl.Fork(ctx, api.ForkRequest{From: "base", Name: "disk"})

@@ -205,10 +205,10 @@ checkpoints stay. It is refused while clients are connected; --force disconnects
 
 func newSquash() *cobra.Command {
 	return asking(&cobra.Command{
-		Use:   "squash --control PATH NODE",
+		Use:   "squash --control PATH {NODE | CHECKPOINT}",
 		Short: "Merge the layers that are a node's own into one",
 		Long: `Copy the layers that only NODE needs into one, while its clients continue. Named checkpoints, and layers that other nodes
-need, stay.`,
+need, stay. Of a CHECKPOINT, it is the layers without a name below it.`,
 		Example: `  dmsnap squash vm1 --control fleet/control.sock`,
 		Args:    cobra.ExactArgs(1),
 	}, func(ctx context.Context, ctl *api.Client, args []string) (api.Element, error) {

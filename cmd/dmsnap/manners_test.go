@@ -98,6 +98,7 @@ var callings = []calling{
 	{args: "policy base keep-last=1 --control CONTROL", fleet: true, json: true},
 	{args: "table disk --control CONTROL", fleet: true, json: true},
 	{args: "drop disk --control CONTROL", fleet: true, json: true},
+	{args: "merge disk --control CONTROL", fleet: true, json: true},
 	{args: "status --control CONTROL", fleet: true, json: true},
 	{args: "export disk OUT --control CONTROL", fleet: true, quiet: true},
 	{args: "version", json: true},

@@ -212,8 +212,9 @@ func (s *served) anyRequest(ctx context.Context, r *rand.Rand) (what string, err
 		_, err = s.Rollback(ctx, api.RollbackRequest{Node: node, Checkpoint: node + "@" + checkpoint, Force: true})
 		return "rollback " + node, err
 	case n < 15:
-		_, err = s.Squash(ctx, node)
-		return "squash " + node, err
+		target := []string{node, node + "@" + checkpoint}[r.IntN(2)]
+		_, err = s.Squash(ctx, target)
+		return "squash " + target, err
 	case n < 16:
 		_, err = s.SetPolicy(ctx, "base", map[string]string{"max-nodes": "100"})
 		return "policy", err

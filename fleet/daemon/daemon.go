@@ -44,6 +44,8 @@ type Fleet interface {
 	Rollback(context.Context, api.RollbackRequest) (api.Element, error)
 	Squash(context.Context, api.SquashRequest) (api.Element, error)
 	Drop(ctx context.Context, name string) error
+	// Forget removes a checkpoint; where others lie on it, its name, and Squash of what lies on it the layer.
+	Forget(ctx context.Context, checkpoint string) error
 	Merge(ctx context.Context, node string) (api.TreeMerge, error)
 	Adopt(context.Context, api.AdoptRequest) (api.Element, error)
 	Tree() api.Tree
@@ -134,6 +136,7 @@ func (d *Daemon) Run(ctx context.Context, control, l net.Listener, more ...net.L
 	all.Go(func() { cancel(api.Serve(ctx, control, d.Handler(), connContext)) })
 	all.Go(func() { d.applyPolicies(ctx) })
 	all.Wait()
+	d.policies.squashing.Wait()
 	if cause := context.Cause(ctx); cause != context.Cause(until) && !errors.Is(cause, context.Canceled) {
 		return cause
 	}

@@ -86,6 +86,7 @@ func (f *fakeFleet) Drop(_ context.Context, name string) error {
 	f.dropped = append(f.dropped, name)
 	return nil
 }
+func (f *fakeFleet) Forget(ctx context.Context, name string) error { return f.Drop(ctx, name) }
 func (f *fakeFleet) Merge(_ context.Context, node string) (api.TreeMerge, error) {
 	return api.TreeMerge{Node: node}, nil
 }

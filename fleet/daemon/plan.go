@@ -18,13 +18,17 @@ const temporaryIdle = time.Minute
 
 // A removal is a node or checkpoint that a policy does not keep.
 type removal struct {
-	name string
-	why  string
+	name       string
+	checkpoint bool
+	why        string
 }
 
 // A plan is what policies want at one moment.
 type plan struct {
 	remove []removal
+	// squash are checkpoints below which there are layers without a name that only they need, of disks whose policies remove
+	// checkpoints.
+	squash []string
 	// limits are those of each node; full is why its writes are refused, "" when they are not.
 	limits map[string]nodeLimits
 }
@@ -71,7 +75,7 @@ func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf fu
 				most = temporaryIdle
 			}
 			if idle := now.Sub(u.last); most > 0 && idle >= most {
-				p.remove = append(p.remove, removal{e.Name, fmt.Sprintf("it had no clients for %v", idle.Round(time.Second))})
+				p.remove = append(p.remove, removal{e.Name, false, fmt.Sprintf("it had no clients for %v", idle.Round(time.Second))})
 			}
 			p.limits[e.Name] = nodeLimits{policy, fullness(policy, own[e.Name], disks[e.Disk], u)}
 		}
@@ -84,9 +88,34 @@ func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf fu
 	for _, list := range retained {
 		p.remove = append(p.remove, unretained(policyOf(list[0].Disk), list)...)
 	}
+	p.squash = squashable(t, policyOf)
 	slices.SortFunc(p.remove, func(a, b removal) int { return strings.Compare(a.name, b.name) })
 	return p
 }
+
+// squashable are the checkpoints that are to be squashed.
+func squashable(t api.Tree, policyOf func(disk string) Policy) (list []string) {
+	under := map[string]bool{} // checkpoints without a name that one element needs, by name
+	for _, e := range t.Elements {
+		if p := policyOf(e.Disk); e.Kind == api.KindCheckpoint && e.Unnamed && e.Children == 1 && p.removesCheckpoints() {
+			under[e.Name] = true
+		}
+	}
+	above := map[string]bool{} // those that have a checkpoint on them: it is the one to squash
+	for _, e := range t.Elements {
+		if e.Kind == api.KindCheckpoint && under[e.Parent] {
+			above[e.Parent] = true
+		}
+	}
+	for _, e := range t.Elements {
+		if e.Kind == api.KindCheckpoint && under[e.Parent] && !above[e.Name] {
+			list = append(list, e.Name)
+		}
+	}
+	return list
+}
+
+func (p Policy) removesCheckpoints() bool { return p.KeepLast > 0 || p.Hourly > 0 || p.Daily > 0 }
 
 // fullness is which quota is reached, "" when none is. A node's quota grows where the policy says so and the disk has room.
 func fullness(p Policy, node, disk int64, u *use) string {
@@ -130,7 +159,7 @@ func bytesOf(t api.Tree) (own, disks map[string]int64) {
 
 // unretained are the checkpoints of one node that the policy does not keep.
 func unretained(p Policy, list []api.Element) (remove []removal) {
-	if p.KeepLast == 0 && p.Hourly == 0 && p.Daily == 0 {
+	if !p.removesCheckpoints() {
 		return nil
 	}
 	slices.SortFunc(list, func(a, b api.Element) int { return b.Created.Compare(a.Created) }) // the newest first
@@ -144,7 +173,7 @@ func unretained(p Policy, list []api.Element) (remove []removal) {
 	keepPeriods(list, p.Daily, "2006-01-02", keep)
 	for _, e := range list {
 		if !keep[e.Name] {
-			remove = append(remove, removal{e.Name, "the policy of its disk does not keep it"})
+			remove = append(remove, removal{e.Name, true, "the policy of its disk does not keep it"})
 		}
 	}
 	return remove

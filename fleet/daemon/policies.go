@@ -26,6 +26,8 @@ type policies struct {
 	limited bool              // some disk had a policy at the last step
 
 	temporary atomic.Bool // there may be a temporary node
+	squashing sync.WaitGroup
+	busy      atomic.Bool // something is squashed
 }
 
 func (p *policies) init() {
@@ -144,19 +146,44 @@ func (d *Daemon) step(ctx context.Context, now time.Time) {
 	for _, r := range p.remove {
 		d.remove(ctx, r)
 	}
+	d.squash(p.squash)
+}
+
+// squash squashes checkpoints, in the background, unless that is under way.
+func (d *Daemon) squash(list []string) {
+	if len(list) == 0 || d.policies.busy.Swap(true) {
+		return
+	}
+	d.policies.squashing.Go(func() {
+		defer d.policies.busy.Store(false)
+		for _, name := range list {
+			if _, err := d.fleet.Squash(d.ending, api.SquashRequest{Node: name}); err != nil && d.ending.Err() == nil && !isGone(err) {
+				d.log.Event(slog.LevelWarn, fmt.Sprintf("%s: not squashed: %v", name, err), "not squashed by policy", err, slog.String("name", name))
+			}
+		}
+	})
+}
+
+// isGone reports whether an error says that an element does not exist: somebody else removed it.
+func isGone(err error) bool {
+	var e *api.Error
+	return errors.As(err, &e) && (e.Code == api.CodeNoSuchNode || e.Code == api.CodeNoSuchCheckpoint || e.Code == api.CodeNoSuchElement)
 }
 
 // remove drops what a policy does not keep. What can't be dropped is tried again at the next step, and logged once.
 func (d *Daemon) remove(ctx context.Context, r removal) {
-	err := d.fleet.Drop(ctx, r.name)
+	drop := d.fleet.Drop
+	if r.checkpoint {
+		drop = d.fleet.Forget
+	}
+	err := drop(ctx, r.name)
 	if err == nil {
 		delete(d.policies.failed, r.name)
 		d.log.Event(slog.LevelInfo, fmt.Sprintf("%s: dropped: %s", r.name, r.why), "dropped by policy", nil, slog.String("name", r.name))
 		return
 	}
-	var coded *api.Error
-	if errors.As(err, &coded) && (coded.Code == api.CodeNoSuchNode || coded.Code == api.CodeNoSuchCheckpoint || coded.Code == api.CodeNoSuchElement) {
-		return // somebody else dropped it
+	if isGone(err) {
+		return
 	}
 	if d.policies.failed[r.name] != err.Error() {
 		d.policies.failed[r.name] = err.Error()

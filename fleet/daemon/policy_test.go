@@ -13,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -106,6 +107,72 @@ func TestRetention(t *testing.T) {
 			t.Errorf("%+v: removes %s, want %s", c.policy, got, c.want)
 		}
 	}
+}
+
+func TestSquashable(t *testing.T) {
+	c := func(name, parent string, children int, unnamed bool) api.Element {
+		return api.Element{Name: name, Kind: api.KindCheckpoint, Parent: parent, Disk: "base", Children: children, Unnamed: unnamed}
+	}
+	tree := api.Tree{Elements: []api.Element{{Name: "base", Kind: api.KindDisk, Disk: "base"},
+		c("a@~1", "base", 1, true), c("a@~2", "a@~1", 1, true), c("a@x", "a@~2", 1, false), // a run below a name
+		c("a@~3", "a@x", 2, true), c("a@~4", "a@~3", 1, true), c("a@~5", "a@~4", 2, true), // below one that two need
+		c("a@~6", "a@~3", 1, true), {Name: "a", Kind: api.KindNode, Parent: "a@~6", Disk: "base"}, // below a node
+	}}
+	if got := squashable(tree, func(string) Policy { return Policy{KeepLast: 1} }); !slices.Equal(got, []string{"a@x", "a@~5"}) {
+		t.Errorf("%q", got)
+	}
+	if got := squashable(tree, func(string) Policy { return Policy{MaxNodes: 1} }); got != nil {
+		t.Errorf("without retention: %q", got)
+	}
+}
+
+// What a policy does not keep of a node in use is removed, with its layers, and the node shows the same.
+func TestRetentionOfARunningNode(t *testing.T) {
+	s := serve(t, nil)
+	ctx := t.Context()
+	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "vm"}); err != nil {
+		t.Fatal(err)
+	}
+	c, err := nbd.Dial(ctx, s.uri("vm"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	for i := range 8 {
+		if _, err := c.WriteAt(fmt.Appendf(nil, "state %d", i), int64(i)*4096); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{"vm"}, Name: fmt.Sprint("c", i)}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.SetPolicy(ctx, "base", map[string]string{"keep-last": "2"}); err != nil {
+		t.Fatal(err)
+	}
+	var left []string
+	for deadline := time.Now().Add(60 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		tree, err := s.Tree(ctx)
+		if err != nil {
+			t.Fatal(err)
+		}
+		left = nil
+		for _, e := range tree.Elements {
+			left = append(left, e.Name)
+		}
+		if len(left) == 4 {
+			break
+		}
+	}
+	if !slices.Equal(left, []string{"base", "vm@c6", "vm@c7", "vm"}) {
+		t.Errorf("left are %q", left)
+	}
+	for i := range 8 {
+		got := make([]byte, 7)
+		if _, err := c.ReadAt(got, int64(i)*4096); err != nil || string(got) != fmt.Sprintf("state %d", i) {
+			t.Errorf("%q, %v", got, err)
+		}
+	}
+	s.wantSound(t)
 }
 
 func TestIdleDrop(t *testing.T) {

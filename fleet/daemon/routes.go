@@ -87,7 +87,7 @@ func routes() []route {
 			q.Node = name
 			return d.fleet.Rollback(ctx, q)
 		})},
-		{"POST", "/v1/nodes/{name}/squash", "Make the layers that are a node's own into one", RightWrite, nil, api.Element{}, []api.Code{api.CodeNoSuchNode, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+		{"POST", "/v1/nodes/{name}/squash", "Make the layers that are a node's own into one, or those below a checkpoint that have no name and only it needs", RightWrite, nil, api.Element{}, []api.Code{api.CodeNoSuchNode, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
 			return d.fleet.Squash(ctx, api.SquashRequest{Node: name})
 		})},
 		{"POST", "/v1/nodes/{name}/merge", "Start to write what a node holds to its disk", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeMerging, api.CodeAlreadyMerging}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
