@@ -327,6 +327,30 @@ func TestDaemonAccess(t *testing.T) {
 	}
 }
 
+// Users whom the mode of the sockets lets in do what names no path.
+func TestDaemonOfOtherUsers(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("SKIPPED: no process of another user")
+	}
+	d := newDaemonProcess(t, "--socket-mode", "0666", "--socket-group", "0")
+	k := &kit{dir: filepath.Join(filepath.Dir(d.dir), "x")}
+	for _, dir := range []string{d.dir, filepath.Dir(d.dir)} {
+		if err := os.Chmod(dir, 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if o := k.callAs(t, "fork", "base", "vm1", "--control", d.control); o.status != exitDone {
+		t.Errorf("fork: %+v", o)
+	}
+	if o := k.callAs(t, "status", "--control", d.control, "--json"); o.status != exitDone || !strings.Contains(o.out, `"rights": "write"`) {
+		t.Errorf("status: %+v", o)
+	}
+	for _, args := range [][]string{{"disk", "add", "x", d.disk}, {"disk", "remove", "base"}, {"policy", "base", "max-nodes=1"}, {"adopt", "x", d.disk, "--disk", "base"}, {"merge", "vm1"}} {
+		k.callAs(t, append(args, "--control", d.control)...).wantRefused(t, "requires the right admin")
+	}
+	d.terminate(t)
+}
+
 // TestDaemonKilledUnderLoad kills the daemon at random moments while clients write numbers, and forks and checkpoints are
 // made. After each start, what was flushed before is there, each operation that was acknowledged too, and no other file.
 func TestDaemonKilledUnderLoad(t *testing.T) {

@@ -231,3 +231,47 @@ func (s *served) anyRequest(ctx context.Context, r *rand.Rand) (what string, err
 	_, err = s.Tree(ctx)
 	return "tree", err
 }
+
+// The freeze command runs before and after, sees the nodes, and refuses the checkpoint when it fails.
+func TestFreezeOfCheckpoints(t *testing.T) {
+	dir := t.TempDir()
+	out, fail := filepath.Join(dir, "out"), filepath.Join(dir, "fail")
+	s := serve(t, func(c *Config) {
+		c.Freeze.Command = fmt.Sprintf(`f() { echo "$1 $DMSNAP_NODES" >>%s; [ $1 = thaw ] || [ ! -e %s ]; }; f`, out, fail)
+	})
+	ctx := t.Context()
+	for _, name := range []string{"a", "b"} {
+		if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: name}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := s.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{"b", "a"}, Name: "one"}); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(fail, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var e *api.Error
+	if _, err := s.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{"a"}, Name: "two"}); !errors.As(err, &e) || e.Code != api.CodeFreezeFailed {
+		t.Errorf("a failing command: %v", err)
+	}
+	if _, err := s.Node(ctx, "a@two"); err == nil {
+		t.Error("there is a checkpoint that was refused")
+	}
+	if b, err := os.ReadFile(out); err != nil || string(b) != "freeze b a\nthaw b a\nfreeze a\nthaw a\n" {
+		t.Errorf("%q, %v", b, err)
+	}
+	s.wantSound(t)
+}
+
+// Two daemons on one directory are refused, and the refused one leaves the sockets of the other.
+func TestTwoDaemons(t *testing.T) {
+	s := serve(t, nil)
+	err := s.config.Serve(t.Context(), nil, fleet.Options{}, func([]string) { t.Error("the second one serves") })
+	if !errors.Is(err, fleet.ErrLocked) {
+		t.Errorf("the second daemon: %v", err)
+	}
+	if _, err := s.Tree(t.Context()); err != nil {
+		t.Errorf("the first one: %v", err)
+	}
+}
