@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"log/slog"
 	"sync"
+	"sync/atomic"
 
+	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -27,7 +29,8 @@ type disk struct {
 	origin    *snapshot.Origin // nil: it was never written
 	preserve  *layer           // the newest one, which is attached to origin
 	exported  bool
-	exportErr error      // why a writable one is not
+	exportErr error // why a writable one is not
+	observed  atomic.Pointer[activity.Device]
 	merge     *treeMerge // under way, or the last one since the start; written with Fleet.mu held
 }
 

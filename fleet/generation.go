@@ -227,10 +227,7 @@ func (f *Fleet) openGeneration(d *disk, r *layerRecord, l *layer) (err error) {
 
 // exportDisk exports a disk itself, writable.
 func (f *Fleet) exportDisk(d *disk) error {
-	var dev block.Device = d.origin
-	if f.opts.Wrap != nil {
-		dev = f.opts.Wrap(d.name, dev)
-	}
+	dev := f.wrap(d.name, d.origin, &d.observed)
 	err := f.nbd.Add(nbd.Export{Name: d.name, Description: "disk " + d.name, Device: dev, MultiConn: true})
 	d.exported = err == nil
 	return err

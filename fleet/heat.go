@@ -27,7 +27,7 @@ func (f *Fleet) ownLayer(name string) (size int64, changed func(off, n int64) ([
 		if n.dev == nil {
 			return 0, nil, nil, refuse(api.CodeDiskFailed, "node %q can't be used: %v", name, n.err)
 		}
-		return n.dev.Size(), n.dev.Changed, n.observed, nil
+		return n.dev.Size(), n.dev.Changed, n.observed.Load(), nil
 	}
 	if r := f.state.checkpoint(name); r != nil {
 		b, err := f.baseAt(f.disks[r.Disk], r.ID)
@@ -41,7 +41,7 @@ func (f *Fleet) ownLayer(name string) (size int64, changed func(off, n int64) ([
 		return r.Size, storedIn(b.chain, below.chain), nil, nil
 	}
 	if d := f.disks[name]; d != nil {
-		return d.size, figures.Nothing, nil, nil
+		return d.size, figures.Nothing, d.observed.Load(), nil
 	}
 	return 0, nil, nil, noSuchElement(name)
 }

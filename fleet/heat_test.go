@@ -2,6 +2,8 @@ package fleet
 
 import (
 	"testing"
+
+	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // TestHeatMap follows what is in the layers of a node and of its checkpoint, and what clients write.
@@ -54,5 +56,25 @@ func TestHeatMap(t *testing.T) {
 	}
 	if _, err := f.HeatMap("nothing", parts); err == nil {
 		t.Error("a map of nothing")
+	}
+}
+
+// A disk that is exported is observed as well.
+func TestHeatMapOfADisk(t *testing.T) {
+	f := newFleet(t, Options{Observe: true})
+	if err := f.RemoveDisk(t.Context(), "golden"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.AddDisk(t.Context(), api.AddDiskRequest{Name: "golden", Source: f.golden, Raw: true, Writable: true}); err != nil {
+		t.Fatal(err)
+	}
+	f.fork("golden", "vm1")
+	put(t, f.dial("golden"), testSize/2, "new")
+	h, err := f.HeatMap("golden", 4)
+	if err != nil || h.Writes[2] != 1 || h.Writes[0] != 0 || h.Stored[2] != 0 {
+		t.Errorf("%+v, %v", h, err)
+	}
+	if e, err := f.Element("golden"); err != nil || e.Activity == nil || e.Activity.WrittenBytes != 3 {
+		t.Errorf("%+v, %v", e.Activity, err)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"strings"
+	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
@@ -23,8 +24,8 @@ type node struct {
 	err  error       // why it is not exported
 	dev  *nodeDevice // nil: err
 
-	observed *activity.Device // what is exported; nil: it is not observed
-	busy     string           // the operation that uses it; Fleet.mu is held
+	observed atomic.Pointer[activity.Device] // what is exported; nil: it is not observed
+	busy     string                          // the operation that uses it; Fleet.mu is held
 }
 
 // snapshotOptions are those of the tops of nodes over a disk.
@@ -141,16 +142,22 @@ func (f *Fleet) newView(name string, b base, top *layer, size int64, policy map[
 	return v, nil
 }
 
+// wrap returns what is exported of a device, observed if Options say so.
+func (f *Fleet) wrap(name string, dev block.Device, observed *atomic.Pointer[activity.Device]) block.Device {
+	if f.opts.Wrap != nil {
+		dev = f.opts.Wrap(name, dev)
+	}
+	if !f.opts.Observe {
+		return dev
+	}
+	o := activity.Observe(dev)
+	observed.Store(o)
+	return o
+}
+
 // export exports a node.
 func (f *Fleet) export(n *node) error {
-	var dev block.Device = n.dev
-	if f.opts.Wrap != nil {
-		dev = f.opts.Wrap(n.name, dev)
-	}
-	if f.opts.Observe {
-		n.observed = activity.Observe(dev)
-		dev = n.observed
-	}
+	dev := f.wrap(n.name, n.dev, &n.observed)
 	sectors := f.opts.ChunkSectors
 	if sectors == 0 {
 		sectors = ondisk.DefaultChunkSectors

@@ -98,8 +98,12 @@ func stateOf(err error) (api.ElementState, string) {
 // diskElement describes a disk. mu is held.
 func (f *Fleet) diskElement(r *diskRecord) api.Element {
 	d := f.diskStatus(r)
-	return api.Element{Name: d.Name, Kind: api.KindDisk, Disk: d.Name, SizeBytes: d.SizeBytes, State: d.State, Error: d.Error,
+	e := api.Element{Name: d.Name, Kind: api.KindDisk, Disk: d.Name, SizeBytes: d.SizeBytes, State: d.State, Error: d.Error,
 		URI: d.URI, File: d.Source, Created: d.Created, Children: d.Children, Durable: true}
+	if open := f.disks[r.Name]; open != nil {
+		e.Activity = figures.Activity(open.observed.Load())
+	}
+	return e
 }
 
 // layerElement describes a checkpoint. mu is held.
@@ -142,7 +146,7 @@ func (f *Fleet) nodeElement(r *nodeRecord, depth int) api.Element {
 	defer v.unpin()
 	g := figures.Of(v.snap.Status())
 	c := figures.Counters(v.snap.Counters(), latency.Histogram{})
-	e.Figures, e.Counters, e.Activity = &g, &c, figures.Activity(n.observed)
+	e.Figures, e.Counters, e.Activity = &g, &c, figures.Activity(n.observed.Load())
 	if g.Error != "" && e.Error == "" {
 		e.State, e.Error = stateOf(errors.New(g.Error))
 	}

@@ -134,6 +134,24 @@ func TestFleet(t *testing.T) {
 	confirm()
 	p.until("document.getElementById('dialog-error').innerText !== ''")
 	p.do(chromedp.Click("#dialog-cancel"))
+	// A merge: the disk shows what the node does, and the other node what it did.
+	vm2 := d.dial(t, "vm2")
+	write(t, c, 12<<20, 64<<10)
+	act("vm1", "merge")
+	if text := p.text("dialog-text"); !strings.Contains(text, "golden is overwritten") || !strings.Contains(text, "preserved first") {
+		t.Errorf("a merge says %q", text)
+	}
+	confirm()
+	p.until("document.getElementById('merge-text').innerText.includes('golden: done')")
+	image, err := os.ReadFile(filepath.Join(d.dir, "golden.img"))
+	if err != nil || image[12<<20] != 7 || image[0] != 7 {
+		t.Errorf("the disk has %d and %d, %v", image[12<<20], image[0], err)
+	}
+	if _, err := vm2.ReadAt(got, 12<<20); err != nil || got[0] != 0 {
+		t.Errorf("the other node shows %v, %v", got[0], err)
+	}
+	vm2.Close()
+
 	act("vm2", "drop")
 	if text := p.text("dialog-text"); !strings.Contains(text, "deleted") {
 		t.Errorf("a drop says %q", text)
