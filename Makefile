@@ -71,9 +71,9 @@ check-format:
 
 # The race detector sleeps a second at the end of every process, unless told otherwise; many tests start processes.
 .PHONY: race
-race: ## the tests under the race detector (needs a C compiler)
+race: ## the tests under the race detector, but those of the page in a browser (needs a C compiler)
 	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
-	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m $(TESTED)
+	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m $$($(GO) list $(TESTED) | grep -v /test/browser)
 
 .PHONY: interop
 interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)
