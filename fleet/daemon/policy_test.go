@@ -175,6 +175,72 @@ func TestRetentionOfARunningNode(t *testing.T) {
 	s.wantSound(t)
 }
 
+// A node whose layers use its quota gets "no space", or waits, until the quota is larger; reads and flushes go on.
+func TestQuotaOfARunningNode(t *testing.T) {
+	s := serve(t, nil)
+	ctx := t.Context()
+	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "vm"}); err != nil {
+		t.Fatal(err)
+	}
+	set := func(policy map[string]string) {
+		t.Helper()
+		if _, err := s.SetPolicy(ctx, "base", policy); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set(map[string]string{"node-quota": "128KiB"})
+	c, err := nbd.Dial(ctx, s.uri("vm"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	write := func(off int64) error {
+		_, err := c.WriteAt(bytes.Repeat([]byte{1}, 64<<10), off)
+		return err
+	}
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: it does not happen", what)
+			}
+		}
+	}
+	for i := range int64(4) {
+		if err := write(i * 64 << 10); err != nil && !errors.Is(err, syscall.ENOSPC) {
+			t.Fatal(err)
+		}
+	}
+	until("writes are refused", func() bool { return errors.Is(write(0), syscall.ENOSPC) })
+	if _, err := c.ReadAt(make([]byte, 4096), 0); err != nil {
+		t.Errorf("read: %v", err)
+	}
+	if err := c.Flush(); err != nil {
+		t.Errorf("flush: %v", err)
+	}
+	set(map[string]string{"node-quota": "10MiB"})
+	until("writes are allowed again", func() bool { return write(0) == nil })
+	set(map[string]string{"node-quota": "128KiB", "on-full": "pause"})
+	waited := make(chan error)
+	until("a write waits", func() bool {
+		go func() { waited <- write(512 << 10) }()
+		select {
+		case err := <-waited:
+			if err != nil {
+				t.Fatal(err)
+			}
+			return false
+		case <-time.After(100 * time.Millisecond):
+			return true
+		}
+	})
+	set(map[string]string{"node-quota": "", "on-full": ""})
+	if err := <-waited; err != nil {
+		t.Errorf("the write that waited: %v", err)
+	}
+	s.wantSound(t)
+}
+
 func TestIdleDrop(t *testing.T) {
 	now := time.Date(2026, 5, 10, 12, 0, 0, 0, time.UTC)
 	tree := api.Tree{Elements: []api.Element{{Name: "a", Kind: api.KindNode, Disk: "base"}, {Name: "b", Kind: api.KindNode, Disk: "base", Connections: 1}}}
