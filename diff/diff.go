@@ -87,9 +87,6 @@ func (d *Diff) Size() int64 { return d.origin.Size() }
 // Nothing is read, and all are Changed.
 func (d *Diff) Extents() iter.Seq[Extent] {
 	return func(yield func(Extent) bool) {
-		next, stop := iter.Pull(exceptions(d.right))
-		defer stop()
-		b, more := next()
 		var open Extent // the last one, which may still grow
 		add := func(e Extent) bool {
 			if end := open.Off + open.Length; open.Length > 0 && e.Off <= end {
@@ -100,23 +97,40 @@ func (d *Diff) Extents() iter.Seq[Extent] {
 			open = e
 			return done.Length == 0 || yield(done)
 		}
-		for a := range exceptions(d.left) {
-			for ; more && b.Off < a.Off; b, more = next() {
-				if !add(b) {
-					return
-				}
-			}
-			if !add(a) {
-				return
-			}
-		}
-		for ; more; b, more = next() {
-			if !add(b) {
+		for e := range d.either() {
+			if !add(e) {
 				return
 			}
 		}
 		if open.Length > 0 {
 			yield(open)
+		}
+	}
+}
+
+// either yields the exceptions of both views, ascending. Some may overlap.
+func (d *Diff) either() iter.Seq[Extent] {
+	if d.left.Store() == nil { // much cheaper than pulling one of two
+		return exceptions(d.right)
+	}
+	return func(yield func(Extent) bool) {
+		next, stop := iter.Pull(exceptions(d.right))
+		defer stop()
+		b, more := next()
+		for a := range exceptions(d.left) {
+			for ; more && b.Off < a.Off; b, more = next() {
+				if !yield(b) {
+					return
+				}
+			}
+			if !yield(a) {
+				return
+			}
+		}
+		for ; more; b, more = next() {
+			if !yield(b) {
+				return
+			}
 		}
 	}
 }

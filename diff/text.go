@@ -21,6 +21,7 @@ type textPrinter struct {
 	verified        bool
 	ranges          uint64
 	changed, copied int64 // bytes
+	line            []byte
 }
 
 // Extent prints a range that differs.
@@ -31,7 +32,9 @@ func (p *textPrinter) Extent(e Extent) error {
 	}
 	p.ranges++
 	p.changed += e.Length
-	_, err := fmt.Fprintf(p.w, "%14d  %s\n", e.Off, bytesize.Text(e.Length))
+	p.line = text.AppendInt(p.line[:0], 14, e.Off)
+	p.line = append(bytesize.Append(append(p.line, "  "...), e.Length), '\n')
+	_, err := p.w.Write(p.line)
 	return err
 }
 

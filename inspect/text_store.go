@@ -119,26 +119,28 @@ func ListText(ctx context.Context, w io.Writer, path string, st *store.Store) er
 	const row = "%14v  %23v  %23v  %s\n"
 	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
 	runs := uint64(0)
+	l := st.Layout()
+	var line []byte
 	for r := range st.Exceptions() {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		e := RunOf(st.Layout(), r)
-		if _, err := fmt.Fprintf(w, row, e.OriginOffset, chunkRange(e.OriginChunk, e.Chunks), chunkRange(e.COWChunk, e.Chunks), bytesize.Text(e.Length)); err != nil {
+		line = appendRun(line[:0], RunOf(l, r))
+		if _, err := w.Write(line); err != nil {
 			return err
 		}
 		runs++
 	}
-	l := st.Layout()
 	_, err := fmt.Fprintf(w, "%s: %s in %s, %s; a chunk is %s\n", path, text.Count(st.Len(), "exception"), text.Count(runs, "run"),
 		bytesize.Text(int64(st.Len())<<l.Shift()), bytesize.Text(l.ChunkBytes()))
 	return err
 }
 
-// chunkRange is "7" or "7-9".
-func chunkRange(first, n uint64) string {
-	if n == 1 {
-		return fmt.Sprint(first)
-	}
-	return fmt.Sprintf("%d-%d", first, first+n-1)
+// appendRun adds a line of ListText; its columns are as wide as those of the heading.
+func appendRun(b []byte, r Run) []byte {
+	b = text.AppendInt(b, 14, r.OriginOffset)
+	b = text.AppendRange(append(b, "  "...), 23, r.OriginChunk, r.Chunks)
+	b = text.AppendRange(append(b, "  "...), 23, r.COWChunk, r.Chunks)
+	b = bytesize.Append(append(b, "  "...), r.Length)
+	return append(b, '\n')
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"iter"
 	"slices"
+	"sync"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -231,47 +232,27 @@ func open(dev block.Device, toRead bool) (*Store, error) {
 // loadAtOnce is the number of exceptions inserted into the map at once: 16 MiB of them.
 const loadAtOnce = 1 << 20
 
-// load reads the slots into memory and finds the end.
+// load reads the slots into memory and finds the end. While exceptions are inserted, the next ones are read.
 func (s *Store) load() error {
-	l := s.layout
-	chunks := l.Chunks(s.dev.Size(), false)
-	ascending := true
-	end := ondisk.Slot{}
-	s.tail = make([]byte, metaBlock(l))
-	var batch []ondisk.Exception
-	for e, err := range Scan(s.dev, l) {
-		if err != nil {
-			return err
-		}
-		end = e.Slot
-		if e.IsEnd() {
-			break
-		}
-		if err := checkNew(l, e, chunks); err != nil {
-			return err
-		}
-		s.keepTail(e)
-		if e.New < s.next {
-			ascending = false
-		}
-		s.next = max(s.next, e.New+1)
-		if batch = append(batch, e.Exception); len(batch) == loadAtOnce {
-			if err := s.insertLoaded(batch); err != nil {
-				return err
-			}
-			batch = batch[:0]
-		}
-	}
-	if err := s.insertLoaded(batch); err != nil {
+	s.tail = make([]byte, metaBlock(s.layout))
+	r := loader{s: s, full: make(chan []ondisk.Exception), empty: make(chan []ondisk.Exception, 2), failed: make(chan struct{})}
+	var inserting sync.WaitGroup
+	var insertErr error
+	inserting.Go(func() { insertErr = r.insert() })
+	readErr := r.read()
+	close(r.full)
+	inserting.Wait()
+	// What was inserted was read before the reading failed.
+	if err := cmp.Or(insertErr, readErr); err != nil {
 		return err
 	}
-	if !ascending {
+	if !r.ascending {
 		if err := s.checkShared(); err != nil {
 			return err
 		}
 	}
-	s.next = l.NextData(s.next)
-	s.pos = position{end.Area, end.Index}
+	s.next = s.layout.NextData(s.next)
+	s.pos = position{r.end.Area, r.end.Index}
 	s.reserved, s.durable = s.pos, s.pos
 	s.written, s.flushed = s.next, s.next // data is flushed before its slot is written
 	s.scrub = true
@@ -281,14 +262,92 @@ func (s *Store) load() error {
 	return nil
 }
 
-// keepTail puts an exception in s.tail, from which the block is written later, so that it does not depend on another
-// read.
-func (s *Store) keepTail(e Entry) {
-	i := s.layout.SlotOffset(e.Slot) % int64(len(s.tail))
-	if i == 0 {
-		clear(s.tail)
+// A loader reads the slots of a store in one goroutine and inserts them into its map in another.
+type loader struct {
+	s           *Store
+	full, empty chan []ondisk.Exception // batches on their way to the map, and back
+	failed      chan struct{}           // closed when inserting has failed
+
+	end       ondisk.Slot // of the end mark
+	ascending bool        // no exception's COW chunk is below an earlier one's
+}
+
+// read reads up to the end mark, and checks each exception on its own.
+func (r *loader) read() error {
+	s, l := r.s, r.s.layout
+	chunks := l.Chunks(s.dev.Size(), false)
+	r.ascending = true
+	batch := r.newBatch(nil)
+	for p, err := range scanPieces(s.dev, l) {
+		if err != nil {
+			return err
+		}
+		for at := 0; at < len(p.bytes); at += ondisk.SlotSize {
+			e := ondisk.DecodeException(p.bytes[at:])
+			slot := ondisk.Slot{Area: p.first.Area, Index: p.first.Index + uint64(at/ondisk.SlotSize)}
+			if e.IsEnd() {
+				r.end = slot
+				s.keepTail(p.bytes[:at])
+				return r.send(batch)
+			}
+			if uint64(e.New) >= chunks || !l.IsData(e.New) {
+				return checkNew(l, Entry{slot, e}, chunks)
+			}
+			if e.New < s.next {
+				r.ascending = false
+			}
+			s.next = max(s.next, e.New+1)
+			if batch = append(batch, e); len(batch) == loadAtOnce {
+				if err := r.send(batch); err != nil {
+					return err
+				}
+				batch = r.newBatch(batch)
+			}
+		}
 	}
-	e.Encode(s.tail[i:])
+	panic("store: the slots end without an end mark or an error")
+}
+
+// newBatch returns memory for a batch, at most the second that there is.
+func (r *loader) newBatch(sent []ondisk.Exception) []ondisk.Exception {
+	select {
+	case b := <-r.empty:
+		return b[:0]
+	default:
+		return make([]ondisk.Exception, 0, cap(sent))
+	}
+}
+
+// send hands a batch over to be inserted. It returns no error when that fails: insert has it.
+func (r *loader) send(batch []ondisk.Exception) error {
+	select {
+	case r.full <- batch:
+		return nil
+	case <-r.failed:
+		return errStopped
+	}
+}
+
+// errStopped ends the reading after an error of the inserting.
+var errStopped = errors.New("loading was stopped")
+
+// insert inserts batches in the order of their slots.
+func (r *loader) insert() error {
+	for batch := range r.full {
+		if err := r.s.insertLoaded(batch); err != nil {
+			close(r.failed)
+			return err
+		}
+		r.empty <- batch
+	}
+	return nil
+}
+
+// keepTail keeps the last slots before the end mark, from which their block is written later, so that it does not depend on
+// another read. slots end where the end mark begins.
+func (s *Store) keepTail(slots []byte) {
+	n := len(slots) % len(s.tail) // pieces begin at multiples of a block
+	copy(s.tail, slots[len(slots)-n:])
 }
 
 // insertLoaded puts the next exceptions of the store, in the order of their slots, into memory.
@@ -352,6 +411,12 @@ type Entry struct {
 // scanPiece is how much of an area is read at once, in bytes.
 const scanPiece = 256 << 10
 
+// A piece is some consecutive slots of an area as they are on the disk.
+type piece struct {
+	first ondisk.Slot
+	bytes []byte
+}
+
 // Scan yields the slots of dev in order, up to and including the end mark (the one entry for which IsEnd is true, and
 // always the last). It validates nothing but the position of areas: an area that is not wholly inside dev is a
 // *ondisk.CorruptError, and a failed read an error; either is the last thing yielded. Opening, checking and dumping all
@@ -361,12 +426,31 @@ const scanPiece = 256 << 10
 // show slots, or cleared slots, that are not on the disk.
 func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
+		for p, err := range scanPieces(dev, l) {
+			if err != nil {
+				yield(Entry{}, err)
+				return
+			}
+			for slot, b := p.first, p.bytes; len(b) > 0; slot.Index, b = slot.Index+1, b[ondisk.SlotSize:] {
+				e := Entry{slot, ondisk.DecodeException(b)}
+				if !yield(e, nil) || e.IsEnd() {
+					return
+				}
+			}
+		}
+	}
+}
+
+// scanPieces yields the slots of dev as Scan does, piece by piece. It does not look for the end mark: the caller stops there.
+// The bytes are valid until the next piece.
+func scanPieces(dev block.Device, l ondisk.Layout) iter.Seq2[piece, error] {
+	return func(yield func(piece, error) bool) {
 		chunks := l.Chunks(dev.Size(), false)
 		buf := make([]byte, min(l.ChunkBytes(), scanPiece))
 		ahead := readAhead{dev: dev, layout: l, end: (chunks + l.SlotsPerArea() - 1) / (l.SlotsPerArea() + 1)}
 		for area := uint64(0); ; area++ {
 			if uint64(l.AreaChunk(area)) >= chunks {
-				yield(Entry{}, &ondisk.CorruptError{Place: fmt.Sprintf("area %d, byte 0x%x", area, l.COWOffset(l.AreaChunk(area))),
+				yield(piece{}, &ondisk.CorruptError{Place: fmt.Sprintf("area %d, byte 0x%x", area, l.COWOffset(l.AreaChunk(area))),
 					What: fmt.Sprintf("no end mark so far, and the device of %d sectors ends before the area does: it is cut short", dev.Size()/ondisk.SectorSize)})
 				return
 			}
@@ -376,7 +460,7 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 				more, err = scanArea(dev, l, area, buf, yield)
 			}
 			if err != nil {
-				yield(Entry{}, fmt.Errorf("read area %d: %w", area, err))
+				yield(piece{}, fmt.Errorf("read area %d: %w", area, err))
 			}
 			if !more {
 				return
@@ -385,18 +469,15 @@ func Scan(dev block.Device, l ondisk.Layout) iter.Seq2[Entry, error] {
 	}
 }
 
-// scanArea yields the slots of one area. more is false after the end mark, an error, or when yield returned false.
-func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(Entry, error) bool) (more bool, err error) {
-	for i := uint64(0); i < l.SlotsPerArea(); {
-		if _, err := dev.ReadAt(buf, l.SlotOffset(ondisk.Slot{Area: area, Index: i})); err != nil {
+// scanArea yields the slots of one area. more is false after an error, or when yield returned false.
+func scanArea(dev block.Device, l ondisk.Layout, area uint64, buf []byte, yield func(piece, error) bool) (more bool, err error) {
+	for i := uint64(0); i < l.SlotsPerArea(); i += uint64(len(buf) / ondisk.SlotSize) {
+		first := ondisk.Slot{Area: area, Index: i}
+		if _, err := dev.ReadAt(buf, l.SlotOffset(first)); err != nil {
 			return false, err
 		}
-		for b := buf; len(b) > 0; b = b[ondisk.SlotSize:] {
-			e := Entry{ondisk.Slot{Area: area, Index: i}, ondisk.DecodeException(b)}
-			if !yield(e, nil) || e.IsEnd() {
-				return false, nil
-			}
-			i++
+		if !yield(piece{first, buf}, nil) {
+			return false, nil
 		}
 	}
 	return true, nil

@@ -39,16 +39,23 @@ func isRange(err error) bool {
 }
 
 // Text formats a number of bytes: "1.5 GiB".
-func Text(n int64) string {
+func Text(n int64) string { return string(Append(nil, n)) }
+
+var unitNames = [...]string{" KiB", " MiB", " GiB", " TiB", " PiB", " EiB"}
+
+// Append adds Text(n) to b.
+func Append(b []byte, n int64) []byte {
 	if n < 1<<10 {
-		return fmt.Sprintf("%d bytes", n)
+		return append(strconv.AppendInt(b, n, 10), " bytes"...)
 	}
-	f, units := float64(n)/(1<<10), []string{"KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
-	for f >= 1024 && len(units) > 1 {
-		f, units = f/1024, units[1:]
+	f, unit := float64(n)/(1<<10), 0
+	for f >= 1024 && unit < len(unitNames)-1 {
+		f, unit = f/1024, unit+1
 	}
 	if f == math.Trunc(f) {
-		return fmt.Sprintf("%.0f %s", f, units[0])
+		b = strconv.AppendInt(b, int64(f), 10)
+	} else {
+		b = strconv.AppendFloat(b, f, 'f', 1, 64)
 	}
-	return fmt.Sprintf("%.1f %s", f, units[0])
+	return append(b, unitNames[unit]...)
 }

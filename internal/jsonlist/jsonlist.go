@@ -3,7 +3,6 @@ package jsonlist
 
 import (
 	"encoding/json"
-	"fmt"
 	"io"
 )
 
@@ -11,6 +10,7 @@ import (
 type Writer struct {
 	w     io.Writer
 	begun bool
+	line  []byte
 }
 
 // New returns a writer of a list to w.
@@ -22,7 +22,8 @@ func (l *Writer) Add(v any) error {
 	if err != nil {
 		return err
 	}
-	_, err = fmt.Fprintf(l.w, "%s%s", l.separator(), b)
+	l.line = append(append(l.line[:0], l.separator()...), b...)
+	_, err = l.w.Write(l.line)
 	return err
 }
 

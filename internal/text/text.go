@@ -23,6 +23,35 @@ func Count(n uint64, what string) string {
 	return fmt.Sprintf("%d %ss", n, what)
 }
 
+// AppendInt adds n in decimal to b, with spaces before it up to a width.
+func AppendInt(b []byte, width int, n int64) []byte {
+	return padLeft(strconv.AppendInt(b, n, 10), len(b), width)
+}
+
+// AppendRange adds the n numbers from first on to b, "7" or "7-9", with spaces before them up to a width.
+func AppendRange(b []byte, width int, first, n uint64) []byte {
+	at := len(b)
+	b = strconv.AppendUint(b, first, 10)
+	if n != 1 {
+		b = strconv.AppendUint(append(b, '-'), first+n-1, 10)
+	}
+	return padLeft(b, at, width)
+}
+
+const spaces = "                                                                "
+
+// padLeft moves what is in b from at on to the right, so that it ends width after at. It does no more than 64 spaces.
+func padLeft(b []byte, at, width int) []byte {
+	pad := min(width-(len(b)-at), len(spaces))
+	if pad <= 0 {
+		return b
+	}
+	b = append(b, spaces[:pad]...)
+	copy(b[at+pad:], b[at:len(b)-pad])
+	copy(b[at:], spaces[:pad])
+	return b
+}
+
 // ShellWords quotes arguments for a shell.
 func ShellWords(args ...string) string {
 	quoted := make([]string, len(args))
