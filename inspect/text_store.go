@@ -8,6 +8,7 @@ import (
 	"text/tabwriter"
 
 	"github.com/dmsnap/dmsnap/internal/bytesize"
+	"github.com/dmsnap/dmsnap/internal/lines"
 	"github.com/dmsnap/dmsnap/internal/picture"
 	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -118,20 +119,12 @@ func (p TextWriter) Map(m *Map) error {
 func ListText(ctx context.Context, w io.Writer, path string, st *store.Store) error {
 	const row = "%14v  %23v  %23v  %s\n"
 	fmt.Fprintf(w, row, "origin byte", "origin chunks", "COW chunks", "length")
-	runs := uint64(0)
 	l := st.Layout()
-	var line []byte
-	for r := range st.Exceptions() {
-		if ctx.Err() != nil {
-			return context.Cause(ctx)
-		}
-		line = appendRun(line[:0], RunOf(l, r))
-		if _, err := w.Write(line); err != nil {
-			return err
-		}
-		runs++
+	runs, err := lines.Write(ctx, w, st.Exceptions(), func(b []byte, r store.Run) []byte { return appendRun(b, RunOf(l, r)) })
+	if err != nil {
+		return err
 	}
-	_, err := fmt.Fprintf(w, "%s: %s in %s, %s; a chunk is %s\n", path, text.Count(st.Len(), "exception"), text.Count(runs, "run"),
+	_, err = fmt.Fprintf(w, "%s: %s in %s, %s; a chunk is %s\n", path, text.Count(st.Len(), "exception"), text.Count(runs, "run"),
 		bytesize.Text(int64(st.Len())<<l.Shift()), bytesize.Text(l.ChunkBytes()))
 	return err
 }

@@ -11,11 +11,19 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime/debug"
+	"slices"
 
 	"github.com/spf13/cobra"
 )
 
-func main() { os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr)) }
+func main() {
+	if len(os.Args) > 1 && slices.Contains([]string{"status", "list", "diff", "check", "merge", "compact", "dump", "inspect"}, os.Args[1]) {
+		// A large store is almost all of the heap, in memory without pointers: collecting often is cheap, and saves a fifth.
+		debug.SetGCPercent(25)
+	}
+	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
 
 // run executes the program with args and returns the exit status.
 func run(args []string, stdin io.Reader, stdout, stderr io.Writer) int {
