@@ -17,6 +17,8 @@ type contender struct {
 	// serve is the command line of the server; nil when fio goes to the image itself.
 	serve  func(l *lab, base, image, socket string) []string
 	export string
+	// open starts a server that is not reached over NBD, instead of serve.
+	open func(ctx context.Context, l *lab, base, image string) (*target, error)
 	// raw: there is no overlay, the image is a copy of the origin.
 	raw bool
 }
@@ -31,6 +33,13 @@ const (
 	cowBy4   = "nbdkit-cow-4k"
 	file     = "nbdkit-file"
 	direct   = "direct"
+	floor    = "floor"
+
+	ourVhost         = "dmsnap-vhost"
+	storageDaemon    = "storage-daemon"
+	storageDaemonBy4 = "storage-daemon-4k"
+	ourFuse          = "dmsnap-fuse"
+	nbdfuse          = "nbdfuse"
 )
 
 var (
@@ -59,6 +68,13 @@ var contenders = append([]contender{
 			return []string{"nbdkit", "-f", "-U", socket, "file", image}
 		}},
 	{key: direct, title: "pread/pwrite", raw: true},
+	{key: floor, title: "floor", raw: true,
+		serve: func(l *lab, base, image, socket string) []string { return []string{l.self, "floor", socket, image} }},
+	{key: ourVhost, title: "dmsnap vhost-user", create: createDmsnap, open: openVhost},
+	{key: storageDaemon, title: "qemu-storage-daemon", needs: "qemu-storage-daemon", create: createQcow2("64k"), open: openStorageDaemon},
+	{key: storageDaemonBy4, title: "qemu-storage-daemon 4k", needs: "qemu-storage-daemon", create: createQcow2("4k"), open: openStorageDaemon},
+	{key: ourFuse, title: "dmsnap FUSE", create: createDmsnap, open: openFuse},
+	{key: nbdfuse, title: "nbdfuse", needs: "nbdfuse", create: createDmsnap, open: openNbdfuse},
 }, sourceContenders...)
 
 // titled returns the title of a column.
@@ -124,23 +140,42 @@ func serveCOW(blocks string) func(l *lab, base, image, socket string) []string {
 	}
 }
 
-// A target is what fio works on: a server that runs, or a file.
+// A target is what clients work on: a server that runs, or a file.
 type target struct {
 	server *server
-	uri    string // of the NBD export, or
-	path   string // of the file
+	export string
+	uri    string  // of the NBD export, or
+	path   string  // of the file
+	mount  string  // path is in a file system that is mounted: fio bypasses its cache
+	vhost  bool    // the server's socket is of vhost-user
+	behind *server // the server that server is a client of
+}
+
+// servers are the processes that serve, the one that clients connect to first.
+func (t *target) servers() []*server {
+	var all []*server
+	for _, s := range []*server{t.server, t.behind} {
+		if s != nil {
+			all = append(all, s)
+		}
+	}
+	return all
 }
 
 func (t *target) close() error {
-	if t.server == nil {
-		return nil
+	var errs []error
+	for _, s := range t.servers() {
+		errs = append(errs, s.stop())
 	}
-	return t.server.stop()
+	return errors.Join(errs...)
 }
 
 // open starts c on an image that is there, or made already.
 func (l *lab) open(ctx context.Context, c contender, base, image string) (*target, error) {
-	if c.serve == nil {
+	switch {
+	case c.open != nil:
+		return c.open(ctx, l, base, image)
+	case c.serve == nil:
 		return &target{path: image}, nil
 	}
 	s, err := l.start(ctx, func(socket string) []string { return c.serve(l, base, image, socket) })
@@ -152,7 +187,7 @@ func (l *lab) open(ctx context.Context, c contender, base, image string) (*targe
 			return nil, errors.Join(err, s.stop())
 		}
 	}
-	return &target{server: s, uri: s.uri(c.export)}, nil
+	return &target{server: s, export: c.export, uri: s.uri(c.export)}, nil
 }
 
 // prepare brings c into the state in which a workload begins: an empty overlay, or one into which fill was
@@ -212,8 +247,14 @@ func (l *lab) overlay(ctx context.Context, c contender, base string) (string, er
 	return image, c.create(ctx, l, base, image)
 }
 
+// filledAs says whose overlay has the same content and format, for contenders that fio can't fill themselves.
+var filledAs = map[string]string{ourVhost: ours, ourFuse: ours, nbdfuse: ours, storageDaemon: qcow2, storageDaemonBy4: qcow2by4}
+
 // template returns the overlay of c with fill written to it, made when it is first asked for.
 func (l *lab) template(ctx context.Context, c contender, base string, fill *job) (string, error) {
+	if as, ok := filledAs[c.key]; ok {
+		c = find(as)
+	}
 	kept := l.path(c.key + "." + fill.name)
 	if _, err := os.Stat(kept); err == nil {
 		return kept, nil

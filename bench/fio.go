@@ -25,18 +25,24 @@ type job struct {
 	sync    bool   // at the end
 	mix     int    // percent of reads
 	seed    int
-	latency bool // measure how long requests take; costs the client something
+	uris    []string // a job for each, instead of the target's
+	latency bool     // measure how long requests take; costs the client something
 }
 
 // fioArgs is fio's command line for a job on a target. Random writes that are not timed go to each block once:
 // fio keeps a map of what it has been to.
 func (l *lab) fioArgs(j job, t *target) []string {
-	a := []string{"--name=" + "bench", "--output-format=json", "--rw=" + j.rw,
+	a := []string{"--output-format=json", "--rw=" + j.rw,
 		"--bs=" + strconv.Itoa(j.block), "--iodepth=" + strconv.Itoa(j.depth),
 		"--randrepeat=1", "--randseed=" + strconv.Itoa(1000+j.seed)}
-	if t.path != "" {
+	if j.uris != nil {
+		a = append(a, "--ioengine=nbd")
+	} else if t.path != "" {
 		// Left alone, fio drops a file's pages from the cache first.
 		a = append(a, "--ioengine=psync", "--filename="+t.path, "--invalidate=0")
+		if t.mount != "" {
+			a = append(a, "--direct=1")
+		}
 	} else {
 		a = append(a, "--ioengine=nbd", "--uri="+t.uri)
 	}
@@ -70,6 +76,12 @@ func (l *lab) fioArgs(j job, t *target) []string {
 	if !j.latency {
 		a = append(a, "--gtod_reduce=1")
 	}
+	if j.uris == nil {
+		return append(a, "--name=bench")
+	}
+	for i, uri := range j.uris { // what is before the first name is common to all
+		a = append(a, fmt.Sprintf("--name=job%d", i), "--uri="+uri)
+	}
 	return a
 }
 
@@ -78,6 +90,7 @@ type fioResult struct {
 	IOPS  float64 // reads and writes
 	Bytes float64 // a second
 	P99   float64 // seconds: the worse of reads and writes, 0 when not measured
+	Done  int64   // requests, flushes not among them
 }
 
 // A fioRun is fio at work.
@@ -138,7 +151,6 @@ func parseFio(out []byte) (fioResult, error) {
 		return fioResult{}, errors.New("fio reports no job")
 	}
 	var r fioResult
-	var done int64
 	for _, j := range report.Jobs {
 		if j.Error != 0 {
 			return fioResult{}, fmt.Errorf("fio reports error %d", j.Error)
@@ -146,11 +158,11 @@ func parseFio(out []byte) (fioResult, error) {
 		for _, s := range []fioSide{j.Read, j.Write} {
 			r.IOPS += s.IOPS
 			r.Bytes += s.Bytes
-			done += s.Total
+			r.Done += s.Total
 			r.P99 = max(r.P99, s.Latency.Percentile["99.000000"]/1e9)
 		}
 	}
-	if done == 0 {
+	if r.Done == 0 {
 		return fioResult{}, errors.New("fio did nothing")
 	}
 	return r, nil

@@ -95,16 +95,17 @@ type server struct {
 	socket string
 	stderr bytes.Buffer
 	exited chan error
+	mount  string        // the server ends when this is unmounted; "": with SIGTERM
 	ready  time.Duration // from the start of the process to the first bytes of its greeting
 }
 
-// start runs a server and returns when it has greeted a client. argv gets the socket's path.
+// start runs a server of NBD and returns when it has greeted a client. argv gets the socket's path.
 func (l *lab) start(ctx context.Context, argv func(socket string) []string) (*server, error) {
-	return l.startOn(ctx, l.path("s.sock"), argv)
+	return l.startAt(ctx, l.path("s.sock"), greeting, argv)
 }
 
-// startOn is start on a socket of one's own, for a server beside another one.
-func (l *lab) startOn(ctx context.Context, socket string, argv func(socket string) []string) (*server, error) {
+// startAt is start of a server that is ready when ready has no error for the socket.
+func (l *lab) startAt(ctx context.Context, socket string, ready func(socket string) error, argv func(socket string) []string) (*server, error) {
 	s := &server{socket: socket, exited: make(chan error, 1)}
 	if err := os.Remove(s.socket); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err
@@ -119,7 +120,7 @@ func (l *lab) startOn(ctx context.Context, socket string, argv func(socket strin
 		return nil, err
 	}
 	go func() { s.exited <- s.cmd.Wait() }()
-	if err := s.greeted(began.Add(2 * time.Minute)); err != nil {
+	if err := s.answers(ready, began.Add(2*time.Minute)); err != nil {
 		s.cmd.Process.Kill()
 		return nil, fmt.Errorf("%v: %w\n%s", a, err, s.stderr.Bytes())
 	}
@@ -127,8 +128,8 @@ func (l *lab) startOn(ctx context.Context, socket string, argv func(socket strin
 	return s, nil
 }
 
-// greeted waits for the 18 bytes with which every NBD server begins.
-func (s *server) greeted(until time.Time) error {
+// answers waits until ready has no error.
+func (s *server) answers(ready func(socket string) error, until time.Time) error {
 	for time.Now().Before(until) {
 		select {
 		case err := <-s.exited:
@@ -136,7 +137,7 @@ func (s *server) greeted(until time.Time) error {
 			return fmt.Errorf("ended before it served: %v", err)
 		default:
 		}
-		if greeting(s.socket) == nil {
+		if ready(s.socket) == nil {
 			return nil
 		}
 		time.Sleep(100 * time.Microsecond) // nothing tells when a foreign process begins to listen
@@ -144,6 +145,7 @@ func (s *server) greeted(until time.Time) error {
 	return errors.New("does not serve")
 }
 
+// greeting receives the 18 bytes with which every NBD server begins.
 func greeting(socket string) error {
 	c, err := net.Dial("unix", socket)
 	if err != nil {
@@ -161,7 +163,11 @@ func (s *server) uri(export string) string { return "nbd+unix:///" + export + "?
 
 // stop ends the server as an operator would and waits for it.
 func (s *server) stop() error {
-	s.cmd.Process.Signal(syscall.SIGTERM)
+	if s.mount == "" {
+		s.cmd.Process.Signal(syscall.SIGTERM)
+	} else if err := command(context.Background(), "fusermount3", "-u", s.mount); err != nil {
+		return err
+	}
 	select {
 	case err := <-s.exited:
 		var exit *exec.ExitError
@@ -172,8 +178,8 @@ func (s *server) stop() error {
 			return fmt.Errorf("%s: %w\n%s", s.cmd.Path, err, s.stderr.Bytes())
 		}
 		return nil
-	case <-time.After(time.Minute):
+	case <-time.After(5 * time.Minute): // nbdkit cow frees a large overlay slowly on a busy machine
 		s.cmd.Process.Kill()
-		return fmt.Errorf("%s: does not end within a minute of SIGTERM", s.cmd.Path)
+		return fmt.Errorf("%s: does not end within five minutes of SIGTERM", s.cmd.Path)
 	}
 }

@@ -102,7 +102,8 @@ func fileSystem(dir string) string {
 // A peer is a program the benchmark needs, and Debian's package of it.
 type peer struct{ program, pkg string }
 
-var peers = []peer{{"fio", "fio"}, {"qemu-nbd", "qemu-utils"}, {"qemu-img", "qemu-utils"}, {"nbdkit", "nbdkit"}}
+var peers = []peer{{"fio", "fio"}, {"qemu-nbd", "qemu-utils"}, {"qemu-img", "qemu-utils"}, {"nbdkit", "nbdkit"},
+	{"nbdfuse", "libnbd-bin"}, {"qemu-storage-daemon", "qemu-system-common"}}
 
 // installPeers says which peers are absent and how to get them; with install, and as root, it gets them.
 func installPeers(ctx context.Context, install bool) {

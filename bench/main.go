@@ -3,6 +3,7 @@
 //
 //	go run ./bench            the table of workloads
 //	go run ./bench curves     how cost grows
+//	bench floor SOCKET IMAGE  a server that does the least; the table starts it
 //
 // Each row of the table is a workload, each column a server. A row is measured in rounds: every server
 // once a round, each in a fresh process and from the same state, and each round begins with another
@@ -44,9 +45,13 @@ type settings struct {
 	servers *regexp.Regexp
 	json    bool
 	install bool
+	self    string // this program, which is a server too
 }
 
 func run(ctx context.Context, args []string) error {
+	if len(args) == 3 && args[0] == "floor" {
+		return serveFloor(ctx, args[1], args[2])
+	}
 	var s settings
 	curves := len(args) > 0 && args[0] == "curves"
 	if curves {
@@ -142,5 +147,8 @@ func newLab(s settings) (*lab, error) {
 		return nil, err
 	}
 	s.binary = binary
+	if s.self, err = os.Executable(); err != nil {
+		return nil, err
+	}
 	return &lab{settings: s, dir: dir, origin: originSize}, nil
 }

@@ -24,7 +24,7 @@ func processRows() []row {
 			bars: []bar{{text: "≤ 16 bytes each", limit: 16}}},
 		{name: "memory for 16 M sequential exceptions (serve, whole process)", unit: "bytes each", less: true,
 			columns: only, run: memoryOf(n, false), cleanup: dropStores,
-			bars: []bar{{text: "≤ 0.25 bytes each", limit: 0.25}}},
+			bars: []bar{{text: "≤ 0.25 bytes each above an empty server", figure: "above_empty", limit: 0.25}}},
 		{name: "create for a 1 TiB origin (whole process)", unit: "ms", less: true,
 			columns: only, run: createLarge,
 			bars: []bar{{text: "≤ 5 ms", limit: 5}}},

@@ -64,9 +64,56 @@ func (r *report) printTable(w io.Writer) error {
 	if err := printMarkdown(w, table); err != nil {
 		return err
 	}
+	if err := r.printCosts(w); err != nil {
+		return err
+	}
 	_, err := fmt.Fprintf(w, "\n%s\nMedians of %d rounds, least and greatest in brackets; ratios are of medians, above 1 dmsnap is ahead. What is measured by time took %g s.\n\n%s\n",
 		legend, r.Rounds, r.Seconds, r.Machine)
 	return err
+}
+
+// printCosts prints the CPU time a request, where it was measured, beside the rate, in a table of its own.
+func (r *report) printCosts(w io.Writer) error {
+	servers := r.servers()
+	header := []string{"workload"}
+	for _, s := range servers {
+		header = append(header, titled(s))
+	}
+	table := [][]string{header}
+	for _, row := range r.Rows {
+		line, found := []string{row.Name}, false
+		for _, s := range servers {
+			cell := row.costs(s)
+			line, found = append(line, cell), found || cell != ""
+		}
+		if found {
+			table = append(table, line)
+		}
+	}
+	if len(table) == 1 {
+		return nil
+	}
+	if _, err := io.WriteString(w, "\nµs of CPU time a request, of all the server's threads, and requests a second beside it:\n\n"); err != nil {
+		return err
+	}
+	return printMarkdown(w, table)
+}
+
+// costs is the cell of a server in the table of CPU times.
+func (r *rowResult) costs(server string) string {
+	c := r.of(server)
+	if c == nil {
+		return ""
+	}
+	v := c.values(cpuFigure)
+	if len(v) == 0 {
+		return ""
+	}
+	text := digits(median(v))
+	if len(v) > 1 {
+		text += fmt.Sprintf(" [%s–%s]", digits(slices.Min(v)), digits(slices.Max(v)))
+	}
+	return fmt.Sprintf("%s µs; %s/s", text, digits(median(c.values(rateFigure))))
 }
 
 const legend = `- dmsnap raw: its export of a plain file, no snapshot.

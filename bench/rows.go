@@ -1,9 +1,11 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -19,6 +21,7 @@ type row struct {
 	// run measures one contender once.
 	run  func(ctx context.Context, l *lab, c contender, round int) (sample, error)
 	bars []bar
+	own  string // the column that the bars are about, "" for dmsnap
 	// cleanup, where there is one, removes what the row left in the scratch directory.
 	cleanup func(l *lab) error
 }
@@ -37,6 +40,14 @@ type sample struct {
 	More  map[string]float64 `json:"more,omitempty"`
 }
 
+// cost is the CPU time a request as text, where it was measured.
+func (s sample) cost() string {
+	if v, ok := s.More[cpuFigure]; ok {
+		return ", " + digits(v) + " µs CPU a request"
+	}
+	return ""
+}
+
 // A bar is what a row has to reach.
 type bar struct {
 	text  string
@@ -44,17 +55,28 @@ type bar struct {
 	peers []string // columns
 	// figure is the name of the sample's other figure that is meant; less of it is better. "" is the row's own.
 	figure string
+	// most is the largest share of the best peer's figure that reaches the bar, instead of least.
+	most float64
 	// limit is an absolute bar, where there are no peers.
 	limit float64
+	more  bool // of another figure: more is better
+}
+
+// title is the bar's text, in which %g stands for its number.
+func (b bar) title() string {
+	if !strings.Contains(b.text, "%g") {
+		return b.text
+	}
+	return fmt.Sprintf(b.text, cmp.Or(b.most, b.least, b.limit))
 }
 
 // row measures a row in rounds, each beginning with another contender.
 func (l *lab) row(ctx context.Context, r row) (rowResult, error) {
-	result := rowResult{Name: r.name, X: r.x, Axis: r.axis, Unit: r.unit, Less: r.less}
+	result := rowResult{Name: r.name, X: r.x, Axis: r.axis, Unit: r.unit, Less: r.less, Own: r.own}
 	var present []contender
 	for _, key := range r.columns {
 		c := find(key)
-		if !c.available() || key != ours && !l.servers.MatchString(key) {
+		if !c.available() || key != ours && key != r.own && !l.servers.MatchString(key) {
 			continue
 		}
 		present = append(present, c)
@@ -69,7 +91,7 @@ func (l *lab) row(ctx context.Context, r row) (rowResult, error) {
 			if err != nil {
 				return result, fmt.Errorf("%s: %w", c.title, err)
 			}
-			l.say("%s%s, round %d, %s: %s (%.1f s in all)", r.name, r.point(), round+1, c.key, figureText(s.Value, r.unit), time.Since(began).Seconds())
+			l.say("%s%s, round %d, %s: %s%s (%.1f s in all)", r.name, r.point(), round+1, c.key, figureText(s.Value, r.unit), s.cost(), time.Since(began).Seconds())
 			result.Columns[at].Samples = append(result.Columns[at].Samples, s)
 		}
 	}
@@ -90,6 +112,7 @@ type rowResult struct {
 	Axis    string    `json:"axis,omitempty"`
 	Unit    string    `json:"unit"`
 	Less    bool      `json:"less_is_better"`
+	Own     string    `json:"own,omitempty"` // the column that the bars are about, where it is not dmsnap
 	Columns []column  `json:"columns"`
 	Bars    []verdict `json:"bars,omitempty"`
 }
@@ -107,6 +130,7 @@ type column struct {
 type verdict struct {
 	Bar     string  `json:"bar"`
 	Least   float64 `json:"least,omitempty"` // the ratio that was wanted
+	Most    float64 `json:"most,omitempty"`  // or the share of the peer's figure that was allowed; then Ratio is that share
 	Ratio   float64 `json:"ratio,omitempty"` // of medians, to the best peer; above 1 is better than it
 	Low     float64 `json:"low,omitempty"`   // the ratio in the worst round
 	High    float64 `json:"high,omitempty"`  // and in the best
@@ -169,10 +193,10 @@ func better(a, b float64, less bool) bool {
 
 // judge holds the row's figures against its bars.
 func (r *rowResult) judge(bars []bar) {
-	own := r.of(ours)
+	own := r.of(cmp.Or(r.Own, ours))
 	for _, b := range bars {
-		v := verdict{Bar: b.text, Least: b.least}
-		less := r.Less || b.figure != ""
+		v := verdict{Bar: b.title(), Least: b.least, Most: b.most}
+		less := (r.Less || b.figure != "") && !b.more
 		switch peer := r.best(b.peers, b.figure, less); {
 		case own == nil:
 			v.Absent = true
@@ -183,8 +207,11 @@ func (r *rowResult) judge(bars []bar) {
 			v.Absent = true
 		default:
 			v.Peer = peer.Server
-			v.Ratio, v.Low, v.High = ratios(own.values(b.figure), peer.values(b.figure), less)
+			v.Ratio, v.Low, v.High = ratios(own.values(b.figure), peer.values(b.figure), less && b.most == 0)
 			v.Reached = v.Ratio >= b.least
+			if b.most > 0 {
+				v.Reached = v.Ratio <= b.most
+			}
 		}
 		r.Bars = append(r.Bars, v)
 	}

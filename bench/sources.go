@@ -49,8 +49,8 @@ func sourceRow(name string, j job, peer string, bars []bar, image func(ctx conte
 		defer func() { err = errors.Join(err, t.close()) }()
 		j := j
 		j.seed = 100 + round
-		got, err := l.fio(ctx, j, t)
-		return got.sample(bytes), err
+		err = t.costs(&s, func() (int64, error) { return l.fioSample(ctx, j, t, bytes, &s) })
+		return s, err
 	}
 	return r
 }
@@ -80,7 +80,7 @@ func nbdExport(ctx context.Context, l *lab) (string, func() error, error) {
 		return "", nil, err
 	}
 	socket := l.path("up.sock")
-	s, err := l.startOn(ctx, socket, func(socket string) []string {
+	s, err := l.startAt(ctx, socket, greeting, func(socket string) []string {
 		return []string{"nbdkit", "-f", "-r", "-U", socket, "file", base}
 	})
 	if err != nil {

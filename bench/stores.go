@@ -3,6 +3,8 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
+	"math/bits"
 	"os"
 
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -19,14 +21,18 @@ func sparse(path string, size int64) error {
 	return errors.Join(f.Truncate(size), f.Close())
 }
 
-// spread is a bijection on [0, space) for a power of two, without pattern.
+// spread is a bijection on [0, space), without pattern: one on the next power of two, repeated until it is inside.
 func spread(i, space uint64) uint64 {
-	mask := space - 1
-	for range 3 {
-		i = (i*0x9E3779B97F4A7C15 + 0x1234567) & mask
-		i ^= i >> 13
+	mask := uint64(1)<<bits.Len64(space-1) - 1
+	for {
+		for range 3 {
+			i = (i*0x9E3779B97F4A7C15 + 0x1234567) & mask
+			i ^= i >> 13
+		}
+		if i < space {
+			return i
+		}
 	}
-	return i & mask
 }
 
 // scatteredOver is how many chunks the origin has for each scattered exception.
@@ -76,9 +82,9 @@ func writeStore(origin, cow string, n uint64, scattered bool) error {
 
 // bigStore returns the paths of a store of n exceptions and its origin, made when they are first asked for.
 func (l *lab) bigStore(ctx context.Context, n uint64, scattered bool) (origin, cow string, err error) {
-	name := "sequential"
+	name := fmt.Sprintf("sequential%d", n)
 	if scattered {
-		name = "scattered"
+		name = fmt.Sprintf("scattered%d", n)
 	}
 	l, err = l.in("big", 0)
 	if err != nil {

@@ -40,8 +40,8 @@ func volumeRow(name string, j job, bytes bool) row {
 		}
 		j := j
 		j.size, j.seed = volumeSize, 100+round
-		got, err := l.fio(ctx, j, t)
-		return got.sample(bytes), err
+		err = t.costs(&s, func() (int64, error) { return l.fioSample(ctx, j, t, bytes, &s) })
+		return s, err
 	}
 	return r
 }
