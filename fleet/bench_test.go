@@ -1,0 +1,207 @@
+package fleet
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/server/api"
+)
+
+// The figures of a fleet: go test -run - -bench . ./fleet. Nodes are over a disk of 1 MiB unless said otherwise, so that the
+// copies are small; what is measured does not depend on the size of a disk.
+
+// percentiles reports the durations of an operation.
+func percentiles(b *testing.B, took []time.Duration) {
+	b.Helper()
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds()), "p50-µs")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds()), "p99-µs")
+	b.ReportMetric(float64(took[len(took)-1].Microseconds()), "max-µs")
+}
+
+// thousand makes a fleet of 1,000 nodes with three layers each: two sealed ones that are their own, and a top.
+func thousand(b *testing.B) *testFleet {
+	b.Helper()
+	f := newFleet(b, Options{})
+	for i := range 1000 {
+		name := fmt.Sprint("n", i)
+		f.fork("golden", name)
+		dev := f.nodes[name].dev
+		for layer := range 3 {
+			put(b, dev, int64(layer)*8192, name)
+			if layer < 2 {
+				f.checkpoint(fmt.Sprint("c", layer), name)
+			}
+		}
+	}
+	for _, err := range f.flushAll() {
+		if err != nil {
+			b.Fatal(err)
+		}
+	}
+	return f
+}
+
+// BenchmarkForkAndCheckpoint measures both with 1,000 nodes present; the forked nodes are idle.
+func BenchmarkForkAndCheckpoint(b *testing.B) {
+	f := thousand(b)
+	for name, op := range map[string]func(i int) error{
+		"fork-node": func(i int) error {
+			_, err := f.Fork(context.Background(), api.ForkRequest{From: fmt.Sprint("n", i%1000), Name: fmt.Sprint("f", time.Now().UnixNano())})
+			return err
+		},
+		"fork-checkpoint": func(i int) error {
+			_, err := f.Fork(context.Background(), api.ForkRequest{From: fmt.Sprintf("n%d@c1", i%1000), Name: fmt.Sprint("g", time.Now().UnixNano())})
+			return err
+		},
+		"checkpoint": func(i int) error {
+			_, err := f.Checkpoint(context.Background(), api.CheckpointRequest{Nodes: []string{fmt.Sprint("n", i%1000)}, Name: fmt.Sprint(time.Now().UnixNano())})
+			return err
+		},
+	} {
+		b.Run(name, func(b *testing.B) {
+			var took []time.Duration
+			for i := 0; b.Loop(); i++ {
+				begin := time.Now()
+				if err := op(i); err != nil {
+					b.Fatal(err)
+				}
+				took = append(took, time.Since(begin))
+			}
+			percentiles(b, took)
+		})
+	}
+}
+
+// BenchmarkCheckpointUnderLoad reports the longest request of a client that writes 4 KiB at random places, over NBD, while a
+// checkpoint is made ten times a second.
+func BenchmarkCheckpointUnderLoad(b *testing.B) {
+	f := newFleet(b, Options{})
+	f.fork("golden", "vm")
+	dev := f.dial("vm")
+	stop := make(chan struct{})
+	var writer sync.WaitGroup
+	var sealing atomic.Bool
+	var idle, during []time.Duration
+	writer.Go(func() {
+		r := rand.New(rand.NewPCG(1, 1))
+		p := make([]byte, 4096)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			begin := time.Now()
+			before := sealing.Load()
+			if _, err := dev.WriteAt(p, r.Int64N(testSize/4096)*4096); err != nil {
+				b.Error(err)
+				return
+			}
+			if took := time.Since(begin); before || sealing.Load() {
+				during = append(during, took)
+			} else {
+				idle = append(idle, took)
+			}
+		}
+	})
+	worst := 0.0
+	for i := 0; b.Loop(); i++ {
+		time.Sleep(100 * time.Millisecond)
+		sealing.Store(true)
+		c, err := f.Checkpoint(context.Background(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: fmt.Sprint("c", i)})
+		if err != nil {
+			b.Fatal(err)
+		}
+		sealing.Store(false)
+		worst = max(worst, c.PauseSeconds)
+	}
+	close(stop)
+	writer.Wait()
+	b.ReportMetric(worst*1e6, "longest-pause-µs")
+	b.ReportMetric(float64(slices.Max(during).Microseconds()), "longest-write-in-checkpoint-µs")
+	b.ReportMetric(float64(slices.Max(idle).Microseconds()), "longest-write-beside-µs")
+}
+
+// BenchmarkStart opens 1,000 nodes with three layers each, and reports what a node uses of memory.
+func BenchmarkStart(b *testing.B) {
+	f := thousand(b)
+	f.stop()
+	for b.Loop() {
+		debug.FreeOSMemory()
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		resident := residentBytes(b)
+		begin := time.Now()
+		g, err := Open(f.dir, Options{})
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(float64(time.Since(begin).Milliseconds()), "start-ms")
+		debug.FreeOSMemory()
+		runtime.ReadMemStats(&after)
+		b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/1000/1024, "heap-KiB/node")
+		b.ReportMetric(float64(residentBytes(b)-resident)/1000/1024, "resident-KiB/node")
+		if err := g.Close(); err != nil {
+			b.Fatal(err)
+		}
+	}
+}
+
+// residentBytes is the memory of the process.
+func residentBytes(b *testing.B) int64 {
+	b.Helper()
+	text, err := os.ReadFile("/proc/self/statm")
+	if err != nil {
+		b.Fatal(err)
+	}
+	pages, err := strconv.ParseInt(strings.Fields(string(text))[1], 10, 64)
+	if err != nil {
+		b.Fatal(err)
+	}
+	return pages * int64(os.Getpagesize())
+}
+
+// BenchmarkBaseWrite writes 4 KiB to places of a disk that were not written yet, with one node over it and with 1,000.
+func BenchmarkBaseWrite(b *testing.B) {
+	for _, children := range []int{1, 1000} {
+		b.Run(fmt.Sprint("children-", children), func(b *testing.B) {
+			const size = 256 << 20
+			f := newFleet(b, Options{})
+			path := filepath.Join(filepath.Dir(f.golden), "base.img")
+			if err := os.WriteFile(path, nil, 0o600); err != nil {
+				b.Fatal(err)
+			}
+			if err := os.Truncate(path, size); err != nil {
+				b.Fatal(err)
+			}
+			if _, err := f.AddDisk(context.Background(), api.AddDiskRequest{Name: "base", Source: path, Raw: true, Writable: true}); err != nil {
+				b.Fatal(err)
+			}
+			for i := range children {
+				f.fork("base", fmt.Sprint("n", i))
+			}
+			var dev block.Device = f.disks["base"].origin
+			off := int64(0)
+			for b.Loop() {
+				if _, err := dev.WriteAt(make([]byte, 4096), off); err != nil {
+					b.Fatal(err)
+				}
+				off = (off + 4096) % size
+			}
+		})
+	}
+}
