@@ -332,7 +332,7 @@ func TestTornLine(t *testing.T) {
 		if err := os.WriteFile(log, text[:cut], 0o600); err != nil {
 			t.Fatal(err)
 		}
-		s, rest, err := loadState(dir)
+		s, _, rest, err := loadState(dir)
 		if err != nil {
 			t.Fatal(err)
 		}

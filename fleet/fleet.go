@@ -288,9 +288,9 @@ func (f *Fleet) foldNow() error {
 	return err
 }
 
-// loadState reads the state, writes it anew, and removes files that it does not name.
+// loadState reads the state, replaces state.json by it, and removes files that it does not name.
 func (f *Fleet) loadState() error {
-	s, cut, err := loadState(f.dir)
+	s, whole, cut, err := loadState(f.dir)
 	if err != nil {
 		return err
 	}
@@ -300,18 +300,24 @@ func (f *Fleet) loadState() error {
 			return err
 		}
 	}
-	text, err := s.encode()
-	if err != nil {
-		return err
-	}
-	if err := writeState(f.dir, text); err != nil {
-		return err
-	}
-	if f.journal, err = newJournal(f.dir, s.Seq); err != nil {
-		return err
-	}
 	f.state = s
+	if f.journal, err = openJournal(f.dir, int64(whole), s.Seq); err != nil {
+		return err
+	}
+	if err := f.foldIfSpace(); err != nil {
+		return err
+	}
 	return f.removeUnknown(damaged)
+}
+
+// foldIfSpace is foldNow, which is left for later on a full file system: the journal has everything.
+func (f *Fleet) foldIfSpace() error {
+	err := f.foldNow()
+	if block.IsNoSpace(err) {
+		f.log.Event(slog.LevelWarn, fmt.Sprintf("%s is not replaced: %v", stateFile, err), "state not replaced", err)
+		return nil
+	}
+	return err
 }
 
 // saveCut looks at what was cut from the end of the journal. A torn line is what a crash leaves. When whole lines follow
@@ -387,6 +393,11 @@ func (f *Fleet) Start(ctx context.Context, l net.Listener, more ...net.Listener)
 	for _, l := range append([]net.Listener{l}, more...) {
 		all.Go(func() { cancel(f.nbd.Serve(ctx, l)) })
 	}
+	all.Go(func() {
+		<-ctx.Done()
+		// In the end the server flushes one export after the other: most have little left then. It reports the errors.
+		f.flushAll()
+	})
 	return func() error {
 		all.Wait()
 		cause := context.Cause(ctx)
@@ -418,7 +429,7 @@ func (f *Fleet) Close() error {
 	broken := f.broken
 	f.mu.Unlock()
 	if broken == nil {
-		errs = append(errs, f.foldNow())
+		errs = append(errs, f.foldIfSpace())
 	}
 	errs = append(errs, f.closeFiles(), f.lock.Close())
 	f.mu.Lock()

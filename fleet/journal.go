@@ -94,32 +94,32 @@ type journal struct {
 	failed  atomic.Pointer[error]
 }
 
-// loadState reads the state of a directory, and cuts state.log after the last line that is whole. cut is what was cut.
-func loadState(dir string) (s *state, cut []byte, err error) {
+// loadState reads the state of a directory. whole is the length of the lines of state.log that are whole, cut what follows.
+func loadState(dir string) (s *state, whole int, cut []byte, err error) {
 	s = newState()
 	text, err := os.ReadFile(filepath.Join(dir, stateFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 	case err != nil:
-		return nil, nil, err
+		return nil, 0, nil, err
 	default:
 		if err := s.decode(text); err != nil {
-			return nil, nil, fmt.Errorf("%s: %w", filepath.Join(dir, stateFile), err)
+			return nil, 0, nil, fmt.Errorf("%s: %w", filepath.Join(dir, stateFile), err)
 		}
 	}
 	path := filepath.Join(dir, logFile)
 	text, err = os.ReadFile(path)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, nil, err
+		return nil, 0, nil, err
 	}
-	whole, err := s.replay(text)
+	whole, err = s.replay(text)
 	if err != nil {
-		return nil, nil, fmt.Errorf("%s: %w", path, err)
+		return nil, 0, nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if err := s.check(); err != nil {
-		return nil, nil, fmt.Errorf("%s, %s: %w", filepath.Join(dir, stateFile), logFile, err)
+		return nil, 0, nil, fmt.Errorf("%s, %s: %w", filepath.Join(dir, stateFile), logFile, err)
 	}
-	return s, text[whole:], nil
+	return s, whole, text[whole:], nil
 }
 
 // decode reads state.json.
@@ -183,13 +183,23 @@ func writeState(dir string, text []byte) error {
 	})
 }
 
-// newJournal makes an empty state.log, durably; state.json contains all lines up to seq.
-func newJournal(dir string, seq uint64) (*journal, error) {
-	j := &journal{dir: dir}
-	var err error
-	if j.f, err = replaceLog(dir, nil); err != nil {
+// openJournal opens state.log, or makes it, and cuts it after its whole lines, durably. seq is the last line.
+func openJournal(dir string, whole int64, seq uint64) (*journal, error) {
+	path := filepath.Join(dir, logFile)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_APPEND, 0o600)
+	if err != nil {
 		return nil, err
 	}
+	if err = f.Truncate(whole); err == nil {
+		err = f.Sync()
+	}
+	if err == nil {
+		err = block.SyncDirectory(dir)
+	}
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	j := &journal{dir: dir, f: f, size: whole}
 	j.written.Store(seq)
 	j.synced.Store(seq)
 	return j, nil

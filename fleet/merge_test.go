@@ -269,7 +269,7 @@ func TestKilledMerge(t *testing.T) {
 		// The copy has a disk of its own.
 		state := filepath.Join(k.dir, "f", stateFile)
 		log := filepath.Join(k.dir, "f", logFile)
-		s, _, err := loadState(filepath.Join(k.dir, "f"))
+		s, _, _, err := loadState(filepath.Join(k.dir, "f"))
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -94,11 +94,6 @@ func (d *nodeDevice) detach() {
 	}
 }
 
-// replace makes v the view. gate is held for writing. The old one is to be unpinned when gate is released.
-func (d *nodeDevice) replace(v *view) (old *view) {
-	return d.view.Swap(v)
-}
-
 // Size is in bytes.
 func (d *nodeDevice) Size() int64 { return d.size }
 
