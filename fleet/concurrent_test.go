@@ -55,7 +55,7 @@ func TestFiftyCallers(t *testing.T) {
 			}
 		})
 	}
-	calls := 400
+	calls := 200
 	if testing.Short() {
 		calls = 100
 	}

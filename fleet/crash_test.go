@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -127,6 +128,10 @@ type killing struct {
 
 // TestKill copies the directory after every line of the journal, opens the copy, and compares the tree and the content.
 func TestKill(t *testing.T) {
+	// Every line is one of the test's own goroutine.
+	every := settleEvery
+	t.Cleanup(func() { settleEvery = every }) // after the fleet was closed
+	settleEvery = time.Hour
 	k := &killing{t: t, r: rand.New(rand.NewPCG(3, 4)), models: map[string]*stamped{}}
 	k.testFleet = newFleet(t, Options{})
 	if err := k.RemoveDisk(t.Context(), "golden"); err != nil {
@@ -141,7 +146,7 @@ func TestKill(t *testing.T) {
 	}
 	k.models["blank"] = &stamped{}
 	k.watch()
-	steps := 80
+	steps := 60
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		steps = 2000
 	}

@@ -104,8 +104,8 @@ func (f *Fleet) breakWith(err error) {
 	f.publish(api.Event{Kind: api.EventChangesRefused, Text: text, Error: err.Error()})
 }
 
-// settleEvery is how long what is not durable may stay so.
-const settleEvery = 2 * time.Second
+// settleEvery is how long what is not durable may stay so. Tests change it, before they open a fleet.
+var settleEvery = 2 * time.Second
 
 // notice wakes the background up: something is not durable, or to be removed.
 func (f *Fleet) notice() {

@@ -306,7 +306,7 @@ func TestRandomTree(t *testing.T) {
 			}
 		}
 	}
-	steps := 400
+	steps := 200
 	if testing.Short() {
 		steps = 100
 	}
