@@ -124,6 +124,7 @@ type killing struct {
 	models map[string]*stamped // by node or checkpoint
 	next   uint64
 	kills  int
+	rolled map[string]uint64 // line of the last rollback of each node
 }
 
 // TestKill copies the directory after every line of the journal, opens the copy, and compares the tree and the content.
@@ -132,7 +133,7 @@ func TestKill(t *testing.T) {
 	every := settleEvery
 	t.Cleanup(func() { settleEvery = every }) // after the fleet was closed
 	settleEvery = time.Hour
-	k := &killing{t: t, r: rand.New(rand.NewPCG(3, 4)), models: map[string]*stamped{}}
+	k := &killing{t: t, r: rand.New(rand.NewPCG(3, 4)), models: map[string]*stamped{}, rolled: map[string]uint64{}}
 	k.testFleet = newFleet(t, Options{})
 	if err := k.RemoveDisk(t.Context(), "golden"); err != nil {
 		t.Fatal(err)
@@ -168,9 +169,58 @@ func (k *killing) watch() {
 		dir := filepath.Join(testhost.ShortDir(k.t), "k")
 		copyDirectory(k.t, k.dir, dir)
 		k.kills++
-		k.look(dir, c)
+		if k.kills%3 == 0 {
+			k.cutPower(dir)
+		} else {
+			k.look(dir, c)
+		}
 		os.RemoveAll(dir)
 	}
+}
+
+// cutPower opens a copy without the lines that are not durable, as the worst loss of power leaves it: files have everything.
+// What was flushed is there, and nodes can be written.
+func (k *killing) cutPower(dir string) {
+	log := filepath.Join(dir, logFile)
+	text, err := os.ReadFile(log)
+	if err != nil {
+		k.t.Error(err)
+		return
+	}
+	synced, size := k.journal.synced.Load(), 0
+	for line := range bytes.Lines(text) {
+		if c, err := decodeLine(line); err != nil || c.Seq > synced {
+			break
+		}
+		size += len(line)
+	}
+	if err := os.Truncate(log, int64(size)); err != nil {
+		k.t.Error(err)
+	}
+	f, err := Open(dir, Options{})
+	if err != nil {
+		k.t.Errorf("after a loss of power at line %d: %v", synced, err)
+		return
+	}
+	for name, n := range f.nodes {
+		m := k.models[name]
+		if n.err != nil || k.state.Nodes[name] == nil || m == nil || k.rolled[name] >= synced {
+			continue
+		}
+		got := make([]byte, testSize)
+		if _, err := n.dev.ReadAt(got, 0); err != nil {
+			k.t.Error(err)
+		} else if err := m.allows(got); err != nil {
+			k.t.Errorf("after a loss of power at line %d: node %s: %v", synced, name, err)
+		}
+		if _, err := n.dev.WriteAt(stamp(1), 0); err != nil {
+			k.t.Errorf("after a loss of power at line %d: node %s can't be written: %v", synced, name, err)
+		}
+	}
+	if err := f.Close(); err != nil {
+		k.t.Errorf("after a loss of power at line %d: %v", synced, err)
+	}
+	checkLayers(k.t, dir)
 }
 
 // look opens what a kill left. Locks of the killed fleet are held, so that it must not end the goroutine.
@@ -309,6 +359,7 @@ func (k *killing) rollbackRandom(name string) {
 				k.t.Fatal(err)
 			}
 			k.models[name] = m.clone()
+			k.rolled[name] = k.state.Seq
 			return
 		}
 	}

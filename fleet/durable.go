@@ -41,20 +41,39 @@ func (f *Fleet) settle(v *view) error {
 	if err := f.names.sync(); err != nil {
 		return err
 	}
-	seq, err := f.markDurable(fresh, v.top)
-	if err != nil {
+	if err := f.markDurable(fresh, v.top); err != nil {
 		return err
-	}
-	if err := f.journal.sync(max(seq, v.seq)); err != nil {
-		return f.stopChanges(err)
 	}
 	v.clean.Store(true)
 	return nil
 }
 
-// markDurable records that sealed layers are complete, and that the file of top, unless it is nil, is durable. seq is the
-// line that has to be durable for it.
-func (f *Fleet) markDurable(complete []*layer, top *layer) (seq uint64, err error) {
+// markDurable records, durably, that sealed layers are complete, and that the file of top, unless it is nil, is durable.
+func (f *Fleet) markDurable(complete []*layer, top *layer) error {
+	seq, err := f.recordDurable(complete, top)
+	if err != nil {
+		return err
+	}
+	if err := f.journal.sync(seq); err != nil {
+		return f.stopChanges(err)
+	}
+	for _, l := range complete {
+		l.durable.Store(true)
+		l.completed()
+	}
+	if top != nil {
+		top.durable.Store(true)
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for _, l := range complete {
+		delete(f.unsettled, l.id)
+	}
+	return nil
+}
+
+// recordDurable records what markDurable says. seq is the line that has to be durable for it.
+func (f *Fleet) recordDurable(complete []*layer, top *layer) (seq uint64, err error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	c := f.newChange("durable")
@@ -73,14 +92,6 @@ func (f *Fleet) markDurable(complete []*layer, top *layer) (seq uint64, err erro
 		if err := f.append(c, true); err != nil && f.broken != nil {
 			return 0, err
 		}
-	}
-	for _, l := range complete {
-		l.durable.Store(true)
-		l.completed()
-		delete(f.unsettled, l.id)
-	}
-	if top != nil {
-		top.durable.Store(true)
 	}
 	return f.state.Seq, nil
 }
@@ -178,7 +189,7 @@ func (f *Fleet) flushDirty() (errs []error) {
 	if len(done) > 0 {
 		err := f.names.sync()
 		if err == nil {
-			_, err = f.markDurable(done, nil)
+			err = f.markDurable(done, nil)
 		}
 		if err != nil {
 			errs = append(errs, err)

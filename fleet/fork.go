@@ -122,7 +122,6 @@ func (f *Fleet) recordTops(c *change, tops ...newTop) error {
 		return err
 	}
 	for _, t := range tops {
-		t.view.seq = c.Seq
 		f.layers[t.layer.id] = t.layer
 	}
 	return nil

@@ -142,8 +142,8 @@ func (l *layer) seal(below *stack.Chain, size int64) {
 	l.chain = below.With(l.stack, size)
 }
 
-// completed says that all that a sealed layer holds is durable. It is held against accidents from now on: its file is not
-// writable.
+// completed says that all that a sealed layer holds is durable, and so is the record of the seal: a label that a crash leaves
+// on a layer that is written still would refuse the writes. From now on the file is not written, whatever opens it.
 func (l *layer) completed() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -151,8 +151,7 @@ func (l *layer) completed() {
 		return
 	}
 	if l.file != nil && !l.file.ReadOnly() {
-		// Best effort: the lock of the directory and the record protect it as well. One that was durable before it was
-		// sealed has no label yet.
+		// Best effort: the lock of the directory and the record protect it as well.
 		l.store.Seal()
 		os.Chmod(l.path, 0o444)
 	}
@@ -161,22 +160,15 @@ func (l *layer) completed() {
 	l.complete.Store(true)
 }
 
-// sync makes durable what the layer holds. A sealed one is labelled as such first.
+// sync makes durable what the layer holds.
 func (l *layer) sync() error {
 	l.mu.Lock()
-	st, sealed := l.store, l.stack != nil
+	st := l.store
 	l.mu.Unlock()
 	if st == nil {
 		return nil
 	}
-	var err error
-	if sealed {
-		err = st.Seal()
-	}
-	if err == nil {
-		err = st.Sync()
-	}
-	if err != nil {
+	if err := st.Sync(); err != nil {
 		return fmt.Errorf("%s: %w", l.path, err)
 	}
 	return nil

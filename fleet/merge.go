@@ -317,7 +317,6 @@ func (m *treeMerge) record(t newTop) error {
 	if err := f.dropLayers(c); err != nil {
 		return err
 	}
-	t.view.seq = c.Seq
 	f.layers[t.layer.id] = t.layer
 	return nil
 }

@@ -283,7 +283,7 @@ func TestSealedLayersStay(t *testing.T) {
 	if err := f.dial("vm").Flush(); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "b"}); err != nil {
+	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "b", Durable: true}); err != nil {
 		t.Fatal(err)
 	}
 	idle, err := f.Element("vm@b")

@@ -100,7 +100,6 @@ func (f *Fleet) recordRollback(n *node, t newTop, to string) error {
 	if err := f.dropLayers(c); err != nil {
 		return err
 	}
-	t.view.seq = c.Seq
 	f.layers[t.layer.id] = t.layer
 	dev := newNodeDevice(f, n.name, n.dev.size)
 	dev.view.Store(t.view)

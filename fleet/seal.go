@@ -23,8 +23,6 @@ type seal struct {
 	old   *layer
 	base  base // what the new top lies on: the old one
 	view  *view
-	// complete: all that the old one holds is durable.
-	complete bool
 }
 
 // prepareSeal makes the file of a new top for a node. ops is held.
@@ -100,11 +98,7 @@ func (f *Fleet) sealLocked(all []*seal, c *change, name string, also func() ([]n
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, s := range all {
-		if s.complete {
-			s.old.completed()
-		} else {
-			f.unsettled[s.old.id] = s.old
-		}
+		f.unsettled[s.old.id] = s.old
 	}
 	return nil
 }
@@ -120,10 +114,10 @@ func (s *seal) apply(c *change, name string) error {
 	r := *f.state.Layers[v.top.id]
 	n := *f.state.Nodes[s.node.name]
 	f.mu.Unlock()
-	s.complete = v.top.durable.Load() && !s.node.dev.dirty()
 	v.top.seal(v.chain, r.Size)
 	r.Sealed, r.Name, r.Created = true, name, c.Time
-	r.Complete, r.Exceptions = s.complete, v.top.store.Len()
+	r.Complete = v.top.durable.Load() && !s.node.dev.dirty() // all that it holds is durable
+	r.Exceptions = v.top.store.Len()
 	n.Top = s.top.layer.id
 	c.Layers = append(c.Layers, r)
 	c.Nodes = append(c.Nodes, n)

@@ -230,7 +230,6 @@ func (s *squash) replace(c *change, copied layerRecord) (old *view, err error) {
 	s.node.busy = ""
 	f.layers[s.copy.id] = s.copy
 	s.copy.completed()
-	v.seq = c.Seq
 	s.node.dev.view.Store(v)
 	f.publish(api.Event{Seq: c.Seq, Kind: api.EventSquashed, Name: s.node.name, Disk: s.node.disk.name})
 	return old, nil

@@ -136,7 +136,6 @@ func (f *Fleet) attachNode(n *node, b base, top *layerRecord) error {
 		v.unpin()
 		return refuse(api.CodeOriginTooSmall, "%v", err)
 	}
-	v.seq = f.state.Seq
 	dev := newNodeDevice(f, n.name, top.Size)
 	dev.view.Store(v)
 	n.dev = dev

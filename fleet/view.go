@@ -19,7 +19,6 @@ type view struct {
 	chain   *stack.Chain // below the top
 	top     *layer
 	below   []*layer // the sealed ones, bottom-up, without preserve layers
-	seq     uint64   // of the line that recorded it
 	clean   atomic.Bool
 	release func(*view) // called once, when nothing uses it any more
 }
