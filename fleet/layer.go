@@ -110,6 +110,9 @@ func (f *Fleet) openFile(l *layer, r *layerRecord) (err error) {
 	} else {
 		l.store, err = store.Open(l.file)
 	}
+	if err == nil && !r.Sealed && l.store.Sealed() { // writes to it would make it invalid
+		err = errors.New("it has the label of a sealed layer, and by the state it is written")
+	}
 	if err == nil && (r.Sealed || r.Preserve) {
 		err = l.store.Err() // invalid: what it held is lost
 	}

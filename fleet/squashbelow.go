@@ -4,8 +4,10 @@ import (
 	"context"
 	"slices"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/stack"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // A checkpoint is squashed with the layers below it that only it needs and that have no name:
@@ -110,12 +112,16 @@ func (s *squash) finishBelow(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	fresh, err := f.freshLayers(a.sealed)
+	if err != nil {
+		return err
+	}
 	s.copy.durable.Store(true)
 	s.copy.seal(s.lower.chain, s.size)
 	for _, n := range a.nodes {
 		n.dev.gate.Lock()
 	}
-	views, err := s.replaceBelow(a)
+	views, err := s.replaceBelow(a, fresh)
 	for _, n := range a.nodes {
 		n.dev.gate.Unlock()
 	}
@@ -126,13 +132,45 @@ func (s *squash) finishBelow(ctx context.Context) error {
 	return err
 }
 
+// freshLayers returns layers of sealed stores, for other chains: the index of one alone is freed when it was merged, so that the
+// store is read again.
+func (f *Fleet) freshLayers(sealed []layerRecord) (map[uint64]*stack.Layer, error) {
+	fresh := map[uint64]*stack.Layer{}
+	for _, r := range sealed {
+		f.mu.Lock()
+		l := f.layers[r.ID]
+		f.mu.Unlock()
+		l.mu.Lock()
+		st := l.store
+		l.mu.Unlock()
+		if st == nil {
+			var err error
+			if st, err = store.OpenToRead(l.file); err != nil {
+				return nil, block.WithPath(l.path, err)
+			}
+		}
+		fresh[r.ID] = stack.NewLayer(st)
+	}
+	return fresh, nil
+}
+
+// replaceChain puts a sealed layer into another chain.
+func (l *layer) replaceChain(s *stack.Layer, chain *stack.Chain) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.stack, l.chain = s, chain
+	if l.store == nil {
+		s.SetDurable()
+	}
+}
+
 // replaceBelow records the squash and replaces the views. The gates of the nodes are held. The views that it returns are not
 // used any more.
-func (s *squash) replaceBelow(a above) (unused []*view, err error) {
+func (s *squash) replaceBelow(a above, fresh map[uint64]*stack.Layer) (unused []*view, err error) {
 	f := s.fleet
 	chains := map[uint64]*stack.Chain{s.own[0]: s.copy.chain}
 	for _, r := range a.sealed {
-		chains[r.ID] = chains[r.Parent].With(f.layers[r.ID].stack, r.Size)
+		chains[r.ID] = chains[r.Parent].With(fresh[r.ID], r.Size)
 	}
 	var views []*view
 	for _, n := range a.nodes {
@@ -148,7 +186,8 @@ func (s *squash) replaceBelow(a above) (unused []*view, err error) {
 	defer f.mu.Unlock()
 	into := *f.state.Layers[s.own[0]]
 	copied := into
-	copied.ID, copied.Parent, copied.File = s.copy.id, s.lower.parent, ""
+	copied.ID, copied.File = s.copy.id, ""
+	copied.Parent = f.state.Layers[s.own[len(s.own)-1]].Parent // a preserve layer may have come between
 	copied.Durable, copied.Complete, copied.Exceptions = true, true, s.copy.store.Len()
 	c := f.newChange("squash")
 	c.Layers, c.DropLayers = []layerRecord{copied}, s.own
@@ -169,10 +208,9 @@ func (s *squash) replaceBelow(a above) (unused []*view, err error) {
 	f.layers[s.copy.id] = s.copy
 	s.copy.completed()
 	for _, r := range a.sealed {
-		f.layers[r.ID].chain = chains[r.ID]
+		f.layers[r.ID].replaceChain(fresh[r.ID], chains[r.ID])
 	}
 	for i, n := range a.nodes {
-		views[i].seq = c.Seq
 		unused = append(unused, n.dev.view.Swap(views[i]))
 	}
 	f.publish(api.Event{Seq: c.Seq, Kind: api.EventSquashed, Name: copied.title(), Disk: copied.Disk})
