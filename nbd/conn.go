@@ -12,6 +12,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dmsnap/dmsnap/internal/inline"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
@@ -59,8 +60,7 @@ func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
 	c := &conn{server: s, export: e, nc: nc, structured: h.structured, readOnly: h.readOnly, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
 	c.held.init(c)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
-	c.inline.timer = time.AfterFunc(time.Hour, c.watchdog)
-	c.inline.timer.Stop() // until a request is executed inline
+	c.inline.watchdog = inline.NewWatchdog(c.overdue)
 	return c
 }
 

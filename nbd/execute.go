@@ -24,7 +24,7 @@ func (t *task) process() {
 			e.failed(t.conn.server, t.Request, err)
 		}
 		if short(t.Request) {
-			t.conn.inline.took(t.Request, time.Since(start))
+			t.conn.inline.trial(t.Request).Took(time.Since(start))
 		}
 	}
 	if t.errno != 0 {

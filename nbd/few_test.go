@@ -3,6 +3,7 @@ package nbd
 import (
 	"testing"
 
+	"github.com/dmsnap/dmsnap/internal/inline"
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
@@ -12,7 +13,9 @@ func TestInlineWhileClientsAreFew(t *testing.T) {
 	s := NewServer(Options{})
 	c := &conn{server: s}
 	r := wire.Request{Command: wire.CmdRead, Length: 4096}
-	c.inline.reads.Store(quickTrial)
+	for range inline.TrialLength {
+		c.inline.reads.Took(0)
+	}
 	for range s.processors {
 		s.admit()
 		if !c.mayInline(r) {
@@ -29,8 +32,8 @@ func TestInlineWhileClientsAreFew(t *testing.T) {
 	}
 }
 
-// TestWhichRequestsAreInHand: short reads and writes, and block status of one extent, each after its own trial.
-func TestWhichRequestsAreInHand(t *testing.T) {
+// TestWhichRequestsAreInline: short reads and writes, and block status of one extent, each after its own trial.
+func TestWhichRequestsAreInline(t *testing.T) {
 	quick := []wire.Request{
 		{Command: wire.CmdRead, Length: quickRead},
 		{Command: wire.CmdWrite, Length: quickWrite},
@@ -38,8 +41,8 @@ func TestWhichRequestsAreInHand(t *testing.T) {
 	}
 	for i, r := range quick {
 		c := &conn{server: NewServer(Options{})}
-		for range quickTrial {
-			c.inline.took(r, 0)
+		for range inline.TrialLength {
+			c.inline.trial(r).Took(0)
 		}
 		for k, other := range quick {
 			if got := c.mayInline(other); got != (k == i) {

@@ -82,7 +82,8 @@ func (s *session) execute(c *chain) (written uint32, ok bool) {
 		s.errors.Add(1)
 		data = 0
 	}
-	if !c.in.write(c.table, in-1, []byte{status}) {
+	c.status[0] = status
+	if !c.in.write(c.table, in-1, c.status[:]) {
 		return 0, true
 	}
 	if data == in-1 && in <= 1<<31 {
@@ -95,7 +96,7 @@ func (s *session) execute(c *chain) (written uint32, ok bool) {
 // returns how many of them were written, from the first on.
 func (s *session) executeHeader(c *chain, room uint64) (written uint64, err error) {
 	out := c.out.total()
-	var head [16]byte
+	head := &c.header
 	if c.bad != nil || out < uint64(len(head)) || !c.out.read(c.table, 0, head[:]) {
 		return 0, errInvalid
 	}
@@ -232,8 +233,12 @@ func (s *session) do(change func() error) error {
 	for {
 		select {
 		case s.executing <- struct{}{}:
-		case <-s.gone:
-			return errAbandoned
+		default: // slower
+			select {
+			case s.executing <- struct{}{}:
+			case <-s.gone:
+				return errAbandoned
+			}
 		}
 		err := func() error {
 			defer func() { <-s.executing }()

@@ -6,11 +6,14 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/dmsnap/dmsnap/internal/inline"
 )
 
 // Descriptor flags.
@@ -83,7 +86,8 @@ func checkSignal(fd int) error {
 	return errors.New("a notification descriptor is no eventfd, socket or pipe")
 }
 
-// A queue is a running ring. One goroutine fetches requests; each is executed by its own goroutine.
+// A queue is a running ring. One goroutine at a time fetches requests, and executes those that are quick (inline.go); each of
+// the others is executed by its own goroutine.
 type queue struct {
 	s     *session
 	index int
@@ -97,8 +101,9 @@ type queue struct {
 
 	desc, avail, used []byte
 
-	stop     chan struct{} // closed: fetch no more
-	fetching sync.WaitGroup
+	stop     chan struct{}  // closed: fetch no more
+	fetching sync.WaitGroup // the goroutine that fetches
+	inline   inlineState
 	requests sync.WaitGroup
 	room     chan struct{} // a token for each request in flight
 
@@ -138,6 +143,7 @@ func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []u
 			return nil, nil, fmt.Errorf("ring part at %#x is not aligned to %d bytes", part.ua, part.align)
 		}
 	}
+	q.inline.watchdog = inline.NewWatchdog(q.overdue)
 	fault := guard(s.shared(q.table), func() {
 		q.usedIdx = load16(q.used, 2)
 		q.notified = q.usedIdx
@@ -157,18 +163,37 @@ func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []u
 // start begins to serve the queue, at first what was in flight.
 func (q *queue) start(resume []uint16) {
 	q.kick.SetReadDeadline(time.Time{})
-	q.fetching.Go(func() {
-		err := q.resume(resume)
-		if err == nil {
-			err = q.fetchLoop()
+	q.fetching.Add(1)
+	go func() {
+		if err := q.resume(resume); err != nil {
+			q.failed(err)
+			q.fetching.Done()
+			return
 		}
-		switch {
-		case err == errFault:
-			q.s.fail(err)
-		case err != nil:
-			q.fail(err)
-		}
-	})
+		q.serve()
+	}()
+}
+
+// serve fetches until the queue is stopped, breaks, or another goroutine fetches.
+func (q *queue) serve() {
+	awake.Add(1)
+	kept, err := q.fetchLoop()
+	if err != nil {
+		q.failed(err)
+	}
+	if kept {
+		awake.Add(-1)
+		q.fetching.Done()
+	}
+}
+
+// failed ends what an error ends: the session after a fault, else the queue.
+func (q *queue) failed(err error) {
+	if err == errFault {
+		q.s.fail(err)
+	} else {
+		q.fail(err)
+	}
 }
 
 // stopFetching ends the fetching goroutine, and leaves the requests in flight.
@@ -196,53 +221,67 @@ func (q *queue) fail(err error) {
 	}
 }
 
-// fetchLoop executes what the driver makes available until the queue is stopped.
-func (q *queue) fetchLoop() error {
+// fetchLoop executes what the driver makes available until the queue is stopped. kept is false when another goroutine fetches
+// now.
+func (q *queue) fetchLoop() (kept bool, err error) {
+	b := make([]byte, 8)
 	for {
-		more, err := q.fetch()
-		if err != nil {
-			return err
+		more, kept, err := q.fetch()
+		if !kept || err != nil {
+			return kept, err
 		}
 		select {
 		case <-q.stop:
-			return nil
+			return true, nil
 		default:
 		}
 		if more {
 			continue
 		}
-		var b [8]byte
-		if _, err := q.kick.Read(b[:]); err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
+		awake.Add(-1)
+		_, err = q.kick.Read(b)
+		awake.Add(1)
+		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
 			if errors.Is(err, io.EOF) {
-				return errors.New("the kick descriptor was closed")
+				return true, errors.New("the kick descriptor was closed")
 			}
-			return fmt.Errorf("kick: %w", err)
+			return true, fmt.Errorf("kick: %w", err)
 		}
 	}
 }
 
-// fetch takes all available requests and starts them. It reports true when there may be more, and false when the driver
-// will kick for the next one.
-func (q *queue) fetch() (more bool, err error) {
+// fetch takes all available requests, and executes or starts them. It reports more when there may be others, and not
+// when the driver will kick for the next one.
+func (q *queue) fetch() (more, kept bool, err error) {
 	idx, err := q.available()
 	if err != nil {
-		return false, err
+		return false, true, err
 	}
 	for idx != q.lastAvail {
 		select {
 		case q.room <- struct{}{}:
 		case <-q.stop:
-			return false, nil
+			return false, true, q.signalHeldBack()
 		}
 		c, err := q.next()
 		if err != nil {
 			<-q.room
-			return false, err
+			if fault := q.signalHeldBack(); fault != nil {
+				err = fault
+			}
+			return false, true, err
 		}
-		q.run(c)
+		if !q.mayInline(c) {
+			q.run(c)
+		} else if kept, err := q.executeInline(c); !kept || err != nil {
+			return false, kept, err
+		}
+	}
+	if err := q.signalHeldBack(); err != nil {
+		return false, true, err
 	}
 	idx, err = q.armKick()
-	return idx != q.lastAvail, err
+	return idx != q.lastAvail, true, err
 }
 
 // available returns the driver's index.
@@ -325,21 +364,36 @@ func (q *queue) begin(head uint16) error {
 	return nil
 }
 
-// A chain is a request's buffers, with the memory that they are in.
+// A chain is a request's buffers, with the memory that they are in. Chains are reused.
 type chain struct {
 	head    uint16
 	out, in segments // device-readable and device-writable
 	bad     error    // the buffers break a rule that the request can be answered about
 	table   *table
+
+	descriptor [16]byte // a copy of the one that is looked at
+	indirect   []byte   // a copy of the indirect table
+	header     [16]byte // a copy of the request's header
+	status     [1]byte
+}
+
+var chains = sync.Pool{New: func() any { return new(chain) }}
+
+// release gives up the memory, and the chain.
+func (c *chain) release() {
+	c.table.release()
+	*c = chain{out: c.out[:0], in: c.in[:0], indirect: c.indirect[:0]}
+	chains.Put(c)
 }
 
 // parse reads the descriptors of a head. An error means that the driver is broken; what is wrong with this request alone
 // is in chain.bad. Each descriptor is copied once, and the copy is checked and used.
 func (q *queue) parse(head uint16) (*chain, error) {
-	c := &chain{head: head}
+	c := chains.Get().(*chain)
+	c.head = head
 	list, count := q.desc, uint32(q.n) // the table that descriptors are taken from
 	limit := min(max(uint32(q.n), segMax+2), maxDescriptors)
-	d := new([16]byte)
+	d := &c.descriptor
 	nested := false
 	c.table = q.s.currentTable()
 	err := func() error {
@@ -360,8 +414,10 @@ func (q *queue) parse(head uint16) (*chain, error) {
 				case size == 0 || size%16 != 0 || size/16 > uint64(limit):
 					return fmt.Errorf("an indirect table of %d bytes", size)
 				}
-				copied := make([]byte, size)
-				if !(segments{{addr, size}}).read(c.table, 0, copied) {
+				copied := slices.Grow(c.indirect[:0], int(size))[:size]
+				c.indirect = copied
+				one := [1]segment{{addr, size}}
+				if !segments(one[:]).read(c.table, 0, copied) {
 					return fmt.Errorf("an indirect table at %#x is outside of memory", addr)
 				}
 				list, count, nested, i = copied, uint32(size/16), true, 0
@@ -383,7 +439,7 @@ func (q *queue) parse(head uint16) (*chain, error) {
 		}
 	}()
 	if err != nil {
-		c.table.release()
+		c.release()
 		return nil, err
 	}
 	if c.out.total() > 1<<32 || c.in.total() > 1<<32 {
@@ -396,9 +452,9 @@ func (q *queue) parse(head uint16) (*chain, error) {
 func (q *queue) run(c *chain) {
 	q.requests.Go(func() {
 		defer func() { <-q.room }()
-		defer c.table.release()
+		defer c.release()
 		fault := guard(q.s.shared(q.table, c.table), func() {
-			if written, ok := q.s.execute(c); ok {
+			if written, ok := q.timed(c); ok {
 				q.complete(c.head, written)
 			}
 		})
@@ -410,17 +466,16 @@ func (q *queue) run(c *chain) {
 
 // complete puts a head into the used ring, and signals where the driver asked for it (§6.3).
 func (q *queue) complete(head uint16, written uint32) {
-	if q.push(head, written) {
-		q.call.send()
-	}
+	q.push(head, written)
+	q.signal()
 }
 
-// push writes the used element and reports whether the driver wants a signal.
-func (q *queue) push(head uint16, written uint32) bool {
+// push writes the used element.
+func (q *queue) push(head uint16, written uint32) {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.broken != nil && q.inflight.area == nil {
-		return false // the driver is broken; it resets the ring
+		return // the driver is broken; it resets the ring
 	}
 	q.inflight.completing(head)
 	slot := 4 + 8*int(q.usedIdx&(q.n-1))
@@ -430,8 +485,22 @@ func (q *queue) push(head uint16, written uint32) bool {
 	q.usedIdx++
 	store32(q.used, 0, uint32(q.usedIdx)<<16) // flags are 0
 	q.inflight.completed(head, q.usedIdx)
-	fence()
+}
 
+// signal signals if the driver wants that for what was pushed since the last decision.
+func (q *queue) signal() {
+	if q.wantsSignal() {
+		q.call.send()
+	}
+}
+
+func (q *queue) wantsSignal() bool {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.notified == q.usedIdx {
+		return false
+	}
+	fence()
 	old := q.notified
 	q.notified = q.usedIdx
 	if !q.eventIdx {
