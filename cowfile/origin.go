@@ -14,6 +14,9 @@ import (
 // ErrOnlyRead reports an origin that was to be written to, and is of a kind that is only read.
 var ErrOnlyRead = errors.New("it can only be read")
 
+// ErrOtherVersion reports a store that is for another version of its origin.
+var ErrOtherVersion = errors.New("the origin is another version of the disk than the one that the store was made for")
+
 // An Origin is a disk that was opened as the origin of snapshots.
 type Origin interface {
 	block.Device
@@ -101,6 +104,11 @@ func CheckFormat(origin Origin, cow block.Device, part bool) error {
 		return err
 	}
 	if err == nil && label != origin.Format() {
+		if name, version := ondisk.CutOriginVersion(label); version != "" {
+			if other, _ := ondisk.CutOriginVersion(origin.Format()); name == other {
+				return fmt.Errorf("%w: the store is for version %s", ErrOtherVersion, version)
+			}
+		}
 		err = fmt.Errorf("the store is for an origin of format %s, and the origin was opened as %s", label, origin.Format())
 	}
 	return err

@@ -2,6 +2,7 @@ package ondisk
 
 import (
 	"encoding/binary"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -150,6 +151,14 @@ func DecodeMergeLabel(sector []byte) (t MergeLabel, ok bool) {
 //	448     magic, 16 bytes
 //	464     name of the format, 16 bytes, filled up with zeros
 //	480     CRC-32C of the 32 bytes before it, 4
+//
+// Of an origin that is one version of something remote it records which: Format is "FORMAT@" and 48 hexadecimal digits
+// (OriginVersion), the name is "FORMAT+id", and there follow
+//
+//	484     the version, 24 bytes
+//	508     CRC-32C of the 60 bytes before it, 4
+//
+// Programs that don't know versions refuse the name of the format.
 type OriginLabel struct{ Format string }
 
 // RawFormat is the format of an origin whose bytes are the disk.
@@ -158,19 +167,47 @@ const RawFormat = "raw"
 const (
 	originLabelAt    = 448
 	originLabelMagic = "dmsnap origin 1\x00"
+	originVersion    = "+id" // after the name of the format
+
+	originVersionBytes = 24
 )
 
+// OriginVersion returns the format of an origin that is the version with this digest.
+func OriginVersion(format string, digest [32]byte) string {
+	return fmt.Sprintf("%s@%x", format, digest[:originVersionBytes])
+}
+
+// CutOriginVersion returns the format without a version, and the version; empty: there is none.
+func CutOriginVersion(format string) (name, version string) {
+	name, version, _ = strings.Cut(format, "@")
+	return name, version
+}
+
 // Encode puts t in a store's first sector. A format of RawFormat, or none, puts nothing there. It panics when the name is
-// longer than 16 bytes.
+// longer than 16 bytes, or the version is none.
 func (t OriginLabel) Encode(sector []byte) {
 	if t.Format == "" || t.Format == RawFormat {
 		return
 	}
+	name, version := CutOriginVersion(t.Format)
+	if version != "" {
+		name += originVersion
+	}
 	var id [16]byte
-	if copy(id[:], t.Format) < len(t.Format) {
+	if copy(id[:], name) < len(name) {
 		panic("ondisk: name of an origin's format: " + t.Format)
 	}
-	encodeID(sector[originLabelAt:], originLabelMagic, id)
+	b := sector[originLabelAt:]
+	encodeID(b, originLabelMagic, id)
+	if version == "" {
+		return
+	}
+	digest, err := hex.DecodeString(version)
+	if err != nil || len(digest) != originVersionBytes {
+		panic("ondisk: version of an origin: " + t.Format)
+	}
+	copy(b[36:], digest)
+	binary.LittleEndian.PutUint32(b[60:], crc32.Checksum(b[:60], castagnoli))
 }
 
 // DecodeOriginLabel reads the label of a store's first sector: RawFormat where there is none. A damaged one is a
@@ -181,9 +218,15 @@ func DecodeOriginLabel(sector []byte) (OriginLabel, error) {
 		return OriginLabel{RawFormat}, nil
 	}
 	id, ok := decodeID(b, originLabelMagic)
-	name := strings.TrimRight(string(id[:]), "\x00")
-	if !ok || name == "" {
+	name, versioned := strings.CutSuffix(strings.TrimRight(string(id[:]), "\x00"), originVersion)
+	if versioned {
+		ok = ok && binary.LittleEndian.Uint32(b[60:]) == crc32.Checksum(b[:60], castagnoli)
+	}
+	if !ok || name == "" || strings.Contains(name, "@") {
 		return OriginLabel{}, &CorruptError{Place: fmt.Sprintf("header, byte 0x%x", originLabelAt), What: "the label with the origin's format is damaged"}
+	}
+	if versioned {
+		name = fmt.Sprintf("%s@%x", name, b[36:60])
 	}
 	return OriginLabel{name}, nil
 }

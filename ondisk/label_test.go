@@ -105,3 +105,23 @@ func TestSealedLabel(t *testing.T) {
 		t.Errorf("no store: %v", err)
 	}
 }
+
+// A label of a version has it, and is damaged where any of its bytes is; programs that don't know versions find a format that they don't know.
+func TestOriginVersion(t *testing.T) {
+	sector := make([]byte, ondisk.SectorSize)
+	format := ondisk.OriginVersion(ondisk.RawFormat, [32]byte{1, 2, 23: 0xff, 24: 7})
+	ondisk.OriginLabel{Format: format}.Encode(sector)
+	if got, err := ondisk.DecodeOriginLabel(sector); err != nil || got.Format != format || string(sector[464:470]) != "raw+id" {
+		t.Fatalf("%+v, %v", got, err)
+	}
+	if name, version := ondisk.CutOriginVersion(format); name != ondisk.RawFormat || len(version) != 48 || version[:4] != "0102" {
+		t.Errorf("%q, %q", name, version)
+	}
+	for at := 464; at < 512; at++ {
+		sector[at] ^= 0x40
+		if got, err := ondisk.DecodeOriginLabel(sector); err == nil {
+			t.Errorf("byte %d damaged: %+v", at, got)
+		}
+		sector[at] ^= 0x40
+	}
+}

@@ -1,11 +1,12 @@
-// Package source opens disks by name, wherever they are: raw and qcow2 images, block devices, exports of NBD servers, and
-// partitions and logical volumes in any of them.
+// Package source opens disks by name, wherever they are: raw and qcow2 images, block devices, exports of NBD servers, disks in
+// registries, object stores and web servers, and partitions and logical volumes in any of them.
 //
 //	d, err := source.Open("debian.qcow2", source.Options{ReadOnly: true})
 //	d, err := source.Open("vm.img#vg0/root", source.Options{ReadOnly: true})
 //	d, err := source.Open("nbd://backup/vm1#p2", source.Options{ReadOnly: true})
+//	d, err := source.Open("oci://registry.example/golden/debian:13", source.Options{ReadOnly: true})
 //
-// A name is an address of package source/address whose path may be an NBD URI. What a disk names itself (backing files,
+// A name is an address of package source/address whose path may be an NBD URI or a reference of package source/remote. What a disk names itself (backing files,
 // data files) is opened only as far as Options say.
 //
 // A [Disk] is a block.Device and a cowfile.Origin. Its methods may be called concurrently, Close after the last of them.
@@ -30,7 +31,9 @@ import (
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
+	"github.com/dmsnap/dmsnap/source/ondemand"
 	"github.com/dmsnap/dmsnap/source/qcow2"
+	"github.com/dmsnap/dmsnap/source/remote"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -70,7 +73,8 @@ type Options struct {
 	// refused (lvm.ErrActive) unless Lock is block.LockShared.
 	SysFS string
 
-	NBD NBDOptions
+	NBD    NBDOptions
+	Remote RemoteOptions
 
 	// Warn, where it is not nil, is called with what must be known of a disk that is opened. It names the disk.
 	Warn func(text string)
@@ -97,7 +101,9 @@ type Disk struct {
 	pvs           []*Disk
 	further       []lvm.Disk // the same
 	closers       []io.Closer
-	onlyRead      string // why it can't be written to; empty: it can
+	fetched       *ondemand.Disk // that the disk is in; nil: none
+	plain         bool           // it is the whole of a file, an export or such a disk
+	onlyRead      string         // why it can't be written to; empty: it can
 }
 
 var _ cowfile.Origin = (*Disk)(nil)
@@ -296,18 +302,23 @@ func IsFile(name string) bool {
 	return err == nil && a.Plain() && !isURI(a.Path)
 }
 
-// isURI reports whether a path is an NBD URI. A file that exists by this name is meant itself.
+// isURI reports whether a path is a URI of a disk. A file that exists by this name is meant itself.
 func isURI(path string) bool {
 	scheme, _, is := strings.Cut(path, "://")
-	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" {
+	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" && !remote.IsReference(path) && !remote.IsFile(path) {
 		return false
 	}
 	_, err := os.Lstat(path)
 	return err != nil
 }
 
+// isRemote reports whether a path is a URI of a disk that is fetched as it is read.
+func isRemote(path string) bool {
+	return isURI(path) && (remote.IsReference(path) || remote.IsFile(path))
+}
+
 func open(a address.Address, o Options) (*Disk, error) {
-	d := &Disk{name: a.String()}
+	d := &Disk{name: a.String(), plain: a.Plain()}
 	whole, err := d.openWhole(a.Path, o)
 	if err == nil && !a.Plain() {
 		whole, err = d.openPart(a, whole, o)
@@ -373,7 +384,12 @@ func (d *Disk) openWhole(path string, o Options) (block.Device, error) {
 	if d.format, err = formatOf(dev, o); err != nil {
 		return nil, block.WithPath(path, err)
 	}
-	if d.format == ondisk.RawFormat {
+	if d.fetched != nil {
+		if d.format, err = versionOf(d.fetched, d.format, o); err != nil {
+			return nil, block.WithPath(path, err)
+		}
+	}
+	if name, _ := ondisk.CutOriginVersion(d.format); name == ondisk.RawFormat {
 		return dev, nil
 	}
 	d.onlyRead = imageKind
@@ -403,9 +419,12 @@ func readLock(m block.LockMode) block.LockMode {
 }
 
 func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
+	if isRemote(path) {
+		return d.openFetched(path, o)
+	}
 	if isURI(path) {
 		d.onlyRead = remoteKind
-		r, err := openRemote(path, o.NBD)
+		r, err := openExport(path, o.NBD)
 		if err != nil {
 			return nil, err
 		}
@@ -422,6 +441,7 @@ func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
 
 // formatOf decides which format the bytes of a file or an export have.
 func formatOf(dev block.Device, o Options) (string, error) {
+	o.Format, _ = ondisk.CutOriginVersion(o.Format)
 	switch {
 	case o.Raw:
 		return ondisk.RawFormat, nil
@@ -444,7 +464,8 @@ func formatOf(dev block.Device, o Options) (string, error) {
 // Name returns the name that the disk was opened by.
 func (d *Disk) Name() string { return d.name }
 
-// Format returns the format of the file or export: ondisk.RawFormat or QCOW2.
+// Format returns the format of the file or export: ondisk.RawFormat or QCOW2; of a disk that is fetched with its version
+// (ondisk.OriginVersion).
 func (d *Disk) Format() string { return d.format }
 
 // ReadOnly reports whether the disk can't be written to as it is.

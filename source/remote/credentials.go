@@ -35,8 +35,8 @@ func credentialFiles() (paths []string) {
 func (o Options) credentials() (auth.CredentialFunc, error) {
 	var stores []credentials.Store
 	for _, path := range credentialFiles() {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			continue
+		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) || errors.Is(err, fs.ErrPermission) {
+			continue // also a folder of another user
 		}
 		var s credentials.Store
 		var err error

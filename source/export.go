@@ -21,9 +21,9 @@ const (
 // remoteConnections is the largest number of connections to an export that allows several.
 const remoteConnections = 4
 
-// A remote is an export that is read. Where the server allows it, requests in flight at once use several connections; the
+// An export is an export that is read. Where the server allows it, requests in flight at once use several connections; the
 // further ones are made when they are needed.
-type remote struct {
+type export struct {
 	block.Forward // the first connection
 	dial          func(ctx context.Context) (*nbd.Redialer, error)
 	inFlight      atomic.Int64
@@ -34,13 +34,13 @@ type remote struct {
 	most  int
 }
 
-// openRemote opens the export of a URI.
-func openRemote(uri string, o NBDOptions) (*remote, error) {
+// openExport opens the export of a URI.
+func openExport(uri string, o NBDOptions) (*export, error) {
 	timeout := o.Timeout
 	if timeout == 0 {
 		timeout = replyTimeout
 	}
-	r := &remote{most: 1}
+	r := &export{most: 1}
 	var multi atomic.Bool // connections are replaced side by side
 	r.dial = func(ctx context.Context) (*nbd.Redialer, error) {
 		d, err := nbd.NewRedialer(ctx, o.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
@@ -73,7 +73,7 @@ func openRemote(uri string, o NBDOptions) (*remote, error) {
 }
 
 // conn returns the connection for a request, and the end of the request.
-func (r *remote) conn() (*nbd.Redialer, func()) {
+func (r *export) conn() (*nbd.Redialer, func()) {
 	n := r.inFlight.Add(1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -94,49 +94,49 @@ func (r *remote) conn() (*nbd.Redialer, func()) {
 }
 
 // ReadAt reads by one of the connections.
-func (r *remote) ReadAt(p []byte, off int64) (int, error) {
+func (r *export) ReadAt(p []byte, off int64) (int, error) {
 	c, end := r.conn()
 	defer end()
 	return c.ReadAt(p, off)
 }
 
 // Flush does nothing: nothing is written.
-func (r *remote) Flush() error { return nil }
+func (r *export) Flush() error { return nil }
 
 // WriteAt returns block.ErrReadOnly, as every change does; a range outside the disk is a *block.RangeError, too.
-func (r *remote) WriteAt(p []byte, off int64) (int, error) {
+func (r *export) WriteAt(p []byte, off int64) (int, error) {
 	return 0, r.refuse("write", off, int64(len(p)))
 }
 
 // WriteDurableAt is refused like WriteAt.
-func (r *remote) WriteDurableAt(p []byte, off int64) error {
+func (r *export) WriteDurableAt(p []byte, off int64) error {
 	return r.refuse("write", off, int64(len(p)))
 }
 
 // WriteLastAt is refused like WriteAt.
-func (r *remote) WriteLastAt(p []byte, off int64) error { return r.refuse("write", off, int64(len(p))) }
+func (r *export) WriteLastAt(p []byte, off int64) error { return r.refuse("write", off, int64(len(p))) }
 
 // ZeroAt is refused like WriteAt.
-func (r *remote) ZeroAt(off, n int64, _ block.ZeroFlags) error { return r.refuse("zero", off, n) }
+func (r *export) ZeroAt(off, n int64, _ block.ZeroFlags) error { return r.refuse("zero", off, n) }
 
 // Discard is refused like WriteAt.
-func (r *remote) Discard(off, n int64) error { return r.refuse("discard", off, n) }
+func (r *export) Discard(off, n int64) error { return r.refuse("discard", off, n) }
 
 // Allocate is refused like WriteAt.
-func (r *remote) Allocate(off, n int64) error { return r.refuse("allocate", off, n) }
+func (r *export) Allocate(off, n int64) error { return r.refuse("allocate", off, n) }
 
 // Grow is refused: block.ErrFixedSize.
-func (r *remote) Grow(int64) error { return block.ErrFixedSize }
+func (r *export) Grow(int64) error { return block.ErrFixedSize }
 
 // CanGrow returns false.
-func (r *remote) CanGrow() bool { return false }
+func (r *export) CanGrow() bool { return false }
 
-func (r *remote) refuse(op string, off, n int64) error {
+func (r *export) refuse(op string, off, n int64) error {
 	return errors.Join(block.CheckRange(op, off, n, r.Size()), block.ErrReadOnly)
 }
 
 // Close closes the connections.
-func (r *remote) Close() error {
+func (r *export) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.most = 0
