@@ -242,7 +242,7 @@ func TestPageShowsTheLadder(t *testing.T) {
 // files that no other group has, and of those that came later, whose libraries are packages of their own.
 var thin = []verbGroup{
 	{"a disk and its snapshots", nil, 4_370},
-	{"fleets, kernel devices, registries, operators", []string{"attach.go", "daemon.go", "fleet.go", "operate.go", "top.go"}, 1_500},
+	{"fleets, kernel devices, registries, operators", []string{"attach.go", "daemon.go", "fleet.go", "operate.go", "top.go", "push.go", "pull.go", "cache.go"}, 1_500},
 }
 
 type verbGroup struct {

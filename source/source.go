@@ -381,7 +381,9 @@ func (d *Disk) openWhole(path string, o Options) (block.Device, error) {
 	if err != nil {
 		return nil, block.WithPath(path, err)
 	}
-	if d.format, err = formatOf(dev, o); err != nil {
+	if d.fetched != nil && d.fetched.Description() != nil {
+		d.format = ondisk.RawFormat // by definition: nothing is fetched to find it out
+	} else if d.format, err = formatOf(dev, o); err != nil {
 		return nil, block.WithPath(path, err)
 	}
 	if d.fetched != nil {

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/internal/testremote"
 )
 
 // examples returns the commands in the example of a verb: one a line, with lines that a shell would continue.
@@ -62,7 +64,7 @@ func exampleFolder(t *testing.T, v *cobra.Command) string {
 func shell(dir, script string) *exec.Cmd {
 	c := exec.Command("sh", "-ec", script)
 	c.Dir = dir
-	c.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"))
+	c.Env = append(os.Environ(), "PATH="+dir+":"+os.Getenv("PATH"), "XDG_CACHE_HOME="+filepath.Join(dir, "cached"))
 	return c
 }
 
@@ -125,8 +127,17 @@ func TestExamples(t *testing.T) {
 					t.Fatalf("%v\n%s", err, out)
 				}
 			}
+			registry := ""
+			if strings.Contains(v.Example, "localhost:5000") {
+				registry = testremote.Start(t, testremote.NewRegistry())
+				setup := "dmsnap push disk.img " + registry + "/golden/debian:13"
+				if out, err := shell(dir, setup).CombinedOutput(); err != nil {
+					t.Fatalf("%v\n%s", err, out)
+				}
+			}
 			ran := 0
 			for _, script := range examples(v) {
+				script = strings.ReplaceAll(script, "localhost:5000", registry)
 				if tool := missingTool(script); tool != "" {
 					t.Logf("SKIPPED: %s is not installed: %s", tool, script)
 					continue

@@ -85,7 +85,7 @@ Exit status: 0 done or yes, 1 no, 2 trouble (usage, I/O, refused), 129, 130 or 1
 		{"fleet", "Fleets of forked disks:", []*cobra.Command{newDaemon(), newDisk(), newTree(), newFork(), newCheckpoint(), newRollback(), newSquash(), newAdopt(), newPolicy(), newTable()}},
 		{"inspect", "Inspect and check:", []*cobra.Command{newInspect(), newCheck(), newDiff(), newList(), newMap(), newDump()}},
 		{"recover", "Recover:", []*cobra.Command{newRescue(), newRepair(), newRestore()}},
-		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newSend(), newReceive(), newCompact()}},
+		{"move", "Move:", []*cobra.Command{newExport(), newImport(), newSend(), newReceive(), newPush(), newPull(), newCache(), newCompact()}},
 	} {
 		root.AddGroup(&cobra.Group{ID: g.id, Title: g.title})
 		for _, v := range g.verbs {

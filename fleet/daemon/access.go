@@ -129,8 +129,9 @@ func (d *Daemon) below(path string) bool {
 	})
 }
 
-// allowSource is allowFile for the address of a disk: a path, a part of a disk on one, or an NBD URI, of which the path of
-// a unix socket is one.
+// allowSource is allowFile for the address of a disk: a path, a part of a disk on one, an NBD URI, of which the path of
+// a unix socket is one, or an image in a registry by its digest. A tag may name another disk when the daemon starts again, under
+// the forks that it has then.
 func (d *Daemon) allowSource(source string) (string, error) {
 	a, err := address.Parse(source)
 	if err != nil {
@@ -141,6 +142,12 @@ func (d *Daemon) allowSource(source string) (string, error) {
 			return "", err
 		}
 		return a.String(), nil
+	}
+	if strings.HasPrefix(a.Path, "oci://") {
+		if !strings.Contains(a.Path, "@sha256:") {
+			return "", refuse(api.CodeBadRequest, "source: %s: a digest is required, oci://HOST/REPOSITORY@sha256:…", a.Path)
+		}
+		return source, nil
 	}
 	u, err := nbd.ParseURI(a.Path)
 	if err != nil {

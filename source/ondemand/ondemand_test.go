@@ -133,7 +133,7 @@ func readSome(t testing.TB, d block.Device, want []byte, n int, seed uint64) err
 	p := make([]byte, 128<<10)
 	for range n {
 		off := r.IntN(len(want))
-		b := p[:1+r.IntN(min(len(want)-off, 1<<(8+r.IntN(10))))]
+		b := p[:1+r.IntN(min(len(want)-off, 1<<(8+r.IntN(8))))]
 		if _, err := d.ReadAt(b, int64(off)); err != nil {
 			return err
 		}

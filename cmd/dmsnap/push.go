@@ -1,0 +1,103 @@
+package main
+
+import (
+	"errors"
+
+	"github.com/spf13/cobra"
+
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/publish"
+	"github.com/dmsnap/dmsnap/source/remote"
+	"github.com/dmsnap/dmsnap/store"
+)
+
+func newPush() *cobra.Command {
+	var disk diskFlags
+	var asJSON bool
+	c := &cobra.Command{
+		Use:   "push BASE [COW...] REF",
+		Short: "Write a disk with its stores to a registry or an object store",
+		Long: `Write BASE, and each COW over the disk that those before it make, to an OCI registry or an S3 bucket as layers. Each
+layer has what its COW holds. REF is [oci://]HOST[:PORT]/REPOSITORY[:TAG] or s3://BUCKET/KEY; it names the new disk
+when everything is there. Layers that are there are not written again.
+
+BASE may be a disk in a registry or a bucket: its layers are used as they are, and not read.
+
+Hosts read the disk at oci://… or s3://… as ORIGIN of any verb, or copy it with dmsnap pull. Credentials are those of
+docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its server AWS_ENDPOINT_URL.`,
+		Example: `  dmsnap push disk.img localhost:5000/golden/debian:13
+  dmsnap push disk.img disk.cow localhost:5000/golden/debian:13-web`,
+		Args: cobra.MinimumNArgs(2),
+		RunE: func(c *cobra.Command, args []string) (err error) {
+			to, err := remote.Open(args[len(args)-1], disk.remote.Options)
+			if err != nil {
+				return err
+			}
+			base, stores, opened, err := disk.openStack(args[:len(args)-1])
+			defer func() { err = errors.Join(err, opened.Close()) }()
+			if err != nil {
+				return err
+			}
+			ctx, stop := untilSignal()
+			defer stop()
+			bar := newProgress(c.ErrOrStderr(), "push")
+			defer bar.end()
+			made, err := publish.Push(ctx, to, base, stores, publish.Options{Progress: bar.show})
+			if err != nil {
+				return err
+			}
+			bar.end()
+			if asJSON {
+				return printJSON(c, made)
+			}
+			return printf(c, "%s  %s  %s written\n", made.Reference, made.Digest, bytesText(made.Written))
+		},
+	}
+	disk.add(c.Flags())
+	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
+	return c
+}
+
+// openStack opens a base, and stores of which each is over the one before. What it opened is in the closers, also after an error.
+func (d *diskFlags) openStack(names []string) (base block.Device, stores []*store.Store, opened closers, err error) {
+	var origin openDisk
+	if len(names) == 1 {
+		origin, err = d.open(names[0], block.Options{ReadOnly: true})
+	} else if err = checkDifferent(names[0], names[1]); err == nil {
+		origin, err = d.openOrigin(names[0], names[1], block.Options{ReadOnly: true})
+	}
+	if err != nil {
+		return nil, nil, nil, err
+	}
+	if opened, base = append(opened, origin), origin; origin.Fetched() != nil {
+		base = origin.Fetched()
+	}
+	if err := checkRawDisk(names[0], origin, true); err != nil { // its size
+		return nil, nil, opened, err
+	}
+	for i, path := range names[1:] {
+		cow, err := d.openStore(path, block.Options{ReadOnly: true})
+		if err != nil {
+			return nil, nil, opened, err
+		}
+		opened = append(opened, cow)
+		if err := checkStore(path, cow); err != nil {
+			return nil, nil, opened, err
+		}
+		if i == 0 {
+			err = d.checkFormat(origin, path, cow)
+		}
+		var s *store.Store
+		if err == nil {
+			s, err = store.OpenToRead(cow)
+		}
+		if err == nil {
+			err = errors.Join(s.Err(), s.CheckOrigin(origin.Size()))
+		}
+		if err != nil {
+			return nil, nil, opened, about(path, err)
+		}
+		stores = append(stores, s)
+	}
+	return base, stores, opened, nil
+}
