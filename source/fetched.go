@@ -55,7 +55,7 @@ func (d *Disk) Fetched() *ondemand.Disk {
 
 // openFetched opens a disk that is fetched as it is read.
 func (d *Disk) openFetched(name string, o Options) (block.Device, error) {
-	d.onlyRead = "a disk on another host"
+	d.onlyRead = fetchedKind
 	of := ondemand.Options{Remote: o.Remote.Options, Log: o.Remote.Log}
 	var err error
 	if o.Remote.Prefetch != "" {

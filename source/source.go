@@ -242,7 +242,7 @@ func OpenWhole(path string, o block.Options) (*block.File, error) {
 	case isPart(path):
 		return nil, fmt.Errorf("%s: a part of a disk can't be changed in place; a file or a block device as a whole is required", path)
 	case isURI(path):
-		return nil, fmt.Errorf("%s: an NBD export: a file or a block device is required", path)
+		return nil, fmt.Errorf("%s: %s: a file or a block device is required", path, kindOfURI(path))
 	}
 	return cowfile.OpenDevice(path, o)
 }
@@ -251,7 +251,7 @@ func OpenWhole(path string, o block.Options) (*block.File, error) {
 func CheckWritable(name string) error {
 	path, why := Path(name), ""
 	if isURI(path) {
-		why = remoteKind
+		why = kindOfURI(path)
 	} else if f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockNone}); err == nil {
 		if c, err := image.Probe(f); err == nil && c.Name == QCOW2 {
 			why = imageKind
@@ -266,9 +266,17 @@ func CheckWritable(name string) error {
 
 // The kinds of disks that are only read.
 const (
-	remoteKind = "an NBD export"
-	imageKind  = "a qcow2 image"
+	exportKind  = "an NBD export"
+	fetchedKind = "a disk on another host"
+	imageKind   = "a qcow2 image"
 )
+
+func kindOfURI(path string) string {
+	if isRemote(path) {
+		return fetchedKind
+	}
+	return exportKind
+}
 
 // Opener returns a function that opens origins as o says.
 func Opener(o Options) cowfile.Opener {
@@ -425,7 +433,7 @@ func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
 		return d.openFetched(path, o)
 	}
 	if isURI(path) {
-		d.onlyRead = remoteKind
+		d.onlyRead = exportKind
 		r, err := openExport(path, o.NBD)
 		if err != nil {
 			return nil, err
