@@ -41,8 +41,7 @@ type diskFlags struct {
 	certificates  string
 	reconnect     time.Duration
 	pvs           []string
-	remote        source.RemoteOptions
-	cacheSize     sizeFlag
+	remote        fetchFlags
 }
 
 // addRaw adds the flag of every verb that takes an origin.
@@ -66,8 +65,7 @@ func (d *diskFlags) addOpening(f *pflag.FlagSet) {
 	d.addPVs(f)
 	f.StringVar(&d.backing, "backing-file", "", "open this file as the backing file of the qcow2 image, whatever the image names")
 	f.StringVar(&d.data, "data-file", "", "open this file as the external data file of the qcow2 image")
-	f.StringVar(&d.remote.Prefetch, "prefetch", "", "of a disk on another host: fetch the ranges in this file at once, in the background")
-	f.StringVar(&d.remote.Record, "prefetch-record", "", "of a disk on another host: write the ranges that were read to this new file at the end")
+	d.remote.addPrefetch(f)
 	d.addRemote(f)
 }
 
@@ -75,16 +73,8 @@ func (d *diskFlags) addOpening(f *pflag.FlagSet) {
 func (d *diskFlags) addRemote(f *pflag.FlagSet) {
 	f.BoolVar(&d.follow, "follow-backing", false, "open the backing files that a qcow2 image names: relative names, below the image's folder")
 	f.DurationVar(&d.reconnect, "reconnect", 0, "of an NBD URI: try for this long to replace a lost connection, e.g. 30s (default: the loss is an error)")
-	d.addFetched(f)
+	d.remote.add(f)
 	f.StringVar(&d.certificates, "nbd-certificates", "", "of an nbds URI: folder with ca-cert.pem and, if the server requires a certificate, client-cert.pem and client-key.pem")
-}
-
-// addFetched adds those about registries, object stores and web servers.
-func (d *diskFlags) addFetched(f *pflag.FlagSet) {
-	f.BoolVar(&d.remote.Insecure, "insecure", false, "of oci://, s3:// and http://: plain HTTP, not only for this host")
-	f.BoolVar(&d.remote.Helpers, "allow-credential-helpers", false, "run the programs that credential files name, and read the AWS profile")
-	f.StringVar(&d.remote.CacheDir, "cache-dir", "", "folder of the cache for disks on other hosts (default: dmsnap in the user's cache folder)")
-	f.Var(&d.cacheSize, "cache-size", "bound of that cache (default 20GiB)")
 }
 
 // options are those of package source.
@@ -92,8 +82,7 @@ func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
 		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect},
 		Warn: func(about string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", about) }}
-	s.Remote = d.remote
-	s.Remote.CacheSize, s.Remote.Log = d.cacheSize.bytes, s.Warn
+	s.Remote = d.remote.options(s.Warn)
 	var err error
 	if d.certificates != "" {
 		s.NBD.TLS, err = source.LoadTLS(d.certificates)

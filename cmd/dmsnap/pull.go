@@ -70,7 +70,7 @@ For a single image of what the disk shows, use dmsnap export REF OUT. To read a 
 			return printf(c, "%s", text.String())
 		},
 	}
-	disk.addFetched(c.Flags())
+	disk.remote.add(c.Flags())
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

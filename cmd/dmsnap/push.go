@@ -4,12 +4,38 @@ import (
 	"errors"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/publish"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/remote"
 	"github.com/dmsnap/dmsnap/store"
 )
+
+// fetchFlags are the flags about registries, object stores and web servers.
+type fetchFlags struct {
+	source.RemoteOptions
+	cacheSize sizeFlag
+}
+
+func (o *fetchFlags) add(f *pflag.FlagSet) {
+	f.BoolVar(&o.Insecure, "insecure", false, "of oci://, s3:// and http://: plain HTTP, not only for this host")
+	f.BoolVar(&o.Helpers, "allow-credential-helpers", false, "run the programs that credential files name, and read the AWS profile")
+	f.StringVar(&o.CacheDir, "cache-dir", "", "folder of the cache for disks on other hosts (default: dmsnap in the user's cache folder)")
+	f.Var(&o.cacheSize, "cache-size", "bound of that cache (default 20GiB)")
+}
+
+// addPrefetch adds the flags that are about one disk.
+func (o *fetchFlags) addPrefetch(f *pflag.FlagSet) {
+	f.StringVar(&o.Prefetch, "prefetch", "", "of a disk on another host: fetch the ranges in this file at once, in the background")
+	f.StringVar(&o.Record, "prefetch-record", "", "of a disk on another host: write the ranges that were read to this new file at the end")
+}
+
+func (o *fetchFlags) options(warn func(string)) source.RemoteOptions {
+	o.CacheSize, o.Log = o.cacheSize.bytes, warn
+	return o.RemoteOptions
+}
 
 func newPush() *cobra.Command {
 	var disk diskFlags
@@ -29,7 +55,7 @@ docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its s
   dmsnap push disk.img disk.cow localhost:5000/golden/debian:13-web`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) (err error) {
-			to, err := remote.Open(args[len(args)-1], disk.remote.Options)
+			to, err := remote.Open(args[len(args)-1], disk.remote.RemoteOptions.Options)
 			if err != nil {
 				return err
 			}
