@@ -226,14 +226,3 @@ func advise(err error) error {
 	}
 	return err
 }
-
-// closers closes all, in order.
-type closers []io.Closer
-
-func (cs closers) Close() error {
-	var errs []error
-	for _, c := range cs {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
-}

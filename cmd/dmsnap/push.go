@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"io"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -126,4 +127,15 @@ func (d *diskFlags) openStack(names []string) (base block.Device, stores []*stor
 		stores = append(stores, s)
 	}
 	return base, stores, opened, nil
+}
+
+// closers closes all, in order.
+type closers []io.Closer
+
+func (cs closers) Close() error {
+	var errs []error
+	for _, c := range cs {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }
