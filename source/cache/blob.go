@@ -43,6 +43,7 @@ type segment struct {
 	f        *os.File
 	verified [SegmentUnits / 64]atomic.Uint64 // by this Blob
 	touched  atomic.Int64                     // seconds, when its time was set
+	reads    atomic.Uint32
 
 	mu      sync.Mutex
 	claimed [SegmentUnits]bool
@@ -127,9 +128,7 @@ func (b *Blob) Read(p []byte, unit int64, at, length int, want layer.Digest) boo
 	}
 	i := unit % SegmentUnits
 	if s.isVerified(i) {
-		s.touch()
-		_, err := s.f.ReadAt(p, b.place(i)+int64(at))
-		return err == nil
+		return b.readFrom(s, p, i, at)
 	}
 	record := s.record(i)
 	if record == (layer.Digest{}) || want != (layer.Digest{}) && record != want {
@@ -143,6 +142,23 @@ func (b *Blob) Read(p []byte, unit int64, at, length int, want layer.Digest) boo
 	copy(p, content[at:length])
 	s.setVerified(i)
 	return true
+}
+
+func (b *Blob) readFrom(s *segment, p []byte, i int64, at int) bool {
+	if s.reads.Add(1)%256 == 0 {
+		s.touch()
+	}
+	_, err := s.f.ReadAt(p, b.place(i)+int64(at))
+	return err == nil
+}
+
+// ReadVerified is Read of a unit that this Blob has verified; false: it has not.
+func (b *Blob) ReadVerified(p []byte, unit int64, at int) bool {
+	b.mu.RLock()
+	s := b.segments[unit/SegmentUnits]
+	b.mu.RUnlock()
+	i := unit % SegmentUnits
+	return s != nil && s.isVerified(i) && b.readFrom(s, p, i, at)
 }
 
 // Has reports whether a unit is there, without looking at its content.

@@ -57,6 +57,7 @@ type Disk struct {
 	desc    *layer.Description // nil: a file
 	repo    remote.Repository
 	index   *index
+	units   *unitTable // nil: a file
 	timeout time.Duration
 	record  func(block.Range)
 	seen    sync.Map // units that were recorded
@@ -208,6 +209,7 @@ func (d *Disk) openIndexed(x layer.Index, layers []layer.Layer, kept *cache.Cach
 		}
 		blobs[i] = &blob{d.repo.Blob(l.Data), c, false}
 	}
+	d.units = newUnitTable(d.size, blobs)
 	d.find = func(off int64, r *request) (part, error) {
 		run, err := d.index.tree.Find(off, r.load)
 		switch {
@@ -218,6 +220,7 @@ func (d *Disk) openIndexed(x layer.Index, layers []layer.Layer, kept *cache.Cach
 		case run.Zero():
 			return part{n: run.End() - off}, nil
 		}
+		d.units.note(&run, d.size)
 		return part{n: run.End() - off, blob: blobs[run.Frame.Layer], unit: run.Unit(), at: run.Skip + off - run.Place, frame: run.Frame}, nil
 	}
 	d.begin()

@@ -48,9 +48,12 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("read", off, int64(len(p)), d.size); err != nil || len(p) == 0 {
 		return 0, err
 	}
+	d.ahead.note(off, int64(len(p)))
+	if d.readVerified(p, off) {
+		return len(p), nil
+	}
 	r := d.newRequest()
 	defer r.end()
-	d.ahead.note(off, int64(len(p)))
 	var missing []wanted
 	for rest, at := p, off; len(rest) > 0; {
 		part, err := d.find(at, r)
@@ -77,6 +80,16 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return len(p), nil
+}
+
+// readVerified reads a range within one unit that was read before.
+func (d *Disk) readVerified(p []byte, off int64) bool {
+	unit := off / layer.UnitBytes
+	if d.units == nil || (off+int64(len(p))-1)/layer.UnitBytes != unit {
+		return false
+	}
+	b := d.units.get(unit)
+	return b != nil && b.cache.ReadVerified(p, unit, int(off-unit*layer.UnitBytes))
 }
 
 func (d *Disk) recordUnit(unit int64) {
