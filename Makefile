@@ -109,6 +109,11 @@ bench: release ## dmsnap beside its peers: table, JSON and plot in docs/benchmar
 bench-curves: release ## how cost grows with exceptions, snapshots, connections and the chunk size
 	$(GO) run ./bench curves --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
 
+.PHONY: bench-fleet
+bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes
+	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|CheckpointUnderLoad|BaseWrite' -benchtime 1000x ./fleet
+	$(GO) test -run '^$$' -bench Start -benchtime 3x ./fleet
+
 .PHONY: bench-compare
 bench-compare: ## Go benchmarks of the working tree beside those of REF=commit, by benchstat; BENCH=regexp
 	@REF='$(REF)' GO='$(GO)' bench/compare.sh
