@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 
 type diffOptions struct {
 	format   string
+	granule  sizeFlag
 	asJSON   bool
 	verify   bool
 	liveRead bool
@@ -42,6 +44,7 @@ Formats:
   ranges  lines of OFFSET and LENGTH in bytes, decimal, ascending, of the differences, and nothing else
   json    the whole disk as a list of {"start", "length", "changed", "stored"} in bytes, ascending, without
           gaps, one to a line; stored: a store has exceptions for it. Compatible with qemu-img map
+  bitmap  a bit for each --granularity bytes of the disk, lowest bit of a byte first, 1 where something differs
 
 Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is incomplete.`,
 		Example: `  dmsnap diff disk.img disk.cow
@@ -60,7 +63,8 @@ Exit status: 0 no difference, 1 differences, 2 trouble; after 2 the output is in
 		},
 	}
 	f := c.Flags()
-	f.StringVar(&o.format, "format", "text", "text, ranges or json")
+	f.StringVar(&o.format, "format", "text", "text, ranges, json or bitmap")
+	f.Var(&o.granule, "granularity", "bytes for each bit of a bitmap, a power of two (default 64KiB)")
 	f.BoolVar(&o.asJSON, "json", false, "the same as --format json")
 	f.BoolVar(&o.verify, "verify", false, "compare the content of ranges that may differ")
 	o.disk.add(f)
@@ -78,8 +82,10 @@ func (o *diffOptions) printer(w io.Writer, size int64) (diff.Printer, error) {
 		return diff.NewRangePrinter(w), nil
 	case "json":
 		return diff.NewJSONPrinter(w, size), nil
+	case "bitmap":
+		return diff.NewBitmapPrinter(w, size, cmp.Or(o.granule.bytes, 64<<10))
 	}
-	return nil, fmt.Errorf("--format %q: must be text, ranges or json", o.format)
+	return nil, fmt.Errorf("--format %q: must be text, ranges, json or bitmap", o.format)
 }
 
 func (o *diffOptions) run(c *cobra.Command, args []string) (err error) {

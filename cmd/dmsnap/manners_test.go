@@ -57,6 +57,7 @@ var callings = []calling{
 	{args: "diff ORIGIN COW", status: exitNo, json: true},
 	{args: "diff --verify ORIGIN COW COW2", status: exitNo, json: true},
 	{args: "diff --format ranges ORIGIN COW", status: exitNo},
+	{args: "diff --format bitmap ORIGIN COW", status: exitNo},
 	{args: "list COW", json: true},
 	{args: "map COW", json: true},
 	{args: "map --origin ORIGIN COW --svg OUT --png ALSO", shares: "ORIGIN", json: true},
