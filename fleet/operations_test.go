@@ -39,7 +39,7 @@ func TestRollback(t *testing.T) {
 	if err := back("vm@c", true); codeOf(err) != api.CodeNoSuchCheckpoint {
 		t.Errorf("to nowhere: %v", err)
 	}
-	if err := back("vm@a", true); err != nil {
+	if err := back("a", true); err != nil { // NAME of one of its own
 		t.Fatal(err)
 	}
 	if _, err := vm.ReadAt(make([]byte, 1), 0); err == nil {

@@ -48,7 +48,7 @@ func (f *Fleet) rollback(ctx context.Context, q api.RollbackRequest) (*node, err
 		f.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("node", n.name))
 	}
 	old := n.dev
-	if err := f.recordRollback(n, t, q.Checkpoint); err != nil {
+	if err := f.recordRollback(n, t); err != nil {
 		return n, errors.Join(err, f.export(n), t.discard(f))
 	}
 	old.detach()
@@ -67,6 +67,9 @@ func (f *Fleet) rollbackTo(q api.RollbackRequest) (n *node, b base, size int64, 
 	n = f.nodes[q.Node]
 	top := f.state.Layers[r.Top]
 	to := f.state.checkpoint(q.Checkpoint)
+	if to == nil { // the name of one of its own, without the node's
+		to = f.state.checkpoint(q.Node + "@" + q.Checkpoint)
+	}
 	switch {
 	case n.busy != "":
 		return nil, b, 0, refuse(api.CodeInUse, "node %q: a %s is under way", q.Node, n.busy)
@@ -85,7 +88,7 @@ func (f *Fleet) rollbackTo(q api.RollbackRequest) (n *node, b base, size int64, 
 }
 
 // recordRollback records that t is the top of n, and gives n a device with it.
-func (f *Fleet) recordRollback(n *node, t newTop, to string) error {
+func (f *Fleet) recordRollback(n *node, t newTop) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	r := *f.state.Nodes[n.name]
@@ -104,7 +107,7 @@ func (f *Fleet) recordRollback(n *node, t newTop, to string) error {
 	dev := newNodeDevice(f, n.name, n.dev.size)
 	dev.view.Store(t.view)
 	n.dev = dev
-	f.publish(api.Event{Seq: c.Seq, Kind: api.EventRolledBack, Name: n.name, Parent: to, Disk: n.disk.name})
+	f.publish(api.Event{Seq: c.Seq, Kind: api.EventRolledBack, Name: n.name, Parent: f.state.Layers[t.record.Parent].title(), Disk: n.disk.name})
 	f.notice()
 	return nil
 }

@@ -164,7 +164,7 @@ type Checkpoints struct {
 // RollbackRequest is the body of POST /v1/nodes/{name}/rollback.
 type RollbackRequest struct {
 	Node       string `json:"node,omitempty"`  // the name in the path
-	Checkpoint string `json:"checkpoint"`      // an ancestor of the node
+	Checkpoint string `json:"checkpoint"`      // an ancestor of the node: NODE@NAME, or NAME of one of its own
 	Force      bool   `json:"force,omitempty"` // disconnect the clients that use it
 	Durable    bool   `json:"durable,omitempty"`
 }
