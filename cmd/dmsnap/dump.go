@@ -55,7 +55,7 @@ If parts of the metadata can't be read, the dump marks them and has the rest; th
 	f.BoolVar(&o.force, "force", false, "replace the output file if it exists")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	f.BoolVar(&o.liveRead, "live-read", false, "read a store that is in use")
-	o.disk.addPVs(f)
+	o.disk.addOpening(f)
 	c.MarkFlagsMutuallyExclusive("pack", "data")
 	c.MarkFlagsMutuallyExclusive("pack", "json")
 	c.MarkFlagsMutuallyExclusive("pack", "format")

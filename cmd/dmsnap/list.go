@@ -45,7 +45,7 @@ dmsnap dump shows the same store slot by slot, as it is on disk, sound or damage
 	}
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	c.Flags().BoolVar(&liveRead, "live-read", false, "read a store that is in use")
-	disk.addPVs(c.Flags())
+	disk.addOpening(c.Flags())
 	return c
 }
 

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 
@@ -65,4 +66,43 @@ func TestNBDOrigin(t *testing.T) {
 	base.Process.Signal(syscall.SIGTERM)
 	base.end(t)
 	dmsnap("export", uri, cow, out, "--force").wantRefused(t, uri)
+}
+
+// TestStoreOverTLS: a store, and an image that needs a backing file, behind a server that requires TLS: every verb that reads one
+// takes the certificates, and is refused without them.
+func TestStoreOverTLS(t *testing.T) {
+	p := newPair(t)
+	view := p.withStore(t)
+	dir, _ := certificates(t)
+	s := launch(t, "serve", p.cow, "--raw", "--read-only", "--listen", "127.0.0.1:0", "--tls-certificates", dir)
+	line, err := s.stdout.ReadString('\n')
+	if err != nil {
+		t.Fatalf("%v: %s", err, &s.stderr)
+	}
+	uri := strings.Fields(line)[1]
+	out := func(name string) string { return filepath.Join(p.dir, name) }
+	for _, args := range [][]string{
+		{"status", uri}, {"check", uri}, {"list", uri}, {"dump", uri}, {"map", uri}, {"check", uri, "--origin", p.origin},
+		{"diff", p.origin, uri}, {"export", p.origin, uri, out("x")}, {"rescue", p.origin, uri, out("r")}, {"repair", uri, out("f.cow")},
+		{"compact", uri, out("c.cow")}, {"send", p.origin, uri, "--output", out("s")}, {"inspect", uri},
+	} {
+		if o := dmsnap(args...); o.status != exitTrouble || !strings.Contains(o.stderr, uri) {
+			t.Errorf("%v without certificates: %+v", args, o)
+		}
+		if o := dmsnap(append(args, "--nbd-certificates", dir, "--reconnect", "5s")...); o.status == exitTrouble || o.stderr != "" && args[0] != "send" {
+			t.Errorf("%v: %+v", args, o)
+		}
+	}
+	wantContent(t, out("x"), view)
+	wantContent(t, out("r"), view)
+	for _, cow := range []string{"f.cow", "c.cow"} {
+		formatIn(t, out(cow))
+		mustRun(t, "export", p.origin, out(cow), out("x"), "--force")
+		wantContent(t, out("x"), view)
+	}
+	dmsnap("merge", p.origin, uri).wantRefused(t, uri)
+	s.Process.Signal(syscall.SIGTERM)
+	if status := s.end(t); status != exitDone {
+		t.Errorf("status %d, %s", status, &s.stderr)
+	}
 }

@@ -66,7 +66,7 @@ With --chunk-size, a damaged header is ignored. A store that is marked invalid i
 	f.StringVar(&o.undoApply, "undo-apply", "", "undo the repair that wrote this file")
 	f.Var(&o.chunkSize, "chunk-size", "use this chunk size instead of the one in the header")
 	f.BoolVar(&o.force, "force", false, "replace NEWCOW, or the undo file, if it exists")
-	o.disk.addPVs(f)
+	o.disk.addOpening(f)
 	f.BoolVar(&o.asJSON, "json", false, "print JSON")
 	return c
 }

@@ -52,7 +52,7 @@ States: ok, invalid, failed, overflow, merging, merge-failed.`,
 	}
 	c.Flags().StringVar(&control, "control", "", "control socket of a running server")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
-	disk.addPVs(c.Flags())
+	disk.addOpening(c.Flags())
 	return c
 }
 
