@@ -41,6 +41,8 @@ type Step struct {
 	Action  Action   `json:"-"`
 	Args    []string `json:"-"` // names in capital letters are the reader's to choose
 	PVs     []string `json:"-"` // further disks of the group of an address
+	Backing bool     `json:"-"` // the backing files that a qcow2 image names are to be opened
+	Data    bool     `json:"-"` // its external data file is to be given
 	Command string   `json:"command"`
 	Why     string   `json:"why"`
 }
@@ -58,9 +60,7 @@ func (i *Inspection) Steps(groups []Group) []Step {
 	case kind.Role == image.Own:
 		return []Step{step("to make a store from it", ActionRestore, i.Path, "NEWCOW")}
 	case kind.Name == source.QCOW2:
-		stem := withoutExtension(i.Path)
-		return []Step{step("to serve a snapshot of the disk in it", ActionServeNew, i.Path, stem+".cow"),
-			step("to write the disk in it to a raw image", ActionExport, i.Path, stem+".img")}
+		return stepsForImage(i.Path, i.QCOW2)
 	case kind.Role == image.Container:
 		return []Step{step("to convert it to a raw disk, which dmsnap requires", ActionConvert, i.Path, withoutExtension(i.Path)+".img")}
 	case kind.Role == image.Packed:
@@ -73,6 +73,20 @@ func (i *Inspection) Steps(groups []Group) []Step {
 	steps = i.stepsForDisk(steps, inGroup)
 	if kind == image.Unknown {
 		steps = append(steps, step("if it was a COW device whose header is lost", ActionRepairWithoutHeader, i.Path, "NEWCOW"))
+	}
+	return steps
+}
+
+// stepsForImage returns the actions for a qcow2 image: none for one that is encrypted.
+func stepsForImage(path string, q *QCOW2) []Step {
+	if q.Encryption != "" {
+		return []Step{}
+	}
+	stem := withoutExtension(path)
+	steps := []Step{step("to serve a snapshot of the disk in it", ActionServeNew, path, stem+".cow"),
+		step("to write the disk in it to a raw image", ActionExport, path, stem+".img")}
+	for n := range steps {
+		steps[n].Backing, steps[n].Data = q.Backing != "", q.ExternalData
 	}
 	return steps
 }

@@ -23,6 +23,7 @@ type QCOW2 struct {
 	Backing       string          `json:"backing_file,omitempty"`
 	BackingFormat string          `json:"backing_format,omitempty"`
 	DataFile      string          `json:"data_file,omitempty"`
+	ExternalData  bool            `json:"-"`         // it has a data file, also one without a name
 	Snapshots     []QCOW2Snapshot `json:"snapshots"` // internal ones
 	Bitmaps       []QCOW2Bitmap   `json:"bitmaps"`
 	Check         *QCOW2Check     `json:"check,omitempty"` // by CheckImage
@@ -78,7 +79,7 @@ func lookAtImage(ctx context.Context, dev block.Device) *QCOW2 {
 	}
 	q.SizeBytes, q.ClusterSize, q.Compression = info.Size, info.ClusterSize, info.Compression.String()
 	q.Encryption, q.Dirty, q.Corrupt = info.Encryption, info.Dirty, info.Corrupt
-	q.Backing, q.BackingFormat, q.DataFile = info.Backing, info.BackingFormat, info.DataFile
+	q.Backing, q.BackingFormat, q.DataFile, q.ExternalData = info.Backing, info.BackingFormat, info.DataFile, info.ExternalData
 	snapshots, err := qcow2.Snapshots(dev, info)
 	note(err)
 	for _, s := range snapshots {

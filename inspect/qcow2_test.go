@@ -1,9 +1,11 @@
 package inspect_test
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -83,6 +85,41 @@ func TestQCOW2(t *testing.T) {
 	}
 	if c := checkOf(t, q, alone); c.Sound() {
 		t.Errorf("%+v", c)
+	}
+}
+
+// TestQCOW2Steps: what is proposed for an image works as it is written: it names the flags for further files, and nothing is
+// proposed for one that is encrypted.
+func TestQCOW2Steps(t *testing.T) {
+	if _, err := exec.LookPath("qemu-img"); err != nil {
+		t.Skip("SKIPPED: no qemu-img (Debian: apt-get install qemu-utils)")
+	}
+	t.Chdir(t.TempDir())
+	for _, args := range []string{
+		"create -q -f raw base.raw 1M", "create -q -f qcow2 -b base.raw -F raw overlay.qcow2", "create -q -f qcow2 alone.qcow2 1M",
+		"create -q -f qcow2 -o data_file=content data.qcow2 1M",
+		"create -q -f qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks.qcow2 1M",
+	} {
+		if out, err := exec.Command("qemu-img", strings.Fields(args)...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v, %s", args, err, out)
+		}
+	}
+	r, err := inspect.Disks(t.Context(), []string{"alone.qcow2", "overlay.qcow2", "data.qcow2", "luks.qcow2"}, inspect.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for _, i := range r.Images {
+		for _, s := range i.Next {
+			got = append(got, fmt.Sprintf("%s:%v:%v", s.Args[0], s.Backing, s.Data))
+		}
+	}
+	want := "alone.qcow2:false:false alone.qcow2:false:false overlay.qcow2:true:false overlay.qcow2:true:false data.qcow2:false:true data.qcow2:false:true"
+	if strings.Join(got, " ") != want {
+		t.Errorf("%v", got)
+	}
+	if q := r.Images[3].QCOW2; q.Encryption != "LUKS" || q.Error != "" {
+		t.Errorf("%+v", q)
 	}
 }
 

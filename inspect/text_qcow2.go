@@ -13,6 +13,9 @@ func printQCOW2(t io.Writer, q *QCOW2) {
 	if q.ClusterSize > 0 {
 		fmt.Fprintf(t, "  clusters\t%s, %s\n", bytesize.Text(q.ClusterSize), q.Compression)
 	}
+	if q.Encryption != "" {
+		fmt.Fprintf(t, "  encrypted\t%s: the disk in it can't be read\n", q.Encryption)
+	}
 	if q.Dirty {
 		fmt.Fprintf(t, "  dirty\treference counts may be wrong, which does not matter for reading\n")
 	}

@@ -101,5 +101,11 @@ func commandOf(s inspect.Step) string {
 	for _, pv := range s.PVs {
 		words = append(words, "--pv", pv)
 	}
+	if s.Backing {
+		words = append(words, "--follow-backing")
+	}
+	if s.Data {
+		words = append(words, "--data-file", "FILE")
+	}
 	return text.ShellWords(words...)
 }

@@ -213,6 +213,8 @@ func advise(err error) error {
 		return fmt.Errorf("%w; create one with dmsnap create", err)
 	case errors.Is(err, cowfile.ErrOnlyRead):
 		return fmt.Errorf("%w; dmsnap export writes what the snapshot shows to a new image", err)
+	case errors.Is(err, qcow2.ErrEncrypted):
+		return fmt.Errorf("%w; convert it to one that is not, with qemu-img and its key", err)
 	case errors.As(err, &needs) && needs.Data:
 		return fmt.Errorf("%w; --data-file PATH opens PATH as that file", err)
 	case errors.As(err, &needs):
