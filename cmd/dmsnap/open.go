@@ -110,14 +110,6 @@ func (d *diskFlags) openOrigin(name, cowName string, o block.Options) (openDisk,
 	return disk, advise(err)
 }
 
-// checkFormat refuses a store that records another format than its origin was opened in.
-func (d *diskFlags) checkFormat(origin openDisk, cowName string, cow block.Device) error {
-	if d.raw {
-		return nil
-	}
-	return source.CheckFormat(origin, cowName, cow)
-}
-
 // openRawOrigin opens an origin that must be a raw disk.
 func (d *diskFlags) openRawOrigin(path string, o block.Options) (cowfile.Origin, error) {
 	origin, err := cowfile.OpenRaw(path, cowfile.OriginOptions{Options: o, Raw: d.raw})

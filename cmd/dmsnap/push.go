@@ -111,8 +111,8 @@ func (d *diskFlags) openStack(names []string) (base block.Device, stores []*stor
 		if err := checkStore(path, cow); err != nil {
 			return nil, nil, opened, err
 		}
-		if i == 0 {
-			err = d.checkFormat(origin, path, cow)
+		if i == 0 && !d.raw {
+			err = source.CheckFormat(origin, path, cow)
 		}
 		var s *store.Store
 		if err == nil {

@@ -9,6 +9,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
 	"github.com/dmsnap/dmsnap/stream"
 )
@@ -137,7 +138,7 @@ func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
 			return nil, opened, err
 		}
 		opened = append(opened, cow)
-		if err := o.disk.checkFormat(origin, path, cow); err != nil {
+		if err := source.CheckFormat(origin, path, cow); err != nil && !o.disk.raw {
 			return nil, opened, err
 		}
 		view, err := viewOf(origin, cow)

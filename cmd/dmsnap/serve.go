@@ -216,7 +216,7 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 	one := api.AttachRequest{Create: o.create, Force: o.force, ChunkSize: o.chunkSize.bytes, Store: o.store.String()}
 	if len(args) == 0 {
 		one.COW = originPath + ".cow"
-		if o.readOnly && !isThere(one.COW) {
+		if _, err := os.Lstat(one.COW); o.readOnly && err != nil {
 			return nil
 		}
 		one.Name = exportName(one.COW)
@@ -233,12 +233,6 @@ func (o *serveOptions) attachments(originPath string, args []string) []api.Attac
 		list = append(list, one)
 	}
 	return list
-}
-
-// isThere reports whether there is a file of this name.
-func isThere(path string) bool {
-	_, err := os.Lstat(path)
-	return err == nil
 }
 
 // storesOf are the COW devices that hold a store, or will.
