@@ -24,7 +24,7 @@ type Config struct {
 }
 
 // Modules that every guest loads.
-var wanted = []string{"loop", "dm_mod", "dm_snapshot", "dm_flakey", "dm_delay", "dm_log_writes", "nbd"}
+var wanted = []string{"loop", "dm_mod", "dm_snapshot", "dm_flakey", "dm_delay", "dm_log_writes", "dm_zero", "nbd"}
 
 // Wanted returns the modules that tests may rely on.
 func Wanted() []string { return wanted }
