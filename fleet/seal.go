@@ -172,8 +172,10 @@ func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes 
 	}
 	var all []*seal
 	defer func() {
-		for _, s := range all { // it was not sealed
-			err = errors.Join(err, s.top.discard(f))
+		if all != nil { // it was not sealed
+			for _, s := range all {
+				err = errors.Join(err, s.top.discard(f))
+			}
 		}
 	}()
 	for _, n := range nodes {

@@ -57,7 +57,7 @@ func runUntil(ctx context.Context, signal syscall.Signal, args ...string) outcom
 	return o
 }
 
-// server is a running dmsnap serve.
+// server is a running dmsnap serve, or daemon.
 type server struct {
 	socket, control string
 	cmd             *exec.Cmd
@@ -80,10 +80,13 @@ func (s *server) log() string {
 	return s.stderr.String()
 }
 
-// serve starts a server with its sockets in dir, and waits until clients may connect.
-func serve(dir string, args ...string) (*server, error) {
+// serve starts dmsnap serve with its sockets in dir, and waits until clients may connect.
+func serve(dir string, args ...string) (*server, error) { return launch(dir, "serve", args...) }
+
+// launch is serve for any verb that serves.
+func launch(dir, verb string, args ...string) (*server, error) {
 	s := &server{socket: dir + "/nbd", control: dir + "/ctl", ended: make(chan struct{})}
-	s.cmd = exec.Command(program(), append(append([]string{"serve"}, args...), "--socket", s.socket, "--control", s.control)...)
+	s.cmd = exec.Command(program(), append(append([]string{verb}, args...), "--socket", s.socket, "--control", s.control)...)
 	s.cmd.Stderr = s
 	s.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	out, err := s.cmd.StdoutPipe()
@@ -113,7 +116,7 @@ func serve(dir string, args ...string) (*server, error) {
 	}
 	if err != nil {
 		s.kill()
-		return nil, fmt.Errorf("serve %q: %w, status %d, %s", args, err, s.cmd.ProcessState.ExitCode(), s.log())
+		return nil, fmt.Errorf("%s %q: %w, status %d, %s", verb, args, err, s.cmd.ProcessState.ExitCode(), s.log())
 	}
 	return s, nil
 }

@@ -92,7 +92,8 @@ type pipes struct {
 func (f *FS) Dir() string { return f.dir }
 
 // Folder makes a directory in the root, or changes its limit: the bytes that its files may occupy together, 0 for no
-// limit. A directory is like a file system of its own. Only directories can hold files.
+// limit. A directory is like a file system of its own. Only directories can hold files. With a slash in the name it is in
+// another directory, which was made before.
 func (f *FS) Folder(name string, limit int64) error {
 	return f.rpc.Call("Control.Folder", FolderArgs{name, limit}, new(int))
 }
@@ -218,12 +219,7 @@ func (c *Control) unmount() error {
 func (c *Control) Folder(a FolderArgs, _ *int) error {
 	c.v.mu.Lock()
 	defer c.v.mu.Unlock()
-	d := c.v.folders[a.Name]
-	if d == nil {
-		d = &folder{name: a.Name, ino: c.v.ino(), names: map[string]*file{}, durable: map[string]*file{}}
-		c.v.folders[a.Name] = d
-	}
-	d.limit = a.Limit
+	c.v.folder(a.Name).limit = a.Limit
 	return nil
 }
 

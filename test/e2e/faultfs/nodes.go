@@ -2,7 +2,9 @@ package faultfs
 
 import (
 	"context"
+	"path"
 	"sort"
+	"strings"
 	"syscall"
 
 	"github.com/hanwen/go-fuse/v2/fs"
@@ -37,6 +39,7 @@ var (
 	_ fs.NodeLookuper  = (*folderNode)(nil)
 	_ fs.NodeReaddirer = (*folderNode)(nil)
 	_ fs.NodeCreater   = (*folderNode)(nil)
+	_ fs.NodeMkdirer   = (*folderNode)(nil)
 	_ fs.NodeTmpfiler  = (*folderNode)(nil)
 	_ fs.NodeLinker    = (*folderNode)(nil)
 	_ fs.NodeUnlinker  = (*folderNode)(nil)
@@ -70,11 +73,17 @@ func (n *rootNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut) 
 func (n *rootNode) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
-	var list []fuse.DirEntry
-	for _, d := range n.v.sorted() {
-		list = append(list, fuse.DirEntry{Name: d.name, Mode: syscall.S_IFDIR, Ino: d.ino})
+	return fs.NewListDirStream(n.v.within("")), 0
+}
+
+// within lists the folders that are in another one, or in the root, "". v.mu is held.
+func (v *volume) within(folder string) (list []fuse.DirEntry) {
+	for _, d := range v.sorted() {
+		if dir, name := path.Split(d.name); strings.TrimSuffix(dir, "/") == folder {
+			list = append(list, fuse.DirEntry{Name: name, Mode: syscall.S_IFDIR, Ino: d.ino})
+		}
 	}
-	return fs.NewListDirStream(list), 0
+	return list
 }
 
 func (n *folderNode) Getattr(_ context.Context, _ fs.FileHandle, out *fuse.AttrOut) syscall.Errno {
@@ -95,16 +104,33 @@ func (n *folderNode) Lookup(ctx context.Context, name string, out *fuse.EntryOut
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
 	f := n.d.names[name]
+	if d := n.v.folders[n.d.name+"/"+name]; d != nil {
+		out.Mode, out.Ino = syscall.S_IFDIR|0o755, d.ino
+		return n.NewInode(ctx, &folderNode{v: n.v, d: d}, fs.StableAttr{Mode: syscall.S_IFDIR, Ino: d.ino}), 0
+	}
 	if f == nil {
 		return nil, syscall.ENOENT
 	}
 	return n.child(ctx, name, f, out), 0
 }
 
+// Mkdir makes a directory, durably.
+func (n *folderNode) Mkdir(ctx context.Context, name string, _ uint32, out *fuse.EntryOut) (*fs.Inode, syscall.Errno) {
+	errno, _ := n.v.enter(Create, name)
+	if errno == 0 {
+		n.v.folder(n.d.name + "/" + name)
+	}
+	n.v.mu.Unlock()
+	if errno != 0 {
+		return nil, errno
+	}
+	return n.Lookup(ctx, name, out)
+}
+
 func (n *folderNode) Readdir(context.Context) (fs.DirStream, syscall.Errno) {
 	n.v.mu.Lock()
 	defer n.v.mu.Unlock()
-	var list []fuse.DirEntry
+	list := n.v.within(n.d.name)
 	for name, f := range n.d.names {
 		list = append(list, fuse.DirEntry{Name: name, Mode: syscall.S_IFREG, Ino: f.ino})
 	}
@@ -187,14 +213,19 @@ func (n *folderNode) Rename(_ context.Context, name string, parent fs.InodeEmbed
 		return errno
 	case f == nil:
 		return syscall.ENOENT
-	case !ok || to.d != n.d:
+	case !ok:
 		return syscall.EXDEV
 	case flags&^uint32(unix.RENAME_NOREPLACE) != 0:
 		return syscall.EINVAL
-	case flags&unix.RENAME_NOREPLACE != 0 && n.d.names[newName] != nil:
+	case flags&unix.RENAME_NOREPLACE != 0 && to.d.names[newName] != nil:
 		return syscall.EEXIST
 	}
-	n.d.change(nameChange{gone: name, here: newName, file: f})
+	if to.d == n.d {
+		n.d.change(nameChange{gone: name, here: newName, file: f})
+	} else { // the directories are durable each for itself
+		to.d.change(nameChange{here: newName, file: f})
+		n.d.change(nameChange{gone: name})
+	}
 	if c := n.GetChild(name); c != nil {
 		c.Operations().(*fileNode).name = newName
 	}

@@ -72,6 +72,16 @@ func newVolume() *volume {
 	return &volume{nextIno: 2, folders: map[string]*folder{}, release: make(chan struct{})}
 }
 
+// folder returns the directory of that name, which it makes if there is none.
+func (v *volume) folder(name string) *folder {
+	d := v.folders[name]
+	if d == nil {
+		d = &folder{name: name, ino: v.ino(), names: map[string]*file{}, durable: map[string]*file{}}
+		v.folders[name] = d
+	}
+	return d
+}
+
 func (v *volume) ino() uint64 {
 	v.nextIno++
 	return v.nextIno
