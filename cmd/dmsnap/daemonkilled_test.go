@@ -19,7 +19,7 @@ import (
 func TestDaemonKilledUnderLoad(t *testing.T) {
 	rounds, operations := 4, 20
 	if os.Getenv("DMSNAP_DEEP") != "" {
-		rounds, operations = 300, 1000
+		rounds, operations = 300, 30
 	} else if testing.Short() {
 		t.Skip("long")
 	}
@@ -110,6 +110,9 @@ func TestDaemonKilledUnderLoad(t *testing.T) {
 		d.wantNoOrphans(t)
 		if t.Failed() {
 			t.Fatalf("%s", &d.stderr)
+		}
+		if round%50 == 49 {
+			t.Logf("round %d: %d forks and checkpoints, %d writes", round+1, made, flushed)
 		}
 	}
 	if made < rounds || flushed[0] == 0 {
