@@ -254,13 +254,6 @@ func (f *Fleet) append(c *change, freeing bool) error {
 	return nil
 }
 
-// record is append with mu locked.
-func (f *Fleet) record(c *change, freeing bool) error {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	return f.append(c, freeing)
-}
-
 // fold replaces state.json by the state and shortens the journal.
 func (f *Fleet) fold() {
 	if err := f.foldNow(); err != nil {

@@ -172,10 +172,8 @@ func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes 
 	}
 	var all []*seal
 	defer func() {
-		if all != nil { // it was not sealed
-			for _, s := range all {
-				err = errors.Join(err, s.top.discard(f))
-			}
+		for _, s := range all { // it was not sealed
+			err = errors.Join(err, s.top.discard(f))
 		}
 	}()
 	for _, n := range nodes {

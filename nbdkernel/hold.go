@@ -44,12 +44,12 @@ func Hold(ctx context.Context, uri string, o HoldOptions, ready func(Device) err
 	if err != nil {
 		return err
 	}
-	defer export.Close()
 	export.KeepChanges(keepBytes)
 	info := export.Info()
 	between := nbd.NewServer(nbd.Options{Log: o.Log})
 	err = between.Add(nbd.Export{Device: export, ReadOnly: info.ReadOnly || o.ReadOnly, CanTrim: info.CanTrim, MultiConn: true})
 	if err != nil {
+		export.Close()
 		return err
 	}
 	// The kernel's connections outlive ctx: until the device is detached.
@@ -57,6 +57,7 @@ func Hold(ctx context.Context, uri string, o HoldOptions, ready func(Device) err
 	var connections sync.WaitGroup
 	defer connections.Wait()
 	defer stop()
+	defer export.Close() // so that requests that wait for the server fail
 	detached := make(chan struct{})
 	o.Options.DeadTimeout = 0 // this process is the server
 	d, err := attach(ctx, uri, o.Options, func(ctx context.Context) (*nbd.Transmission, error) {
@@ -82,9 +83,19 @@ func Hold(ctx context.Context, uri string, o HoldOptions, ready func(Device) err
 		}
 	}
 	// What is in the page cache is written as long as there is a device, also of one that is in use.
-	ending, cancel := context.WithTimeout(context.Background(), time.Minute)
+	return errors.Join(err, flush(context.Background(), d.Path, false), release(d.Index))
+}
+
+// release detaches a device whose process ends.
+func release(index int) error {
+	k, err := dialKernel()
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	return errors.Join(err, Detach(ending, d.Path, true), export.Flush())
+	return k.detach(ctx, index)
 }
 
 // socketPair returns two connected sockets.

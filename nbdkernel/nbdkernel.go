@@ -172,8 +172,11 @@ func configure(uri string, list []*nbd.Transmission, o Options) (c configuration
 	return c, nil
 }
 
+// flushTimeout is how long a forced detach waits for what was written to be durable: the server may be lost.
+const flushTimeout = time.Minute
+
 // Detach makes what was written to a device durable and detaches it. A device in use, by a mounted file system for one, is refused
-// unless force is set. It returns when the kernel has let the device go.
+// unless force is set; so is one that can't be flushed, for which force waits a minute. It returns when the kernel has let the device go.
 func Detach(ctx context.Context, path string, force bool) error {
 	index, err := IndexOf(path)
 	if err != nil {
@@ -191,13 +194,18 @@ func Detach(ctx context.Context, path string, force bool) error {
 	if len(connected) == 0 {
 		return fmt.Errorf("%s: the device is not attached", path)
 	}
-	if err := flush(path, force); err != nil {
+	if err := flush(ctx, path, !force); err != nil && !force {
 		return err
 	}
+	return k.detach(ctx, index)
+}
+
+// detach ends a device and waits until the kernel has let it go.
+func (k *kernel) detach(ctx context.Context, index int) error {
 	if err := k.disconnect(index); err != nil {
 		return err
 	}
-	return await(ctx, path+": the kernel still has the device", func() error {
+	return await(ctx, fmt.Sprintf("/dev/nbd%d: the kernel still has the device", index), func() error {
 		if connected, err := k.connected(index); err != nil || len(connected) > 0 {
 			return errors.Join(err, errWait)
 		}
@@ -205,27 +213,34 @@ func Detach(ctx context.Context, path string, force bool) error {
 	})
 }
 
-// flush makes what was written to a device durable. Without force, the device must not be in use.
-func flush(path string, force bool) error {
+// flush makes what was written to a device durable. exclusive: the device must not be in use; else it waits for flushTimeout at most.
+func flush(ctx context.Context, path string, exclusive bool) error {
 	flags := unix.O_RDONLY
-	if !force {
+	if exclusive {
 		flags |= unix.O_EXCL // of a block device: nobody mounts or holds it
+	} else {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, flushTimeout, errors.New("the server does not answer"))
+		defer cancel()
 	}
-	f, err := os.OpenFile(path, flags, 0)
-	switch {
-	case errors.Is(err, unix.EBUSY):
-		return fmt.Errorf("%s: the device is in use: unmount its file systems first", path)
-	case err != nil && !force:
+	done := make(chan error, 1)
+	go func() { // nothing ends an fsync
+		f, err := os.OpenFile(path, flags, 0)
+		if err == nil {
+			err = f.Sync()
+			f.Close()
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("%s: the device is in use: unmount its file systems first", path)
+		}
 		return err
-	case err != nil:
-		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("%s: what was written is not durable yet: %w", path, context.Cause(ctx))
 	}
-	err = f.Sync()
-	f.Close()
-	if err != nil && !force {
-		return fmt.Errorf("%s: what was written can't be made durable: %w", path, err)
-	}
-	return nil
 }
 
 // List returns the devices that are attached, by whatever program, in order.

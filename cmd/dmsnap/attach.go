@@ -141,7 +141,7 @@ for one, is refused without --force; with it, its users get I/O errors.`,
 			return printf(c, "%s detached\n", args[0])
 		},
 	}
-	c.Flags().BoolVar(&force, "force", false, "detach a device in use, too, and one that can't be flushed")
+	c.Flags().BoolVar(&force, "force", false, "detach a device in use, too, and one that can't be flushed within a minute")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
 }

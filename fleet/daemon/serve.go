@@ -94,6 +94,9 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 	}
 	d, err := New(f, options)
 	if err != nil {
+		for _, l := range append(listeners, control) {
+			l.Close()
+		}
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)

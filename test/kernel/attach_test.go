@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/internal/testcerts"
 	"github.com/dmsnap/dmsnap/test/kernel/job"
 )
 
@@ -23,18 +24,41 @@ func withDmsnap(t *testing.T, size string) *kernel {
 	m := boot(t)
 	k := newKernelOf(t, m)
 	putProgram(t, m)
-	k.sh("truncate -s " + size + " /run/disk.img && cp /mnt/dmsnap /run/dmsnap && mkdir -p /run/a")
+	k.sh("head -c 16M /dev/urandom > /run/disk.img && truncate -s " + size + " /run/disk.img && cp /mnt/dmsnap /run/dmsnap && mkdir -p /run/a && " + digestOfDisk + " > /run/before")
 	return k
 }
 
-const attachedURI = "nbd+unix:///vm1?socket=/run/nbd.sock"
+const digestOfDisk = "sha256sum < /run/disk.img"
+
+// unchanged wants that the other snapshot shows what the disk held at first, and that both stores are sound.
+func (k *kernel) unchanged() {
+	k.t.Helper()
+	k.sh("for c in vm old; do /run/dmsnap check /run/$c.cow --origin /run/disk.img; done && /run/dmsnap export /run/disk.img /run/old.cow - | sha256sum | cmp - /run/before")
+	if k.sh(digestOfDisk+" | cmp -s - /run/before && echo same || true") != "" {
+		k.t.Error("nothing was written to the origin: the test shows nothing")
+	}
+}
+
+const (
+	attachedURI = "nbd+unix:///vm1?socket=/run/nbd.sock"
+	originURI   = "nbd+unix:///origin?socket=/run/nbd.sock"
+)
+
+// hold starts an attach in the foreground and returns its process when the device is there.
+func (k *kernel) hold(device string, args ...string) (process int64) {
+	k.t.Helper()
+	log := k.m.Name("attach.log")
+	process = k.spawn(log, append([]string{"/run/dmsnap", "attach", "--foreground"}, append(args, device)...)...)
+	k.must(job.Op{Do: job.Until, Argv: []string{"cat", "/mnt/" + log}, Stdin: device, Seconds: 60})
+	return process
+}
 
 // serveVM starts a server of the snapshot and returns its process when it accepts clients.
 func (k *kernel) serveVM(more ...string) (process int64) {
 	k.t.Helper()
 	log := k.m.Name("server.log")
-	process = k.spawn(log, append([]string{"/run/dmsnap", "serve", "/run/disk.img", "vm1=/run/vm.cow", "--create", "--socket", "/run/nbd.sock"}, more...)...)
-	k.must(job.Op{Do: job.Until, Argv: []string{"cat", "/mnt/" + log}, Stdin: "nbd+unix", Seconds: 60})
+	process = k.spawn(log, append([]string{"/run/dmsnap", "serve", "/run/disk.img", "vm1=/run/vm.cow", "old=/run/old.cow", "--export-origin", "--create", "--socket", "/run/nbd.sock"}, more...)...)
+	k.must(job.Op{Do: job.Until, Argv: []string{"cat", "/mnt/" + log}, Stdin: "origin  ", Seconds: 60})
 	return process
 }
 
@@ -127,16 +151,55 @@ func TestAttach(t *testing.T) {
 	k.sh("/run/dmsnap check /run/vm.cow --origin /run/disk.img")
 }
 
+// TestAttachKilled kills servers to which the kernel speaks by itself. Requests fail and nothing hangs; what was flushed is there, on
+// the device and on the origin's, and the other snapshot is what it was.
+func TestAttachKilled(t *testing.T) {
+	k := withDmsnap(t, "32M")
+	write := "set -e; i=$1; while :; do printf %4096d $i > /run/$2.block; dd if=/run/$2.block of=$3 bs=4k seek=$((i % 1000)) oflag=direct conv=fsync 2>/dev/null; " +
+		"echo $i > /run/$2.last; i=$((i+1)); done"
+	last := func(name string) (n int) {
+		fmt.Sscan(k.sh("cat /run/"+name+".last 2>/dev/null || echo -1"), &n)
+		return n
+	}
+	servers := max(1, rounds(t)/3) // a request in flight fails after seconds
+	for range servers {
+		server := k.serveVM()
+		k.sh("/run/dmsnap attach --timeout 5s '" + attachedURI + "' /dev/nbd0 && /run/dmsnap attach --timeout 5s '" + originURI + "' /dev/nbd1")
+		var load []int64
+		for i, name := range []string{"vm", "origin"} {
+			load = append(load, k.spawn(k.m.Name("load.log"), "/bin/sh", "-c", write, "write", fmt.Sprint(last(name)+1), name, fmt.Sprintf("/dev/nbd%d", i)))
+		}
+		k.must(job.Op{Do: job.Until, Argv: []string{"/bin/sh", "-c", "cat /run/vm.last && cat /run/origin.last && echo both"}, Stdin: "both", Seconds: 60})
+		time.Sleep(300 * time.Millisecond) // of load
+		k.sh(fmt.Sprintf("kill -KILL %d", server))
+		k.do(job.Op{Do: job.Reap, N: server, Seconds: 60})
+		for _, l := range load {
+			k.do(job.Op{Do: job.Reap, N: l, Seconds: 60}) // a failed write ends it
+		}
+		k.sh("for d in 0 1; do /run/dmsnap detach --force /dev/nbd$d; done")
+		k.unchanged()
+		// The last block whose fsync returned.
+		k.sh("/run/dmsnap export /run/disk.img /run/vm.cow - > /run/vm.img && ln -sf disk.img /run/origin.img")
+		for _, name := range []string{"vm", "origin"} {
+			k.sh(fmt.Sprintf("dd if=/run/%s.img of=/run/%[1]s.found bs=4k skip=%d count=1 2>/dev/null && printf %%4096d %d | cmp - /run/%[1]s.found", name, last(name)%1000, last(name)))
+		}
+		tally.add(func(c *counts) { c.kills++ })
+	}
+	t.Logf("%d and %d blocks over %d servers", last("vm"), last("origin"), servers)
+}
+
 // TestAttachForeground kills and starts servers under a mounted file system. What was written, flushed or not, is there, and
 // nothing in the kernel has failed.
 func TestAttachForeground(t *testing.T) {
 	k := withDmsnap(t, "128M")
 	server := k.serveVM()
-	holder := k.spawn("attach.log", "/run/dmsnap", "attach", "--foreground", "--connections", "2", attachedURI)
-	k.must(job.Op{Do: job.Until, Argv: []string{"cat", "/mnt/attach.log"}, Stdin: "/dev/nbd0", Seconds: 60})
+	holder := k.hold("/dev/nbd0", "--connections", "2", attachedURI)
+	ofOrigin := k.hold("/dev/nbd4", originURI)
 	k.sh("mkfs.ext4 -q -F /dev/nbd0 && mount -o errors=remount-ro /dev/nbd0 /run/a && mkdir /run/a/files")
 	load := k.spawn("load.log", "/bin/sh", "-c", "set -e; i=0; while [ ! -e /run/stop ]; do head -c 20000 /dev/urandom > /run/a/files/$i; "+
 		"[ $((i % 8)) != 0 ] || sync -f /run/a; sha256sum /run/a/files/$i >> /run/sums; i=$((i+1)); done")
+	toOrigin := k.spawn("origin.log", "/bin/sh", "-c", "set -e; i=0; while [ ! -e /run/stop ]; do "+
+		"dd if=/dev/urandom of=/dev/nbd4 bs=64k count=1 seek=$((i * 7 % 250)) oflag=direct conv=fsync 2>/dev/null; i=$((i+1)); done")
 	started := time.Now()
 	for round := range rounds(t) {
 		time.Sleep(700 * time.Millisecond) // of load
@@ -151,6 +214,9 @@ func TestAttachForeground(t *testing.T) {
 	}
 	k.sh("touch /run/stop")
 	k.reap(load)
+	k.reap(toOrigin)
+	k.sh("/run/dmsnap detach /dev/nbd4")
+	k.reap(ofOrigin)
 	t.Logf("%s files over %d servers in %v", strings.TrimSpace(k.sh("wc -l < /run/sums")), rounds(t)+1, time.Since(started).Round(time.Second))
 	k.sh("sync -f /run/a && umount /run/a && e2fsck -fn /dev/nbd0 && blockdev --flushbufs /dev/nbd0 && mount /dev/nbd0 /run/a && sha256sum -c --quiet /run/sums && umount /run/a")
 
@@ -163,13 +229,20 @@ func TestAttachForeground(t *testing.T) {
 	}
 	k.sh(fmt.Sprintf("kill -KILL %d", server))
 	k.do(job.Op{Do: job.Reap, N: server})
-	k.sh("/run/dmsnap check /run/vm.cow --origin /run/disk.img && /run/dmsnap export /run/disk.img /run/vm.cow - | tail -c +1024001 | head -c 4 | grep -qx last")
+	k.unchanged()
+	k.sh("/run/dmsnap export /run/disk.img /run/vm.cow - | tail -c +1024001 | head -c 4 | grep -qx last")
 
-	// detach ends a holder, too, in order.
-	k.serveVM()
-	holder = k.spawn("attach2.log", "/run/dmsnap", "attach", "--foreground", attachedURI, "/dev/nbd5")
-	k.must(job.Op{Do: job.Until, Argv: []string{"cat", "/mnt/attach2.log"}, Stdin: "/dev/nbd5", Seconds: 60})
-	k.sh("/run/dmsnap detach /dev/nbd5")
+	// With TLS. detach ends a holder, too, in order.
+	authority, err := testcerts.NewAuthority("test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := authority.Write(k.m.Share()); err != nil {
+		t.Fatal(err)
+	}
+	k.serveVM("--tls-certificates", "/mnt")
+	holder = k.hold("/dev/nbd5", strings.Replace(attachedURI, "nbd", "nbds", 1), "--nbd-certificates", "/mnt")
+	k.sh("dd if=/dev/nbd5 bs=512 skip=2000 count=1 2>/dev/null | head -c 4 | grep -qx last && /run/dmsnap detach /dev/nbd5")
 	k.reap(holder)
 	if c := k.m.Complaints(); len(c) > 0 {
 		t.Errorf("the kernel complains: %v", c)
