@@ -233,11 +233,10 @@ func Write(ctx context.Context, data, index io.Writer, size int64, produce func(
 
 // writer writes compressed units.
 type writer struct {
-	data   io.Writer
-	sum    hash.Hash
-	size   int64
-	index  *IndexWriter
-	result Layer
+	data  io.Writer
+	sum   hash.Hash
+	size  int64
+	index *IndexWriter
 }
 
 func (w *writer) begin() error { return w.write(dataStart) }
