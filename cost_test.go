@@ -155,7 +155,7 @@ func differences(origin, cow block.Device) (*diff.Diff, error) {
 	return diff.New(origin, st)
 }
 
-// Nor is a hole in a stored chunk read by whoever copies it.
+// Nor is a hole in a stored chunk read when it is copied.
 func TestHolesOfChunksAreNotRead(t *testing.T) {
 	const chunk, count = 16 << 20, 64
 	origin, cow := block.NewMemory(count*chunk), block.NewMemory((count+10)*chunk)

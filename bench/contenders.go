@@ -12,7 +12,7 @@ import (
 type contender struct {
 	key, title string
 	needs      string // the program, "" for dmsnap itself
-	// create makes an empty overlay; nil when the overlay lives no longer than the process, or there is none.
+	// create makes an empty overlay; nil when the overlay ends with the process, or there is none.
 	create func(ctx context.Context, l *lab, base, image string) error
 	// serve is the command line of the server; nil when fio goes to the image itself.
 	serve  func(l *lab, base, image, socket string) []string

@@ -144,7 +144,7 @@ func copyInOrder(origin, cow string, exceptions []ondisk.Exception) error {
 	return to.Sync()
 }
 
-// liveMergeRow has clients read and write at random while their snapshot is merged beneath them.
+// liveMergeRow has clients read and write at random while their snapshot is merged below them.
 func liveMergeRow() row {
 	return row{name: "live merge of 512 MiB under 4 KiB random load, 70/30, depth 16", unit: "% of the rate without",
 		columns: []string{ours}, run: liveMerge,

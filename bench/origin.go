@@ -8,7 +8,7 @@ import (
 )
 
 // originRow writes to the origin while k snapshots keep what it overwrites. The other columns write the same
-// blocks to a disk that nobody keeps.
+// blocks to a disk without snapshots.
 func originRow(name string, k int, least float64) row {
 	r := row{name: name, unit: "IOPS", columns: []string{ours, ourRaw, file, direct},
 		bars: []bar{{text: "≥ %g × own raw export", least: least, peers: []string{ourRaw}}}}

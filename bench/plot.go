@@ -19,7 +19,7 @@ const (
 // plotRatios draws a bar for each ratio that has a bar to reach, as long as the share of it that was reached.
 // The line is where a bar is reached; the thin stroke spans the rounds.
 func (r *report) plotRatios(w io.Writer) error {
-	const scale = (plotWidth - plotLabels - 80) / 3.0 // pixels of a ratio of 1: three times the bar is all there is room for
+	const scale = (plotWidth - plotLabels - 80) / 3.0 // pixels of a ratio of 1: three times the bar is all there is space for
 	var b strings.Builder
 	y := 30
 	for _, row := range r.Rows {

@@ -145,7 +145,7 @@ func firstReply(ctx context.Context, l *lab, c contender, _ int) (sample, error)
 }
 
 // forks serves k snapshots of one origin in one process. The figure is what each adds to the memory of a server
-// with one; idle_percent is the CPU time of the process over five seconds in which nobody asks for anything.
+// with one; idle_percent is the CPU time of the process over five seconds without requests.
 func forks(k int) func(ctx context.Context, l *lab, c contender, round int) (sample, error) {
 	return func(ctx context.Context, l *lab, _ contender, _ int) (sample, error) {
 		base, err := l.image("base.img", l.origin)

@@ -38,7 +38,7 @@ func sourceRow(name string, j job, peer string, bars []bar, image func(ctx conte
 		}
 		defer func() { err = errors.Join(err, end()) }()
 		if c.key == ours {
-			c = find(ourRaw) // an origin of which nobody has a snapshot
+			c = find(ourRaw) // an origin without snapshots
 			// The store records the format of its origin, which differs between these rows.
 			defer os.Remove(l.path("none.cow"))
 		}

@@ -218,7 +218,7 @@ func Allocate(dev Device, off, n int64) (can bool, err error) {
 }
 
 // IsNoSpace reports whether err says that a file system is full, a quota used up or a file as long as it may be: what
-// an operator fixes by making room.
+// an operator fixes by freeing space.
 func IsNoSpace(err error) bool {
 	return errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG)
 }
@@ -365,7 +365,7 @@ type Identifier interface {
 }
 
 // Same reports whether a and b are the same disk: one value, or two devices with the same identity. A
-// device that embeds [Forward] has the identity of the device beneath it. Devices of any dynamic type
+// device that embeds [Forward] has the identity of the underlying device. Devices of any dynamic type
 // may be compared.
 func Same(a, b Device) bool {
 	if x := reflect.ValueOf(a); x.Comparable() && reflect.ValueOf(b).Comparable() && a == b {

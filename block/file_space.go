@@ -226,7 +226,7 @@ type dataRun struct {
 
 // knownData returns the end of the data at off that the last call of Extents found, or 0. Asked for a piece, the file
 // system looks for the end of the whole stretch, which takes long on some (tmpfs, ext4 before its pages are written). A
-// stretch is forgotten when f makes a hole anywhere. Holes are not remembered: whoever takes data for a hole loses it.
+// stretch is forgotten when f makes a hole anywhere. Holes are not remembered: data that is taken for a hole is lost.
 func (f *File) knownData(off int64) int64 {
 	if d := f.data.Load(); d != nil && d.punches == f.punches.Load() && d.from <= off && off < d.to {
 		return d.to

@@ -17,7 +17,7 @@ type RetryLater interface {
 }
 
 // RetryInterval is how long to wait for the channel of a RetryLater before trying anyway: there is no notification when
-// another program makes room.
+// another program frees space.
 const RetryInterval = time.Second
 
 // CanRetry returns the channel of a RetryLater in err, or nil.

@@ -145,5 +145,5 @@ func (t *second) detail(l ondisk.Layout, e store.Entry) string {
 	if t.code == COWShared {
 		return fmt.Sprintf("COW chunk %d is said to keep origin chunk %d here, and origin chunk %d in %s", t.e.New, t.e.Old, e.Old, l.Place(e.Slot))
 	}
-	return fmt.Sprintf("origin chunk %d is said to be in COW chunk %d here (kernel 6.12 believes it), and in COW chunk %d in %s (kernel 6.1 believes that)", t.e.Old, t.e.New, e.New, l.Place(e.Slot))
+	return fmt.Sprintf("origin chunk %d is said to be in COW chunk %d here (kernel 6.12 uses it), and in COW chunk %d in %s (kernel 6.1 uses that)", t.e.Old, t.e.New, e.New, l.Place(e.Slot))
 }

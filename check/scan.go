@@ -170,7 +170,7 @@ func (s *scanner) slots(at ondisk.Slot, b []byte) int {
 			return n
 		}
 		s.r.Slots++
-		wrong := s.judge(slot, e)
+		wrong := s.examine(slot, e)
 		if wrong == 0 {
 			s.r.Exceptions++
 			s.r.LastOrigin = max(s.r.LastOrigin, e.Old)
@@ -186,8 +186,8 @@ func (s *scanner) slots(at ondisk.Slot, b []byte) int {
 	return n
 }
 
-// judge returns the first problem of a slot, or 0, and records all.
-func (s *scanner) judge(slot ondisk.Slot, e ondisk.Exception) Code {
+// examine returns the first problem of a slot, or 0, and records all.
+func (s *scanner) examine(slot ondisk.Slot, e ondisk.Exception) Code {
 	wrong := Code(0)
 	if c := s.judgeNew(slot, e); c != 0 {
 		wrong = c

@@ -152,7 +152,7 @@ func (p *Plan) measure() {
 }
 
 // Size is how long a device must be for the new store, in bytes: as long as the old one is, or longer
-// where chunks of the new size need more room for the same part of the disk.
+// where chunks of the new size need more space for the same part of the disk.
 func (p *Plan) Size() int64 { return p.size() }
 
 // size is Size, or -1 where no device is so long.

@@ -183,7 +183,7 @@ func TestRoomStays(t *testing.T) {
 			}
 			out, _ := made(t, cow, compact.Options{ChunkSectors: to})
 			if room, all := b.Room(b.Chunks(out.Size(), false)), b.Chunks(disk, true); room < all || out.Size() < cow.Size() {
-				t.Errorf("%d to %d sectors: room for %d chunks of %d", from, to, room, all)
+				t.Errorf("%d to %d sectors: space for %d chunks of %d", from, to, room, all)
 			}
 		}
 	}

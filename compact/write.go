@@ -19,7 +19,7 @@ type Result struct {
 // package store: the previous content of dst is lost from the first write on, and at every instant dst holds no store,
 // or a valid one of the first chunks. Ranges of zeros become holes where dst supports them.
 //
-// Errors: ctx's cause; what store.Create says of dst; store.ErrFull where dst, or the file system beneath, has no
+// Errors: ctx's cause; what store.Create says of dst; store.ErrFull where dst, or the underlying file system, has no
 // space; failed reads and writes.
 func (p *Plan) Write(ctx context.Context, dst block.Device) (Result, error) {
 	st, err := store.CreateFor(dst, p.to, true, p.old.OriginFormat())

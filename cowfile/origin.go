@@ -21,7 +21,7 @@ var ErrOtherVersion = errors.New("the origin is another version of the disk than
 type Origin interface {
 	block.Device
 	io.Closer
-	// Format is that of the file beneath: ondisk.RawFormat, or what the labels of its stores record.
+	// Format is that of the file below: ondisk.RawFormat, or what the labels of its stores record.
 	Format() string
 	// ReadOnly, AllowWrites, DenyWrites and CheckUnused are as those of block.File. Of an origin that is only read,
 	// AllowWrites fails with ErrOnlyRead.

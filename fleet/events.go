@@ -57,7 +57,7 @@ func (h *hub) close() {
 	}
 }
 
-// publish passes an event on, and waits for nobody. mu is held.
+// publish passes an event on, and does not wait for subscribers. mu is held.
 func (f *Fleet) publish(e api.Event) {
 	e.Time = f.opts.Now().UTC().Round(0)
 	for s := range f.events.list {

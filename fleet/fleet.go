@@ -95,7 +95,7 @@ type Fleet struct {
 	nbd  *nbd.Server
 	lock *os.File
 
-	ops chan struct{} // has room for one: a lock that a context can give up
+	ops chan struct{} // has space for one: a lock that a context can give up
 
 	mu      sync.Mutex
 	state   *state

@@ -13,7 +13,7 @@
 //
 //   - An fsync covers every write, to whichever file descriptor of the export, that returned before it. A failed one is EIO.
 //   - A write to a file that is open with O_SYNC or O_DSYNC, or with RWF_DSYNC, is durable when it returns.
-//   - What is waiting for room (block.RetryLater) waits until there is some, or the process that asked gets a signal.
+//   - What is waiting for space (block.RetryLater) waits until there is some, or the process that asked gets a signal.
 //   - When Remove or Close has returned, nothing uses the device any more. Descriptors that are still open get ENODEV.
 //   - Unmount, of this or another process, ends a mount in order. So does umount(8).
 //   - When the process is killed, what was made durable is there, and nothing hangs: open files answer ENOTCONN. Mount
@@ -207,7 +207,7 @@ func (s *Server) Changed(name string, off, n int64) {
 // Path returns the path of an export's file, whether it exists or not.
 func (s *Server) Path(name string) string { return filepath.Join(s.dir, name) }
 
-// Remove ends the export name. Requests that wait for room fail. When it returns nil nothing uses the device any more;
+// Remove ends the export name. Requests that wait for space fail. When it returns nil nothing uses the device any more;
 // when ctx ends before, its cause.
 func (s *Server) Remove(ctx context.Context, name string) error {
 	s.mu.Lock()
@@ -286,7 +286,7 @@ func (x *export) end(ctx context.Context) error {
 	}
 }
 
-// do executes a request: again when there may be room, until the export ends or ctx does. It returns what the process
+// do executes a request: again when there may be space, until the export ends or ctx does. It returns what the process
 // gets to see.
 func (x *export) do(ctx context.Context, s *Server, op string, request func() error) syscall.Errno {
 	if !x.mu.TryRLock() {

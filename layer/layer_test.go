@@ -123,7 +123,7 @@ func TestMergedIndex(t *testing.T) {
 					continue
 				}
 				p := content[s*512:][:512]
-				if r.IntN(3) > 0 { // else zeros over what is beneath
+				if r.IntN(3) > 0 { // else zeros over what is below
 					for i := range p {
 						p[i] = byte(r.IntN(3))
 					}

@@ -190,7 +190,7 @@ func TestDriverGoesOnAfterAFailedStep(t *testing.T) {
 	w.wantMerged(t)
 }
 
-// waiting makes a merge whose steps wait for room in the COW device of another snapshot, for ever.
+// waiting makes a merge whose steps wait for space in the COW device of another snapshot, for ever.
 func waiting(t *testing.T) *snapshot.Merging {
 	t.Helper()
 	w := newWorld(t, 64, 32)
@@ -209,7 +209,7 @@ func waiting(t *testing.T) *snapshot.Merging {
 	return m
 }
 
-// TestRunEndsWhileItWaits: the end of its context ends Run, and Stop a Driver, while a step waits for room elsewhere.
+// TestRunEndsWhileItWaits: the end of its context ends Run, and Stop a Driver, while a step waits for space elsewhere.
 func TestRunEndsWhileItWaits(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := waiting(t)

@@ -28,15 +28,15 @@ type SiblingWork struct {
 	Name    string
 	Invalid bool   // it is invalid: there is nothing to preserve
 	Chunks  uint64 // that it has to preserve
-	Free    uint64 // that its COW device has room for
+	Free    uint64 // that its COW device has space for
 }
 
-// ErrSiblingFull reports a sibling whose COW device has no room for what it would have to preserve.
-var ErrSiblingFull = errors.New("the COW device of another snapshot of the origin has no room for what it has to preserve")
+// ErrSiblingFull reports a sibling whose COW device has no space for what it would have to preserve.
+var ErrSiblingFull = errors.New("the COW device of another snapshot of the origin has no space for what it has to preserve")
 
 // PlanSiblings returns what Offline would have siblings preserve, or the error with which it would refuse: as Plan; what
 // store.Open says of a sibling's COW device; a device that is named twice (snapshot.ErrPairing); ErrSiblingFull. It writes nothing;
-// the devices may be read-only. Room on the file system of a COW file is not looked for: a merge that lacks it stops, with
+// the devices may be read-only. Space on the file system of a COW file is not looked for: a merge that lacks it stops, with
 // nothing lost.
 func PlanSiblings(origin, cow block.Device, siblings []Sibling) ([]SiblingWork, error) {
 	if len(siblings) == 0 {
@@ -110,7 +110,7 @@ func (s Sibling) plan(size int64, from *store.Store) (SiblingWork, error) {
 		next = max(next, last+1)
 	}
 	if w.Chunks > w.Free {
-		return w, fmt.Errorf("%w: %d chunks of %d bytes, and there is room for %d", ErrSiblingFull, w.Chunks, l.ChunkBytes(), w.Free)
+		return w, fmt.Errorf("%w: %d chunks of %d bytes, and there is space for %d", ErrSiblingFull, w.Chunks, l.ChunkBytes(), w.Free)
 	}
 	return w, nil
 }
@@ -183,9 +183,9 @@ func VisibleSiblings(origin, cow block.Device, folders []string, known ...Siblin
 // sameMerge reports whether dev and cow are an undo store and the store that it was made for: one has what a merge of the other
 // overwrites.
 func sameMerge(dev, cow block.Device) bool {
-	its, tied, err := readLabel(dev)
+	its, labelled, err := readLabel(dev)
 	mine, known, mineErr := readLabel(cow)
-	return err == nil && mineErr == nil && tied && known && its.ID == mine.ID && its.Undo != mine.Undo
+	return err == nil && mineErr == nil && labelled && known && its.ID == mine.ID && its.Undo != mine.Undo
 }
 
 // fits reports whether dev holds a valid store of an origin of size bytes, as far as its first slots say.

@@ -307,7 +307,7 @@ func TestSiblingsWhoseDevicesFail(t *testing.T) {
 	}
 }
 
-// TestSiblingLost: a sibling whose COW device can't be written, but marked, stops the merge, and is named. One that has no room
+// TestSiblingLost: a sibling whose COW device can't be written, but marked, stops the merge, and is named. One that has no space
 // on its file system stops it too, and stays valid.
 func TestSiblingLost(t *testing.T) {
 	for _, cause := range []error{syscall.EIO, syscall.ENOSPC} {
@@ -347,7 +347,7 @@ func TestSiblingsRefused(t *testing.T) {
 		spoil func(t *testing.T, w *siblingWorld)
 		want  error
 	}{
-		"no room":          {func(t *testing.T, w *siblingWorld) { w.siblings[3].COW = block.NewMemory(10 * chunk) }, merge.ErrSiblingFull},
+		"no space":         {func(t *testing.T, w *siblingWorld) { w.siblings[3].COW = block.NewMemory(10 * chunk) }, merge.ErrSiblingFull},
 		"twice":            {func(t *testing.T, w *siblingWorld) { w.siblings[1] = w.siblings[0] }, snapshot.ErrPairing},
 		"the merged store": {func(t *testing.T, w *siblingWorld) { w.siblings[1].COW = w.cow }, snapshot.ErrPairing},
 		"the origin":       {func(t *testing.T, w *siblingWorld) { w.siblings[1].COW = w.origin }, snapshot.ErrPairing},

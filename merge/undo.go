@@ -123,18 +123,18 @@ func snapshotStore(dev block.Device) (*store.Store, error) {
 
 // checkLabels compares the labels of undo store and merged store.
 func checkLabels(origin block.Device, from, st *store.Store) error {
-	mine, tied, err := readLabel(st.Device())
+	mine, labelled, err := readLabel(st.Device())
 	if err != nil {
 		return err
 	}
-	if !tied || !mine.Undo { // a copy of the merged store has the label, and the right chunks
+	if !labelled || !mine.Undo { // a copy of the merged store has the label, and the right chunks
 		return errors.New("it was not made by a merge to take it back")
 	}
-	cows, tied, err := readLabel(from.Device())
+	cows, labelled, err := readLabel(from.Device())
 	switch {
 	case err != nil:
 		return err
-	case !tied || cows.ID != mine.ID:
+	case !labelled || cows.ID != mine.ID:
 		return errors.New("it was made by another merge")
 	case from.Layout() != st.Layout():
 		return fmt.Errorf("its chunks are of %d sectors, those to be merged of %d", st.Layout().ChunkSectors, from.Layout().ChunkSectors)

@@ -354,7 +354,7 @@ func TestUndoWhoseDevicesFail(t *testing.T) {
 	}
 }
 
-// Where there is no room for the undo store nothing else is touched.
+// Where there is no space for the undo store nothing else is touched.
 func TestUndoWithoutRoom(t *testing.T) {
 	w := newUndoWorld(t, rand.New(rand.NewPCG(5, 5)), 4000, 8, 60, snapshot.Persistent)
 	plan, err := merge.Plan(w.origin, w.cow)
@@ -366,7 +366,7 @@ func TestUndoWithoutRoom(t *testing.T) {
 		quota := blocktest.NewQuota(block.NewMemory(plan.UndoBytes), plan.UndoBytes/2, can)
 		err := merge.WriteUndo(t.Context(), log.Record("ORIGIN", w.origin), log.Record("COW", w.cow), quota, merge.Options{})
 		if !errors.Is(err, syscall.ENOSPC) {
-			t.Errorf("with half of the room: %v", err)
+			t.Errorf("with half of the space: %v", err)
 		}
 		wantOnlyReads(t, &log)
 		short := block.NewMemory(plan.UndoBytes / 2)
@@ -375,7 +375,7 @@ func TestUndoWithoutRoom(t *testing.T) {
 		}
 		quota.SetLimit(2 * plan.UndoBytes)
 		if err := merge.WriteUndo(t.Context(), w.origin, w.cow, quota, merge.Options{}); err != nil {
-			t.Errorf("with room: %v", err)
+			t.Errorf("with space: %v", err)
 		}
 	}
 }
@@ -421,7 +421,7 @@ func TestCheckUndoRefuses(t *testing.T) {
 			return m
 		}, "not made by a merge to"},
 		"another snapshot of the origin": {func(t *testing.T, w *undoWorld, u *block.Memory) *block.Memory {
-			return block.MemoryFrom(w.cow.Bytes()) // with all the right chunks, and no tie
+			return block.MemoryFrom(w.cow.Bytes()) // with all the right chunks, and no undo label
 		}, "not made by a merge to"},
 		"invalid": {func(t *testing.T, _ *undoWorld, u *block.Memory) *block.Memory {
 			write(t, u, make([]byte, 4), 4)

@@ -8,7 +8,7 @@
 //		}
 //	}
 //
-// It asks nobody by itself, and reads nothing but the free space of the file systems that hold the files of layers.
+// It sends no requests by itself, and reads nothing but the free space of the file systems that hold the files of layers.
 package monitor
 
 import "time"

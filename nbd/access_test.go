@@ -66,7 +66,7 @@ func TestAuthorize(t *testing.T) {
 	c.Close()
 }
 
-// A client that may only read is refused by the server, whatever it believes.
+// A client that may only read is refused by the server, whatever it tries.
 func TestAuthorizeRefusesWritesOfAnyClient(t *testing.T) {
 	s := start(t, nbd.Options{Authorize: func(nbd.ClientInfo, string) nbd.Access { return nbd.AccessRead }}, "unix", nbd.Export{Name: "x", Device: block.NewMemory(4096)})
 	p := begin(t, s.uri("x"), false)

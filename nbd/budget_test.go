@@ -31,7 +31,7 @@ func TestBudgetLeavesAShare(t *testing.T) {
 			t.Fatalf("seed %d: %d of %d bytes are used", seed, b.used, b.total)
 		}
 		if !b.fits(1<<20, &account{class: new(class)}) {
-			t.Errorf("seed %d: no room for a mebibyte; %d bytes of %d used", seed, b.used, b.total)
+			t.Errorf("seed %d: no space for a mebibyte; %d bytes of %d used", seed, b.used, b.total)
 		}
 		if b.used < b.total/4 {
 			t.Errorf("seed %d: only %d bytes of %d can be used", seed, b.used, b.total)
@@ -47,6 +47,6 @@ func TestBudgetLeavesAShare(t *testing.T) {
 		}
 	}
 	if !b.fits(1<<20, &account{class: c}) {
-		t.Errorf("no room for a mebibyte beside 18 connections; %d bytes used", b.used)
+		t.Errorf("no space for a mebibyte beside 18 connections; %d bytes used", b.used)
 	}
 }

@@ -226,7 +226,7 @@ func (h *clientHandshake) exportName(export string) error {
 	}
 	if _, err := io.ReadFull(h.r, answer); err != nil {
 		// OptExportName has no error reply: a server without the export disconnects.
-		return fmt.Errorf("handshake: the server hung up, perhaps for want of the export %q: %w", export, err)
+		return fmt.Errorf("handshake: the server closed the connection, perhaps as it has no export %q: %w", export, err)
 	}
 	h.setExport(wire.ExportInfo{Size: binary.BigEndian.Uint64(answer), Flags: binary.BigEndian.Uint16(answer[8:])})
 	return nil

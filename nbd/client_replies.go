@@ -252,7 +252,7 @@ func (k *call) blockStatus(r *bufio.Reader, h wire.Chunk) error {
 		return err // the other contexts of the connection are reported, too
 	}
 	if k.extents != nil {
-		return errors.New("a context's block status was told twice")
+		return errors.New("a context's block status was sent twice")
 	}
 	left := int64(k.request.Length)
 	for _, d := range ds {

@@ -97,7 +97,7 @@ func TestTLS(t *testing.T) {
 			} else if err == nil {
 				c.Close()
 			}
-			// A client that nobody vouches for, one without a certificate, and one that trusts another server.
+			// A client with a certificate of an unknown issuer, one without a certificate, and one that trusts another server.
 			for name, wrong := range map[string]*tls.Config{
 				"another authority's": {Certificates: strangeClient.Certificates, RootCAs: client.RootCAs},
 				"none":                {RootCAs: client.RootCAs},

@@ -46,7 +46,7 @@ func NewTransmission(ctx context.Context, nc net.Conn, export string) (*Transmis
 	h := &clientHandshake{c: c, r: newReader(nc), simple: true}
 	err := h.run(export, nil)
 	if err == nil && h.r.Buffered() > 0 {
-		err = errors.New("the server sent data that nobody requested")
+		err = errors.New("the server sent data that was not requested")
 	}
 	if !stop() {
 		err = context.Cause(ctx)

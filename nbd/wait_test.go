@@ -88,7 +88,7 @@ func waitingIs(s *nbd.Server, n int64) func() bool {
 	return func() bool { c, _ := s.Counters("x"); return c.Waiting == n }
 }
 
-// TestWaitingGoesOn: every change waits for room, with FUA too, and is answered when there is some; others of the same
+// TestWaitingGoesOn: every change waits for space, with FUA too, and is answered when there is some; others of the same
 // connection go on meanwhile.
 func TestWaitingGoesOn(t *testing.T) {
 	dev := newFullDevice(1<<20, 64<<10)
@@ -113,7 +113,7 @@ func TestWaitingGoesOn(t *testing.T) {
 	}
 }
 
-// TestDeadConnectionWritesNothing: what waited for room when its client went away is not written, although room is made
+// TestDeadConnectionWritesNothing: what waited for space when its client went away is not written, although room is made
 // at that very moment, and so is nothing that lay in the socket behind it. The client has connected again and written
 // the same place.
 func TestDeadConnectionWritesNothing(t *testing.T) {
@@ -206,7 +206,7 @@ func TestWaitingPayloadsLeaveAShare(t *testing.T) {
 			}
 		})
 	}
-	wait(t, "one waits for room", waitingIs(s.Server, 1))
+	wait(t, "one waits for space", waitingIs(s.Server, 1))
 	good := func() {
 		t.Helper()
 		for _, name := range []string{"x", "other"} {

@@ -134,7 +134,7 @@ func sameExport(first, t *nbd.Transmission, connections int) error {
 	return nil
 }
 
-// A configuration is what the kernel is told of a device.
+// A configuration is what is sent to the kernel about a device.
 type configuration struct {
 	index                int // or AnyIndex
 	size                 int64

@@ -126,7 +126,7 @@ func TestServerThatHangs(t *testing.T) {
 	for i := range 1000 {
 		n.Send(event(fmt.Sprint("key", i%3), i))
 	}
-	for i := range 6 { // more keys than there is room for
+	for i := range 6 { // more keys than there is space for
 		n.Send(event(fmt.Sprint("more", i), 5000+i))
 	}
 	if d := time.Since(began); d > 5*time.Second {

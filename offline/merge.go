@@ -54,16 +54,16 @@ type Sibling struct {
 	COW     string `json:"cow"`
 	Invalid bool   `json:"invalid,omitempty"` // there is nothing to preserve
 	Chunks  uint64 `json:"chunks"`            // to preserve
-	Free    uint64 `json:"free_chunks"`       // that there is room for
+	Free    uint64 `json:"free_chunks"`       // that there is space for
 }
 
 // WriteText writes the result for people.
 func (r MergeResult) WriteText(w io.Writer) error {
 	what := fmt.Sprintf("%d chunks in %d runs, %s", r.Chunks, r.Runs, bytesize.Text(r.Bytes))
-	preserved := "preserved %d chunks, with room for %d before"
+	preserved := "preserved %d chunks, with space for %d before"
 	var err error
 	if r.DryRun {
-		preserved = "is to preserve %d chunks, with room for %d"
+		preserved = "is to preserve %d chunks, with space for %d"
 		_, err = fmt.Fprintf(w, "%s: to merge: %s; %d ranges of %s are overwritten; an undo store takes %s\n", r.COW, what,
 			r.Ranges, r.Origin, bytesize.Text(r.UndoBytes))
 	} else {

@@ -51,7 +51,7 @@ func FuzzLayout(f *testing.F) {
 				t.Errorf("exception %d of %d is in chunk %d of %d", n, room, m, chunks)
 			}
 			if l.ChunksNeeded(room) > chunks {
-				t.Errorf("room for %d in %d chunks", room, chunks)
+				t.Errorf("space for %d in %d chunks", room, chunks)
 			}
 			s := Slot{Area: n / l.SlotsPerArea(), Index: n % l.SlotsPerArea()}
 			if off := l.SlotOffset(s); off < l.ChunkBytes() || off > size-SlotSize {

@@ -15,7 +15,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// damages are stores to repair: with chunks to move, slots to drop, a header to write, no room for the end mark.
+// damages are stores to repair: with chunks to move, slots to drop, a header to write, no space for the end mark.
 func damages() map[string]*block.Memory {
 	l := ondisk.Layout{ChunkSectors: 1}
 	var full []byte
@@ -25,12 +25,12 @@ func damages() map[string]*block.Memory {
 	oddValid := image(slots(5, 2, 6, 3), 20, l)
 	oddValid.WriteAt([]byte{7}, 4)
 	return map[string]*block.Memory{
-		"duplicates":              image(slots(5, 9, 6, 3, 5, 8, 8, 3, 9, 10, 7, 11), 40, l),
-		"named past the device":   image(slots(5, 2, 6, 1<<40, 7, 4, 8, 5), 20, l),
-		"two areas":               image(append(bytes.Clone(full), slots(1, 38, 1, 40, 9, 41)...), 60, l),
-		"no room for an end mark": image(full, 34, l),
-		"odd valid word":          oddValid,
-		"larger chunks":           image(slots(5, 5, 5, 3, 6, 4), 32, ondisk.Layout{ChunkSectors: 4}),
+		"duplicates":               image(slots(5, 9, 6, 3, 5, 8, 8, 3, 9, 10, 7, 11), 40, l),
+		"named past the device":    image(slots(5, 2, 6, 1<<40, 7, 4, 8, 5), 20, l),
+		"two areas":                image(append(bytes.Clone(full), slots(1, 38, 1, 40, 9, 41)...), 60, l),
+		"no space for an end mark": image(full, 34, l),
+		"odd valid word":           oddValid,
+		"larger chunks":            image(slots(5, 5, 5, 3, 6, 4), 32, ondisk.Layout{ChunkSectors: 4}),
 	}
 }
 

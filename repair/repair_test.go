@@ -215,6 +215,6 @@ func TestNoRoomInPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	if _, err := p.InPlace(t.Context(), func(func(io.Writer) error) error { t.Error("saved"); return nil }); err == nil {
-		t.Error("it had no room")
+		t.Error("it had no space")
 	}
 }

@@ -118,7 +118,7 @@ func Open(ctx context.Context, origin, cow block.Device, o Options) (*Rescue, er
 	return r, nil
 }
 
-// addSlot is called for each slot as check judged it.
+// addSlot is called for each slot as package check classified it.
 func (r *Rescue) addSlot(e store.Entry, c check.Code) {
 	if uint64(e.Old) >= 1<<54 {
 		return // no disk has a chunk of that number, however small its chunks are

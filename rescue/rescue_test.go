@@ -169,7 +169,7 @@ func TestRevalidateInPlace(t *testing.T) {
 	if v.Valid() || v.KeptBytes() != 8*sector {
 		t.Errorf("valid %v, %d bytes kept", v.Valid(), v.KeptBytes())
 	}
-	failed := errors.New("no room")
+	failed := errors.New("no space")
 	if _, err := v.InPlace(t.Context(), func(func(io.Writer) error) error { return failed }); !errors.Is(err, failed) || !bytes.Equal(cow.Bytes(), invalid) {
 		t.Errorf("nothing was kept: %v, or the store was touched", err)
 	}

@@ -2,7 +2,7 @@ package server
 
 import "github.com/dmsnap/dmsnap/block"
 
-// A Cacher is Files whose content the kernel may cache: it is told what changed other than by its own requests. Changed drops what is
+// A Cacher is Files whose content the kernel may cache: it is notified of what changed other than by its own requests. Changed drops what is
 // cached of n bytes at off of a file, if there is one; from the start if n is 0. It may wait for requests to that file.
 type Cacher interface {
 	Files

@@ -52,7 +52,7 @@ func TestCountersInTheStatus(t *testing.T) {
 	}
 }
 
-// TestLoggerReceivesRecords has a snapshot find no room.
+// TestLoggerReceivesRecords has a snapshot find no space.
 func TestLoggerReceivesRecords(t *testing.T) {
 	p := newPair(t)
 	small := filepath.Join(p.dir, "small.cow")
@@ -76,7 +76,7 @@ func TestLoggerReceivesRecords(t *testing.T) {
 	if err := json.Unmarshal(records.Bytes(), &r); err != nil {
 		t.Fatalf("%v: %s", err, records.Bytes())
 	}
-	if r.Level != "WARN" || r.Snapshot != "small" || r.Kind != "full" || !strings.HasPrefix(r.Msg, "No room") || r.Error == "" {
+	if r.Level != "WARN" || r.Snapshot != "small" || r.Kind != "full" || !strings.HasPrefix(r.Msg, "No space") || r.Error == "" {
 		t.Errorf("the record of a full COW file: %+v", r)
 	}
 }

@@ -127,7 +127,7 @@ func TestFullPolicyDefaults(t *testing.T) {
 	for _, c := range []struct {
 		policy FullPolicy
 		store  string
-		want   api.State // after a write without room
+		want   api.State // after a write without space
 	}{
 		{"", "P", api.StateOK},
 		{"", "PO", api.StateOverflow},

@@ -156,7 +156,7 @@ func TestOriginWritesThatCantBeWritten(t *testing.T) {
 	}
 }
 
-// TestAFullOriginCostsNoSnapshot: while the origin's disk has no room for acknowledged writes, a snapshot is dropped,
+// TestAFullOriginCostsNoSnapshot: while the origin's disk has no space for acknowledged writes, a snapshot is dropped,
 // another one is refused, and the server ends: every store stays valid.
 func TestAFullOriginCostsNoSnapshot(t *testing.T) {
 	p := newPair(t)

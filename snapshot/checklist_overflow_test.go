@@ -144,7 +144,7 @@ func TestC078OverflowEndsWithAnewAfterGrowth(t *testing.T) {
 	}
 	wantStatus(t, s, "Overflow") // growing alone does not end it
 	fails(t, s, 48, 8)
-	write(t, r.origin, 480, 8, 9) // but origin writes find the new room
+	write(t, r.origin, 480, 8, 9) // but origin writes find the new space
 	wantStatus(t, s, "Overflow")
 	wantRead(t, s, 480, r.old(480, 8))
 	if err := s.Close(); err != nil {

@@ -31,7 +31,7 @@ type Counters struct {
 
 	OwnerWaits  latency.Histogram // waits of requests for another one that makes an exception for the same chunk
 	ReaderWaits latency.Histogram // waits of origin writes for reads of the snapshot that had begun before
-	NoRoom      uint64            // writes that found no room, each time, where Options.OnFull has them fail or wait
+	NoRoom      uint64            // writes that found no space, each time, where Options.OnFull has them fail or wait
 
 	Store store.Counters // zero while the snapshot has no store, before and after a handover
 }

@@ -41,7 +41,7 @@ func TestCounters(t *testing.T) {
 		t.Errorf("snapshot writes: written %+v, preserved %d; want %+v, 4", c.Written, c.Preserved.Chunks, want)
 	}
 	if c.OwnerWaits.Count != 0 || c.ReaderWaits.Count != 0 || c.NoRoom != 0 {
-		t.Errorf("nobody waited, and there was room: %+v", c)
+		t.Errorf("nobody waited, and there was space: %+v", c)
 	}
 	m, err := s.BeginMerge()
 	if err != nil {
@@ -108,6 +108,6 @@ func TestCountersOfNoRoomAndWriteBack(t *testing.T) {
 		}
 	}
 	if c := s.Counters(); c.NoRoom != 3 {
-		t.Errorf("three writes without room: %+v", c)
+		t.Errorf("three writes without space: %+v", c)
 	}
 }

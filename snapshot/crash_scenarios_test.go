@@ -45,7 +45,7 @@ var scenarios = []scenario{
 // told to a later call, so the fault tests leave them out.
 var writeBackScenarios = []scenario{
 	{"origin writes, written back", writingBack(1<<20, originWrites), 48},
-	{"origin writes, written back for want of room only", writingBack(8<<10, originWrites), 48},
+	{"origin writes, written back for want of space only", writingBack(8<<10, originWrites), 48},
 	{"writes on both sides, written back", writingBack(1<<20, bothSides), 40},
 	{"reloads, written back", writingBack(1<<20, reloads), 80},
 	{"overflow by the origin, written back", writingBack(1<<20, overflowByOrigin), 48},
@@ -249,7 +249,7 @@ func growing(t *testing.T, l *lab) {
 	s.grow(34)
 	s.write(18, 10)
 	s.flush()
-	s.overflow(30, 10) // the next area has no room, and so the slot before it has none
+	s.overflow(30, 10) // the next area has no space, and so the slot before it has none
 	s.flush()
 	s.close()
 	s.grow(96)

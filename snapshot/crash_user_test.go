@@ -66,7 +66,7 @@ func (c *labCOW) writeAs(at, n int64, as how) {
 	})
 }
 
-// overflow writes where there is no room left.
+// overflow writes where there is no space left.
 func (c *labCOW) overflow(at, n int64) {
 	if c.snap == nil {
 		return
@@ -190,7 +190,7 @@ func (l *lab) writeAs(at, n int64, as how) {
 	l.call(call{kind: callOriginWrite, fua: as == durable}, func() error { return l.put(l.origin, l.raw, at, n, as, false) })
 }
 
-// overflows writes to the origin what these snapshots have no room for.
+// overflows writes to the origin what these snapshots have no space for.
 func (l *lab) overflows(at, n int64, full ...*labCOW) {
 	if l.mixture() {
 		return

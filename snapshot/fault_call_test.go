@@ -39,7 +39,7 @@ var callNames = [...]string{"attach", "write", "discard", "flush", "read", "clos
 type call struct {
 	kind callKind
 	on   *labCOW   // nil: the origin
-	full []*labCOW // which have no room for it
+	full []*labCOW // which have no space for it
 	want error     // what it is to be refused with
 	fua  bool
 }
@@ -169,7 +169,7 @@ func (l *lab) forgetDetached() {
 	}
 }
 
-// withoutFault: everything succeeds, but for what has no room.
+// withoutFault: everything succeeds, but for what has no space.
 func (l *lab) withoutFault(c call, err error) {
 	l.t.Helper()
 	if !errors.Is(err, c.want) {
@@ -197,7 +197,7 @@ type outcome struct {
 func (l *lab) rule(c call, h hit) (o outcome) {
 	ofMerge := h.cow != nil && h.cow == l.merged
 	if l.inject.keep {
-		return outcome{fails: true} // whoever needs the space is refused, and nothing is lost
+		return outcome{fails: true} // a write that needs the space is refused, and nothing is lost
 	}
 	switch c.kind {
 	case callWrite, callFlush:
@@ -285,7 +285,7 @@ func (l *lab) mayFail(c call, sick map[*labCOW]bool) bool {
 	ofMerge := l.merged != nil && (sick[nil] || sick[l.merged])
 	switch {
 	case l.inject.keep && (c.kind == callOriginWrite || c.kind == callStep):
-		return len(sick) > 0 || len(c.full) > 0 // one that has no room fails what it would have to keep
+		return len(sick) > 0 || len(c.full) > 0 // one that has no space fails what it would have to keep
 	case c.on != nil && c.kind < callBeginMerge:
 		return sick[c.on]
 	case c.kind == callOriginWrite:
@@ -306,7 +306,7 @@ func (l *lab) compare(c call, err error, want outcome, lost []*labCOW, before ma
 			return nil
 		}
 	}
-	want.fails = want.fails || c.want != nil && !sick[c.on] // else it may have room left
+	want.fails = want.fails || c.want != nil && !sick[c.on] // else it may have space left
 	if err == nil && want.fails {
 		return errors.New("nobody was told")
 	}

@@ -21,9 +21,9 @@ const (
 	FullPause                        // as FullFail, but the error is a block.RetryLater: the caller waits and tries again
 )
 
-// ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no room. It is
+// ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no space. It is
 // also syscall.ENOSPC.
-var ErrNoRoom = errors.New("no room in the COW device")
+var ErrNoRoom = errors.New("no space in the COW device")
 
 // Growth is how a COW file is extended when its end is reached. The zero value never extends it.
 type Growth struct {
@@ -127,7 +127,7 @@ func (s *Snapshot) growStep() (bool, error) {
 	return true, nil
 }
 
-// noRoom returns the error of a write that found no room in the COW device of s, under a policy that protects the
+// noRoom returns the error of a write that found no space in the COW device of s, under a policy that protects the
 // snapshot; nil where err is something else, or the policy is the kernel's. The first one raises an event.
 //
 // err comes from the store of s, from its COW device, or from a copy between that and the origin's device: a lack of
@@ -146,12 +146,12 @@ func (s *Snapshot) noRoom(err error) error {
 	}
 	failed := errors.Is(s.store.Err(), store.ErrFailed)
 	if s.full.CompareAndSwap(false, true) {
-		text := "No room in the COW device: writes that need some fail."
+		text := "No space in the COW device: writes that need some fail."
 		switch {
 		case failed:
-			text = "No room for the exception store: it failed, and writes that need it fail until it is loaded again."
+			text = "No space for the exception store: it failed, and writes that need it fail until it is loaded again."
 		case s.opts.OnFull == FullPause:
-			text = "No room in the COW device: writes that need some wait."
+			text = "No space in the COW device: writes that need some wait."
 		}
 		notify(s.opts, Event{Kind: EventFull, Text: text, Err: err})
 	}

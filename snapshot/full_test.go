@@ -60,11 +60,11 @@ func TestFullFailProtectsBothSides(t *testing.T) {
 	if !slices.Equal(r.kinds(), []snapshot.EventKind{snapshot.EventFull}) {
 		t.Errorf("events %v", r.kinds())
 	}
-	// What needs no room goes on.
+	// What needs no space goes on.
 	write(t, s, 16, 8, 9)
 	write(t, r.origin, 0, 8, 9)
 	flush(t, s)
-	// And everything when there is room.
+	// And everything when there is space.
 	if err := c.memory.Grow(80 * sector); err != nil {
 		t.Fatal(err)
 	}
@@ -77,7 +77,7 @@ func TestFullFailProtectsBothSides(t *testing.T) {
 	wantStatus(t, s, "56/80 16")
 }
 
-// A retried is a change that waits for room, as a caller of the engine does.
+// A retried is a change that waits for space, as a caller of the engine does.
 type retried struct {
 	waits chan struct{} // closed when it has been refused once
 	err   error         // of the change, when done is closed
@@ -184,7 +184,7 @@ func TestFullPauseEnds(t *testing.T) {
 }
 
 // TestFullPauseHoldsNothing: a request that gives up waiting leaves nothing behind, and a write that comes later is not
-// followed by the old one when there is room.
+// followed by the old one when there is space.
 func TestFullPauseHoldsNothing(t *testing.T) {
 	r := newRig(t, 1024)
 	c := r.cow("COW", 16)
@@ -287,7 +287,7 @@ func quotaRig(t *testing.T, canAllocate bool, o snapshot.Options) (*snapshot.Ori
 	return origin, cow, quota, s
 }
 
-// TestFullFileSystem fills the file system beneath with snapshot and origin writes. Nothing that was
+// TestFullFileSystem fills the underlying file system with snapshot and origin writes. Nothing that was
 // acknowledged is lost, whether it can reserve space or not, and it goes on when there is space.
 func TestFullFileSystem(t *testing.T) {
 	for _, can := range []bool{true, false} {
@@ -365,7 +365,7 @@ func TestFullFileSystemTheKernelsWay(t *testing.T) {
 	}
 }
 
-// TestMergeWaitsForRoomElsewhere: a merge that another snapshot has no room to be preserved from fails
+// TestMergeWaitsForRoomElsewhere: a merge that another snapshot has no space to be preserved from fails
 // its step, or waits, and loses nothing.
 func TestMergeWaitsForRoomElsewhere(t *testing.T) {
 	for _, policy := range []snapshot.FullPolicy{snapshot.FullFail, snapshot.FullPause} {
@@ -469,7 +469,7 @@ func TestTrimmedChunkNeedsRoom(t *testing.T) {
 	}
 }
 
-// TestFailedStoreIsNotWaitedFor: the slots found no space, which fails the store. However much room there is later, it
+// TestFailedStoreIsNotWaitedFor: the slots found no space, which fails the store. However much space there is later, it
 // refuses writes until it is loaded again; so nobody waits, and the status says it.
 func TestFailedStoreIsNotWaitedFor(t *testing.T) {
 	for _, policy := range []snapshot.FullPolicy{snapshot.FullFail, snapshot.FullPause} {

@@ -76,7 +76,7 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 	return n, nil
 }
 
-// readCOW reads a piece that lives in the COW device.
+// readCOW reads a piece that is stored in the COW device.
 func (s *Snapshot) readCOW(p []byte, pc piece) error {
 	if _, err := s.cow.ReadAt(p, pc.cow); err != nil {
 		return err
@@ -92,7 +92,7 @@ func span(first ondisk.OriginChunk, count uint64) gate.Span {
 // COW device, for which the rest of the chunk is copied from the origin. The origin isn't changed. A
 // later Flush makes it durable (SyncFlush), or it is durable when WriteAt returns (SyncAlways).
 //
-// When there is no room in the COW device the snapshot becomes invalid, or, with PersistentOverflow, refuses this and
+// When there is no space in the COW device the snapshot becomes invalid, or, with PersistentOverflow, refuses this and
 // every later write with ErrOverflow (docs/spec/dm-snapshot.md §6.1, §6.2), unless Options.OnFull says otherwise;
 // earlier parts of the request may have been written.
 func (s *Snapshot) WriteAt(p []byte, off int64) (int, error) {
@@ -123,7 +123,7 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	return s.origin.changing(func() error { return s.changeNow(pl, off, n) })
 }
 
-// changeNow applies pl, as far as there is room. Doing it again does no harm. Like a request to the origin, a long one
+// changeNow applies pl, as far as there is space. Doing it again does no harm. Like a request to the origin, a long one
 // is made piece by piece, so that Suspend and Close do not wait long.
 func (s *Snapshot) changeNow(pl payload, off, n int64) error {
 	durable := pl.durable || s.opts.Sync == SyncAlways

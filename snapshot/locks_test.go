@@ -93,7 +93,7 @@ func TestLocksNeverMeet(t *testing.T) {
 		worker(22, func(rnd *rand.Rand, i int) { // suspend, and resume or hand over
 			s := get(i)
 			allowed(s.Suspend())
-			// Refused while somebody takes the store over: that ends, and whoever suspended must resume.
+			// Refused while somebody takes the store over: that ends, and the caller of Suspend must resume.
 			err := s.Resume()
 			for ; errors.Is(err, snapshot.ErrResumeSource); err = s.Resume() {
 				runtime.Gosched()

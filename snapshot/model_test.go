@@ -43,7 +43,7 @@ func TestModel(t *testing.T) {
 		return
 	}
 	// Scripts that never get into trouble show nothing.
-	for _, what := range []string{"invalid", "overflow", "no room", "no room for the origin", "merge without room", "next area", "grown",
+	for _, what := range []string{"invalid", "overflow", "no space", "no space for the origin", "merge without space", "next area", "grown",
 		"handed over", "merge of an invalid snapshot", "merge loaded", "merge complete", "merge cut short", "refused during a merge"} {
 		if met[what] == 0 {
 			t.Errorf("no script met this: %s", what)
@@ -289,7 +289,7 @@ func (w *world) finish() error {
 		if err := w.step(int64(n % 7)); err != nil {
 			return fmt.Errorf("last steps: %w", err)
 		}
-		if w.merged.model.Exceptions() == left { // complete, invalid, or without room
+		if w.merged.model.Exceptions() == left { // complete, invalid, or without space
 			if err := w.endMerge(); err != nil {
 				return err
 			}

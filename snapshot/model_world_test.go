@@ -122,7 +122,7 @@ func (w *world) writeOrigin(how string, op scriptOp) error {
 		return err
 	}
 	if want != model.OK {
-		w.seen["no room for the origin"]++
+		w.seen["no space for the origin"]++
 	}
 	if m := w.merged; m != nil && how == "fua" && want == model.OK {
 		m.model.Flush()
@@ -311,7 +311,7 @@ func (w *world) step(limit int64) error {
 		return fmt.Errorf("step of at most %d: %d, the model merged %d", limit, got, want)
 	}
 	if result == model.NoRoom {
-		w.seen["merge without room"]++
+		w.seen["merge without space"]++
 	}
 	return nil
 }

@@ -297,7 +297,7 @@ func (o *Origin) keepAhead(off, n int64) error {
 	return nil
 }
 
-// changeNow applies pl unless a snapshot that is to be protected has no room. Doing it again does no harm.
+// changeNow applies pl unless a snapshot that is to be protected has no space. Doing it again does no harm.
 func (o *Origin) changeNow(pl payload, off, n int64) error {
 	o.mu.RLock()
 	defer o.mu.RUnlock()

@@ -12,8 +12,8 @@ import (
 )
 
 // TestOneFileSystemForAll: a sparse origin and the COW devices of two snapshots share a file system, which becomes full
-// and gets room again, over and over. The snapshot that is protected (FullFail) shows the same throughout; the origin
-// holds what was acknowledged, and of what failed the old or the new; once there is room, everything goes on.
+// and gets space again, over and over. The snapshot that is protected (FullFail) shows the same throughout; the origin
+// holds what was acknowledged, and of what failed the old or the new; once there is space, everything goes on.
 func TestOneFileSystemForAll(t *testing.T) {
 	for _, hold := range []int64{0, 64 << 10} {
 		for seed := range uint64(8) {
@@ -118,7 +118,7 @@ func poolRun(t *testing.T, seed uint64, hold int64) bool {
 		// the snapshot is dropped.
 		a.Close()
 		if err := o.Flush(); err != nil {
-			t.Errorf("with room, and without the snapshot: %v", err)
+			t.Errorf("with space, and without the snapshot: %v", err)
 		}
 		if !bytes.Equal(memory.Bytes(), now[0]) {
 			t.Errorf("without the snapshot, on the disk byte %d is wrong", firstDifference(memory.Bytes(), now[0]))
@@ -127,7 +127,7 @@ func poolRun(t *testing.T, seed uint64, hold int64) bool {
 		return !t.Failed()
 	}
 	if err != nil {
-		t.Errorf("with room again: %v; snapshots %v, %v", err, a.Status(), b.Status())
+		t.Errorf("with space again: %v; snapshots %v, %v", err, a.Status(), b.Status())
 		return false
 	}
 	if !bytes.Equal(memory.Bytes(), now[0]) {

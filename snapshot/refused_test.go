@@ -14,7 +14,7 @@ import (
 )
 
 // TestRefusedMergeChangesNothing: origin writes that are in memory can't be written out, so a merge is refused. The snapshot is not
-// left suspended for the same reason, and the merge is possible as soon as there is room again.
+// left suspended for the same reason, and the merge is possible as soon as there is space again.
 func TestRefusedMergeChangesNothing(t *testing.T) {
 	for _, suspended := range []bool{false, true} {
 		r := newRig(t, 1024, snapshot.WriteBack(1<<20, time.Hour))
@@ -28,7 +28,7 @@ func TestRefusedMergeChangesNothing(t *testing.T) {
 			}
 		}
 		if _, err := s.BeginMerge(); !errors.Is(err, syscall.ENOSPC) {
-			t.Fatalf("merge of a snapshot whose origin has no room: %v", err)
+			t.Fatalf("merge of a snapshot whose origin has no space: %v", err)
 		}
 		if suspended {
 			done := make(chan struct{})
@@ -57,7 +57,7 @@ func TestRefusedMergeChangesNothing(t *testing.T) {
 	}
 }
 
-// TestStepsReturnWithoutRoom: a step that would wait for room elsewhere returns, changes nothing, and says when to try
+// TestStepsReturnWithoutRoom: a step that would wait for space elsewhere returns, changes nothing, and says when to try
 // again.
 func TestStepsReturnWithoutRoom(t *testing.T) {
 	r := newRig(t, 1024)

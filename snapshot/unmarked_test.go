@@ -142,7 +142,7 @@ func TestUnmarkedRefusesOriginWrites(t *testing.T) {
 	}
 }
 
-// TestAFailedStoreShows: a store that found no room for its slots refuses writes and is protected; its status says so.
+// TestAFailedStoreShows: a store that found no space for its slots refuses writes and is protected; its status says so.
 func TestAFailedStoreShows(t *testing.T) {
 	r := newRig(t, 1024)
 	c := r.cow("COW", 1024)

@@ -278,7 +278,7 @@ func TestWriteBackOfALostStore(t *testing.T) {
 			t.Error("the origin was not written")
 		}
 	})
-	t.Run("no room", func(t *testing.T) {
+	t.Run("no space", func(t *testing.T) {
 		r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
 		c := r.cow("COW", 4096)
 		s := r.attach(c, snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail})
@@ -304,7 +304,7 @@ func TestWriteBackOfALostStore(t *testing.T) {
 	})
 }
 
-// TestOneFullSnapshotCostsNoOther: the store of one snapshot finds no room for its slots, so that an acknowledged origin
+// TestOneFullSnapshotCostsNoOther: the store of one snapshot finds no space for its slots, so that an acknowledged origin
 // write stays in memory. Another snapshot, which has what it needs, is closed and stays valid.
 func TestOneFullSnapshotCostsNoOther(t *testing.T) {
 	r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
@@ -338,7 +338,7 @@ func TestFinishOfAnOrigin(t *testing.T) {
 		header string                   // of the COW device afterwards
 		lost   bool                     // the write
 	}{
-		{"no room for slots", false, noSpaceFor(8, 8), headerInvalid, false},
+		{"no space for slots", false, noSpaceFor(8, 8), headerInvalid, false},
 		{"nor on the disk", true, noSpaceFor(8, 8), headerValid, true},
 		{"no mark either", false, failChanges, headerValid, true},
 	} {

@@ -60,7 +60,7 @@ func (s *Sides) open(names []string, o Options) error {
 	return nil
 }
 
-// addSnapshot opens a snapshot volume; the disks beneath are opened once. Of two the longer origin is kept: it has grown between.
+// addSnapshot opens a snapshot volume; the disks of its physical volumes are opened once. Of two the longer origin is kept: it grew in between.
 func (s *Sides) addSnapshot(name string, o Options) (*lvm.Volume, error) {
 	a, err := address.Parse(name)
 	if err != nil {
@@ -81,7 +81,7 @@ func (s *Sides) addSnapshot(name string, o Options) (*lvm.Volume, error) {
 	if err := d.checkUnused(a, whole, o); err != nil {
 		return nil, err
 	}
-	b, err := address.OpenBeneath(a, whole, d.further...)
+	b, err := address.OpenSnapshotParts(a, whole, d.further...)
 	if err != nil {
 		return nil, err
 	}

@@ -370,9 +370,9 @@ func (d *Disk) FurtherPVs() []lvm.Disk { return d.further }
 // openPVs opens the further disks with physical volumes.
 func (d *Disk) openPVs(o Options) error {
 	for _, name := range o.PVs {
-		beneath := o
-		beneath.PVs, beneath.Format = nil, ""
-		pv, err := Open(name, beneath)
+		further := o
+		further.PVs, further.Format = nil, ""
+		pv, err := Open(name, further)
 		if err != nil {
 			return err
 		}

@@ -12,7 +12,7 @@ import (
 // benchChunks is how many exceptions a benchmark's store takes before it is made again.
 const benchChunks = 256 << 10
 
-// room is a COW device in memory with room for n exceptions of 4 KiB; only what is written is there.
+// room is a COW device in memory with space for n exceptions of 4 KiB; only what is written is there.
 func room(n uint64) *block.Memory {
 	l := ondisk.Layout{ChunkSectors: 8}
 	return block.NewMemory(int64(l.ChunksNeeded(n)) * l.ChunkBytes())

@@ -21,7 +21,7 @@ func Example() {
 		log.Fatal(err)
 	}
 
-	r, err := st.Reserve(5, 1) // room for origin chunk 5
+	r, err := st.Reserve(5, 1) // space for origin chunk 5
 	if err != nil {
 		log.Fatal(err)
 	}

@@ -100,7 +100,7 @@ func (s *Store) firstBlock(h ondisk.Header) []byte {
 // OriginFormat returns the format of the origin that the store is for: ondisk.RawFormat unless its label says otherwise.
 func (s *Store) OriginFormat() string { return cmp.Or(s.format, ondisk.RawFormat) }
 
-// OriginFormat returns what the label of the store on dev says; see Store.OriginFormat. Of the header it judges nothing. A
+// OriginFormat returns what the label of the store on dev says; see Store.OriginFormat. The rest of the header is not checked. A
 // damaged label is a *ondisk.CorruptError.
 func OriginFormat(dev block.Device) (string, error) {
 	_, sector, err := readFirst(dev)

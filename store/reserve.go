@@ -35,7 +35,7 @@ type Reservation struct {
 //
 // Order: chunks ascend within a call and from call to call (docs/spec/dm-snapshot.md §3.1).
 //
-// Errors: ErrFull when not even one fits. The last slot of an area counts as not fitting when the next area has no room
+// Errors: ErrFull when not even one fits. The last slot of an area counts as not fitting when the next area has no space
 // on the device, so that a COW device that ends there stays valid (docs/spec/dm-snapshot.md §8.2, H10). The size of the
 // device is looked up again first. Also the store's own Err.
 func (s *Store) Reserve(old ondisk.OriginChunk, max uint64) (Reservation, error) {
@@ -164,8 +164,8 @@ func (s *Store) room(size int64, max uint64) uint64 {
 	return n
 }
 
-// Free returns how many more exceptions the COW device has chunks for at its present size. The file system beneath may have
-// less room than that.
+// Free returns how many more exceptions the COW device has chunks for at its present size. The underlying file system may have
+// less space than that.
 func (s *Store) Free() uint64 {
 	chunks := s.layout.Chunks(s.dev.Size(), false)
 	s.mu.Lock()

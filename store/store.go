@@ -50,7 +50,7 @@ var (
 	// ErrInvalid reports a store that is marked invalid, on disk or by Invalidate since.
 	ErrInvalid = errors.New("snapshot is invalid")
 
-	// ErrFull reports that the COW device has no room for another exception: its end is reached, or its file system has
+	// ErrFull reports that the COW device has no space for another exception: its end is reached, or its file system has
 	// no space left (then block.IsNoSpace is true as well).
 	ErrFull = errors.New("COW device is full")
 

@@ -14,8 +14,8 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// DefaultJudge is how much of a stream, in bytes of the disk, is compared with the target before anything is written.
-const DefaultJudge = 32 << 20
+// DefaultCompareFirst is how much of a stream, in bytes of the disk, is compared with the target before anything is written.
+const DefaultCompareFirst = 32 << 20
 
 // A Reader reads one stream.
 type Reader struct {
@@ -42,9 +42,9 @@ func (r *Reader) Header() Header { return r.header }
 
 // ApplyOptions are what a receiver may choose.
 type ApplyOptions struct {
-	// Judge is how many bytes of the disk are compared with the target before the first is written; 0 is DefaultJudge.
+	// CompareFirst is how many bytes of the disk are compared with the target before the first is written; 0 is DefaultCompareFirst.
 	// They are held in memory.
-	Judge int64
+	CompareFirst int64
 	// Force writes the new bytes whatever the target holds, and for a whole disk zeros where the stream has none.
 	Force bool
 	// Progress, where not nil, is called with the byte of the disk that was reached.
@@ -69,17 +69,17 @@ var ErrSize = errors.New("the target has another size than the disk of the strea
 // holds the old bytes, or a mix of sectors of old and new ones, as an interrupted write leaves; it is skipped where the
 // target holds the new ones. Of a whole disk, what the stream does not have must read as zeros.
 //
-// Errors: *MismatchError, before anything is written where it is in the part that ApplyOptions.Judge covers; ErrFormat for
+// Errors: *MismatchError, before anything is written where it is in the part that ApplyOptions.CompareFirst covers; ErrFormat for
 // a stream that was changed or cut; ErrSize; ctx's cause; those of the target. What was applied before an error stays,
 // is not necessarily durable, and is skipped when the same stream is applied again. Applied is valid with an error, too.
-// Nobody else may write to target meanwhile.
+// Nothing else may write to target meanwhile.
 func (r *Reader) Apply(ctx context.Context, target block.Device, o ApplyOptions) (Applied, error) {
 	if target.Size() != r.header.Size {
 		return Applied{Reached: r.header.From, FirstWrong: -1}, fmt.Errorf("%w: %d bytes, the disk has %d", ErrSize, target.Size(), r.header.Size)
 	}
 	a := r.newApplier(target, o)
-	if a.o.Judge == 0 {
-		a.o.Judge = DefaultJudge
+	if a.o.CompareFirst == 0 {
+		a.o.CompareFirst = DefaultCompareFirst
 	}
 	err := inOrder(ctx, r.frames(), a.examine, a.collect)
 	if err == nil {
@@ -127,12 +127,12 @@ type applier struct {
 	o      ApplyOptions
 	dry    bool // write nothing, and count what differs
 
-	result  Applied
-	end     int64       // byte of the disk behind the last record that was judged
-	next    int64       // byte of the disk behind the last record that was written
-	held    []*examined // judged, and not written: the beginning of the stream
-	judged  int64       // bytes of the disk in held
-	writing bool        // held is written
+	result   Applied
+	end      int64       // byte of the disk behind the last record that was compared
+	next     int64       // byte of the disk behind the last record that was written
+	held     []*examined // compared, and not written: the beginning of the stream
+	compared int64       // bytes of the disk in held
+	writing  bool        // held is written
 }
 
 func (r *Reader) newApplier(target block.Device, o ApplyOptions) *applier {
@@ -167,7 +167,7 @@ func (r *Reader) frames() iter.Seq2[*frame, error] {
 	}
 }
 
-// count returns what the heads of a frame say, which its examination judges.
+// count returns what the heads of a frame say, which its examination checks.
 func (f *frame) count() (c Count) {
 	for b := f.heads; len(b) >= recordFixed; {
 		length, flags := int64(binary.LittleEndian.Uint32(b[8:])), binary.LittleEndian.Uint32(b[12:])
@@ -187,7 +187,7 @@ func (f *frame) count() (c Count) {
 	return c
 }
 
-// last judges the last frame: nothing may be missing before it, and nothing follow.
+// last checks the last frame: nothing may be missing before it, and nothing follow.
 func (r *Reader) last(f *frame, count Count) error {
 	want, sum := parseLast(f.heads)
 	if !bytes.Equal(sum, r.all.Sum(nil)) || count != want {
@@ -247,7 +247,7 @@ func (a *applier) examine(f *frame) (*examined, error) {
 				return &FormatError{f.at, fmt.Sprintf("the bytes for byte %d of the disk were changed: their digest differs", off)}
 			}
 			if a.target != nil {
-				e.judge(off, n, has[off-r.off:][:n], fresh, old)
+				e.compare(off, n, has[off-r.off:][:n], fresh, old)
 			}
 			return nil
 		})
@@ -258,8 +258,8 @@ func (a *applier) examine(f *frame) (*examined, error) {
 	return e, nil
 }
 
-// judge compares a block of the target, which has these bytes, with the new and the old ones.
-func (e *examined) judge(off, n int64, has, fresh, old []byte) {
+// compare compares a block of the target, which has these bytes, with the new and the old ones.
+func (e *examined) compare(off, n int64, has, fresh, old []byte) {
 	is := fresh
 	if is == nil {
 		is = zeros[:n]
@@ -302,7 +302,7 @@ func isTorn(has, is, old []byte) bool {
 	return true
 }
 
-// collect takes the examined frames in order. The first are held until they were all judged.
+// collect takes the examined frames in order. The first are held until they were all compared.
 func (a *applier) collect(e *examined) error {
 	if len(e.records) == 0 {
 		return nil
@@ -329,7 +329,7 @@ func (a *applier) collect(e *examined) error {
 		return a.finish(e)
 	}
 	a.held = append(a.held, e)
-	if a.judged += a.end - first; a.judged < a.o.Judge {
+	if a.compared += a.end - first; a.compared < a.o.CompareFirst {
 		return nil
 	}
 	return a.writeHeld()

@@ -15,9 +15,9 @@
 // # Guarantees
 //
 //   - Nothing of a frame is believed before its digests were verified, and nothing is written before the beginning of
-//     the stream (ApplyOptions.Judge bytes) was compared with the target.
+//     the stream (ApplyOptions.CompareFirst bytes) was compared with the target.
 //   - When Apply returns without an error the target holds the new bytes durably, and the stream was complete.
-//   - Memory is bounded, whatever the stream says: see ApplyOptions.Judge.
+//   - Memory is bounded, whatever the stream says: see ApplyOptions.CompareFirst.
 //
 // Old bytes are compared, not kept: who wants to go back applies the stream to an origin with a snapshot.
 package stream

@@ -202,7 +202,7 @@ func TestCutAnywhere(t *testing.T) {
 	s := sent(t, from, stream.SendOptions{})
 	for n := range s {
 		target := deviceWith(t, h.states[0])
-		_, err := apply(target, s[:n], stream.ApplyOptions{Judge: 1})
+		_, err := apply(target, s[:n], stream.ApplyOptions{CompareFirst: 1})
 		if !errors.Is(err, stream.ErrFormat) {
 			t.Fatalf("cut at byte %d: %v", n, err)
 		}
@@ -390,7 +390,7 @@ func TestResume(t *testing.T) {
 	content := blocktest.Pattern(int(size), 21)
 	s := sent(t, stream.Whole(deviceWith(t, content)), stream.SendOptions{})
 	target := block.NewMemory(size)
-	got, err := apply(target, s[:len(s)/2], stream.ApplyOptions{Judge: 1})
+	got, err := apply(target, s[:len(s)/2], stream.ApplyOptions{CompareFirst: 1})
 	if !errors.Is(err, stream.ErrFormat) || got.Reached == 0 || got.Reached == size {
 		t.Fatalf("cut: %+v, %v", got, err)
 	}

@@ -21,7 +21,7 @@ const (
 // errFault reports that the front-end took memory away which it had shared.
 var errFault = errors.New("the front-end truncated its shared memory")
 
-// A mapping is shared memory of the front-end, unmapped when nobody refers to it.
+// A mapping is shared memory of the front-end, unmapped with the last reference.
 type mapping struct {
 	whole []byte // as mapped, from a page boundary on
 	bytes []byte // the part asked for

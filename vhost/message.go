@@ -72,7 +72,7 @@ func (m *message) take() int {
 	return fd
 }
 
-// close closes the descriptors that nobody took.
+// close closes the descriptors that no message took.
 func (m *message) close() {
 	for _, fd := range m.fds {
 		unix.Close(fd)

@@ -134,7 +134,7 @@ func (s *Server) Names() []string {
 func (s *Server) Path(name string) string { return filepath.Join(s.dir, name+".sock") }
 
 // Remove ends the export name and disconnects its front-end; requests that use the device are completed, those that
-// wait for room are abandoned. When it returns nil nothing uses the device any more.
+// wait for space are abandoned. When it returns nil nothing uses the device any more.
 func (s *Server) Remove(ctx context.Context, name string) error {
 	s.mu.Lock()
 	x := s.exports[name]

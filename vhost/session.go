@@ -181,7 +181,7 @@ func (s *session) announceCapacity() {
 	s.backendMu.Lock()
 	defer s.backendMu.Unlock()
 	size := s.export.Device.Size()
-	if told := s.export.announced.Load(); s.backend == nil || told == 0 || told == size {
+	if announced := s.export.announced.Load(); s.backend == nil || announced == 0 || announced == size {
 		return
 	}
 	s.backend.SetWriteDeadline(time.Now().Add(time.Second))
@@ -221,7 +221,7 @@ func (s *session) setTable(t *table) {
 	old.release()
 }
 
-// drained is closed when requests that wait for room are to fail.
+// drained is closed when requests that wait for space are to fail.
 func (s *session) drained() <-chan struct{} {
 	s.drainMu.Lock()
 	defer s.drainMu.Unlock()

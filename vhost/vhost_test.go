@@ -169,7 +169,7 @@ func TestReconnectResumesInFlight(t *testing.T) {
 	go func() {
 		done <- c.ok(c.do(1, 8, p, true))
 	}()
-	<-held // it was fetched, and waits for room
+	<-held // it was fetched, and waits for space
 	f.c.Close()
 
 	// The same guest with a new connection.
@@ -271,7 +271,7 @@ func TestReconnectAfterUnflushedWrites(t *testing.T) {
 // full is a block.RetryLater.
 type full struct{ ch, held chan struct{} }
 
-func (full) Error() string { return "no room" }
+func (full) Error() string { return "no space" }
 func (e full) Retry() <-chan struct{} {
 	select {
 	case e.held <- struct{}{}:

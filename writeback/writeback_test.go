@@ -52,7 +52,7 @@ func (b *bench) put(at, n int64, x byte) {
 	}
 }
 
-// wantOps compares what was done beneath, and forgets it.
+// wantOps compares what was done below, and forgets it.
 func (b *bench) wantOps(want string) {
 	b.t.Helper()
 	got := ""
@@ -351,7 +351,7 @@ func TestReserveTellsAFullDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	if err := dev.Reserve(); err != nil {
-		t.Errorf("with room: %v", err)
+		t.Errorf("with space: %v", err)
 	}
 	if err := dev.WriteBack(fill(64, 1), 160*sector); err != nil {
 		t.Fatal(err)

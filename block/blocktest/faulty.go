@@ -215,7 +215,7 @@ func (f *Faulty) writePart(p []byte, off int64, err error) (int, error) {
 }
 
 // WriteDurableAt writes durably to the underlying device. The part that a ShortError leaves behind is not durable. A
-// lack of space beneath, for p itself, fails no Flush; an ENOSPC that is decided here is one of making durable.
+// lack of space below, for p itself, fails no Flush; an ENOSPC that is decided here is one of making durable.
 func (f *Faulty) WriteDurableAt(p []byte, off int64) error {
 	if err := block.CheckRange("write", off, int64(len(p)), f.Size()); err != nil {
 		return err

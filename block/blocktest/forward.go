@@ -11,14 +11,14 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// RunForward checks that a device which is stacked on another device passes on all that is beneath: each method of
-// block.Forward arrives once with the same arguments, and its result comes back. Beneath a device without abilities the
+// RunForward checks that a device which is stacked on another device passes on all abilities of the underlying device: each method of
+// block.Forward arrives once with the same arguments, and its result comes back. Over a device without abilities the
 // functions of package block must fall back as they do for that device.
 //
-// wrap returns the device under test over beneath; it closes it with t.Cleanup. changes names the methods that it
+// wrap returns the device under test over lower; it closes it with t.Cleanup. changes names the methods that it
 // changes on purpose ("Discard", "Grow"), which are left out; a name that is no method of block.Forward panics, and a
 // change of WriteAt implies the other methods that write.
-func RunForward(t *testing.T, wrap func(t *testing.T, beneath block.Device) block.Device, changes ...string) {
+func RunForward(t *testing.T, wrap func(t *testing.T, lower block.Device) block.Device, changes ...string) {
 	for _, name := range changes {
 		if !slices.ContainsFunc(forwardCalls, func(c forwardCall) bool { return c.method == name }) {
 			panic("blocktest.RunForward: no method " + name)
@@ -252,7 +252,7 @@ func equal(got, want any) error {
 // remembered are the answers that a device may have asked for once, when it was opened.
 var remembered = []string{"Size", "BlockSize", "Identity"}
 
-func (c forwardCall) check(t *testing.T, wrap func(t *testing.T, beneath block.Device) block.Device) {
+func (c forwardCall) check(t *testing.T, wrap func(t *testing.T, lower block.Device) block.Device) {
 	a := &able{Memory: block.MemoryFrom(Pattern(forwardSize, 20))}
 	dev := wrap(t, a)
 	if !slices.Contains(remembered, c.method) {
@@ -262,12 +262,12 @@ func (c forwardCall) check(t *testing.T, wrap func(t *testing.T, beneath block.D
 		t.Errorf("%s: %v", c.method, err)
 	}
 	if n := a.times(c.want); n == 0 || n > 1 && !slices.Contains(remembered, c.method) {
-		t.Errorf("beneath a call of %s arrived %d times %q, in %q", c.method, n, c.want, a.calls)
+		t.Errorf("below, a call of %s arrived %d times %q, in %q", c.method, n, c.want, a.calls)
 	}
 	if c.fails {
 		a.reset(syscall.EIO)
 		if err := c.call(dev); !errors.Is(err, syscall.EIO) {
-			t.Errorf("%s: %v, want the error beneath, EIO", c.method, err)
+			t.Errorf("%s: %v, want the error of the underlying device, EIO", c.method, err)
 		}
 		a.reset(nil) // for a flush at the end
 	}
@@ -308,32 +308,32 @@ func (p *plainDevice) Flush() error {
 // A plainCall checks the fallback of some methods over a device that has none of them.
 type plainCall struct {
 	methods []string
-	check   func(t *testing.T, dev block.Device, beneath *plainDevice)
+	check   func(t *testing.T, dev block.Device, lower *plainDevice)
 }
 
 var plainCalls = []plainCall{
-	{[]string{"WriteDurableAt", "WriteAt", "Flush"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
+	{[]string{"WriteDurableAt", "WriteAt", "Flush"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
 		p := Pattern(4096, 21)
 		if err := block.WriteDurable(dev, p, 512); err != nil {
 			t.Fatal(err)
 		}
 		want(t, dev, 512, p)
-		if calls := fmt.Sprint(beneath.take()); calls != "[WriteAt Flush]" {
+		if calls := fmt.Sprint(lower.take()); calls != "[WriteAt Flush]" {
 			t.Errorf("a durable write became %s", calls)
 		}
 	}},
-	{[]string{"WriteLastAt", "WriteAt", "Flush"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
+	{[]string{"WriteLastAt", "WriteAt", "Flush"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
 		p := Pattern(4096, 22)
 		if err := block.WriteLast(dev, p, 512); err != nil {
 			t.Fatal(err)
 		}
 		want(t, dev, 512, p)
-		if calls := fmt.Sprint(beneath.take()); calls != "[WriteAt Flush]" {
+		if calls := fmt.Sprint(lower.take()); calls != "[WriteAt Flush]" {
 			t.Errorf("a last write became %s", calls)
 		}
 	}},
-	{[]string{"ZeroAt", "WriteAt"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
-		if err := block.Zero(dev, 512, 4096, block.OnlyFast); !errors.Is(err, block.ErrNotFast) || len(beneath.take()) > 0 {
+	{[]string{"ZeroAt", "WriteAt"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
+		if err := block.Zero(dev, 512, 4096, block.OnlyFast); !errors.Is(err, block.ErrNotFast) || len(lower.take()) > 0 {
 			t.Errorf("fast zero: %v", err)
 		}
 		if err := block.Zero(dev, 512, 4096, 0); err != nil {
@@ -346,18 +346,18 @@ var plainCalls = []plainCall{
 			t.Errorf("allocate: %v, %v", can, err)
 		}
 	}},
-	{[]string{"Discard"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
-		if err := block.Discard(dev, 0, 4096); err != nil || len(beneath.take()) > 0 {
+	{[]string{"Discard"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
+		if err := block.Discard(dev, 0, 4096); err != nil || len(lower.take()) > 0 {
 			t.Errorf("discard: %v", err)
 		}
 	}},
-	{[]string{"BeginFlush"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
-		if block.BeginFlush(dev, 0, 4096); len(beneath.take()) > 0 {
+	{[]string{"BeginFlush"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
+		if block.BeginFlush(dev, 0, 4096); len(lower.take()) > 0 {
 			t.Error("a begun flush became something else")
 		}
 	}},
-	{[]string{"BeginRead"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
-		if block.BeginRead(dev, 0, 4096); len(beneath.take()) > 0 {
+	{[]string{"BeginRead"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
+		if block.BeginRead(dev, 0, 4096); len(lower.take()) > 0 {
 			t.Error("a begun read became something else")
 		}
 	}},
@@ -377,8 +377,8 @@ var plainCalls = []plainCall{
 			t.Errorf("grow: %v", err)
 		}
 	}},
-	{[]string{"DropCache"}, func(t *testing.T, dev block.Device, beneath *plainDevice) {
-		if err := block.DropCache(dev, 0, 4096); err != nil || len(beneath.take()) > 0 {
+	{[]string{"DropCache"}, func(t *testing.T, dev block.Device, lower *plainDevice) {
+		if err := block.DropCache(dev, 0, 4096); err != nil || len(lower.take()) > 0 {
 			t.Errorf("drop cache: %v", err)
 		}
 	}},

@@ -9,7 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
-// swapped is a device whose device beneath may be replaced.
+// swapped is a device whose underlying device may be replaced.
 type swapped struct {
 	block.Forward
 	mu  sync.RWMutex
@@ -56,9 +56,9 @@ func TestForwardPassesOn(t *testing.T) {
 
 // While a call is under way the underlying device is not replaced.
 func TestHeldForwardHolds(t *testing.T) {
-	beneath := blocktest.NewFaulty(block.NewMemory(4096), nil)
-	s := newSwapped(beneath)
-	h := beneath.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Flush })
+	lower := blocktest.NewFaulty(block.NewMemory(4096), nil)
+	s := newSwapped(lower)
+	h := lower.Hold(func(op blocktest.Op) bool { return op.Kind == blocktest.Flush })
 	defer h.Release()
 	done := make(chan error, 1)
 	go func() { done <- s.Flush() }()

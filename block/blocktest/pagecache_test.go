@@ -177,7 +177,7 @@ func TestPool(t *testing.T) {
 			}
 		}
 		if !can {
-			t.Error("no room is no lack of means")
+			t.Error("no space is no lack of means")
 		}
 		wantText(t, a, 4096, "\x00")
 	}

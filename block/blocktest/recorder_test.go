@@ -183,10 +183,10 @@ func TestFaultyAfterAFailedFlush(t *testing.T) {
 	})
 }
 
-// A failure beneath counts like one that was decided.
+// A failure of the underlying device counts like one that was decided.
 func TestFaultyKeepsAFailureBeneath(t *testing.T) {
-	beneath := blocktest.NewPageCache(block.NewMemory(64<<10), blocktest.FailNth(1, errDisk)).Open()
-	f := blocktest.NewFaulty(beneath, nil)
+	lower := blocktest.NewPageCache(block.NewMemory(64<<10), blocktest.FailNth(1, errDisk)).Open()
+	f := blocktest.NewFaulty(lower, nil)
 	write(t, f, 0, "lost")
 	for range 3 { // the page cache reports it once
 		if err := f.Flush(); !errors.Is(err, errDisk) {

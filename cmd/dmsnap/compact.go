@@ -149,7 +149,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	})
 	bar.end()
 	if block.IsNoSpace(err) {
-		return fmt.Errorf("%s: no room for the new store: %w", out, err)
+		return fmt.Errorf("%s: no space for the new store: %w", out, err)
 	}
 	if err != nil {
 		return about(out, err)
@@ -161,7 +161,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 func helpCompact(path string, err error) error {
 	switch {
 	case errors.Is(err, store.ErrInvalid):
-		err = fmt.Errorf("%w; dmsnap rescue gets out of it what can be had", err)
+		err = fmt.Errorf("%w; dmsnap rescue recovers its data", err)
 	case errors.Is(err, compact.ErrDamaged):
 		err = fmt.Errorf("%w; dmsnap check shows all problems, dmsnap repair makes a sound store from it", err)
 	case errors.Is(err, compact.ErrNeedsOrigin):

@@ -223,7 +223,7 @@ func TestCompactCutHalfWay(t *testing.T) {
 	}
 }
 
-// Where there is no room for the new store, that is said, and nothing is left.
+// Where there is no space for the new store, that is said, and nothing is left.
 func TestCompactWithoutRoom(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)
@@ -233,7 +233,7 @@ func TestCompactWithoutRoom(t *testing.T) {
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	err := cmd.Run()
-	if cmd.ProcessState.ExitCode() != exitTrouble || !strings.Contains(stderr.String(), "no room for the new store") || strings.Count(stderr.String(), "\n") != 1 {
+	if cmd.ProcessState.ExitCode() != exitTrouble || !strings.Contains(stderr.String(), "no space for the new store") || strings.Count(stderr.String(), "\n") != 1 {
 		t.Errorf("%v: %q", err, stderr.String())
 	}
 	wantSame(t, p.dir, before)

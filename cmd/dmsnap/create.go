@@ -53,7 +53,7 @@ A create that fails leaves no incomplete file.`,
 			if o.json {
 				return printJSON(c, made)
 			}
-			return printf(c, "%s: empty store, %s a chunk, room for %s of changes; the origin is %s\n", made.Path,
+			return printf(c, "%s: empty store, %s a chunk, space for %s of changes; the origin is %s\n", made.Path,
 				bytesText(int64(made.ChunkSectors)*ondisk.SectorSize), bytesText(made.roomBytes()), made.OriginFormat)
 		},
 	}

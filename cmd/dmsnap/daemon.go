@@ -44,7 +44,7 @@ func newDaemon() *cobra.Command {
 checkpoint, rollback, squash, drop, merge, adopt, export, policy, table and status with --control. DIR is made if there is
 none. Its state survives kill -9 at any moment. One daemon at a time uses DIR.
 
-NBD clients connect to DIR/nbd.sock, commands to DIR/control.sock, unless told otherwise. The sockets are for the user of the
+NBD clients connect to DIR/nbd.sock, commands to DIR/control.sock, unless options say otherwise. The sockets are for the user of the
 daemon alone (mode 0600); --socket-mode and --socket-group let others in: they may do everything but name files, add and
 remove disks, merge and set policies. --listen also serves on TCP, without a HOST on the loopback interface. With --access
 FILE, a client on TCP has the rights that FILE gives to the name in its certificate: a line each of NAME, DISK ("*": all)

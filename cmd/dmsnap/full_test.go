@@ -15,7 +15,7 @@ import (
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
-// servedFull serves a pair whose COW file has room for one chunk, and fills it.
+// servedFull serves a pair whose COW file has space for one chunk, and fills it.
 func servedFull(t *testing.T, o serveOptions) (pair, *running) {
 	t.Helper()
 	p := newPair(t)
@@ -31,7 +31,7 @@ func (r *running) figures(t *testing.T) api.Snapshot {
 	return mustJSON[api.Status](t, "status", "--control", r.control).Snapshots[0]
 }
 
-// By default a COW without room refuses what needs room, and nothing is lost.
+// By default a COW without space refuses what needs space, and nothing is lost.
 func TestServeDefaultProtectsBothSides(t *testing.T) {
 	if o := newServe().Flag("on-full"); o.DefValue != "fail" {
 		t.Errorf("the default is %s", o.DefValue)
@@ -43,7 +43,7 @@ func TestServeDefaultProtectsBothSides(t *testing.T) {
 		WriteAt([]byte, int64) (int, error)
 	}{c, o} {
 		if _, err := dev.WriteAt([]byte("does not fit"), 40_000); !errors.Is(err, syscall.ENOSPC) {
-			t.Errorf("a write without room: %v", err)
+			t.Errorf("a write without space: %v", err)
 		}
 	}
 	writeAt(t, c, []byte("needs none"), 100)

@@ -187,7 +187,7 @@ func TestFuseFiles(t *testing.T) {
 	r.stop(t)
 }
 
-// A write that lacks room waits until there is some, or its export ends.
+// A write that lacks space waits until there is some, or its export ends.
 func TestFuseWaits(t *testing.T) {
 	p := newShortPair(t)
 	if err := os.Remove(p.cow); err != nil {
@@ -213,7 +213,7 @@ func TestFuseWaits(t *testing.T) {
 		t.Helper()
 		select {
 		case err := <-done:
-			t.Fatalf("a write without room ended: %v", err)
+			t.Fatalf("a write without space ended: %v", err)
 		case <-time.After(300 * time.Millisecond):
 		}
 	}
@@ -221,7 +221,7 @@ func TestFuseWaits(t *testing.T) {
 	waits(first)
 	mustRun(t, "grow", "disk", "20KiB", "--control", filepath.Join(p.dir, "c"))
 	if err := <-first; err != nil {
-		t.Fatalf("there is room now: %v", err)
+		t.Fatalf("there is space now: %v", err)
 	}
 	second := write(1 << 18)
 	waits(second)

@@ -109,7 +109,7 @@ func TestMannersOfFullOutput(t *testing.T) {
 	})
 }
 
-// Who does not want to hear more, as in "dmsnap list COW | head", is no trouble.
+// A reader that closes the pipe early, as in "dmsnap list COW | head", is no error.
 func TestMannersOfClosedPipe(t *testing.T) {
 	eachCalling(t, func(c calling) bool { return !c.stays && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)

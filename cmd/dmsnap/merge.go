@@ -33,7 +33,7 @@ invalid store, an origin that is too small, a store in use) changes nothing.
 
 Other snapshots of ORIGIN change with it: where they have no exceptions of their own they show the new content of ORIGIN,
 mixed with what they have. --sibling COW, once for each, preserves them: before a block of ORIGIN is overwritten, each
-keeps the old one in its COW, as with a write to a served ORIGIN. The merge is refused when one of them has no room for
+keeps the old one in its COW, as with a write to a served ORIGIN. The merge is refused when one of them has no space for
 that. Stores in the folders of ORIGIN and COW that may be other snapshots of ORIGIN are named in a warning.
 
 DISK#VG/SNAPSHOT merges a snapshot volume into its origin inside DISK, without root or activation; all other snapshots of

@@ -60,7 +60,7 @@ func TestMergeSiblings(t *testing.T) {
 	small, before := filepath.Join(p.dir, "small.cow"), readFile(t, p.origin)
 	mustRun(t, "create", p.origin, small, "--cow-size", "8K")
 	for want, args := range map[string][]string{
-		"no room":                  {p.origin, p.cow, "--sibling", small},
+		"no space":                 {p.origin, p.cow, "--sibling", small},
 		"COW device is the origin": {p.origin, p.cow, "--sibling", p.cow},
 		"the origin device":        {p.origin, p.cow, "--sibling", p.origin},
 		"COW is required":          {p.origin},

@@ -81,7 +81,7 @@ func (r *running) dev(name string) block.Device {
 	return dev
 }
 
-// awaitWaiting waits until n changes wait for room.
+// awaitWaiting waits until n changes wait for space.
 func (r *running) awaitWaiting(n int64) {
 	for {
 		st := r.Status()

@@ -115,7 +115,7 @@ func TestServeLimits(t *testing.T) {
 	}
 	time.Sleep(time.Second)
 	if _, err := first.BlockStatus("base:allocation", 0, 1); err == nil {
-		t.Error("an idle client was not hung up on")
+		t.Error("an idle client was not disconnected")
 	}
 	s.Process.Signal(os.Interrupt)
 	if status := s.end(t); status != exitDone {

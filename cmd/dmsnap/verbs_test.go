@@ -57,7 +57,7 @@ func TestCreateNeverOverflows(t *testing.T) {
 		}
 		st := snap.Status()
 		if st.State != snapshot.StateOK || uint64(made.roomBytes()) != st.Exceptions*uint64(st.ChunkSectors)*512 {
-			t.Errorf("chunk %s: %s, %d exceptions; create said there is room for %d bytes", chunk, st.State, st.Exceptions, made.roomBytes())
+			t.Errorf("chunk %s: %s, %d exceptions; create said there is space for %d bytes", chunk, st.State, st.Exceptions, made.roomBytes())
 		}
 		snap.Close()
 	}
@@ -69,7 +69,7 @@ func TestRoomBytes(t *testing.T) {
 		n := uint64(m.roomBytes() / 512)
 		l := ondisk.Layout{ChunkSectors: 1}
 		if l.ChunksNeeded(n) > c || l.ChunksNeeded(n+1) <= c {
-			t.Errorf("%d chunks: room for %d exceptions, which need %d; one more needs %d", c, n, l.ChunksNeeded(n), l.ChunksNeeded(n+1))
+			t.Errorf("%d chunks: space for %d exceptions, which need %d; one more needs %d", c, n, l.ChunksNeeded(n), l.ChunksNeeded(n+1))
 		}
 	}
 }

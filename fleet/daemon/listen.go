@@ -13,7 +13,7 @@ func ListenUnix(path string, gid int, mode os.FileMode) (net.Listener, error) {
 	if err != nil {
 		return nil, err
 	}
-	// The mode was 0600 from the first moment: nobody else could connect before.
+	// The mode was 0600 from the first moment: no other user could connect before.
 	if gid >= 0 {
 		err = os.Lchown(path, -1, gid)
 	}

@@ -117,7 +117,7 @@ func squashable(t api.Tree, policyOf func(disk string) Policy) (list []string) {
 
 func (p Policy) removesCheckpoints() bool { return p.KeepLast > 0 || p.Hourly > 0 || p.Daily > 0 }
 
-// fullness is which quota is reached, "" when none is. A node's quota grows where the policy says so and the disk has room.
+// fullness is which quota is reached, "" when none is. A node's quota grows where the policy says so and the disk has space.
 func fullness(p Policy, node, disk int64, u *use) string {
 	if p.Quota > 0 && disk >= p.Quota {
 		return fmt.Sprintf("the layers of its disk use %s, and the quota is %s", bytesize.Text(disk), bytesize.Text(p.Quota))

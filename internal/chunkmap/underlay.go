@@ -8,7 +8,7 @@ import (
 )
 
 // Underlay adds those exceptions of runs whose origin chunks have none in m. runs ascends, as that of All does. Each
-// page is made in its smallest form, without room for more: it is the way to make a map that does not change. It is
+// page is made in its smallest form, without space for more: it is the way to make a map that does not change. It is
 // several times as fast as Insert.
 func (m *Map) Underlay(runs iter.Seq[Run]) {
 	u := underlay{to: m}

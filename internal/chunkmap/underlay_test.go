@@ -44,7 +44,7 @@ func TestUnderlay(t *testing.T) {
 			for _, p := range result.shards[i].dir.slots {
 				forms[p.form()] = true
 				if len(p.words) < cap(p.words) {
-					t.Fatalf("a page of form %d has room for %d words, and %d", p.form(), cap(p.words), len(p.words))
+					t.Fatalf("a page of form %d has space for %d words, and %d", p.form(), cap(p.words), len(p.words))
 				}
 			}
 		}

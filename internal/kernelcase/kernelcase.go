@@ -1,5 +1,5 @@
 // Package kernelcase holds stores that a running Linux kernel wrote, with the operations that led to
-// them: the judge that fits in a unit test. Only tests import it.
+// them: the reference that fits in a unit test. Only tests import it.
 //
 // testdata/kernel-6.1 has a directory a case: case.json with the operations and with what the kernel said of the
 // result, and the images of COW device and origin afterwards (for merges: after the merge). The origin before the first

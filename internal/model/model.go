@@ -1,7 +1,7 @@
 // Package model is the reference for the content of an origin and its snapshots: a second, deliberately simple
 // implementation of the specification, without devices, caches, locks or durability. Tests compare the engine with it.
 //
-// Taking a snapshot copies the whole disk. What the engine finds out by looking where a chunk lives is here
+// Taking a snapshot copies the whole disk. What the engine finds out by looking where a chunk is stored is here
 // simply the copy; which chunks have exceptions is kept beside it, and decides nothing but what is counted,
 // what is full, and what a merge moves. So an exception that the engine forgets shows as a content that
 // differs, and one too many as a number that differs.
@@ -27,7 +27,7 @@ const (
 	NoRoom          // there is no space, and the policy is only to fail the write
 )
 
-func (r Result) String() string { return [...]string{"ok", "invalid", "overflow", "no room"}[r] }
+func (r Result) String() string { return [...]string{"ok", "invalid", "overflow", "no space"}[r] }
 
 // An Origin is a disk with snapshots.
 type Origin struct {

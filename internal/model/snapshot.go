@@ -103,7 +103,7 @@ func (s *Snapshot) Slots() (slots [][2]int64, synced int) {
 	return slots, s.synced
 }
 
-// InCOW reports whether a sector lives in the COW device.
+// InCOW reports whether a sector is stored in the COW device.
 func (s *Snapshot) InCOW(at int64) bool { return s.index(at/s.Chunk) >= 0 }
 
 // index is which exception a chunk has, -1: none.

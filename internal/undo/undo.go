@@ -192,7 +192,7 @@ func Apply(ctx context.Context, r io.ReadSeeker, dev block.Device) (Saved, error
 	c := comparison{dev: dev, now: make([]byte, pieceBytes), same: true}
 	s, err := read(ctx, r, c.record)
 	if err == nil {
-		err = c.judge()
+		err = c.checkDevice()
 	}
 	if err != nil || c.same {
 		return s, err
@@ -262,8 +262,8 @@ func (c *comparison) record(s Saved, off int64, before, after []byte) error {
 	return nil
 }
 
-// judge refuses a device other than the one that was changed.
-func (c *comparison) judge() error {
+// checkDevice refuses a device other than the one that was changed.
+func (c *comparison) checkDevice() error {
 	switch {
 	case c.other != nil:
 		return c.other

@@ -90,7 +90,7 @@ type Counters struct {
 	PreservedBytes  uint64 `json:"preserved_bytes"`
 	WrittenChunks   uint64 `json:"written_chunks"` // made by writes to the snapshot
 	FilledBytes     uint64 `json:"filled_bytes"`   // copied from the origin into them, around what was written
-	NoRoom          uint64 `json:"no_room"`        // writes that found no room and were refused or had to wait, each time
+	NoRoom          uint64 `json:"no_room"`        // writes that found no space and were refused or had to wait, each time
 
 	Exceptions uint64  `json:"committed_exceptions"`
 	Syncs      uint64  `json:"syncs"`        // requests to make exceptions durable; those that meet share a round

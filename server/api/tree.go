@@ -67,7 +67,7 @@ type Element struct {
 	Connections int64 `json:"connections,omitempty"`
 	// AllocatedBytes are what the file of its layer uses on its file system.
 	AllocatedBytes int64 `json:"allocated_bytes,omitempty"`
-	// Depth is the number of layers beneath it.
+	// Depth is the number of layers below it.
 	Depth int `json:"depth,omitempty"`
 
 	Figures  *Figures  `json:"figures,omitempty"`  // of its layer; disks have none

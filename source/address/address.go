@@ -106,7 +106,7 @@ func (a Address) Store() Address {
 	return a
 }
 
-// A Disk is what an address names, for serving and merging: of a volume with snapshots and of a snapshot the origin beneath,
+// A Disk is what an address names, for serving and merging: of a volume with snapshots and of a snapshot the origin below,
 // with all its snapshots. Its file is open and locked as a whole: it has one writer, whichever of its addresses is open.
 type Disk struct {
 	Address  Address
@@ -244,20 +244,20 @@ func volume(a Address, disk block.Device, further []lvm.Disk) (*lvm.Volume, erro
 	return group.Volume(a.Volume)
 }
 
-// Beneath is what a snapshot volume is made of, for reading.
-type Beneath struct {
+// SnapshotParts is what a snapshot volume is made of, for reading.
+type SnapshotParts struct {
 	Origin block.Device // the part of its origin that it shows
 	COW    block.Device
 	Volume *lvm.Volume
 }
 
-// OpenBeneath opens what the snapshot volume that a names is made of. Disks and errors are as for Open; a may be any address:
+// OpenSnapshotParts opens what the snapshot volume that a names is made of. Disks and errors are as for Open; a may be any address:
 // lvm.ErrNoSnapshot.
-func OpenBeneath(a Address, disk block.Device, further ...lvm.Disk) (b Beneath, err error) {
+func OpenSnapshotParts(a Address, disk block.Device, further ...lvm.Disk) (b SnapshotParts, err error) {
 	err = lvm.ErrNoSnapshot
 	if a.MayBeSnapshot() {
 		if b.Volume, err = volume(a, disk, further); err == nil {
-			b.Origin, b.COW, err = b.Volume.OpenBeneath()
+			b.Origin, b.COW, err = b.Volume.OpenSnapshotParts()
 		}
 	}
 	return b, block.WithPath(a.String(), err)

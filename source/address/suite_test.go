@@ -90,7 +90,7 @@ func TestOpenBeneath(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			b, err := OpenBeneath(a, disk)
+			b, err := OpenSnapshotParts(a, disk)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -114,7 +114,7 @@ func TestOpenBeneath(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := OpenBeneath(a, disk); !errors.Is(err, lvm.ErrNoSnapshot) {
+		if _, err := OpenSnapshotParts(a, disk); !errors.Is(err, lvm.ErrNoSnapshot) {
 			t.Errorf("%s: %v", text, err)
 		}
 	}

@@ -55,7 +55,7 @@ func realTexts(f *testing.F) (texts []string) {
 func FuzzText(f *testing.F) {
 	f.Add(groupText(1, 1, textVolume{"a", "", linear(0, 10, "pv1", 3)}, textVolume{"z", "", seg(0, 5, "zero", "")}))
 	f.Add(groupText(1, 1, textVolume{"base", "", linear(0, 32, "pv1", 0)}, textVolume{"cow", "", linear(0, 64, "pv1", 40)},
-		tieText("s0", 32, `origin = "base" cow_store = "cow"`)))
+		snapshotText("s0", 32, `origin = "base" cow_store = "cow"`)))
 	f.Add(groupText(1, 1, textVolume{"r", "", seg(0, 10, "raid1", `device_count = 1 raids = ["m", "i"]`)},
 		textVolume{"m", "", linear(0, 1, "pv1", 0)}, textVolume{"i", "", linear(0, 10, "pv1", 10)}))
 	f.Add(groupText(1, 1, textVolume{"s", "", seg(0, 20, "striped", `stripe_count = 2 stripe_size = 2 stripes = ["pv1", 0, "pv1", 50]`)}))

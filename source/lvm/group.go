@@ -18,7 +18,7 @@ type metadata struct {
 	extent     int64 // bytes
 	pvs        []*pvText
 	byPV       map[string]*pvText
-	volumes    []*volume // in the order of the text, ties included
+	volumes    []*volume // in the order of the text, those without data included
 	byName     map[string]*volume
 	err        error // why no volume can be read
 	text       string
@@ -34,16 +34,16 @@ type pvText struct {
 	err              error
 }
 
-// A volume is a logical volume of a text. Volumes that tie a COW volume to its origin are among them.
+// A volume is a logical volume of a text. Volumes that join a COW volume and its origin are among them.
 type volume struct {
 	name, id                          string
 	visible, writable, locked, pvmove bool
 	extents                           int64 // sum of the segments
 	segments                          []segment
-	err                               error // why it can't be read
-	tie                               *tie  // not nil: it has no data
-	snapshot                          *tie  // not nil: it is the COW volume of this snapshot
-	snapshots                         []*tie
+	err                               error            // why it can't be read
+	joins                             *snapshotSegment // not nil: it has no data
+	snapshot                          *snapshotSegment // not nil: it is the COW volume of this snapshot
+	snapshots                         []*snapshotSegment
 	resolution                        *resolution
 	resolving                         bool
 	part                              bool // of another volume
@@ -56,8 +56,8 @@ type segment struct {
 	*section
 }
 
-// A tie is a snapshot: it joins origin and COW volume.
-type tie struct {
+// A snapshotSegment is the segment of type snapshot, without data: it joins origin and COW volume.
+type snapshotSegment struct {
 	name        string
 	origin, cow *volume
 	merging     bool
@@ -322,8 +322,8 @@ func (v *volume) read(s *section, extent int64) error {
 // readTie reads the segment of a volume that joins an origin and a COW volume (docs/spec/lvm2.md §8). What is wrong here
 // makes it uncertain what other volumes show: the error is one of the whole group.
 func (m *metadata) readTie(v *volume, seg segment) error {
-	t := &tie{name: v.name, extents: seg.count}
-	v.tie = t
+	t := &snapshotSegment{name: v.name, extents: seg.count}
+	v.joins = t
 	if len(v.segments) != 1 {
 		return fmt.Errorf("%d segments", len(v.segments))
 	}
@@ -364,12 +364,12 @@ func (m *metadata) readTie(v *volume, seg segment) error {
 // checkTies refuses snapshots of snapshots, and two merges into one origin.
 func (m *metadata) checkTies() error {
 	for _, v := range m.volumes {
-		t := v.tie
+		t := v.joins
 		if t == nil {
 			continue
 		}
 		for _, part := range []*volume{t.origin, t.cow} {
-			if part.tie != nil {
+			if part.joins != nil {
 				return fmt.Errorf("snapshot %q: %q, which it names, has no data", t.name, part.name)
 			}
 		}
@@ -384,7 +384,7 @@ func (m *metadata) checkTies() error {
 }
 
 // merging returns the first snapshot that is to be merged into v.
-func (v *volume) merging() *tie {
+func (v *volume) merging() *snapshotSegment {
 	for _, t := range v.snapshots {
 		if t.merging {
 			return t

@@ -1,6 +1,6 @@
 // Package lvm reads volume groups of LVM2 in disks and disk images, without device-mapper, root or activation. Each logical
 // volume is a [block.Device]: linear, striped, mirror and raid1 volumes, thick snapshots as they appear when active, and
-// what is beneath them.
+// the devices below them.
 //
 //	set, err := lvm.Scan([]lvm.Disk{{Name: "disk.img", Dev: disk}}, 0)
 //	group, err := set.Group("vg")
@@ -11,7 +11,7 @@
 // group stays readable. Metadata is taken for hostile: memory and time are bounded by its length. Names in it
 // hold the letters, digits and signs that LVM allows; other strings may hold anything, so quote them.
 //
-// Linear and striped volumes, origins beneath their snapshots and COW volumes can be written. Mirrors, views, what a pvmove
+// Linear and striped volumes, origins below their snapshots and COW volumes can be written. Mirrors, views, what a pvmove
 // moves, and groups that are exported, locked or shared can only be read. A write to an origin changes its snapshots unless they
 // preserve what it overwrites: [Volume.OpenOrigin] returns them all. A group that is active on this host, which
 // [Group.CheckInactive] finds out, must not be written to.

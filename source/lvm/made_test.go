@@ -341,7 +341,7 @@ func TestBackupFile(t *testing.T) {
 			t.Fatalf("%q: %d volumes, %d on disk", m.name, len(m.volumes), len(on.volumes))
 		}
 		for i, v := range m.volumes {
-			if o := on.volumes[i]; v.name != o.name || v.id != o.id || v.extents != o.extents || (v.tie == nil) != (o.tie == nil) || len(v.segments) != len(o.segments) {
+			if o := on.volumes[i]; v.name != o.name || v.id != o.id || v.extents != o.extents || (v.joins == nil) != (o.joins == nil) || len(v.segments) != len(o.segments) {
 				t.Errorf("%q is not %q", v.name, o.name)
 			}
 		}
@@ -557,7 +557,7 @@ use_compression = 1 use_deduplication = 1 use_metadata_hints = 1 minimum_io_size
 		textVolume{"vpool0_vdata", "", linear(0, 40, "pv1", 0)},
 		textVolume{"plain", "", linear(0, 5, "pv1", 40)},
 		textVolume{"cow", "", linear(0, 8, "pv1", 50)},
-		tieText("snapshot0", 20, `origin = "lvol0" cow_store = "cow"`),
+		snapshotText("snapshot0", 20, `origin = "lvol0" cow_store = "cow"`),
 	))})
 	for name, kind := range map[string]string{"lvol0": `"vdo"`, "vpool0": `"vdo-pool"`, "cow": `"vdo"`} {
 		refused(t, set, name, Active, kind)
@@ -588,8 +588,8 @@ func TestSplitBrain(t *testing.T) {
 	}
 }
 
-// tieText makes the volume that joins origin and COW volume.
-func tieText(name string, extents int, keys string) textVolume {
+// snapshotText makes the volume that joins origin and COW volume.
+func snapshotText(name string, extents int, keys string) textVolume {
 	return textVolume{name, "", seg(0, extents, "snapshot", "chunk_size = 8\n"+keys)}
 }
 
@@ -597,27 +597,27 @@ func tieText(name string, extents int, keys string) textVolume {
 func TestTiesRefused(t *testing.T) {
 	base, cow := textVolume{"base", "", linear(0, 32, "pv1", 0)}, textVolume{"cow", "", linear(0, 64, "pv1", 40)}
 	for name, c := range map[string]struct {
-		ties   []textVolume
-		reason string
+		snapshots []textVolume
+		reason    string
 	}{
-		"no origin":         {[]textVolume{tieText("s0", 32, `origin = "no" cow_store = "cow"`)}, "does not exist"},
-		"no COW":            {[]textVolume{tieText("s0", 32, `origin = "base" cow_store = "no"`)}, "does not exist"},
-		"COW is origin":     {[]textVolume{tieText("s0", 32, `origin = "base" cow_store = "base"`)}, "is its origin and its COW volume"},
-		"origin is a tie":   {[]textVolume{tieText("s0", 32, `origin = "s0" cow_store = "cow"`)}, "has no data"},
-		"one COW for two":   {[]textVolume{tieText("s0", 32, `origin = "base" cow_store = "cow"`), tieText("s1", 32, `origin = "base" cow_store = "cow"`)}, "too"},
-		"both stores":       {[]textVolume{tieText("s0", 32, `origin = "base" cow_store = "cow" merging_store = "cow"`)}, "one of cow_store"},
-		"no store":          {[]textVolume{tieText("s0", 32, `origin = "base"`)}, "one of cow_store"},
-		"of a snapshot":     {[]textVolume{tieText("s0", 32, `origin = "base" cow_store = "cow"`), tieText("s1", 32, `origin = "cow" cow_store = "base"`)}, "is the COW volume of a snapshot"},
-		"two segments":      {[]textVolume{{"s0", "", seg(0, 5, "snapshot", `origin = "base" cow_store = "cow"`) + seg(5, 5, "snapshot", "")}}, "2 segments"},
-		"origin is a value": {[]textVolume{tieText("s0", 32, `origin = 5 cow_store = "cow"`)}, "origin is not a string"},
+		"no origin":          {[]textVolume{snapshotText("s0", 32, `origin = "no" cow_store = "cow"`)}, "does not exist"},
+		"no COW":             {[]textVolume{snapshotText("s0", 32, `origin = "base" cow_store = "no"`)}, "does not exist"},
+		"COW is origin":      {[]textVolume{snapshotText("s0", 32, `origin = "base" cow_store = "base"`)}, "is its origin and its COW volume"},
+		"origin has no data": {[]textVolume{snapshotText("s0", 32, `origin = "s0" cow_store = "cow"`)}, "has no data"},
+		"one COW for two":    {[]textVolume{snapshotText("s0", 32, `origin = "base" cow_store = "cow"`), snapshotText("s1", 32, `origin = "base" cow_store = "cow"`)}, "too"},
+		"both stores":        {[]textVolume{snapshotText("s0", 32, `origin = "base" cow_store = "cow" merging_store = "cow"`)}, "one of cow_store"},
+		"no store":           {[]textVolume{snapshotText("s0", 32, `origin = "base"`)}, "one of cow_store"},
+		"of a snapshot":      {[]textVolume{snapshotText("s0", 32, `origin = "base" cow_store = "cow"`), snapshotText("s1", 32, `origin = "cow" cow_store = "base"`)}, "is the COW volume of a snapshot"},
+		"two segments":       {[]textVolume{{"s0", "", seg(0, 5, "snapshot", `origin = "base" cow_store = "cow"`) + seg(5, 5, "snapshot", "")}}, "2 segments"},
+		"origin is a value":  {[]textVolume{snapshotText("s0", 32, `origin = 5 cow_store = "cow"`)}, "origin is not a string"},
 	} {
-		set := scan(t, []Disk{made(t, 1, groupText(1, 1, append([]textVolume{base, cow}, c.ties...)...))})
+		set := scan(t, []Disk{made(t, 1, groupText(1, 1, append([]textVolume{base, cow}, c.snapshots...)...))})
 		if g := set.Groups[0]; g.Err == nil || !strings.Contains(g.Err.Error(), c.reason) {
 			t.Errorf("%s: %v", name, g.Err)
 		}
 		refused(t, set, "base", Active, c.reason)
 	}
-	set := scan(t, []Disk{made(t, 1, groupText(1, 1, base, cow, tieText("s0", 33, `origin = "base" cow_store = "cow"`)))})
+	set := scan(t, []Disk{made(t, 1, groupText(1, 1, base, cow, snapshotText("s0", 33, `origin = "base" cow_store = "cow"`)))})
 	refused(t, set, "cow", Active, "33 extents long")
 	mustOpen(t, set, "base", Active)
 }
@@ -626,7 +626,7 @@ func TestTiesRefused(t *testing.T) {
 func TestWrites(t *testing.T) {
 	text := groupText(1, 1,
 		textVolume{"plain", "", linear(0, 200, "pv1", 0)}, textVolume{"base", "", linear(0, 32, "pv1", 200)},
-		textVolume{"cow", "", linear(0, 64, "pv1", 240)}, tieText("s0", 32, `origin = "base" cow_store = "cow"`))
+		textVolume{"cow", "", linear(0, 64, "pv1", 240)}, snapshotText("s0", 32, `origin = "base" cow_store = "cow"`))
 	content := madeBytes(1, text)
 	clear(content[(madeStart+240)*512:][:64*512])
 	m := block.MemoryFrom(content)

@@ -11,7 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// An Origin is a volume with all its snapshots, as the devices beneath them. A program that writes to one of the
+// An Origin is a volume with all its snapshots, as the devices that they consist of. A program that writes to one of the
 // devices needs them all: a write to the origin has to be preserved in every snapshot.
 type Origin struct {
 	*Volume
@@ -83,8 +83,8 @@ func (v *Volume) OpenOrigin() (*Origin, error) {
 	return o, nil
 }
 
-// openSnapshot opens what is beneath a snapshot.
-func (g *Group) openSnapshot(t *tie) Snapshot {
+// openSnapshot opens what is below a snapshot.
+func (g *Group) openSnapshot(t *snapshotSegment) Snapshot {
 	s := Snapshot{Name: t.cow.name, Size: g.viewSize(t), Merging: t.merging, ReadOnly: !t.cow.writable}
 	s.Err = func() error {
 		_, cow, err := g.parts(t)

@@ -83,19 +83,19 @@ func TestOriginsOfCases(t *testing.T) {
 // TestOriginWhoseSnapshotsCannotBeKept: each snapshot is listed, also where nothing can be preserved in it.
 func TestOriginWhoseSnapshotsCannotBeKept(t *testing.T) {
 	base, cow := textVolume{"base", "", linear(0, 32, "pv1", 0)}, textVolume{"cow", "", linear(0, 64, "pv1", 40)}
-	tie := tieText("s0", 32, `origin = "base" cow_store = "cow"`)
+	snap := snapshotText("s0", 32, `origin = "base" cow_store = "cow"`)
 	for name, c := range map[string]struct {
 		volumes []textVolume
 		header  ondisk.Header // zero: none
 		want    string
 	}{
-		"never used":      {[]textVolume{base, cow, tie}, ondisk.Header{}, "cow 16384 unused"},
+		"never used":      {[]textVolume{base, cow, snap}, ondisk.Header{}, "cow 16384 unused"},
 		"no chunk size":   {[]textVolume{base, cow, {"s0", "", seg(0, 32, "snapshot", `chunk_size = 7 origin = "base" cow_store = "cow"`)}}, ondisk.Header{}, "chunk size"},
-		"damaged header":  {[]textVolume{base, cow, tie}, ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: 9, ChunkSectors: 8}, "version"},
-		"missing PV":      {[]textVolume{base, {"cow", "", linear(0, 64, "pv2", 40)}, tie}, ondisk.Header{}, "is missing"},
-		"of a thin pool":  {[]textVolume{base, {"cow", "", seg(0, 64, "thin", "")}, tie}, ondisk.Header{}, "not supported"},
-		"a name like ../": {[]textVolume{base, {"..", "", linear(0, 64, "pv1", 40)}, tieText("s0", 32, `origin = "base" cow_store = ".."`)}, ondisk.Header{}, "malformed name"},
-		"longer":          {[]textVolume{base, cow, tieText("s0", 33, `origin = "base" cow_store = "cow"`)}, ondisk.Header{}, "33 extents long"},
+		"damaged header":  {[]textVolume{base, cow, snap}, ondisk.Header{Magic: ondisk.Magic, Valid: 1, Version: 9, ChunkSectors: 8}, "version"},
+		"missing PV":      {[]textVolume{base, {"cow", "", linear(0, 64, "pv2", 40)}, snap}, ondisk.Header{}, "is missing"},
+		"of a thin pool":  {[]textVolume{base, {"cow", "", seg(0, 64, "thin", "")}, snap}, ondisk.Header{}, "not supported"},
+		"a name like ../": {[]textVolume{base, {"..", "", linear(0, 64, "pv1", 40)}, snapshotText("s0", 32, `origin = "base" cow_store = ".."`)}, ondisk.Header{}, "malformed name"},
+		"longer":          {[]textVolume{base, cow, snapshotText("s0", 33, `origin = "base" cow_store = "cow"`)}, ondisk.Header{}, "33 extents long"},
 	} {
 		content := madeBytes(1, groupText(1, 2, c.volumes...))
 		clear(content[(madeStart+40)*512:][:64*512])

@@ -37,7 +37,7 @@ func (g *Group) resolve(v *volume, level int) *resolution {
 	// The permission of a snapshot is that of what it shows: the kernel writes to the COW volume all the same.
 	r := &resolution{writable: (v.writable || v.snapshot != nil) && !v.locked && !v.pvmove, levels: 1}
 	r.err = v.err
-	if r.err == nil && v.tie != nil {
+	if r.err == nil && v.joins != nil {
 		r.err = fmt.Errorf("%q has no data", v.name)
 	}
 	var targets []mapped.Target
@@ -64,7 +64,7 @@ func (g *Group) resolve(v *volume, level int) *resolution {
 	return r
 }
 
-// identity is the identity of a volume's device: its ids, and a disk beneath, so that a clone of the disk is another one.
+// identity is the identity of a volume's device: its ids, and a disk below, so that a clone of the disk is another one.
 func (g *Group) identity(v *volume, targets []mapped.Target) string {
 	for _, t := range targets {
 		for _, a := range t.Areas {

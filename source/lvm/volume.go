@@ -19,7 +19,7 @@ const (
 	// Active is the volume as it is when it is active: of a snapshot what it shows, of an origin into which a snapshot is to
 	// be merged the result of that.
 	Active Layer = ""
-	// Real is an origin beneath its snapshots.
+	// Real is an origin below its snapshots.
 	Real Layer = "real"
 	// COW is the COW volume of a snapshot: its exception store.
 	COW Layer = "cow"
@@ -50,7 +50,7 @@ func (g *Group) fill() {
 		g.meta.refuseOverlaps()
 	}
 	for _, v := range g.meta.volumes {
-		if v.tie != nil || checkName(v.name) != nil {
+		if v.joins != nil || checkName(v.name) != nil {
 			continue
 		}
 		out := &Volume{Group: g, Name: v.name, ID: v.id, Type: v.kind(), Size: v.extents * g.ExtentSize, IsOrigin: len(v.snapshots) > 0,
@@ -87,7 +87,7 @@ func (v *volume) kind() string {
 }
 
 // viewSize is the size of what a snapshot shows: while it is to be merged, that of its origin (docs/spec/lvm2.md §8.3).
-func (g *Group) viewSize(t *tie) int64 {
+func (g *Group) viewSize(t *snapshotSegment) int64 {
 	if t.merging {
 		return t.origin.extents * g.ExtentSize
 	}
@@ -107,7 +107,7 @@ func (g *Group) data(v *volume) (*mapped.Device, error) {
 }
 
 // shown returns the snapshot whose exceptions Active shows; nil: none.
-func (v *volume) shown() *tie {
+func (v *volume) shown() *snapshotSegment {
 	if v.snapshot != nil {
 		return v.snapshot
 	}
@@ -145,7 +145,7 @@ func (v *Volume) check() error {
 }
 
 // parts returns the devices of a snapshot: the part of the origin that it shows, and the COW volume.
-func (g *Group) parts(t *tie) (origin, cow *mapped.Device, err error) {
+func (g *Group) parts(t *snapshotSegment) (origin, cow *mapped.Device, err error) {
 	if cow, err = g.data(t.cow); err != nil {
 		return nil, nil, fmt.Errorf("COW volume %q: %w", t.cow.name, err)
 	}
@@ -164,7 +164,7 @@ func (g *Group) parts(t *tie) (origin, cow *mapped.Device, err error) {
 }
 
 // Open returns a layer of the volume as a device, which does not own the disks. What may be written is in the package comment;
-// the other devices refuse changes with block.ErrReadOnly. While a view is open, nothing may write to what is beneath it.
+// the other devices refuse changes with block.ErrReadOnly. While a view is open, nothing may write to what is below it.
 //
 // Real is there for every volume that is no snapshot, COW for snapshots. The error wraps ErrUnreadable and says why; the
 // errors of package store (ErrInvalid) are in it.
@@ -216,7 +216,7 @@ func (g *Group) protect(dev *mapped.Device, must bool) *mapped.Device {
 }
 
 // view returns what a snapshot shows. A COW volume whose magic is zero was never used: it shows its origin.
-func (g *Group) view(t *tie) (block.Device, error) {
+func (g *Group) view(t *snapshotSegment) (block.Device, error) {
 	origin, cow, err := g.parts(t)
 	if err != nil {
 		return nil, err
@@ -232,9 +232,9 @@ func (g *Group) view(t *tie) (block.Device, error) {
 	return view, nil
 }
 
-// OpenBeneath returns what a snapshot is made of: the part of its origin that it shows, and its COW volume, both for reading.
+// OpenSnapshotParts returns what a snapshot is made of: the part of its origin that it shows, and its COW volume, both for reading.
 // The error wraps ErrUnreadable, or ErrNoSnapshot. A store that is invalid or damaged is no error.
-func (v *Volume) OpenBeneath() (origin, cow block.Device, err error) {
+func (v *Volume) OpenSnapshotParts() (origin, cow block.Device, err error) {
 	t := v.v.snapshot
 	if t == nil {
 		return nil, nil, fmt.Errorf("logical volume %s/%s: %w", v.Group.Name, v.Name, ErrNoSnapshot)

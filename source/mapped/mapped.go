@@ -39,7 +39,7 @@ type Device struct {
 	targets  []Target
 	starts   []int64 // of the targets
 	size     int64
-	devs     []block.Device // beneath, each once, none of them mapped
+	devs     []block.Device // below, each once, none of them mapped
 	block    int
 	readOnly bool
 }
@@ -61,7 +61,7 @@ var _ interface {
 } = (*Device)(nil)
 
 // New returns the device that consists of targets, in this order. id is its [block.Identity]; an empty one is made from the
-// device beneath where there is a single target with one area. A range outside of the device beneath is an error that
+// underlying device where there is a single target with one area. A range outside of the underlying device is an error that
 // wraps *block.RangeError.
 func New(id string, targets []Target) (*Device, error) {
 	d := &Device{id: id, targets: targets, block: block.SectorSize}
@@ -88,14 +88,14 @@ func New(id string, targets []Target) (*Device, error) {
 	}
 	if id == "" && len(targets) == 1 && len(targets[0].Areas) == 1 {
 		a := targets[0].Areas[0]
-		if beneath := block.Identity(a.Dev); beneath != "" {
-			d.id = fmt.Sprintf("%s[%d+%d]", beneath, a.Off, d.size)
+		if below := block.Identity(a.Dev); below != "" {
+			d.id = fmt.Sprintf("%s[%d+%d]", below, a.Off, d.size)
 		}
 	}
 	return d, nil
 }
 
-// add notes a device to be flushed. Instead of a mapped device it notes those beneath: a mapped device may be beneath many
+// add notes a device to be flushed. Instead of a mapped device it notes those below: a mapped device may be below many
 // others, each of which would flush it.
 func (d *Device) add(dev block.Device, known map[block.Device]bool) {
 	if reflect.ValueOf(dev).Comparable() {
@@ -105,8 +105,8 @@ func (d *Device) add(dev block.Device, known map[block.Device]bool) {
 		known[dev] = true
 	}
 	if m, ok := dev.(*Device); ok {
-		for _, beneath := range m.devs {
-			d.add(beneath, known)
+		for _, below := range m.devs {
+			d.add(below, known)
 		}
 		d.block = max(d.block, m.block)
 		return
@@ -122,7 +122,7 @@ func (d *Device) ReadOnly() *Device {
 	return &r
 }
 
-// Writable reports whether d passes writes on. The devices beneath may still refuse them.
+// Writable reports whether d passes writes on. The underlying devices may still refuse them.
 func (d *Device) Writable() bool { return !d.readOnly }
 
 // place returns where the byte at off is, and how many of the next n ≥ 1 bytes follow it there. dev is nil where they are
@@ -219,7 +219,7 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	return total, err
 }
 
-// Flush flushes every device beneath, also after one has failed.
+// Flush flushes every underlying device, also after one has failed.
 func (d *Device) Flush() error {
 	if d.readOnly {
 		return nil
@@ -244,7 +244,7 @@ func (d *Device) WriteDurableAt(p []byte, off int64) error {
 	})
 }
 
-// WriteLastAt writes durably, whatever failed before on the devices beneath.
+// WriteLastAt writes durably, whatever failed before on the underlying devices.
 func (d *Device) WriteLastAt(p []byte, off int64) error {
 	return d.change("write", off, int64(len(p)), func(dev block.Device, at, n, done int64) error {
 		return block.WriteLast(dev, p[done:done+n], at)
@@ -308,7 +308,7 @@ const extentPieces = 64
 
 var errEnough = errors.New("enough")
 
-// Extents returns the extents of the devices beneath. Zeros that no device holds are holes.
+// Extents returns the extents of the underlying devices. Zeros that no device holds are holes.
 func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 	var all []block.Extent
 	pieces := 0
@@ -364,7 +364,7 @@ func (d *Device) Grow(size int64) error {
 // CanGrow is false.
 func (d *Device) CanGrow() bool { return false }
 
-// BlockSize is the largest logical block size of the devices beneath, in bytes.
+// BlockSize is the largest logical block size of the underlying devices, in bytes.
 func (d *Device) BlockSize() int { return d.block }
 
 // Identity is equal for two devices made with one id, or of one range of one device.

@@ -75,8 +75,8 @@ func TestSuite(t *testing.T) {
 
 // TestPassesOn: a range that is the whole device passes on every ability.
 func TestPassesOn(t *testing.T) {
-	blocktest.RunForward(t, func(t *testing.T, beneath block.Device) block.Device {
-		return linear(t, beneath, 0, beneath.Size())
+	blocktest.RunForward(t, func(t *testing.T, lower block.Device) block.Device {
+		return linear(t, lower, 0, lower.Size())
 	}, "Refresh", "Grow", "CanGrow", "Identity", "Size", "BlockSize")
 }
 

@@ -208,7 +208,7 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 		for ; i < len(group) && group[i].frame == f; i++ {
 			copy(group[i].to, content[group[i].at:])
 		}
-		// Without room in the cache the disk can be read nevertheless.
+		// Without space in the cache the disk can be read nevertheless.
 		b.cache.Put(unit, content, digest)
 	}
 	return nil

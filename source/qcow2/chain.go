@@ -28,7 +28,7 @@ type FileOptions struct {
 	Strict bool
 }
 
-// A File is an image that was opened with the files beneath it.
+// A File is an image that was opened with its chain of backing files.
 type File struct {
 	*Image
 	top   block.Device  // where the image is, if that was open
@@ -69,7 +69,7 @@ func (f *File) finish(dev block.Device, path string, o FileOptions) (*File, erro
 	return f, nil
 }
 
-// Files returns the files that it opened: those beneath the image, and for OpenFile the image first.
+// Files returns the files that it opened: its chain of backing files, and for OpenFile the image first.
 func (f *File) Files() []*block.File { return f.files }
 
 // Close closes the files that it opened.
@@ -96,7 +96,7 @@ func (f *File) open(dev block.Device, path string, o FileOptions) (*Image, error
 					return nil, err
 				}
 			}
-			beneath := FileOptions{Follow: o.Follow, Lock: o.Lock, Strict: o.Strict}
+			backing := FileOptions{Follow: o.Follow, Lock: o.Lock, Strict: o.Strict}
 			switch format {
 			case "raw":
 				return f.openFile(at, o.Lock)
@@ -105,7 +105,7 @@ func (f *File) open(dev block.Device, path string, o FileOptions) (*Image, error
 				if err != nil {
 					return nil, err
 				}
-				return f.open(dev, at, beneath)
+				return f.open(dev, at, backing)
 			case "":
 				return nil, fmt.Errorf("backing file %q: %w", name, ErrNoFormat)
 			}
@@ -119,7 +119,7 @@ func (f *File) open(dev block.Device, path string, o FileOptions) (*Image, error
 	return image, nil
 }
 
-// openFile opens one file, which must not be open yet: an image beneath itself has no end.
+// openFile opens one file, which must not be open yet: a chain with a loop has no end.
 func (f *File) openFile(path string, lock block.LockMode) (*block.File, error) {
 	if len(f.files) >= maxChain {
 		return nil, fmt.Errorf("%s: more than %d images over each other", path, maxChain)

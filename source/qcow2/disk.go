@@ -132,15 +132,15 @@ func (d *Disk) Extents(off, n int64) ([]block.Extent, error) {
 			}
 			add(pc.n, flags)
 		case unallocated:
-			beneath := int64(0)
+			inBacking := int64(0)
 			if d.image.backing != nil {
-				beneath = max(0, min(pc.n, d.image.backing.Size()-off))
+				inBacking = max(0, min(pc.n, d.image.backing.Size()-off))
 			}
-			if beneath == 0 {
+			if inBacking == 0 {
 				add(pc.n, block.Hole|block.ReadsZero)
 				break
 			}
-			known, err := block.Extents(d.image.backing, off, beneath)
+			known, err := block.Extents(d.image.backing, off, inBacking)
 			if err != nil {
 				return nil, fmt.Errorf("extents of the backing file: %w", err)
 			}

@@ -53,7 +53,7 @@ const (
 	maxSharers  = 60000    // of one host cluster by compressed ones: counts have 16 bits
 )
 
-// ErrName reports a backing file name that other programs would take for something else, or that has no room.
+// ErrName reports a backing file name that other programs would take for something else, or that is too long.
 var ErrName = errors.New("unsuitable name of a backing file")
 
 // Export writes an image of the disk src to dst, which reads as zeros, and makes it durable (docs/spec/qcow2.md §12). The
@@ -203,7 +203,7 @@ func (e *exporter) whole(off, n int64) int64 {
 	return n &^ (e.cs - 1)
 }
 
-// zeros represents n bytes of zeros. A cluster is not allocated where nothing is beneath it.
+// zeros represents n bytes of zeros. A cluster is not allocated where it has no backing file.
 func (e *exporter) zeros(off, n int64) error {
 	if e.o.Backing == "" {
 		return nil

@@ -289,7 +289,7 @@ func (i *Info) backing(b []byte, e extensions) error {
 		return corrupt(fmt.Sprintf("header, byte %d", offset), "a NUL in the backing file name %q", i.Backing)
 	}
 	if i.header.rawData {
-		return corrupt("header, byte 8", "a backing file beneath raw external data")
+		return corrupt("header, byte 8", "a backing file, and raw external data")
 	}
 	return nil
 }

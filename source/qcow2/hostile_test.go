@@ -334,7 +334,7 @@ func TestNamesBeside(t *testing.T) {
 	}
 }
 
-// TestLoop: an image beneath itself is refused at once.
+// TestLoop: an image that is its own backing file is refused at once.
 func TestLoop(t *testing.T) {
 	dir := t.TempDir()
 	b := tiny(3, 12, 1<<20, 0, nil, nil)

@@ -16,7 +16,7 @@
 // has depth two, so that no loop is possible. Clusters that begin behind the end of the file are errors: the file is
 // truncated.
 //
-// Reads may be concurrent. Nobody may change the file meanwhile.
+// Reads may be concurrent. The file must not change meanwhile.
 package qcow2
 
 import (
@@ -34,7 +34,7 @@ const (
 
 // Options supply what an image needs beside its own file. The caller closes the devices after the image's last use.
 type Options struct {
-	// Backing returns the device beneath the image. format is the name that the image records for it, or empty. Nil: an
+	// Backing returns the device of the backing file. format is the name that the image records for it, or empty. Nil: an
 	// image that names a backing file is refused.
 	Backing func(name, format string) (block.Device, error)
 	// Data returns the external data file; name may be empty. Nil: an image with such a file is refused.

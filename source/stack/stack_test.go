@@ -18,7 +18,7 @@ import (
 
 func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
 
-// newStore returns an empty store with room for every chunk of a disk of size bytes, and its COW device.
+// newStore returns an empty store with space for every chunk of a disk of size bytes, and its COW device.
 func newStore(t testing.TB, sectors uint32, size int64) (*store.Store, *block.Memory) {
 	t.Helper()
 	l := ondisk.Layout{ChunkSectors: sectors}

@@ -135,7 +135,7 @@ func TestMarkOnlyInThePageCache(t *testing.T) {
 	}
 }
 
-// what was acknowledged is written once there is room.
+// what was acknowledged is written once there is space.
 func TestOriginWithoutRoom(t *testing.T) {
 	const size, full = 4 << 20, 64 << 10
 	for _, what := range []string{"wait", "term", "drop", "attach", "attach existing", "merge"} {
@@ -161,7 +161,7 @@ func TestOriginWithoutRoom(t *testing.T) {
 				}
 			}
 			if written == size {
-				t.Fatal("there was room for all")
+				t.Fatal("there was space for all")
 			}
 			if b, err := o.read(full, 64<<10); err != nil || !bytes.Equal(b, fill('B', 64<<10)) {
 				t.Errorf("what was acknowledged is not read (%v)", err)
@@ -199,7 +199,7 @@ func TestOriginWithoutRoom(t *testing.T) {
 				if err == nil {
 					r.s.api("POST", "merge/resume", nil, nil)
 					if m := r.mergeState("20"); m.State != "done" {
-						t.Errorf("with room the merge is %+v", m)
+						t.Errorf("with space the merge is %+v", m)
 					}
 					r.terminate(0)
 					return
@@ -216,7 +216,7 @@ func TestOriginWithoutRoom(t *testing.T) {
 			r.terminate(status...)
 			for _, name := range []string{"v", "w"} {
 				if !r.validOnDisk(name) {
-					t.Errorf("%s was made invalid by the origin's lack of room", name)
+					t.Errorf("%s was made invalid by the origin's lack of space", name)
 				}
 				r.run(0, "check", r.cow(name))
 			}
@@ -230,7 +230,7 @@ func TestOriginWithoutRoom(t *testing.T) {
 	}
 }
 
-// A COW device without room for its slots costs no other snapshot anything.
+// A COW device without space for its slots costs no other snapshot anything.
 func TestLackOfRoomHasOneVictim(t *testing.T) {
 	const size = 256 << 10
 	r := newRig(t, size, size, "v", "w")

@@ -172,7 +172,7 @@ func (w *world) fuzz() {
 			w.leaveWrites()
 		}
 		w.stop(how)
-		// A snapshot that is lost makes room for another.
+		// A snapshot that is lost makes space for another.
 		for _, v := range slices.Clone(w.views) {
 			if v.invalid && w.chance(60) {
 				w.logf("remove %s", v.name)

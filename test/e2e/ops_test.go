@@ -112,10 +112,10 @@ func (w *world) anyFull() bool {
 	return slices.ContainsFunc(st.Snapshots, func(s snapshotStatus) bool { return s.Full })
 }
 
-// paused is about a change that waits for room: one way out of it is taken.
+// paused is about a change that waits for space: one way out of it is taken.
 func (w *world) paused(c *conn, export string, off int64, p []byte) {
 	way := []string{"grow", "grow", "vanish", "term", "kill"}[w.r.IntN(5)]
-	w.logf("the change of %s at %d+%d waits for room: %s", export, off, len(p), way)
+	w.logf("the change of %s at %d+%d waits for space: %s", export, off, len(p), way)
 	w.count("paused: " + way)
 	d := w.modelOf(export)
 	switch way {
@@ -129,9 +129,9 @@ func (w *world) paused(c *conn, export string, off int64, p []byte) {
 			w.must(err, "grow")
 		}
 		a, err := c.receive(answerTimeout)
-		w.must(err, "the change that waited for room, after it was made")
+		w.must(err, "the change that waited for space, after it was made")
 		if a.err != nil {
-			w.fail("the change that waited for room, after it was made: %w", a.err)
+			w.fail("the change that waited for space, after it was made: %w", a.err)
 		}
 		d.write(off, p)
 	case "vanish":
@@ -550,11 +550,11 @@ func (w *world) lookAtMerge(path string) {
 	w.logf("merge: %+v", m)
 	switch m.State {
 	case "running", "paused":
-		if path != "merge" && !(w.limited && w.policy == "pause") { // it may wait for room in another COW device
+		if path != "merge" && !(w.limited && w.policy == "pause") { // it may wait for space in another COW device
 			w.fail("the merge does not end: %+v\n%.20000s", m, w.server.log())
 		}
 	case "failed":
-		if !w.faulty && !w.limited { // another snapshot may have no room for what the merge overwrites
+		if !w.faulty && !w.limited { // another snapshot may have no space for what the merge overwrites
 			w.fail("the merge failed: %+v", m)
 		}
 	case "done":

@@ -47,7 +47,7 @@ func TestPausedWritesEnd(t *testing.T) {
 				r := newRig(t, size, size, "w")
 				r.create("v", "--cow-size", "256KiB")
 				r.serve([]string{"v", "w"}, "--on-full", "pause")
-				// More chunks than there is room for.
+				// More chunks than there is space for.
 				const conns, each = 3, 30
 				var list []*conn
 				for i := range conns {
@@ -110,7 +110,7 @@ func (r *rig) waitFull(name string) {
 	r.t.Helper()
 	for late := time.Now().Add(10 * time.Second); !r.state(name).Full; time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(late) {
-			r.t.Fatal("nothing waits for room")
+			r.t.Fatal("nothing waits for space")
 		}
 	}
 }
@@ -175,7 +175,7 @@ func TestVanishedWriteIsNotExecuted(t *testing.T) {
 	}
 }
 
-// A rewrite of a trimmed chunk needs room as well: it waits, with the same policy.
+// A rewrite of a trimmed chunk needs space as well: it waits, with the same policy.
 func TestPausedRewriteOfTrimmedChunk(t *testing.T) {
 	const size = 8 << 20
 	r := newRig(t, size, 0, "v")
@@ -226,7 +226,7 @@ func TestAreaWriteWithoutRoom(t *testing.T) {
 					r.must(err)
 					a, err := c.receive(10 * time.Second)
 					if err != nil {
-						t.Fatalf("a write waits though there is room; the snapshot is %+v", r.state("v"))
+						t.Fatalf("a write waits though there is space; the snapshot is %+v", r.state("v"))
 					}
 					if a.err == nil {
 						copy(want[i*8192:], fill('b', 4096))
@@ -235,7 +235,7 @@ func TestAreaWriteWithoutRoom(t *testing.T) {
 					_, err = c.send(cmdFlush, 0, 0, 0, nil)
 					r.must(err)
 					if a, err = c.receive(10 * time.Second); err != nil {
-						t.Fatalf("a flush waits though there is room; the snapshot is %+v", r.state("v"))
+						t.Fatalf("a flush waits though there is space; the snapshot is %+v", r.state("v"))
 					}
 					last = errors.Join(last, a.err)
 				}

@@ -35,7 +35,7 @@ func TestRepairedStores(t *testing.T) {
 			c := int64(st.Layout().ChunkSectors)
 			k.disk("disk", 256*c)
 			k.must(job.Op{Do: job.Write, Dev: "dm:disk", N: 256 * c * 512, Seed: originSeed})
-			k.disk("cow0", cow.Size()/512+16*c) // room for what the kernel adds
+			k.disk("cow0", cow.Size()/512+16*c) // space for what the kernel adds
 			k.put("cow0", 0, cow.Bytes())
 			table := fmt.Sprintf("0 %d snapshot dm:disk dm:cow0 P %d", 256*c, c)
 			k.create("snap", table)

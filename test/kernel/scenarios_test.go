@@ -229,7 +229,7 @@ func TestCowReduce(t *testing.T) {
 	th.write(s.steps)
 	b := th.images()
 	k.clear()
-	s.snaps[0].cowSectors = 4*(2+10+3) + 2 // room for three more
+	s.snaps[0].cowSectors = 4*(2+10+3) + 2 // space for three more
 	b.cows[0] = b.cows[0][:s.snaps[0].cowSectors*512]
 	th = newTheirs(k, s, &b)
 	o, err := newOurs(s, b, snapshot.SyncAlways, k.number)

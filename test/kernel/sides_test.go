@@ -119,7 +119,7 @@ func (o *ours) attach(i int) error {
 	return err
 }
 
-// fit cuts a write down to one piece when some store has not room for all of it: of a request that
+// fit cuts a write down to one piece when some store has not space for all of it: of a request that
 // overflows a store the kernel runs the pieces at once, and which of them were recorded is chance.
 // It also turns steps aside that make no sense in the state things are in; ok is false for those.
 func (o *ours) fit(st step) (_ step, ok bool) {

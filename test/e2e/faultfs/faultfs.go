@@ -7,7 +7,7 @@
 //	}
 //
 //	f, err := faultfs.Start(dir)     // mounted on dir
-//	err = f.Folder("cows", 8<<20)    // dir/cows, with room for 8 MiB
+//	err = f.Folder("cows", 8<<20)    // dir/cows, with space for 8 MiB
 //	err = f.Add(faultfs.Rule{Op: faultfs.Fsync, File: "v.cow", Errno: syscall.EIO, Count: 1})
 //	err = f.Close()
 //

@@ -204,7 +204,7 @@ func TestRoom(t *testing.T) {
 		t.Errorf("a write that half fits: %d, %v", n, err)
 	}
 	if _, err := unix.Pwrite(int(a.Fd()), []byte("x"), 0); err != unix.ENOSPC {
-		t.Errorf("a write without room: %v", err)
+		t.Errorf("a write without space: %v", err)
 	}
 	put(t, a, 'B', 1<<30, 32<<10) // in place
 	at, err := unix.Seek(int(a.Fd()), 0, unix.SEEK_DATA)

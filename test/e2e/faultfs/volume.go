@@ -183,7 +183,7 @@ func (f *file) touch(off, n int64) {
 	}
 }
 
-// write writes data at off, as much of it as there is room for.
+// write writes data at off, as much of it as there is space for.
 func (d *folder) write(f *file, data []byte, off int64) (int, syscall.Errno) {
 	if len(data) == 0 {
 		return 0, 0
