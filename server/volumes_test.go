@@ -2,11 +2,9 @@ package server
 
 import (
 	"bytes"
-	"compress/gzip"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
@@ -24,18 +23,7 @@ import (
 // lvmImage writes a disk that a real lvm2 made, a case of package lvm, into a directory of its own.
 func lvmImage(t *testing.T, name string) (path string, content []byte) {
 	t.Helper()
-	f, err := os.Open(filepath.Join("../source/lvm/testdata", name, "disk0.gz"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if content, err = io.ReadAll(z); err != nil {
-		t.Fatal(err)
-	}
+	content = testhost.Unpack(t, filepath.Join("../source/lvm/testdata", name, "disk0.gz"))
 	path = filepath.Join(t.TempDir(), "vm.img")
 	if err := os.WriteFile(path, content, 0o600); err != nil {
 		t.Fatal(err)

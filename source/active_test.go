@@ -1,9 +1,7 @@
 package source_test
 
 import (
-	"compress/gzip"
 	"errors"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +9,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/lvm"
 )
@@ -20,19 +19,7 @@ func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
 // TestActiveGroup: of a group that is active on this host nothing is read, unless whatever others do is accepted. Other parts of
 // the disk are.
 func TestActiveGroup(t *testing.T) {
-	f, err := os.Open("lvm/testdata/gpt/disk0.gz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
+	content := testhost.Unpack(t, "lvm/testdata/gpt/disk0.gz")
 	disk := filepath.Join(t.TempDir(), "vm.img")
 	if err := os.WriteFile(disk, content, 0o600); err != nil {
 		t.Fatal(err)

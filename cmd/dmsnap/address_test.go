@@ -1,33 +1,21 @@
 package main
 
 import (
-	"compress/gzip"
 	"crypto/sha256"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // writeLVMImage writes a disk that a real lvm2 made: a GPT whose partition 2 is a physical volume of the group vg0, which
 // has the snapshot volume later.
 func writeLVMImage(t *testing.T, path string) {
 	t.Helper()
-	packed, err := os.Open("../../source/lvm/testdata/gpt/disk0.gz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer packed.Close()
-	z, err := gzip.NewReader(packed)
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
+	content := testhost.Unpack(t, "../../source/lvm/testdata/gpt/disk0.gz")
 	writeFile(t, path, content)
 }
 

@@ -2,10 +2,8 @@ package main
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/json"
 	"flag"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
@@ -13,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // lvmFixtures is where the disks of a real lvm2 are; tests change the working folder.
@@ -27,20 +26,7 @@ func lvmCase(t testing.TB, name string) map[string][]byte {
 		t.Fatalf("case %s: %d disks (%v)", name, len(packed), err)
 	}
 	for _, path := range packed {
-		f, err := os.Open(path)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
-		z, err := gzip.NewReader(f)
-		if err != nil {
-			t.Fatal(err)
-		}
-		content, err := io.ReadAll(z)
-		if err != nil {
-			t.Fatal(err)
-		}
-		disks[strings.TrimSuffix(filepath.Base(path), ".gz")+".img"] = content
+		disks[strings.TrimSuffix(filepath.Base(path), ".gz")+".img"] = testhost.Unpack(t, path)
 	}
 	return disks
 }

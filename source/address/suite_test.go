@@ -2,14 +2,13 @@ package address
 
 import (
 	"bytes"
-	"compress/gzip"
 	"errors"
-	"io"
 	"os"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/source/lvm"
 	"github.com/dmsnap/dmsnap/store"
 )
@@ -19,19 +18,7 @@ func TestMain(m *testing.M) { os.Exit(blocktest.RunAll(m)) }
 // fixture returns a disk that a real lvm2 made.
 func fixture(t *testing.T, name string) *block.Memory {
 	t.Helper()
-	f, err := os.Open("../lvm/testdata/" + name + "/disk0.gz")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
+	content := testhost.Unpack(t, "../lvm/testdata/"+name+"/disk0.gz")
 	return block.MemoryFrom(content)
 }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // BenchmarkRead reads a linear volume of a disk image, and an image with the same content beside it, in turn. raw/volume is the
@@ -27,7 +28,7 @@ func BenchmarkRead(b *testing.B) {
 		b.Cleanup(func() { f.Close() })
 		return f
 	}
-	volume := mustOpen(b, scan(b, []Disk{{"disk", open("disk", unpack(b, "testdata/single/disk0.gz"))}}), "plain", Active)
+	volume := mustOpen(b, scan(b, []Disk{{"disk", open("disk", testhost.Unpack(b, "testdata/single/disk0.gz"))}}), "plain", Active)
 	content := make([]byte, volume.Size())
 	if _, err := volume.ReadAt(content, 0); err != nil {
 		b.Fatal(err)

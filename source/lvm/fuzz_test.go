@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
 // openAll opens and reads every layer of every volume: no panic, no byte outside of the disk, bounded time.
@@ -43,7 +44,7 @@ func realTexts(f *testing.F) (texts []string) {
 		f.Fatal(len(packed), err)
 	}
 	for _, path := range packed {
-		set := scan(f, []Disk{{"disk", block.MemoryFrom(unpack(f, path))}})
+		set := scan(f, []Disk{{"disk", block.MemoryFrom(testhost.Unpack(f, path))}})
 		for _, g := range set.Groups {
 			texts = append(texts, strings.ReplaceAll(g.meta.text, g.meta.pvs[0].id, id(1)))
 		}

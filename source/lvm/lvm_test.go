@@ -2,22 +2,20 @@ package lvm
 
 import (
 	"bytes"
-	"compress/gzip"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -67,46 +65,6 @@ func readJSON(t *testing.T, path string, to any) {
 	}
 }
 
-// unpacked are the images that were unpacked last: most are asked for several times in a row.
-var unpacked struct {
-	mu      sync.Mutex
-	paths   []string
-	content map[string][]byte
-}
-
-// unpack returns the content of a packed image, which nobody may change.
-func unpack(t testing.TB, path string) []byte {
-	t.Helper()
-	u := &unpacked
-	u.mu.Lock()
-	defer u.mu.Unlock()
-	if content := u.content[path]; content != nil {
-		return content
-	}
-	f, err := os.Open(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
-	z, err := gzip.NewReader(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	content, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(u.paths) == 6 {
-		delete(u.content, u.paths[0])
-		u.paths = u.paths[1:]
-	}
-	if u.content == nil {
-		u.content = map[string][]byte{}
-	}
-	u.paths, u.content[path] = append(u.paths, path), content
-	return content
-}
-
 // A frozenDisk fails the test when it is written to.
 type frozenDisk struct {
 	*bytes.Reader
@@ -143,7 +101,7 @@ func (c *testCase) disks(t testing.TB, guests []string) []Disk {
 	for _, guest := range guests {
 		for _, i := range c.Images {
 			if i.Guest == guest {
-				disks = append(disks, disk(t, guest, unpack(t, filepath.Join("testdata", c.Name, i.File))))
+				disks = append(disks, disk(t, guest, testhost.Unpack(t, filepath.Join("testdata", c.Name, i.File))))
 			}
 		}
 	}
@@ -278,7 +236,7 @@ func readProbes(t testing.TB) (base []byte, p probes) {
 	if err := json.Unmarshal(text, &p); err != nil {
 		t.Fatal(err)
 	}
-	return unpack(t, "testdata/probes/base.gz"), p
+	return testhost.Unpack(t, "testdata/probes/base.gz"), p
 }
 
 // apply returns the image with the changes of p.
