@@ -259,10 +259,6 @@ const (
 	written   = "all acknowledged writes are written again"
 )
 
-// Origin returns the origin as a device: writes to it are preserved in every snapshot first. They are refused with
-// block.ErrReadOnly until the origin is exported or a merge has begun.
-func (s *Server) Origin() block.Device { return s.origin }
-
 // Device returns the device behind a snapshot's export, which continues as the origin when the snapshot is merged.
 func (s *Server) Device(name string) (block.Device, error) {
 	s.mu.Lock()
@@ -272,17 +268,6 @@ func (s *Server) Device(name string) (block.Device, error) {
 		return nil, noSnapshot(name)
 	}
 	return v.dev, nil
-}
-
-// OriginFormat returns the format that the origin's file was opened in.
-func (s *Server) OriginFormat() string { return s.file.Format() }
-
-// ExportOrigin exports the origin itself, as [OriginName] or under the name of the logical volume that it is; read-only where it
-// can only be read.
-func (s *Server) ExportOrigin() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.exportOrigin()
 }
 
 // ExportAlone exports the origin as ExportOrigin does, and as the export "": for a server without snapshots.
@@ -295,52 +280,6 @@ func (s *Server) ExportAlone() error {
 		s.nbd.SetDefault(s.name)
 	}
 	return err
-}
-
-// exportOrigin exports the origin, once. mu is held.
-func (s *Server) exportOrigin() error {
-	if s.exported && s.volumes != nil {
-		return nil
-	}
-	if s.find(s.name) != nil {
-		return nameTaken(s.name)
-	}
-	// An origin that is only read is exported so.
-	if err := s.allowOriginWrites(); err != nil && !errors.Is(err, cowfile.ErrOnlyRead) {
-		return err
-	}
-	err := s.addExport(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
-		ReadOnly: s.file.ReadOnly() || s.originReadOnly(), MultiConn: true})
-	s.exported = s.exported || err == nil
-	return err
-}
-
-// originReadOnly reports whether the origin can't be written.
-func (s *Server) originReadOnly() bool {
-	return s.opts.ReadOnly || s.volumes != nil && !s.volumes.Dev.Writable()
-}
-
-// allowOriginWrites opens the origin for writing, unless the server is read-only. It fails while others use the origin.
-// mu is held.
-func (s *Server) allowOriginWrites() error {
-	if s.originReadOnly() || !s.file.ReadOnly() {
-		return nil
-	}
-	if s.volumes != nil && !s.together {
-		return s.attachVolumes()
-	}
-	return s.allowFileWrites()
-}
-
-// allowFileWrites opens the file for writing. mu is held.
-func (s *Server) allowFileWrites() error {
-	err := s.file.AllowWrites()
-	if err == nil && !s.opts.Force {
-		if err = s.file.CheckUnused(); err != nil {
-			err = errors.Join(err, s.file.DenyWrites())
-		}
-	}
-	return block.WithPath(s.address.Path, err)
 }
 
 func nameTaken(name string) error {
@@ -409,93 +348,4 @@ func (s *Server) Grow(name string, size int64) (api.Snapshot, error) {
 // close ends a snapshot that is not exported any more.
 func (v *attached) close() error {
 	return block.WithPath(v.path, errors.Join(v.snap.Close(), v.closeCOW()))
-}
-
-// Start begins to serve the exports on l and the control API on control, unless they are nil; both are closed in the end.
-// wait waits until ctx has ended and requests under way are answered (nil), or one of the listeners failed; then
-// nothing is served any more. Start is called once, before Close.
-func (s *Server) Start(ctx context.Context, l, control net.Listener) (wait func() error) {
-	if l != nil {
-		s.mu.Lock()
-		s.addr = l.Addr()
-		s.mu.Unlock()
-	}
-	until := ctx
-	ctx, cancel := context.WithCancelCause(ctx)
-	var all sync.WaitGroup
-	if l != nil {
-		all.Go(func() { cancel(s.nbd.Serve(ctx, l)) })
-	}
-	if s.vhost != nil {
-		all.Go(func() {
-			if err := s.vhost.Serve(ctx); err != nil {
-				cancel(err)
-			}
-		})
-	}
-	if control != nil {
-		all.Go(func() { cancel(api.Serve(ctx, control, s.Handler(), nil)) })
-	}
-	all.Go(func() { s.flushLoop(ctx, flushEvery) })
-	return func() error {
-		all.Wait()
-		cause := context.Cause(ctx)
-		cancel(nil)
-		if cause != context.Cause(until) {
-			return cause
-		}
-		return nil
-	}
-}
-
-// Serve is Start, and waits.
-func (s *Server) Serve(ctx context.Context, l, control net.Listener) error {
-	return s.Start(ctx, l, control)()
-}
-
-// flushLoop periodically flushes snapshots that clients wrote to without a flush.
-func (s *Server) flushLoop(ctx context.Context, every time.Duration) {
-	t := time.NewTicker(every)
-	defer t.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case <-t.C:
-			s.flushDirty()
-		}
-	}
-}
-
-func (s *Server) flushDirty() {
-	s.mu.Lock()
-	list := slices.Clone(s.snapshots)
-	s.mu.Unlock()
-	for _, v := range list {
-		// The race considered: v may be dropped just now; its Close has made everything durable.
-		if err := v.dev.flushDirty(); err != nil && !errors.Is(err, os.ErrClosed) {
-			s.log.Event(slog.LevelError, fmt.Sprintf("%s: flush: %v", v.name, err), "flush failed", err, slog.String("snapshot", v.name))
-		}
-	}
-}
-
-// Close ends the merge under way, detaches the snapshots, makes everything durable and closes the files. Nothing may
-// be served any more. An error says what could not be made durable.
-func (s *Server) Close() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	errs := []error{s.closeVhost()}
-	if m := s.merging; m != nil {
-		m.driver.Stop()
-		errs = append(errs, m.merging.Close())
-	}
-	if !s.file.ReadOnly() {
-		// Before the snapshots: acknowledged writes that wait in memory may need them.
-		errs = append(errs, block.WithPath(s.path, s.origin.Finish()))
-	}
-	for _, v := range s.snapshots {
-		failed := v.snap.Failure() // before it is closed, and whether or not the mark can be made then
-		errs = append(errs, block.WithPath(v.path, failed), v.close())
-	}
-	return errors.Join(append(errs, s.file.Close())...)
 }
