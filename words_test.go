@@ -10,7 +10,7 @@ import (
 )
 
 // privateWords are turns that plain technical English has a usual word for.
-var privateWords = regexp.MustCompile(`(?i)\b(whoever|befalls?|fares|goodbye|mended|can be had|vouch(es)?|lack of space|hung up)\b`)
+var privateWords = regexp.MustCompile(`(?i)\b(whoever|befalls?|fares|goodbye|mended|can be had|vouch(es)?|hung up)\b`)
 
 // allowedWords are lines with a quotation, a standard term or a former name.
 var allowedWords = []string{"words_test.go:", "docs/spec/", "CHANGELOG.md:", `"hung up"`}

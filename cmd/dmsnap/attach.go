@@ -74,10 +74,7 @@ func (o *attachOptions) run(c *cobra.Command, args []string) error {
 		}
 	}
 	show := func(d nbdkernel.Device) error {
-		if o.asJSON {
-			return printJSON(c, d)
-		}
-		return printf(c, "%s\n", d.Path)
+		return printResult(c, o.asJSON, d, "%s\n", d.Path)
 	}
 	if !o.foreground {
 		d, err := nbdkernel.Attach(ctx, args[0], o.Options)
@@ -135,10 +132,7 @@ for one, is refused without --force; with it, its users get I/O errors.`,
 			if err := nbdkernel.Detach(ctx, args[0], force); err != nil {
 				return err
 			}
-			if asJSON {
-				return printJSON(c, map[string]string{"detached": args[0]})
-			}
-			return printf(c, "%s detached\n", args[0])
+			return printResult(c, asJSON, map[string]string{"detached": args[0]}, "%s detached\n", args[0])
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "detach a device in use, too, and one that can't be flushed within a minute")

@@ -235,8 +235,5 @@ func (o *compactOptions) punchFile(c *cobra.Command, path string) error {
 		return err
 	}
 	res := punchResult{path, unused, max(0, before-after), after}
-	if o.asJSON {
-		return printJSON(c, res)
-	}
-	return printf(c, "%s: %s freed, of %s that no exception uses; takes %s now\n", path, bytesText(res.FreedBytes), bytesText(unused), bytesText(after))
+	return printResult(c, o.asJSON, res, "%s: %s freed, of %s that no exception uses; takes %s now\n", path, bytesText(res.FreedBytes), bytesText(unused), bytesText(after))
 }

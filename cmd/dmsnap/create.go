@@ -50,10 +50,7 @@ A create that fails leaves no incomplete file.`,
 			if err != nil {
 				return err
 			}
-			if o.json {
-				return printJSON(c, made)
-			}
-			return printf(c, "%s: empty store, %s a chunk, space for %s of changes; the origin is %s\n", made.Path,
+			return printResult(c, o.json, made, "%s: empty store, %s a chunk, space for %s of changes; the origin is %s\n", made.Path,
 				bytesText(int64(made.ChunkSectors)*ondisk.SectorSize), bytesText(made.roomBytes()), made.OriginFormat)
 		},
 	}

@@ -38,10 +38,7 @@ A COW on a block device is made longer with the tool that manages the device (lv
 				if err != nil {
 					return err
 				}
-				if asJSON {
-					return printJSON(c, s)
-				}
-				return printf(c, "%s  %s\n", printable(s.Name), s.Dmsetup)
+				return printResult(c, asJSON, s, "%s  %s\n", printable(s.Name), s.Dmsetup)
 			}
 			if err := growFile(args[0], size); err != nil {
 				return err
@@ -50,10 +47,7 @@ A COW on a block device is made longer with the tool that manages the device (lv
 			if err != nil {
 				return err
 			}
-			if asJSON {
-				return printJSON(c, st)
-			}
-			return printf(c, "%s  %s\n", args[0], st.Dmsetup)
+			return printResult(c, asJSON, st, "%s  %s\n", args[0], st.Dmsetup)
 		},
 	}
 	c.Flags().StringVar(&control, "control", "", "control socket of the server that serves the snapshot")

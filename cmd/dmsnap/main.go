@@ -104,6 +104,14 @@ func printJSON(c *cobra.Command, v any) error {
 	return e.Encode(v)
 }
 
+// printResult writes v as JSON, or the text of a format.
+func printResult(c *cobra.Command, asJSON bool, v any, format string, args ...any) error {
+	if asJSON {
+		return printJSON(c, v)
+	}
+	return printf(c, format, args...)
+}
+
 // printf writes to the verb's standard output.
 func printf(c *cobra.Command, format string, args ...any) error {
 	_, err := fmt.Fprintf(c.OutOrStdout(), format, args...)

@@ -110,10 +110,7 @@ once, and dmsnap mount ends with the last use. What is left of a process that wa
 			if err := fuse.Unmount(ctx, args[0], lazy); err != nil {
 				return err
 			}
-			if asJSON {
-				return printJSON(c, map[string]string{"unmounted": args[0]})
-			}
-			return printf(c, "%s unmounted\n", printable(args[0]))
+			return printResult(c, asJSON, map[string]string{"unmounted": args[0]}, "%s unmounted\n", printable(args[0]))
 		},
 	}
 	c.Flags().BoolVar(&lazy, "lazy", false, "unmount a folder in use, too, and do not wait")

@@ -166,10 +166,7 @@ name when it is complete and durable. An existing file is replaced only with --f
 				return err
 			}
 			bar.end()
-			if o.json {
-				return printJSON(c, made)
-			}
-			return printf(c, "%s: %d exceptions of %s\n", made.Path, made.Exceptions, bytesText(l.ChunkBytes()))
+			return printResult(c, o.json, made, "%s: %d exceptions of %s\n", made.Path, made.Exceptions, bytesText(l.ChunkBytes()))
 		},
 	}
 	f := c.Flags()

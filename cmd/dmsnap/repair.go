@@ -171,10 +171,7 @@ func (o *repairOptions) takeBack(c *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	if o.asJSON {
-		return printJSON(c, undoResult{path, n})
-	}
-	return printf(c, "%s: as it was before: %s put back\n", path, bytesText(n))
+	return printResult(c, o.asJSON, undoResult{path, n}, "%s: as it was before: %s put back\n", path, bytesText(n))
 }
 
 // applyUndo puts back on path what an undo file keeps, and its length where it is a file. It returns how many bytes

@@ -41,10 +41,7 @@ COW gets its name when it is complete and durable. An existing file is replaced 
 			if err != nil {
 				return err
 			}
-			if asJSON {
-				return printJSON(c, res)
-			}
-			return printf(c, "%s: %s, %s\n", res.Path, bytesText(res.Bytes), plural(res.Slots, "slot"))
+			return printResult(c, asJSON, res, "%s: %s, %s\n", res.Path, bytesText(res.Bytes), plural(res.Slots, "slot"))
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace COW if it exists")

@@ -45,10 +45,7 @@ current content of the origin, and every later write to the origin is first pres
 			if err != nil {
 				return err
 			}
-			if asJSON {
-				return printJSON(c, s)
-			}
-			return printf(c, "%s  %s\n", printable(s.Name), s.URI)
+			return printResult(c, asJSON, s, "%s  %s\n", printable(s.Name), s.URI)
 		},
 	}
 	f := c.Flags()
