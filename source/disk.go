@@ -15,7 +15,8 @@ func (d *Disk) FurtherPVs() []lvm.Disk { return d.further }
 // Name returns the name that the disk was opened by.
 func (d *Disk) Name() string { return d.name }
 
-// Format returns the format of the file or export: ondisk.RawFormat or QCOW2.
+// Format returns the format of the file or export: ondisk.RawFormat or QCOW2; of a disk that is fetched with its version
+// (ondisk.OriginVersion).
 func (d *Disk) Format() string { return d.format }
 
 // ReadOnly reports whether the disk can't be written to as it is.

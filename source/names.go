@@ -9,6 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
 	"github.com/dmsnap/dmsnap/source/address"
+	"github.com/dmsnap/dmsnap/source/remote"
 )
 
 // isPart reports whether a name is that of a part of a disk.
@@ -41,7 +42,7 @@ func CheckDifferent(originName, cowName string) error {
 func CheckWritable(name string) error {
 	path, why := Path(name), ""
 	if isURI(path) {
-		why = remoteKind
+		why = kindOfURI(path)
 	} else if f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockNone}); err == nil {
 		if c, err := image.Probe(f); err == nil && c.Name == QCOW2 {
 			why = imageKind
@@ -68,10 +69,10 @@ func IsFile(name string) bool {
 	return err == nil && a.Plain() && !isURI(a.Path)
 }
 
-// isURI reports whether a path is an NBD URI. A file that exists by this name is meant itself.
+// isURI reports whether a path is a URI of a disk. A file that exists by this name is meant itself.
 func isURI(path string) bool {
 	scheme, _, is := strings.Cut(path, "://")
-	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" {
+	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" && !remote.IsReference(path) && !remote.IsFile(path) {
 		return false
 	}
 	_, err := os.Lstat(path)

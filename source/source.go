@@ -21,8 +21,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
-	"strings"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -180,12 +178,6 @@ func OpenOriginOf(originName, cowName string, o Options) (*Disk, error) {
 	return OpenOrigin(originName, o)
 }
 
-// isPart reports whether a name is that of a part of a disk.
-func isPart(name string) bool {
-	a, err := address.Parse(name)
-	return err == nil && !a.Plain()
-}
-
 // FormatOf is cowfile.FormatOf for the stores of an origin with this name. Of a part of a disk, stores without a label say
 // nothing.
 func FormatOf(originName string, cowPaths ...string) (string, error) {
@@ -216,26 +208,6 @@ func formatFor(cowName string, o Options) (string, error) {
 	return format, block.WithPath(cowName, err)
 }
 
-// CheckDifferent refuses two names of one disk. Two parts of a disk are different.
-func CheckDifferent(originName, cowName string) error {
-	origin, err := address.Parse(originName)
-	if err != nil {
-		return err
-	}
-	cow, err := address.Parse(cowName)
-	if err != nil {
-		return err
-	}
-	cow = cow.Store()
-	if isURI(origin.Path) || isURI(cow.Path) || !origin.Plain() && !cow.Plain() {
-		if origin == cow {
-			return fmt.Errorf("%s is origin and COW device", originName)
-		}
-		return nil
-	}
-	return cowfile.CheckDifferent(origin.Path, cow.Path)
-}
-
 // OpenWhole opens a file or a block device that is going to be changed in place. Parts of disks are refused.
 func OpenWhole(path string, o block.Options) (*block.File, error) {
 	switch {
@@ -245,23 +217,6 @@ func OpenWhole(path string, o block.Options) (*block.File, error) {
 		return nil, fmt.Errorf("%s: %s: a file or a block device is required", path, kindOfURI(path))
 	}
 	return cowfile.OpenDevice(path, o)
-}
-
-// CheckWritable refuses a name whose disk is of a kind that is only read: cowfile.ErrOnlyRead. Other errors are left to opening it.
-func CheckWritable(name string) error {
-	path, why := Path(name), ""
-	if isURI(path) {
-		why = kindOfURI(path)
-	} else if f, err := block.Open(path, block.Options{ReadOnly: true, Lock: block.LockNone}); err == nil {
-		if c, err := image.Probe(f); err == nil && c.Name == QCOW2 {
-			why = imageKind
-		}
-		f.Close()
-	}
-	if why == "" {
-		return nil
-	}
-	return fmt.Errorf("%s: %s: %w", name, why, cowfile.ErrOnlyRead)
 }
 
 // The kinds of disks that are only read.
@@ -294,30 +249,6 @@ func Opener(o Options) cowfile.Opener {
 		}
 		return d, nil
 	}
-}
-
-// Path returns the file or the URI of a name.
-func Path(name string) string {
-	if a, err := address.Parse(name); err == nil {
-		return a.Path
-	}
-	return name
-}
-
-// IsFile reports whether a name is that of a file or a block device as a whole.
-func IsFile(name string) bool {
-	a, err := address.Parse(name)
-	return err == nil && a.Plain() && !isURI(a.Path)
-}
-
-// isURI reports whether a path is a URI of a disk. A file that exists by this name is meant itself.
-func isURI(path string) bool {
-	scheme, _, is := strings.Cut(path, "://")
-	if !is || scheme != "nbd" && scheme != "nbds" && scheme != "nbd+unix" && scheme != "nbds+unix" && !remote.IsReference(path) && !remote.IsFile(path) {
-		return false
-	}
-	_, err := os.Lstat(path)
-	return err != nil
 }
 
 // isRemote reports whether a path is a URI of a disk that is fetched as it is read.
@@ -363,9 +294,6 @@ func (d *Disk) checkUnused(a address.Address, whole block.Device, o Options) err
 	}
 	return address.CheckInactive(a, cmp.Or(o.SysFS, "/sys"), whole, d.further...)
 }
-
-// FurtherPVs returns the further disks that Options named.
-func (d *Disk) FurtherPVs() []lvm.Disk { return d.further }
 
 // openPVs opens the further disks with physical volumes.
 func (d *Disk) openPVs(o Options) error {
@@ -469,76 +397,4 @@ func formatOf(dev block.Device, o Options) (string, error) {
 		return "", fmt.Errorf("the store is for an origin of format %q, which is unknown", o.Format)
 	}
 	return ondisk.RawFormat, cowfile.OriginOptions{Format: o.Format}.CheckRaw(dev)
-}
-
-// Name returns the name that the disk was opened by.
-func (d *Disk) Name() string { return d.name }
-
-// Format returns the format of the file or export: ondisk.RawFormat or QCOW2; of a disk that is fetched with its version
-// (ondisk.OriginVersion).
-func (d *Disk) Format() string { return d.format }
-
-// ReadOnly reports whether the disk can't be written to as it is.
-func (d *Disk) ReadOnly() bool { return d.onlyRead != "" || d.bottom.ReadOnly() }
-
-// AllowWrites is that of block.File, for the disk and those with further physical volumes, all or none; cowfile.ErrOnlyRead where
-// one is only read.
-func (d *Disk) AllowWrites() error {
-	if d.onlyRead != "" {
-		return fmt.Errorf("%s: %s: %w", d.name, d.onlyRead, cowfile.ErrOnlyRead)
-	}
-	if err := d.bottom.AllowWrites(); err != nil {
-		return err
-	}
-	for _, pv := range d.pvs {
-		if err := pv.AllowWrites(); err != nil {
-			return errors.Join(err, d.DenyWrites())
-		}
-	}
-	return nil
-}
-
-// DenyWrites is that of block.File, likewise.
-func (d *Disk) DenyWrites() error {
-	if d.onlyRead != "" {
-		return nil
-	}
-	errs := []error{d.bottom.DenyWrites()}
-	for _, pv := range d.pvs {
-		errs = append(errs, pv.DenyWrites())
-	}
-	return errors.Join(errs...)
-}
-
-// CheckUnused is that of block.File, for every file that is open.
-func (d *Disk) CheckUnused() error {
-	for _, f := range d.files {
-		if err := f.CheckUnused(); err != nil {
-			return err
-		}
-	}
-	return nil
-}
-
-// Overlaps reports whether a change of f can change the disk.
-func (d *Disk) Overlaps(f *block.File) bool {
-	for _, file := range d.files {
-		if block.Overlap(file, f) {
-			return true
-		}
-	}
-	return false
-}
-
-// HasWriter reports whether another program has a file of the disk open for writing.
-func (d *Disk) HasWriter() bool { return d.bottom != nil && block.HasWriter(d.bottom.Path()) }
-
-// Close closes everything that was opened, what is on top first.
-func (d *Disk) Close() error {
-	var errs []error
-	for i := range d.closers {
-		errs = append(errs, d.closers[len(d.closers)-1-i].Close())
-	}
-	d.closers = nil
-	return errors.Join(errs...)
 }
