@@ -73,7 +73,11 @@ check-format:
 .PHONY: race
 race: ## the tests under the race detector, but those of the page in a browser (needs a C compiler)
 	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
-	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m $$($(GO) list $(TESTED) | grep -v /test/browser)
+	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m $(RACEFLAGS) $$($(GO) list $(TESTED) | grep -v /test/browser)
+
+.PHONY: race-short
+race-short: ## the same without the long random tests: what CI has time for
+	@$(MAKE) race RACEFLAGS=-short
 
 .PHONY: interop
 interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)
