@@ -173,7 +173,7 @@ func TestBadUsage(t *testing.T) {
 		{[]string{"export", p.origin, p.cow}, "ORIGIN COW OUT are required"},
 		{[]string{"diff", p.origin}, "ORIGIN and COW are required"},
 		{[]string{"diff", p.origin, p.cow, p.cow, p.cow}, "between 1 and 3 arg"},
-		{[]string{"diff", p.origin, p.cow, "--format", "xml"}, "text, ranges or json"},
+		{[]string{"diff", p.origin, p.cow, "--format", "xml"}, "text, ranges, json or bitmap"},
 		{[]string{"diff", p.origin, p.cow, "--format", "text", "--json"}, "format json"},
 		{[]string{"map", p.cow, "--color", "blue"}, "auto, always or never"},
 		{[]string{"merge", p.origin}, "COW is required"},
