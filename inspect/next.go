@@ -77,8 +77,11 @@ func (i *Inspection) Steps(groups []Group) []Step {
 	return steps
 }
 
-// stepsForImage returns the actions for a qcow2 image: none for one that is encrypted.
+// stepsForImage returns the actions for a qcow2 image: none for one that is encrypted. Without q nothing more is known of it.
 func stepsForImage(path string, q *QCOW2) []Step {
+	if q == nil {
+		q = &QCOW2{}
+	}
 	if q.Encryption != "" {
 		return []Step{}
 	}
