@@ -103,7 +103,8 @@ func resumed(s *Snapshot, err error) (*Snapshot, error) {
 // read, and Resume takes over the store of the other one (§5.12).
 //
 // The caller keeps cow open until Close. Errors: those of store.Open and store.Create, ErrSameDevice,
-// ErrPassdown, ErrChunkNotSet, ErrPairing; ErrAlreadyMerging while a merge is under way, before cow is read or written.
+// ErrPassdown, ErrChunkNotSet, ErrPairing; ondisk.ErrSealed for a sealed layer on a device that can be written;
+// ErrAlreadyMerging while a merge is under way, before cow is read or written.
 func (o *Origin) Load(cow block.Device, opts Options) (*Snapshot, error) {
 	return o.load(cow, opts, func() (*store.Store, error) { return openStore(o.dev, cow, opts) })
 }
@@ -222,6 +223,9 @@ func openStore(origin, cow block.Device, opts Options) (*store.Store, error) {
 		notify(opts, Event{Kind: EventNotice,
 			Text: fmt.Sprintf("chunk size %d in device metadata overrides table chunk size of %d.", found, sectors)})
 	}
+	if st.Sealed() && !readOnly(cow) {
+		return nil, ondisk.ErrSealed
+	}
 	if err := settleInvalid(st); err != nil {
 		return nil, err
 	}
@@ -229,6 +233,13 @@ func openStore(origin, cow block.Device, opts Options) (*store.Store, error) {
 		notify(opts, Event{Kind: EventNotice, Text: "Snapshot is marked invalid."})
 	}
 	return st, nil
+}
+
+// readOnly reports whether a COW device is known to refuse writes. A sealed layer is attached on such a device only: the
+// engine would write to its chunks in place.
+func readOnly(cow block.Device) bool {
+	d, ok := cow.(interface{ ReadOnly() bool })
+	return ok && d.ReadOnly()
 }
 
 // newLayout checks a table's chunk size against both devices.
