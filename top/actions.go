@@ -34,7 +34,6 @@ func clients(e *monitor.Element) string {
 }
 
 var (
-	disks       = []api.Kind{api.KindDisk}
 	nodes       = []api.Kind{api.KindNode}
 	checkpoints = []api.Kind{api.KindCheckpoint}
 	all         = []api.Kind{api.KindDisk, api.KindCheckpoint, api.KindNode}
