@@ -81,6 +81,17 @@ func (w *Watcher) Latest() (Report, error) {
 	return w.latest, w.err
 }
 
+// Recent is Latest, after a step of its own where the last report is older than age.
+func (w *Watcher) Recent(age time.Duration) (Report, error) {
+	if r, err := w.Latest(); err == nil && time.Since(r.At) < age {
+		return r, nil
+	}
+	if err := w.Step(time.Now()); err != nil {
+		return Report{}, err
+	}
+	return w.Latest()
+}
+
 // Subscribe returns a channel that gets a value after each report, unless one is waiting there; end ends that. While
 // there are subscribers, reports are made each second, otherwise every 5 seconds.
 func (w *Watcher) Subscribe() (reports <-chan struct{}, end func()) {

@@ -40,6 +40,15 @@ func TestWatcher(t *testing.T) {
 	if len(alerts) != 1 || alerts[0].Kind != AlertTimeToFull {
 		t.Errorf("%+v", alerts)
 	}
+	// The report is of another time than this test: a recent one is a new one.
+	sectors.Store(77)
+	if r, err := w.Recent(time.Minute); err != nil || r.Find("vm1").Figures.SectorsAllocated != 77 {
+		t.Errorf("recent: %+v, %v", r.Find("vm1"), err)
+	}
+	sectors.Store(78)
+	if r, err := w.Recent(time.Hour); err != nil || r.Find("vm1").Figures.SectorsAllocated != 77 {
+		t.Errorf("recent again: %+v, %v", r.Find("vm1"), err)
+	}
 	fail.Store(true)
 	if err := w.Step(at(7)); err == nil {
 		t.Error("an error was lost")

@@ -49,7 +49,7 @@ func Start(ctx context.Context, c Config) (*Running, error) {
 	if c.Listener != nil {
 		o := Options{Token: NewToken(), API: c.API, Watcher: w, Hosts: c.Hosts}
 		if c.Metrics != nil {
-			o.Metrics = c.Metrics(w.Latest)
+			o.Metrics = c.Metrics(func() (monitor.Report, error) { return w.Recent(time.Second) })
 		}
 		r.URL = urlOf(c.Listener.Addr(), o.Token)
 		r.all.Go(func() { r.fail(serve(ctx, c.Listener, Handler(o))) })
