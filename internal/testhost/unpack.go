@@ -4,6 +4,7 @@ import (
 	"compress/gzip"
 	"io"
 	"os"
+	"slices"
 	"sync"
 	"testing"
 )
@@ -15,14 +16,14 @@ var unpacked struct {
 	content map[string][]byte
 }
 
-// Unpack returns the content of a gzip file, a packed disk. It must not be changed: tests share it.
+// Unpack returns the content of a gzip file, a packed disk: a copy, which a test may change.
 func Unpack(t testing.TB, path string) []byte {
 	t.Helper()
 	u := &unpacked
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if content := u.content[path]; content != nil {
-		return content
+		return slices.Clone(content)
 	}
 	f, err := os.Open(path)
 	if err != nil {
@@ -45,5 +46,5 @@ func Unpack(t testing.TB, path string) []byte {
 		u.content = map[string][]byte{}
 	}
 	u.paths, u.content[path] = append(u.paths, path), content
-	return content
+	return slices.Clone(content)
 }
