@@ -264,6 +264,15 @@ type Extent struct {
 	Flags  ExtentFlags
 }
 
+// AppendExtent appends e to extents that it follows; one with the flags of the last becomes a part of it.
+func AppendExtent(all []Extent, e Extent) []Extent {
+	if k := len(all) - 1; k >= 0 && all[k].Flags == e.Flags {
+		all[k].Length += e.Length
+		return all
+	}
+	return append(all, e)
+}
+
 // An Extenter knows where its holes are. The extents returned start at off, follow each other without a gap, and cover
 // at least one byte and at most n; an implementer may stop early, and adjacent extents may have the same flags.
 type Extenter interface {

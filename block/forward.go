@@ -1,5 +1,7 @@
 package block
 
+import "sync"
+
 // A Forward passes every call on to an underlying device, the optional abilities included. A device that is stacked on
 // another device embeds a Forward and overrides what it changes:
 //
@@ -34,6 +36,36 @@ type Holder interface {
 	// Acquire returns the device for one call, and keeps it in place until Release.
 	Acquire() Device
 	Release()
+}
+
+// A Switch is a Holder whose device can be replaced while it is used. Its methods may be called concurrently.
+type Switch struct {
+	mu  sync.RWMutex // held for reading by each call to the device, for writing by Replace
+	dev Device
+}
+
+// NewSwitch returns a Switch that holds dev.
+func NewSwitch(dev Device) *Switch { return &Switch{dev: dev} }
+
+// Acquire returns the device for one call; Release must follow.
+func (s *Switch) Acquire() Device {
+	s.mu.RLock()
+	return s.dev
+}
+
+// Release ends a call.
+func (s *Switch) Release() { s.mu.RUnlock() }
+
+// Replace makes the device that with returns the one that is held, while no call is in flight. New calls wait meanwhile.
+// After an error of with, which it returns, everything stays as it was.
+func (s *Switch) Replace(with func() (Device, error)) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	dev, err := with()
+	if err == nil {
+		s.dev = dev
+	}
+	return err
 }
 
 // NewForward returns a Forward to dev.

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"sync"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/activity"
@@ -38,25 +37,12 @@ type disk struct {
 // shows the disk as it was. It is replaced while it is used, and shows the same before and after.
 type ground struct {
 	block.Forward
-	behind groundHolder
+	behind *block.Switch
 }
-
-type groundHolder struct {
-	mu  sync.RWMutex // held for writing by replace
-	dev block.Device
-}
-
-func (g *groundHolder) Acquire() block.Device {
-	g.mu.RLock()
-	return g.dev
-}
-
-func (g *groundHolder) Release() { g.mu.RUnlock() }
 
 func newGround(dev block.Device) *ground {
-	g := &ground{behind: groundHolder{dev: dev}}
-	g.Forward = block.NewHeldForward(&g.behind)
-	return g
+	behind := block.NewSwitch(dev)
+	return &ground{Forward: block.NewHeldForward(behind), behind: behind}
 }
 
 // replace makes dev the device, while no request is in flight.
@@ -66,13 +52,7 @@ func (g *ground) replace(dev block.Device) {
 
 // change makes the device that with returns the device, while no request is in flight. After an error it stays as it is.
 func (g *ground) change(with func() (block.Device, error)) error {
-	g.behind.mu.Lock()
-	defer g.behind.mu.Unlock()
-	dev, err := with()
-	if err == nil {
-		g.behind.dev = dev
-	}
-	return err
+	return g.behind.Replace(with)
 }
 
 // openDisk opens the disk of a record.

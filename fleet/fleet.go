@@ -80,7 +80,7 @@ type Options struct {
 //     their beginning and end only; what they use is marked busy.
 //  2. nodeDevice.gate, in the order of the nodes' names: held for reading by every change to a node, for writing while its
 //     top is replaced. Reads and flushes don't take it: they keep the view that they began with in use (view.pin).
-//  3. ground.mu: held for reading by every access to a disk, for writing while a preserve layer comes between.
+//  3. The lock of a ground's block.Switch: held for reading by every access to a disk, for writing while a preserve layer comes between.
 //  4. Fleet.mu: the state, what is open, and appending to the journal. No I/O but that of the journal's line is done while it
 //     is held.
 //  5. journal.syncing.

@@ -1,7 +1,6 @@
 package server
 
 import (
-	"sync"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -14,40 +13,20 @@ import (
 // It passes on all that the device behind it can do. Its methods may be called concurrently.
 type switchDevice struct {
 	block.Forward
-	behind switchedDevice
+	behind *block.Switch
 	dirty  atomic.Bool // written since the last Flush began
 }
 
-// switchedDevice is the block.Holder of a switchDevice: each call holds the lock for reading.
-type switchedDevice struct {
-	mu  sync.RWMutex // held for writing by replace
-	dev block.Device
-}
-
-func (d *switchedDevice) Acquire() block.Device {
-	d.mu.RLock()
-	return d.dev
-}
-
-func (d *switchedDevice) Release() { d.mu.RUnlock() }
-
 // newSwitchDevice returns an export's device over dev.
 func newSwitchDevice(dev block.Device) *switchDevice {
-	s := &switchDevice{behind: switchedDevice{dev: dev}}
-	s.Forward = block.NewHeldForward(&s.behind)
-	return s
+	behind := block.NewSwitch(dev)
+	return &switchDevice{Forward: block.NewHeldForward(behind), behind: behind}
 }
 
 // replace makes the device that with returns the underlying device of the export, while no request is in flight. New
 // requests wait meanwhile. When with fails, everything stays as it was.
 func (s *switchDevice) replace(with func() (block.Device, error)) error {
-	s.behind.mu.Lock()
-	defer s.behind.mu.Unlock()
-	dev, err := with()
-	if err == nil {
-		s.behind.dev = dev
-	}
-	return err
+	return s.behind.Replace(with)
 }
 
 // flushDirty makes durable what was written since the last Flush, if anything was.

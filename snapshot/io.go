@@ -406,11 +406,7 @@ func gatherExtents(st *store.Store, off, n int64, of func(piece) ([]block.Extent
 			return nil, err
 		}
 		for _, e := range es {
-			if k := len(all); k > 0 && all[k-1].Flags == e.Flags {
-				all[k-1].Length += e.Length
-			} else {
-				all = append(all, e)
-			}
+			all = block.AppendExtent(all, e)
 			off, n = off+e.Length, n-e.Length
 		}
 	}

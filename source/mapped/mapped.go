@@ -322,11 +322,7 @@ func (d *Device) Extents(off, n int64) ([]block.Extent, error) {
 		}
 		covered := int64(0)
 		for _, e := range known {
-			if k := len(all) - 1; k >= 0 && all[k].Flags == e.Flags {
-				all[k].Length += e.Length
-			} else {
-				all = append(all, e)
-			}
+			all = block.AppendExtent(all, e)
 			covered += e.Length
 		}
 		if pieces++; covered < n || pieces == extentPieces {

@@ -110,11 +110,7 @@ func (c *Chain) Extents(off, n int64) ([]block.Extent, error) {
 			}
 		}
 		for _, e := range known {
-			if k := len(all) - 1; k >= 0 && all[k].Flags == e.Flags {
-				all[k].Length += e.Length
-			} else {
-				all = append(all, e)
-			}
+			all = block.AppendExtent(all, e)
 			off, n = off+e.Length, n-e.Length
 		}
 	}
