@@ -22,6 +22,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"embed"
+	"encoding/hex"
 	"encoding/json"
 	"io/fs"
 	"net"
@@ -66,11 +67,9 @@ func Handler(o Options) http.Handler {
 	}
 	h := &handler{Options: o, files: http.FileServerFS(files)}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /{$}", h.page)
+	mux.Handle("GET /{$}", h.files)
 	mux.HandleFunc("GET /live", h.live)
-	mux.HandleFunc("GET /static/{name}", func(w http.ResponseWriter, r *http.Request) {
-		http.StripPrefix("/static", h.files).ServeHTTP(w, r)
-	})
+	mux.Handle("GET /static/{name}", http.StripPrefix("/static", h.files))
 	mux.Handle("/v1/", o.API)
 	h.inside = mux
 	return h
@@ -135,7 +134,7 @@ func (h *handler) knownHost(hostport string) bool {
 func sameOrigin(r *http.Request) bool {
 	if site := r.Header.Get("Sec-Fetch-Site"); site != "" && site != "same-origin" && site != "none" {
 		// Another page may lead here by a link, as a chat or a ticket does with the printed URL.
-		return site != "" && r.Method == http.MethodGet && r.URL.Path == "/" && r.Header.Get("Sec-Fetch-Mode") == "navigate"
+		return r.Method == http.MethodGet && r.URL.Path == "/" && r.Header.Get("Sec-Fetch-Mode") == "navigate"
 	}
 	origin := r.Header.Get("Origin")
 	if origin == "" {
@@ -153,12 +152,7 @@ func fromLoopback(r *http.Request) bool {
 // cookie is the value of the cookie: not the token itself, which would also be accepted in a URL.
 func (h *handler) cookie() string {
 	sum := sha256.Sum256([]byte("dmsnap cookie " + h.Token))
-	const digits = "0123456789abcdef"
-	text := make([]byte, 0, 2*len(sum))
-	for _, b := range sum {
-		text = append(text, digits[b>>4], digits[b&15])
-	}
-	return string(text)
+	return hex.EncodeToString(sum[:])
 }
 
 // equal compares secrets in constant time.
@@ -196,11 +190,4 @@ func (h *handler) exchange(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Refresh", "0; url=/")
 	w.Header().Set("Content-Type", "text/html; charset=utf-8")
 	w.Write([]byte("<!doctype html><title>dmsnap</title><p><a href=\"/\">Continue</a></p>\n"))
-}
-
-// page answers with the page.
-func (h *handler) page(w http.ResponseWriter, r *http.Request) {
-	r = r.Clone(r.Context())
-	r.URL.Path = "/"
-	h.files.ServeHTTP(w, r)
 }
