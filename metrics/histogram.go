@@ -1,7 +1,7 @@
 package metrics
 
 import (
-	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 
 	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/monitor"
@@ -54,12 +54,14 @@ var bounds = func() (list [latency.Buckets - 1]float64) {
 	return list
 }()
 
-func (s sink) histogram(d *prometheus.Desc, h histogram, labels ...string) {
-	cumulative := make(map[float64]uint64, len(bounds))
+// histogram adds a histogram.
+func (c collection) histogram(m metric, h histogram, labels ...*dto.LabelPair) {
+	buckets := make([]*dto.Bucket, len(bounds))
 	sum := uint64(0)
-	for i, bound := range bounds {
+	for i := range bounds {
 		sum += h.buckets[i]
-		cumulative[bound] = sum
+		buckets[i] = &dto.Bucket{UpperBound: &bounds[i], CumulativeCount: new(sum)}
 	}
-	s.to <- prometheus.MustNewConstHistogram(d, sum+h.buckets[latency.Buckets-1], h.seconds, cumulative, labels...)
+	c[m].Metric = append(c[m].Metric, &dto.Metric{Label: labels, Histogram: &dto.Histogram{
+		SampleCount: new(sum + h.buckets[latency.Buckets-1]), SampleSum: &h.seconds, Bucket: buckets}})
 }
