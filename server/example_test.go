@@ -35,7 +35,7 @@ func Example() {
 
 // exampleDisk makes an empty disk of 1 MiB, and a context that has ended already.
 func exampleDisk() (dir string, ctx context.Context) {
-	dir, err := os.MkdirTemp("/tmp", "example-") // short: there will be a socket in it
+	dir, err := os.MkdirTemp("", "ex-")
 	if err == nil {
 		err = os.WriteFile(filepath.Join(dir, "disk.img"), make([]byte, 1<<20), 0o600)
 	}
