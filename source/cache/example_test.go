@@ -10,7 +10,7 @@ import (
 	"github.com/dmsnap/dmsnap/source/cache"
 )
 
-// A unit is fetched by whoever claims it first, and read by all others.
+// A unit is fetched by the first one that claims it, and read by all others.
 func Example() {
 	dir, err := os.MkdirTemp("", "")
 	if err != nil {
