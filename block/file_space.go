@@ -255,3 +255,51 @@ func (f *File) next(whence int, off, end int64) (int64, error) {
 	}
 	return 0, f.errorAt("extents", off, err)
 }
+
+// HasSpace reports whether a range of a regular file has its space on the file system, written or reserved: a write to it
+// needs no more. Where the file system does not tell reserved space from holes, it is false for that.
+func (f *File) HasSpace(off, n int64) bool {
+	if err := f.enter("has space", off, n); err != nil {
+		return false
+	}
+	defer f.life.RUnlock()
+	if f.special {
+		return true
+	}
+	end := off + n
+	for off < end {
+		from, length, err := firstExtent(f.fd, off, end-off)
+		if err != nil {
+			hole, err := f.next(unix.SEEK_HOLE, off, end)
+			return err == nil && hole == end
+		}
+		if length == 0 || from > off {
+			return false
+		}
+		off = from + length
+	}
+	return true
+}
+
+// fiemap is struct fiemap of linux/fiemap.h with one struct fiemap_extent.
+type fiemap struct {
+	start, length             uint64
+	flags, mapped, count, _   uint32
+	logical, physical, extent uint64
+	_, _                      uint64
+	extentFlags, _, _, _      uint32
+}
+
+// firstExtent returns the first extent that the file system has of a range, of length 0 where it has none
+// (ioctl FS_IOC_FIEMAP).
+func firstExtent(fd int, off, n int64) (from, length int64, err error) {
+	const fsIocFiemap = 0xc020660b
+	m := fiemap{start: uint64(off), length: uint64(n), count: 1}
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, uintptr(fd), fsIocFiemap, uintptr(unsafe.Pointer(&m))); errno != 0 {
+		return 0, 0, errno
+	}
+	if m.mapped == 0 {
+		return 0, 0, nil
+	}
+	return int64(m.logical), int64(m.extent), nil
+}

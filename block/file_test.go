@@ -317,3 +317,34 @@ func TestBeginFlush(t *testing.T) {
 		t.Errorf("content changed (%v)", err)
 	}
 }
+
+// What was reserved has its space, written or not; what was punched out has none.
+func TestHasSpace(t *testing.T) {
+	f, err := block.Create(filepath.Join(t.TempDir(), "f"), 1<<20)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Allocate(64<<10, 128<<10); errors.Is(err, block.ErrNotFast) {
+		t.Skip("space can't be reserved here")
+	} else if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt(make([]byte, 64<<10), 64<<10); err != nil {
+		t.Fatal(err)
+	}
+	if f.Flush() != nil || !f.HasSpace(64<<10, 64<<10) || !f.HasSpace(68<<10, 4096) {
+		t.Error("what was written has no space")
+	}
+	for _, r := range [][2]int64{{0, 4096}, {0, 68 << 10}, {60 << 10, 8192}, {188 << 10, 8192}, {1<<20 - 4096, 4096}, {1 << 20, 1}} {
+		if f.HasSpace(r[0], r[1]) {
+			t.Errorf("%d bytes at %d have space", r[1], r[0])
+		}
+	}
+	if err := f.Discard(96<<10, 4096); err != nil {
+		t.Fatal(err)
+	}
+	if f.HasSpace(64<<10, 64<<10) || !f.HasSpace(64<<10, 32<<10) || !f.HasSpace(100<<10, 28<<10) {
+		t.Error("a hole between data is not seen")
+	}
+}

@@ -24,6 +24,9 @@ type Options struct {
 	Raw          bool   // the origin is a raw disk, whatever signatures are in it
 	Open         Opener // of the origin; nil: OpenRaw
 	Format       string // of the origin, for CreateFor; "": ondisk.RawFormat
+
+	// Device returns the device on which CreateUnsynced makes the store, over its file; nil: the file.
+	Device func(*block.File, ondisk.Layout) block.Device
 }
 
 // ErrSize reports an Options.Size that is too small, or 0 where no file is large enough for every chunk of the origin.
@@ -139,7 +142,7 @@ func CreateFor(origin block.Device, cowPath string, o Options) (c Created, err e
 }
 
 // CreateUnsynced makes a COW file that does not exist, with an empty store for an origin of originSize bytes, and opens it.
-// Of o it uses ChunkSectors, Size and Format. Nothing is flushed: the store is durable with its first Sync, and the name with
+// Of o it uses ChunkSectors, Size, Format and Device. Nothing is flushed: the store is durable with its first Sync, and the name with
 // block.SyncDirectory. A crash before may leave no file, one of any size that is all zeros, or the empty store (see
 // store.CreateUnsynced). It fails with fs.ErrExist when there is a file, and leaves none when it fails otherwise.
 func CreateUnsynced(path string, originSize int64, o Options) (*block.File, *store.Store, error) {
@@ -155,7 +158,11 @@ func CreateUnsynced(path string, originSize int64, o Options) (*block.File, *sto
 	if err != nil {
 		return nil, nil, block.WithPath(path, err)
 	}
-	st, err := store.CreateUnsynced(f, l, o.Format)
+	var dev block.Device = f
+	if o.Device != nil {
+		dev = o.Device(f, l)
+	}
+	st, err := store.CreateUnsynced(dev, l, o.Format)
 	if err != nil {
 		os.Remove(path)
 		return nil, nil, block.WithPath(path, errors.Join(err, f.Close()))

@@ -52,6 +52,7 @@ func (f *Fleet) adopt(q api.AdoptRequest) (err error) {
 	if l.file, err = cowfile.OpenDevice(path, block.Options{}); err != nil {
 		return err
 	}
+	l.device = f.newDevice(l, l.file, ondisk.Layout{}, false) // the rest is known when it is attached
 	n := &node{name: q.Node, disk: b.disk, dev: newNodeDevice(f, q.Node, b.size)}
 	t := newTop{node: n, layer: l}
 	if err = f.checkAdopted(l, b); err == nil {
@@ -67,9 +68,11 @@ func (f *Fleet) adopt(q api.AdoptRequest) (err error) {
 	t.record.File, t.record.Durable = path, true
 	t.addTo(c)
 	if err == nil {
+		f.accounts.add(l)
 		err = f.recordTops(c, t)
 	}
 	if err != nil {
+		f.accounts.remove(l)
 		return errors.Join(err, l.file.Close())
 	}
 	n.dev.view.Store(t.view)

@@ -31,6 +31,8 @@ type disk struct {
 	exportErr error // why a writable one is not
 	observed  atomic.Pointer[activity.Device]
 	merge     *treeMerge // under way, or the last one since the start; written with Fleet.mu held
+
+	account account
 }
 
 // A ground is the device at the bottom of chains: the disk, until something is written to it; then a preserve layer, which
@@ -231,18 +233,13 @@ func noSuchDisk(name string) error {
 	return refuse(api.CodeNoSuchDisk, "there is no disk %q", name)
 }
 
-// fullPolicies are the engine's values of the policy "on-full".
-var fullPolicies = map[string]snapshot.FullPolicy{
-	"": snapshot.FullFail, "fail": snapshot.FullFail, "pause": snapshot.FullPause, "invalidate": snapshot.FullInvalidate,
-}
-
 // maxPolicy bounds the number of a policy's keys, and maxPolicyText the length of a key or value.
 const (
 	maxPolicy     = 64
 	maxPolicyText = 256
 )
 
-// SetPolicy changes the policy of a disk: keys and values, of which the fleet itself uses "on-full", from the next layer on.
+// SetPolicy changes the policy of a disk: keys and values that are recorded, and that mean nothing to the fleet itself.
 func (f *Fleet) SetPolicy(ctx context.Context, q api.PolicyRequest) (api.Disk, error) {
 	release, err := f.acquire(ctx)
 	if err != nil {
@@ -263,9 +260,6 @@ func (f *Fleet) SetPolicy(ctx context.Context, q api.PolicyRequest) (api.Disk, e
 	for k, v := range q.Set {
 		if k == "" || len(k) > maxPolicyText || len(v) > maxPolicyText {
 			return api.Disk{}, refuse(api.CodeBadRequest, "set: keys and values have at most %d bytes, and keys at least one", maxPolicyText)
-		}
-		if _, known := fullPolicies[v]; k == "on-full" && !known {
-			return api.Disk{}, refuse(api.CodeBadRequest, "set: on-full: %q is not one of fail, pause, invalidate", v)
 		}
 		if v == "" {
 			delete(changed.Policy, k)

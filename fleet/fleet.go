@@ -83,7 +83,7 @@ type Options struct {
 //  3. The lock of a ground's block.Switch: held for reading by every access to a disk, for writing while a preserve layer comes between.
 //  4. Fleet.mu: the state, what is open, and appending to the journal. No I/O but that of the journal's line is done while it
 //     is held.
-//  5. journal.syncing.
+//  5. journal.syncing; accounts.mu, which is locked below the locks of stores too.
 //
 // A flush holds none of the first three while it waits for a disk, so that no operation waits for it.
 
@@ -114,8 +114,9 @@ type Fleet struct {
 	// appended, unless it is nil, is called after each line of the journal was written, with mu held. For tests.
 	appended func(*change)
 
-	names  directory // layers/
-	reaper reaper
+	names    directory // layers/
+	reaper   reaper
+	accounts accounts
 
 	background sync.WaitGroup
 	life       context.Context    // of the background
@@ -243,7 +244,9 @@ func (f *Fleet) append(c *change, freeing bool) error {
 	if err != nil {
 		return err
 	}
+	f.accounts.mu.Lock()
 	f.state.apply(c)
+	f.accounts.mu.Unlock()
 	if f.appended != nil {
 		f.appended(c)
 	}

@@ -55,7 +55,7 @@ func (f *Fleet) createPreserve(d *disk) (*layer, error) {
 		g.snap, err = d.origin.AttachStore(l.store, f.preserveOptions(d.name))
 	}
 	if err != nil {
-		return nil, errors.Join(err, l.discard())
+		return nil, errors.Join(err, f.discard(l))
 	}
 	l.durable.Store(true)
 	l.generation = g
@@ -84,7 +84,7 @@ func (f *Fleet) allowWrites(d *disk) error {
 		return errors.Join(err, d.file.DenyWrites())
 	}
 	if err := f.recordFirst(d, l); err != nil {
-		return errors.Join(err, l.generation.snap.Close(), l.discard(), d.file.DenyWrites())
+		return errors.Join(err, l.generation.snap.Close(), f.discard(l), d.file.DenyWrites())
 	}
 	// Nothing has been written to the disk: both show the same.
 	l.generation.ground.replace(l.generation.snap)
@@ -139,7 +139,7 @@ func (f *Fleet) nextGeneration(d *disk) error {
 	l.generation.ground = newGround(l.generation.snap)
 	l.chain = stack.New(l.generation.ground, d.size)
 	if err := f.recordNext(d, l); err != nil {
-		return errors.Join(err, l.generation.snap.Close(), l.discard())
+		return errors.Join(err, l.generation.snap.Close(), f.discard(l))
 	}
 	d.preserve = l
 	return f.detachPreserve(last, l)
@@ -189,6 +189,7 @@ func (f *Fleet) detachPreserve(last, next *layer) error {
 	g.snap = nil
 	if last.drop {
 		delete(f.layers, last.id)
+		f.accounts.remove(last)
 		f.unref(last)
 		return nil
 	}

@@ -25,9 +25,10 @@ type layer struct {
 	refs atomic.Int64
 
 	// Written with Fleet.mu held, before others can find the layer or when it is sealed.
-	file  *block.File  // nil: err
-	chain *stack.Chain // the disk with this layer on top; nil while it is written
-	err   error        // why it can't be used
+	file   *block.File  // nil: err
+	device *layerDevice // file, within limits
+	chain  *stack.Chain // the disk with this layer on top; nil while it is written
+	err    error        // why it can't be used
 
 	generation *generation // of a preserve layer
 
@@ -38,6 +39,8 @@ type layer struct {
 	store *store.Store // nil once it is complete
 	stack *stack.Layer // of a sealed one
 	bytes int64        // allocated, of a complete one
+
+	usage usage
 
 	busy string // the operation that uses it; Fleet.mu is held
 	drop bool   // its file is removed when nothing refers to it; Fleet.mu is held
@@ -54,21 +57,33 @@ func (f *Fleet) path(r *layerRecord) string {
 // createLayer makes the file of a new layer for a disk of size bytes. Nothing of it is durable, and nothing names it yet.
 func (f *Fleet) createLayer(d *disk, id uint64, size int64) (*layer, error) {
 	l := &layer{id: id, path: filepath.Join(f.names.path, layerFile(id)), disk: d}
-	var err error
-	l.file, l.store, err = cowfile.CreateUnsynced(l.path, size, cowfile.Options{ChunkSectors: f.opts.ChunkSectors, Format: ondisk.RawFormat})
-	if block.IsNoSpace(err) {
-		return nil, refuseNoSpace(err)
-	}
-	if err != nil {
+	l.refs.Store(1)
+	if err := f.createFile(l, size); err != nil {
 		return nil, err
 	}
-	f.names.made.Add(1)
-	l.refs.Store(1)
+	f.accounts.add(l)
 	return l, nil
 }
 
+// createFile makes the file of a layer.
+func (f *Fleet) createFile(l *layer, size int64) (err error) {
+	l.file, l.store, err = cowfile.CreateUnsynced(l.path, size, cowfile.Options{ChunkSectors: f.opts.ChunkSectors, Format: ondisk.RawFormat,
+		Device: func(file *block.File, layout ondisk.Layout) block.Device {
+			l.device = f.newDevice(l, file, layout, false)
+			return l.device
+		}})
+	if block.IsNoSpace(err) {
+		return refuseNoSpace(err)
+	}
+	if err == nil {
+		f.names.made.Add(1)
+	}
+	return err
+}
+
 // discard removes a layer that was made for an operation that failed.
-func (l *layer) discard() error {
+func (f *Fleet) discard(l *layer) error {
+	f.accounts.remove(l)
 	return errors.Join(l.file.Close(), os.Remove(l.path))
 }
 
@@ -82,7 +97,9 @@ func (f *Fleet) openLayer(d *disk, r *layerRecord) *layer {
 	if l.err = f.openFile(l, r); l.err != nil {
 		l.err = block.WithPath(l.path, l.err)
 		l.closeFile()
+		return l
 	}
+	f.accounts.add(l)
 	return l
 }
 
@@ -94,21 +111,20 @@ func (f *Fleet) openFile(l *layer, r *layerRecord) (err error) {
 			if err := os.Remove(l.path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 				return err
 			}
-			made, err := f.createLayer(l.disk, l.id, r.Size)
-			if err != nil {
-				return err
-			}
-			l.file, l.store = made.file, made.store
-			return nil
+			return f.createFile(l, r.Size)
 		}
 	}
 	if l.file, err = block.Open(l.path, block.Options{ReadOnly: r.Complete}); err != nil {
 		return err
 	}
+	l.device = f.newDevice(l, l.file, ondisk.Layout{}, true)
 	if r.Complete {
-		l.store, err = store.OpenToRead(l.file)
+		l.store, err = store.OpenToRead(l.device)
 	} else {
-		l.store, err = store.Open(l.file)
+		l.store, err = store.Open(l.device)
+	}
+	if err == nil {
+		l.device.layout = l.store.Layout()
 	}
 	if err == nil && !r.Sealed && l.store.Sealed() { // writes to it would make it invalid
 		err = errors.New("it has the label of a sealed layer, and by the state it is written")

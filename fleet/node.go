@@ -29,8 +29,8 @@ type node struct {
 }
 
 // snapshotOptions are those of the tops of nodes over a disk.
-func (f *Fleet) snapshotOptions(name string, policy map[string]string) snapshot.Options {
-	o := snapshot.Options{OnFull: fullPolicies[policy["on-full"]]}
+func (f *Fleet) snapshotOptions(name string, d *disk) snapshot.Options {
+	o := snapshot.Options{FullPolicy: d.fullPolicy}
 	o.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
 	o.Notify = func(e snapshot.Event) { f.notify(name, e) }
 	return o
@@ -110,17 +110,19 @@ func (f *Fleet) unusable(r *layerRecord) error {
 }
 
 // newView attaches a top over a base, with size bytes.
-func (f *Fleet) newView(name string, b base, top *layer, size int64, policy map[string]string) (*view, error) {
+func (f *Fleet) newView(name string, b base, top *layer, size int64) (*view, error) {
 	var below block.Device = b.chain
 	if size > b.chain.Size() {
 		below = stack.New(b.chain, size)
 	}
 	v := &view{origin: snapshot.NewOrigin(below), chain: b.chain, top: top, below: b.layers}
-	opts := f.snapshotOptions(name, policy)
+	opts := f.snapshotOptions(name, b.disk)
 	var err error
 	if top.store == nil { // it was there before the fleet was opened
-		if v.snap, err = v.origin.Attach(top.file, opts); err == nil {
+		if v.snap, err = v.origin.Attach(top.device, opts); err == nil {
 			top.store = v.snap.Store()
+			top.device.layout = top.store.Layout()
+			top.device.holes.Store(true)
 		}
 	} else {
 		v.snap, err = v.origin.AttachStore(top.store, opts)
@@ -201,28 +203,17 @@ func (f *Fleet) makeTop(n *node, b base, size int64) (t newTop, err error) {
 		return t, err
 	}
 	if err := t.attach(f, b, size); err != nil {
-		return t, errors.Join(err, t.layer.discard())
+		return t, errors.Join(err, f.discard(t.layer))
 	}
 	return t, nil
 }
 
 // attach attaches the top over a base.
 func (t *newTop) attach(f *Fleet, b base, size int64) (err error) {
-	policy := f.policyOf(b.disk.name)
-	if t.view, err = f.newView(t.node.name, b, t.layer, size, policy); err != nil {
+	if t.view, err = f.newView(t.node.name, b, t.layer, size); err != nil {
 		return err
 	}
 	t.record = layerRecord{ID: t.layer.id, Parent: b.parent, Disk: b.disk.name, Node: t.node.name, Size: size, Created: f.opts.Now().UTC().Round(0)}
-	return nil
-}
-
-// policyOf returns the policy of a disk, which is never changed.
-func (f *Fleet) policyOf(name string) map[string]string {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if r := f.state.Disks[name]; r != nil {
-		return r.Policy
-	}
 	return nil
 }
 
@@ -233,7 +224,7 @@ func (t *newTop) discard(f *Fleet) error {
 			f.unref(l)
 		}
 	}
-	return t.layer.discard()
+	return f.discard(t.layer)
 }
 
 // Drop removes a node or a checkpoint, and its file. A checkpoint that others lie on is refused. Unnamed checkpoints whose
@@ -296,6 +287,7 @@ func (f *Fleet) dropRecord(name string) (gone *node, err error) {
 	}
 	if gone != nil {
 		delete(f.nodes, name)
+		f.accounts.forgetNode(gone.disk, name)
 	}
 	e.Seq = c.Seq
 	f.publish(e)
@@ -326,6 +318,9 @@ func (f *Fleet) dropLayers(c *change) error {
 		delete(f.layers, id)
 		delete(f.unsettled, id)
 		l.drop = !adopted[id]
+		if f.accounts.remove(l) {
+			f.retryPaused(l.disk)
+		}
 		f.unref(l)
 	}
 	return nil

@@ -123,7 +123,7 @@ func (s *squash) prepare() (err error) {
 	s.own = f.ownLayers(f.state.Layers[f.state.Nodes[s.node.name].Top])
 	lowest := f.state.Layers[s.own[len(s.own)-1]]
 	if s.lower, err = f.baseAt(s.node.disk, lowest.Parent); err != nil {
-		return errors.Join(err, s.copy.discard())
+		return errors.Join(err, f.discard(s.copy))
 	}
 	s.upper = f.layers[s.own[0]].chain
 	s.mark("squash")
@@ -209,7 +209,7 @@ func (s *squash) replace(c *change, copied layerRecord) (old *view, err error) {
 	f := s.fleet
 	b := base{disk: s.node.disk, parent: s.copy.id, chain: s.copy.chain, layers: append(append([]*layer(nil), s.lower.layers...), s.copy), size: copied.Size}
 	old = s.node.dev.view.Load()
-	v, err := f.newView(s.node.name, b, old.top, s.size, f.policyOf(s.node.disk.name))
+	v, err := f.newView(s.node.name, b, old.top, s.size)
 	if err != nil {
 		return nil, err
 	}
@@ -247,5 +247,5 @@ func (s *squash) abandon() error {
 		}
 	}
 	s.fleet.mu.Unlock()
-	return s.copy.discard()
+	return s.fleet.discard(s.copy)
 }

@@ -176,7 +176,7 @@ func (s *squash) replaceBelow(a above, fresh map[uint64]*stack.Layer) (unused []
 	for _, n := range a.nodes {
 		old, top := n.dev.view.Load(), a.tops[n.name]
 		b := base{disk: n.disk, chain: chains[top.Parent], layers: s.withCopy(old.below)}
-		v, err := f.newView(n.name, b, old.top, n.dev.size, f.policyOf(n.disk.name))
+		v, err := f.newView(n.name, b, old.top, n.dev.size)
 		if err != nil {
 			return views, err
 		}

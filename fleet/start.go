@@ -128,7 +128,7 @@ func (f *Fleet) openNode(r *nodeRecord) *node {
 }
 
 func (f *Fleet) attachNode(n *node, b base, top *layerRecord) error {
-	v, err := f.newView(n.name, b, f.layers[top.ID], top.Size, f.state.Disks[n.disk.name].Policy)
+	v, err := f.newView(n.name, b, f.layers[top.ID], top.Size)
 	if err != nil {
 		return err
 	}

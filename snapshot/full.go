@@ -21,6 +21,14 @@ const (
 	FullPause                        // as FullFail, but the error is a block.RetryLater: the caller waits and tries again
 )
 
+// onFull is the policy of now.
+func (o *Options) onFull() FullPolicy {
+	if o.FullPolicy != nil {
+		return o.FullPolicy()
+	}
+	return o.OnFull
+}
+
 // ErrNoRoom reports a write that was refused to protect a snapshot whose COW device has no space. It is
 // also syscall.ENOSPC.
 var ErrNoRoom = errors.New("no space in the COW device")
@@ -137,7 +145,8 @@ func (s *Snapshot) growStep() (bool, error) {
 // made durable is intact and available when it is loaded again. Until then it refuses writes even if there is space, so
 // nothing waits for it. A store that is invalid already is not protected any more.
 func (s *Snapshot) noRoom(err error) error {
-	if s.opts.OnFull == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
+	policy := s.opts.onFull()
+	if policy == FullInvalidate || !errors.Is(err, store.ErrFull) && !block.IsNoSpace(err) {
 		return nil
 	}
 	var copying *block.CopyError
@@ -150,13 +159,13 @@ func (s *Snapshot) noRoom(err error) error {
 		switch {
 		case failed:
 			text = "No space for the exception store: it failed, and writes that need it fail until it is loaded again."
-		case s.opts.OnFull == FullPause:
+		case policy == FullPause:
 			text = "No space in the COW device: writes that need some wait."
 		}
 		notify(s.opts, Event{Kind: EventFull, Text: text, Err: err})
 	}
 	s.noRooms.Add(1)
-	return &noRoomError{s.opts.OnFull == FullPause && !failed, err}
+	return &noRoomError{policy == FullPause && !failed, err}
 }
 
 // waitsForRoom reports whether err is a lack of space that the caller is to wait for.

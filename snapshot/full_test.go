@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -145,6 +146,31 @@ func TestFullPauseWaitsForRoom(t *testing.T) {
 	wantRead(t, s, 480, r.old(480, 8))
 	wantRead(t, r.origin, 480, fill(1, 3))
 	wantRead(t, other, 480, r.old(480, 8)) // attached before the origin write went on
+}
+
+// TestFullPolicyOfNow: the policy may change while a snapshot is in use, also for writes that wait.
+func TestFullPolicyOfNow(t *testing.T) {
+	r := newRig(t, 1024)
+	c := r.cow("COW", 24)
+	var policy atomic.Int32
+	set := func(p snapshot.FullPolicy) { policy.Store(int32(p)) }
+	set(snapshot.FullFail)
+	s := r.attach(c, snapshot.Options{ChunkSectors: 8, FullPolicy: func() snapshot.FullPolicy { return snapshot.FullPolicy(policy.Load()) }})
+	write(t, s, 0, 8, 1)
+	wantNoRoom(t, fails(t, s, 48, 8))
+	set(snapshot.FullPause)
+	waits := pause(t, t.Context(), writing(s, 48, 8, 2))
+	set(snapshot.FullFail)
+	r.origin.RetryPaused()
+	<-waits.done
+	if !errors.Is(waits.err, snapshot.ErrNoRoom) {
+		t.Errorf("the write that waited: %v", waits.err)
+	}
+	wantHeader(t, c, headerValid)
+	set(snapshot.FullInvalidate)
+	if _, err := s.WriteAt(make([]byte, 4096), 48*sector); !errors.Is(err, store.ErrInvalid) {
+		t.Errorf("under the kernel's policy: %v", err)
+	}
 }
 
 // TestFullPauseEnds: what a change waits for is no more. None of them waits for the next second.

@@ -54,7 +54,7 @@ func (s *Snapshot) mark(reason string, cause error) {
 	} else {
 		s.unmarked.Store(&failed)
 	}
-	s.invalid.Store(failed == nil || s.opts.OnFull == FullInvalidate)
+	s.invalid.Store(failed == nil || s.opts.onFull() == FullInvalidate)
 	s.origin.room.made() // nothing waits for s any more
 	switch {
 	case !again:

@@ -131,9 +131,9 @@ func (m *Merging) changePiece(st *store.Store, pl payload, off, n int64) (int64,
 	}
 	at, dev := m.place(pc)
 	err := pl.part(0, pc.n).put(dev, at, pc.n)
-	if pc.mapped && m.opts.OnFull != FullInvalidate && block.IsNoSpace(err) {
+	if pc.mapped && m.opts.onFull() != FullInvalidate && block.IsNoSpace(err) {
 		// The chunk was trimmed and has no space on the file system.
-		err = &noRoomError{m.opts.OnFull == FullPause, err}
+		err = &noRoomError{m.opts.onFull() == FullPause, err}
 	}
 	return pc.n, err
 }

@@ -32,8 +32,11 @@ type Options struct {
 	Features
 	Sync   SyncMode
 	OnFull FullPolicy
-	Grow   Growth
-	Size   int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
+	// FullPolicy, unless it is nil, is called for the policy instead of OnFull, each time a write finds no space. It may
+	// be called concurrently and must neither block nor call back.
+	FullPolicy func() FullPolicy
+	Grow       Growth
+	Size       int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
 
 	// Notify is called when something happens that no request reports. It may be called from any
 	// goroutine, inside requests, and must neither block nor call back.

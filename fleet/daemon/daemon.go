@@ -28,6 +28,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/server/api"
 )
@@ -39,6 +40,7 @@ type Fleet interface {
 	Disk(name string) (api.Disk, error)
 	Disks() api.Disks
 	SetPolicy(context.Context, api.PolicyRequest) (api.Disk, error)
+	SetSpace(disk string, s fleet.Space)
 	Fork(context.Context, api.ForkRequest) (api.Element, error)
 	Checkpoint(context.Context, api.CheckpointRequest) (api.Checkpoints, error)
 	Rollback(context.Context, api.RollbackRequest) (api.Element, error)
@@ -67,7 +69,7 @@ type Options struct {
 	// the start and by Reload. nil: there are none.
 	PolicyDefaults func() (map[string]map[string]string, error)
 
-	// Limits are those of the fleet's exports; nil: quotas and rates have no effect.
+	// Limits are those of the fleet's exports; nil: rates have no effect.
 	Limits *Limits
 
 	// PolicyInterval is how often policies are applied; 0: a second.
@@ -102,6 +104,7 @@ func New(f Fleet, o Options) (*Daemon, error) {
 		return nil, err
 	}
 	d.policies.init()
+	d.applySpace()
 	return d, d.Reload()
 }
 
@@ -120,6 +123,7 @@ func (d *Daemon) Reload() error {
 		}
 	}
 	d.policies.setDefaults(texts)
+	d.applySpace()
 	return nil
 }
 

@@ -17,6 +17,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -25,6 +26,7 @@ type fakeFleet struct {
 	mu       sync.Mutex
 	elements []api.Element
 	policy   map[string]string
+	space    fleet.Space
 	dropped  []string
 	events   chan api.Event
 }
@@ -44,6 +46,7 @@ func (f *fakeFleet) disk(name string) api.Disk {
 func (f *fakeFleet) AddDisk(_ context.Context, q api.AddDiskRequest) (api.Disk, error) {
 	return f.disk(q.Name), nil
 }
+func (f *fakeFleet) SetSpace(_ string, s fleet.Space)         { f.space = s }
 func (f *fakeFleet) RemoveDisk(context.Context, string) error { return nil }
 func (f *fakeFleet) Disk(name string) (api.Disk, error) {
 	f.mu.Lock()

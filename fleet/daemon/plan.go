@@ -2,11 +2,11 @@ package daemon
 
 import (
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
 
-	"github.com/dmsnap/dmsnap/internal/bytesize"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -29,28 +29,13 @@ type plan struct {
 	// squash are checkpoints below which there are layers without a name that only they need, of disks whose policies remove
 	// checkpoints.
 	squash []string
-	// limits are those of each node; full is why its writes are refused, "" when they are not.
-	limits map[string]nodeLimits
+	rates  map[string]Policy // of each node
 }
 
-type nodeLimits struct {
-	policy Policy
-	full   string
-}
-
-// use is what is known of a node beside the tree.
-type use struct {
-	last  time.Time // when a client was connected last, or the daemon saw the node first
-	grown int64     // bytes by which its quota has grown
-}
-
-// makePlan decides what policies want of a tree at the time now. It updates uses, and forgets nodes that are gone.
-func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf func(disk string) Policy, uses map[string]*use) plan {
-	p := plan{limits: map[string]nodeLimits{}}
-	own, disks := bytesOf(t)
-	for disk, n := range preserved {
-		disks[disk] += n
-	}
+// makePlan decides what policies want of a tree at the time now. used is when a client of each node was connected last, or the node
+// seen first; it is updated.
+func makePlan(now time.Time, t api.Tree, policyOf func(disk string) Policy, used map[string]time.Time) plan {
+	p := plan{rates: map[string]Policy{}}
 	seen := map[string]bool{}
 	retained := map[string][]api.Element{} // named checkpoints by node
 	for _, e := range t.Elements {
@@ -62,29 +47,20 @@ func makePlan(now time.Time, t api.Tree, preserved map[string]int64, policyOf fu
 			}
 		case api.KindNode:
 			seen[e.Name] = true
-			u := uses[e.Name]
-			if u == nil {
-				u = &use{last: now}
-				uses[e.Name] = u
-			}
-			if e.Connections > 0 {
-				u.last = now
+			if _, known := used[e.Name]; !known || e.Connections > 0 {
+				used[e.Name] = now
 			}
 			most := policy.IdleDrop
 			if strings.HasPrefix(e.Name, TemporaryPrefix) {
 				most = temporaryIdle
 			}
-			if idle := now.Sub(u.last); most > 0 && idle >= most {
+			if idle := now.Sub(used[e.Name]); most > 0 && idle >= most {
 				p.remove = append(p.remove, removal{e.Name, false, fmt.Sprintf("it had no clients for %v", idle.Round(time.Second))})
 			}
-			p.limits[e.Name] = nodeLimits{policy, fullness(policy, own[e.Name], disks[e.Disk], u)}
+			p.rates[e.Name] = policy
 		}
 	}
-	for name := range uses {
-		if !seen[name] {
-			delete(uses, name)
-		}
-	}
+	maps.DeleteFunc(used, func(name string, _ time.Time) bool { return !seen[name] })
 	for _, list := range retained {
 		p.remove = append(p.remove, unretained(policyOf(list[0].Disk), list)...)
 	}
@@ -116,46 +92,6 @@ func squashable(t api.Tree, policyOf func(disk string) Policy) (list []string) {
 }
 
 func (p Policy) removesCheckpoints() bool { return p.KeepLast > 0 || p.Hourly > 0 || p.Daily > 0 }
-
-// fullness is which quota is reached, "" when none is. A node's quota grows where the policy says so and the disk has space.
-func fullness(p Policy, node, disk int64, u *use) string {
-	if p.Quota > 0 && disk >= p.Quota {
-		return fmt.Sprintf("the layers of its disk use %s, and the quota is %s", bytesize.Text(disk), bytesize.Text(p.Quota))
-	}
-	if p.NodeQuota == 0 {
-		return ""
-	}
-	for p.Grow > 0 && node >= p.NodeQuota+u.grown && (p.Quota == 0 || disk+p.Grow <= p.Quota) {
-		u.grown += p.Grow
-	}
-	if quota := p.NodeQuota + u.grown; node >= quota {
-		return fmt.Sprintf("its layers use %s, and the quota is %s", bytesize.Text(node), bytesize.Text(quota))
-	}
-	return ""
-}
-
-// bytesOf returns what the layers of each node that no other node needs use, and what those of each disk do.
-func bytesOf(t api.Tree) (own, disks map[string]int64) {
-	own, disks = map[string]int64{}, map[string]int64{}
-	elements := make(map[string]*api.Element, len(t.Elements))
-	for i := range t.Elements {
-		e := &t.Elements[i]
-		elements[e.Name] = e
-		if e.Kind != api.KindDisk {
-			disks[e.Disk] += e.AllocatedBytes
-		}
-	}
-	for _, e := range elements {
-		if e.Kind != api.KindNode {
-			continue
-		}
-		own[e.Name] = e.AllocatedBytes
-		for below := elements[e.Parent]; below != nil && below.Kind == api.KindCheckpoint && below.Children <= 1; below = elements[below.Parent] {
-			own[e.Name] += below.AllocatedBytes
-		}
-	}
-	return own, disks
-}
 
 // unretained are the checkpoints of one node that the policy does not keep.
 func unretained(p Policy, list []api.Element) (remove []removal) {

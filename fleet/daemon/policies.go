@@ -17,13 +17,15 @@ import (
 
 // policies are the policies in force.
 type policies struct {
+	applying sync.Mutex // see applySpace
+
 	mu    sync.Mutex                   // guards texts
 	texts map[string]map[string]string // the defaults, by disk; "*" for all
 
 	// These are the loop's.
-	uses    map[string]*use
-	failed  map[string]string // by removal: the error that was logged
-	limited bool              // some disk had a policy at the last step
+	used    map[string]time.Time // see makePlan
+	failed  map[string]string    // by removal: the error that was logged
+	limited bool                 // some disk had a policy at the last step
 
 	temporary atomic.Bool // there may be a temporary node
 	squashing sync.WaitGroup
@@ -31,7 +33,7 @@ type policies struct {
 }
 
 func (p *policies) init() {
-	p.uses, p.failed = map[string]*use{}, map[string]string{}
+	p.used, p.failed = map[string]time.Time{}, map[string]string{}
 	p.temporary.Store(true) // those of before the start
 }
 
@@ -71,7 +73,19 @@ func (d *Daemon) setPolicy(ctx context.Context, q api.PolicyRequest) (api.Disk, 
 	if _, err := ParsePolicy(after); err != nil {
 		return disk, refuse(api.CodeBadRequest, "set: %v", err)
 	}
-	return d.fleet.SetPolicy(ctx, q)
+	if disk, err = d.fleet.SetPolicy(ctx, q); err == nil {
+		d.applySpace()
+	}
+	return disk, err
+}
+
+// applySpace gives the fleet the limits of space that policies set, which bind at once.
+func (d *Daemon) applySpace() {
+	d.policies.applying.Lock() // what is looked up last is set last
+	defer d.policies.applying.Unlock()
+	for _, disk := range d.fleet.Disks().Disks {
+		d.fleet.SetSpace(disk.Name, d.policyOf(disk).space())
+	}
 }
 
 // reserveNode refuses a further node of a disk whose policy has a maximum, and holds back others until unlock. Temporary nodes
@@ -122,10 +136,10 @@ func (d *Daemon) applyPolicies(ctx context.Context) {
 
 // step applies policies once, at the time now. A daemon without policies does nothing, whatever the number of its nodes.
 func (d *Daemon) step(ctx context.Context, now time.Time) {
-	byDisk, preserved := map[string]Policy{}, map[string]int64{}
+	byDisk := map[string]Policy{}
 	any := false
 	for _, disk := range d.fleet.Disks().Disks {
-		byDisk[disk.Name], preserved[disk.Name] = d.policyOf(disk), disk.PreserveBytes
+		byDisk[disk.Name] = d.policyOf(disk)
 		any = any || byDisk[disk.Name] != Policy{}
 	}
 	temporary := d.policies.temporary.Swap(false)
@@ -137,11 +151,9 @@ func (d *Daemon) step(ctx context.Context, now time.Time) {
 	if slices.ContainsFunc(tree.Elements, func(e api.Element) bool { return strings.HasPrefix(e.Name, TemporaryPrefix) }) {
 		d.policies.temporary.Store(true)
 	}
-	p := makePlan(now, tree, preserved, func(disk string) Policy { return byDisk[disk] }, d.policies.uses)
+	p := makePlan(now, tree, func(disk string) Policy { return byDisk[disk] }, d.policies.used)
 	if d.opts.Limits != nil {
-		for _, name := range d.opts.Limits.set(p.limits) {
-			d.log.Event(slog.LevelWarn, fmt.Sprintf("%s: writes are refused: %s", name, p.limits[name].full), "quota reached", nil, slog.String("node", name))
-		}
+		d.opts.Limits.set(p.rates)
 	}
 	for _, r := range p.remove {
 		d.remove(ctx, r)

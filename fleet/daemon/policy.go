@@ -10,12 +10,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/internal/bytesize"
 )
 
 // Policy is what a disk and its nodes may use, and what is removed. The zero value limits and removes nothing.
 type Policy struct {
-	OnFull           OnFull        // what writes do when a quota is reached
+	OnFull           OnFull        // what writes do that need space when a quota is reached or the file system has none
 	Quota, NodeQuota int64         // bytes that the layers of the disk, and those that are a node's own, may use on the file system
 	Grow             int64         // bytes by which a node's quota grows when it is reached, while Quota allows it
 	MaxNodes         int           // more are refused
@@ -29,7 +30,7 @@ type Policy struct {
 	ReadIOPS, WriteIOPS, ReadBytes, WriteBytes int64
 }
 
-// OnFull is what writes do when a quota is reached.
+// OnFull is what writes do when there is no space for them.
 type OnFull string
 
 // The values of OnFull; "" is FullFail.
@@ -37,6 +38,11 @@ const (
 	FullFail  OnFull = "fail"  // they fail, with no space
 	FullPause OnFull = "pause" // they wait until there is space
 )
+
+// space is what the policy says of space.
+func (p Policy) space() fleet.Space {
+	return fleet.Space{Disk: p.Quota, Node: p.NodeQuota, Grow: p.Grow, Pause: p.OnFull == FullPause}
+}
 
 // policyKeys read the value of each key.
 var policyKeys = map[string]func(p *Policy, value string) error{

@@ -13,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
 )
@@ -91,7 +92,7 @@ func TestRetention(t *testing.T) {
 	add("a@~9", 100*time.Hour, true)
 	add("b@only", 1000*time.Hour, false)
 	plan := func(p Policy) string {
-		return strings.Join(names(makePlan(noon, tree, nil, func(string) Policy { return p }, map[string]*use{}).remove), " ")
+		return strings.Join(names(makePlan(noon, tree, func(string) Policy { return p }, map[string]time.Time{}).remove), " ")
 	}
 	for _, c := range []struct {
 		policy Policy
@@ -175,16 +176,17 @@ func TestRetentionOfARunningNode(t *testing.T) {
 	s.wantSound(t)
 }
 
-// A node whose layers use its quota gets "no space", or waits, until the quota is larger; reads and flushes go on.
+// A quota binds at the write that needs a chunk too many: the client gets "no space", or waits, until the quota is larger.
+// Writes to chunks that are there, reads and flushes go on.
 func TestQuotaOfARunningNode(t *testing.T) {
 	s := serve(t, nil)
 	ctx := t.Context()
 	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "vm"}); err != nil {
 		t.Fatal(err)
 	}
-	set := func(policy map[string]string) {
+	set := func(keys map[string]string) {
 		t.Helper()
-		if _, err := s.SetPolicy(ctx, "base", policy); err != nil {
+		if _, err := s.SetPolicy(ctx, "base", keys); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -194,49 +196,58 @@ func TestQuotaOfARunningNode(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer c.Close()
-	write := func(off int64) error {
-		_, err := c.WriteAt(bytes.Repeat([]byte{1}, 64<<10), off)
+	write := func(chunk int64) error {
+		_, err := c.WriteAt(bytes.Repeat([]byte{1}, 4096), chunk*4096)
 		return err
 	}
-	until := func(what string, ok func() bool) {
+	next := int64(0)
+	fill := func(quota int64) {
 		t.Helper()
-		for deadline := time.Now().Add(60 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
-			if time.Now().After(deadline) {
-				t.Fatalf("%s: it does not happen", what)
-			}
+		for ; err == nil; next++ {
+			err = write(next)
 		}
-	}
-	for i := range int64(4) {
-		if err := write(i * 64 << 10); err != nil && !errors.Is(err, syscall.ENOSPC) {
+		next--
+		if !errors.Is(err, syscall.ENOSPC) {
 			t.Fatal(err)
 		}
+		tree, err := s.Tree(ctx)
+		if e := tree.Elements[len(tree.Elements)-1]; err != nil || e.AllocatedBytes > quota || e.Figures.State != api.StateOK {
+			t.Errorf("%d chunks use %d bytes, %+v, %v", next, e.AllocatedBytes, e.Figures, err)
+		}
 	}
-	until("writes are refused", func() bool { return errors.Is(write(0), syscall.ENOSPC) })
+	fill(128 << 10)
+	if next < 20 || next > 30 { // of 32 two are the store's own; tmpfs and others may allocate more at once
+		t.Errorf("%d chunks of 4 KiB in 128 KiB", next)
+	}
+	if err := write(0); err != nil {
+		t.Errorf("a chunk that is there: %v", err)
+	}
 	if _, err := c.ReadAt(make([]byte, 4096), 0); err != nil {
 		t.Errorf("read: %v", err)
 	}
 	if err := c.Flush(); err != nil {
 		t.Errorf("flush: %v", err)
 	}
-	set(map[string]string{"node-quota": "10MiB"})
-	until("writes are allowed again", func() bool { return write(0) == nil })
-	set(map[string]string{"node-quota": "128KiB", "on-full": "pause"})
+	set(map[string]string{"node-quota": "256KiB"})
+	if err = write(next); err != nil {
+		t.Errorf("after the quota was raised: %v", err)
+	}
+	fill(256 << 10)
+	set(map[string]string{"on-full": "pause"})
 	waited := make(chan error)
-	until("a write waits", func() bool {
-		go func() { waited <- write(512 << 10) }()
-		select {
-		case err := <-waited:
-			if err != nil {
-				t.Fatal(err)
-			}
-			return false
-		case <-time.After(100 * time.Millisecond):
-			return true
-		}
-	})
+	go func() { waited <- write(next) }()
+	select {
+	case err := <-waited:
+		t.Fatalf("the write did not wait: %v", err)
+	case <-time.After(100 * time.Millisecond):
+	}
+	begin := time.Now()
 	set(map[string]string{"node-quota": "", "on-full": ""})
 	if err := <-waited; err != nil {
 		t.Errorf("the write that waited: %v", err)
+	}
+	if took := time.Since(begin); took > block.RetryInterval*3/4 {
+		t.Logf("the write that waited was only tried again after %v", took)
 	}
 	s.wantSound(t)
 }
@@ -244,25 +255,25 @@ func TestQuotaOfARunningNode(t *testing.T) {
 func TestIdleDrop(t *testing.T) {
 	now := time.Date(2026, 5, 10, 12, 0, 0, 0, time.UTC)
 	tree := api.Tree{Elements: []api.Element{{Name: "a", Kind: api.KindNode, Disk: "base"}, {Name: "b", Kind: api.KindNode, Disk: "base", Connections: 1}}}
-	uses := map[string]*use{}
+	used := map[string]time.Time{}
 	policy := func(string) Policy { return Policy{IdleDrop: time.Hour} }
 	for _, c := range []struct {
 		after time.Duration
 		want  string
 	}{{0, ""}, {59 * time.Minute, ""}, {time.Hour, "a"}} {
-		if got := strings.Join(names(makePlan(now.Add(c.after), tree, nil, policy, uses).remove), " "); got != c.want {
+		if got := strings.Join(names(makePlan(now.Add(c.after), tree, policy, used).remove), " "); got != c.want {
 			t.Errorf("after %v: removes %q, want %q", c.after, got, c.want)
 		}
 	}
 	tree.Elements[1].Connections = 0 // from an hour on
-	if got := names(makePlan(now.Add(90*time.Minute), tree, nil, policy, uses).remove); !slices.Equal(got, []string{"a"}) {
+	if got := names(makePlan(now.Add(90*time.Minute), tree, policy, used).remove); !slices.Equal(got, []string{"a"}) {
 		t.Errorf("removes %q", got)
 	}
 	tree.Elements = tree.Elements[1:]
-	if got := names(makePlan(now.Add(2*time.Hour), tree, nil, policy, uses).remove); !slices.Equal(got, []string{"b"}) {
+	if got := names(makePlan(now.Add(2*time.Hour), tree, policy, used).remove); !slices.Equal(got, []string{"b"}) {
 		t.Errorf("removes %q", got)
 	}
-	if got := slices.Collect(maps.Keys(uses)); !slices.Equal(got, []string{"b"}) {
+	if got := slices.Collect(maps.Keys(used)); !slices.Equal(got, []string{"b"}) {
 		t.Errorf("remembers %q", got)
 	}
 }
@@ -283,54 +294,25 @@ func TestTemporaryNodes(t *testing.T) {
 	}
 }
 
-func TestQuotas(t *testing.T) {
-	tree := api.Tree{Elements: []api.Element{
-		{Name: "base", Kind: api.KindDisk, Disk: "base"},
-		{Name: "a@shared", Kind: api.KindCheckpoint, Parent: "base", Disk: "base", Children: 2, AllocatedBytes: 1000},
-		{Name: "a@own", Kind: api.KindCheckpoint, Parent: "a@shared", Disk: "base", Children: 1, AllocatedBytes: 100},
-		{Name: "a", Kind: api.KindNode, Parent: "a@own", Disk: "base", AllocatedBytes: 10},
-		{Name: "b", Kind: api.KindNode, Parent: "a@shared", Disk: "base", AllocatedBytes: 1},
-	}}
-	full := func(p Policy, uses map[string]*use) string {
-		var list []string
-		for name, n := range makePlan(time.Now(), tree, map[string]int64{"base": 5}, func(string) Policy { return p }, uses).limits {
-			if n.full != "" {
-				list = append(list, name)
-			}
-		}
-		slices.Sort(list)
-		return strings.Join(list, " ")
-	}
-	for _, c := range []struct {
-		policy Policy
-		want   string
-	}{
-		{Policy{}, ""}, {Policy{NodeQuota: 111}, ""}, {Policy{NodeQuota: 110}, "a"}, {Policy{NodeQuota: 1}, "a b"},
-		{Policy{Quota: 1117}, ""}, {Policy{Quota: 1116}, "a b"},
-		{Policy{NodeQuota: 100, Grow: 5}, ""}, {Policy{NodeQuota: 100, Grow: 5, Quota: 1118}, "a"},
-	} {
-		if got := full(c.policy, map[string]*use{}); got != c.want {
-			t.Errorf("%+v: full are %q, want %q", c.policy, got, c.want)
-		}
-	}
-}
-
 // A step removes what a policy does not keep, and sets limits.
 func TestStep(t *testing.T) {
 	s := newFakeServer(t)
 	var limits Limits
 	s.daemon.opts.Limits = &limits
-	dev := limits.Wrap("a", block.NewMemory(1<<20))
+	limits.Wrap("a", block.NewMemory(1<<20))
 	now := time.Now()
 	s.daemon.step(t.Context(), now)
-	s.fleet.policy = map[string]string{"idle-drop": "1m", "node-quota": "1"}
-	s.fleet.elements[2].AllocatedBytes = 2
+	s.fleet.policy = map[string]string{"idle-drop": "1m", "node-quota": "1", "write-iops": "7", "on-full": "pause"}
 	s.daemon.step(t.Context(), now)
 	if len(s.fleet.dropped) > 0 {
 		t.Errorf("dropped %q", s.fleet.dropped)
 	}
-	if _, err := dev.WriteAt(make([]byte, 512), 0); !errors.Is(err, syscall.ENOSPC) {
-		t.Errorf("a write over the quota: %v", err)
+	if rate := limits.nodes["a"].writes.rate.Load(); rate != 7 {
+		t.Errorf("rate %d", rate)
+	}
+	s.daemon.applySpace()
+	if want := (fleet.Space{Node: 1, Pause: true}); s.fleet.space != want {
+		t.Errorf("space %+v", s.fleet.space)
 	}
 	s.daemon.step(t.Context(), now.Add(time.Minute))
 	if !slices.Equal(s.fleet.dropped, []string{"a"}) {
@@ -338,31 +320,22 @@ func TestStep(t *testing.T) {
 	}
 	s.fleet.policy = nil // what was limited is not any more
 	s.daemon.step(t.Context(), now.Add(2*time.Minute))
-	if _, err := dev.WriteAt(make([]byte, 512), 0); err != nil {
-		t.Errorf("a write without a quota: %v", err)
+	if rate := limits.nodes["a"].writes.rate.Load(); rate != 0 {
+		t.Errorf("rate %d without a policy", rate)
 	}
 }
 
-// A write that waits for space goes on when there is some.
-func TestFullPauses(t *testing.T) {
+// Rates of nodes that are gone are forgotten, and those of nodes that were not seen yet are not.
+func TestLimitsOfGoneNodes(t *testing.T) {
 	var limits Limits
-	dev := limits.Wrap("a", block.NewMemory(4096))
-	limits.set(map[string]nodeLimits{"a": {Policy{OnFull: FullPause}, "it is full"}})
-	_, err := dev.WriteAt(make([]byte, 512), 0)
-	room := block.CanRetry(err)
-	if room == nil {
-		t.Fatalf("%v is not to be tried again", err)
+	limits.Wrap("a", block.NewMemory(4096))
+	limits.set(nil)
+	if len(limits.nodes) != 1 {
+		t.Error("a node that is being made has no limit any more")
 	}
-	if _, err := dev.ReadAt(make([]byte, 512), 0); err != nil {
-		t.Errorf("a read: %v", err)
-	}
-	if err := dev.Flush(); err != nil {
-		t.Errorf("a flush: %v", err)
-	}
-	limits.set(map[string]nodeLimits{"a": {}})
-	<-room
-	if _, err := dev.WriteAt(bytes.Repeat([]byte{1}, 512), 0); err != nil {
-		t.Error(err)
+	limits.set(map[string]Policy{"a": {ReadIOPS: 1}})
+	if got := limits.nodes["a"].reads.rate.Load(); got != 1 {
+		t.Errorf("rate %d", got)
 	}
 	limits.set(nil)
 	if len(limits.nodes) != 0 {
@@ -386,6 +359,61 @@ func TestBucket(t *testing.T) {
 	b.set(0)
 	if d := b.take(1 << 40); d != 0 {
 		t.Errorf("without a rate it waits %v", d)
+	}
+}
+
+// Clients that ask for as much as they get have the rate together, each its share, and none waits longer than for what was in
+// flight before.
+func TestBucketIsFair(t *testing.T) {
+	const rate, clients, seconds = 1000, 10, 20
+	var b bucket
+	begin := time.Unix(1000, 0)
+	at, got, longest := [clients]time.Time{}, [clients]int{}, time.Duration(0)
+	for i := range at {
+		at[i] = begin.Add(time.Duration(i) * time.Microsecond)
+	}
+	for { // the client whose request is done first asks again
+		i := 0
+		for k := range at {
+			if at[k].Before(at[i]) {
+				i = k
+			}
+		}
+		if at[i].Sub(begin) > seconds*time.Second {
+			break
+		}
+		n := int64(1 + i%2) // some have larger requests
+		wait := b.takeAt(at[i], n, rate)
+		longest = max(longest, wait)
+		at[i] = at[i].Add(wait + time.Microsecond)
+		got[i]++
+	}
+	tokens := 0
+	for i, n := range got {
+		tokens += n * (1 + i%2)
+		if n < got[0]-got[0]/20-1 || n > got[0]+got[0]/20+1 {
+			t.Errorf("client %d had %d requests, the first %d", i, n, got[0])
+		}
+	}
+	if want := rate * (seconds + burst.Seconds()); float64(tokens) < want*0.99 || float64(tokens) > want*1.01 {
+		t.Errorf("%d tokens, want %.0f", tokens, want)
+	}
+	if longest > 20*time.Millisecond { // 15 tokens
+		t.Errorf("a request waited %v", longest)
+	}
+}
+
+// No request waits longer than maxDelay, and what is owed does not delay what is asked for later.
+func TestBucketForgives(t *testing.T) {
+	var b bucket
+	now := time.Unix(1000, 0)
+	for i := range 1000 {
+		if d := b.takeAt(now, 1<<40, 1+int64(i)%2); d > maxDelay {
+			t.Fatalf("a request waits %v", d)
+		}
+	}
+	if d := b.takeAt(now.Add(maxDelay+burst), 1, 100); d != 0 {
+		t.Errorf("a request after a pause waits %v", d)
 	}
 }
 

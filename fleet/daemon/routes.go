@@ -59,7 +59,11 @@ func routes() []route {
 			if q.Source, err = d.allowSource(q.Source); err != nil {
 				return nil, err
 			}
-			return d.fleet.AddDisk(ctx, q)
+			disk, err := d.fleet.AddDisk(ctx, q)
+			if err == nil {
+				d.applySpace()
+			}
+			return disk, err
 		})},
 		{"GET", "/v1/disks/{name}", "One disk", RightRead, nil, api.Disk{}, []api.Code{api.CodeNoSuchDisk}, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
 			return d.fleet.Disk(r.PathValue("name"))
