@@ -56,7 +56,8 @@ type Options struct {
 	ChunkSectors uint32            // of new layers; 0: 8, chunks of 4 KiB
 
 	// Freeze is called before nodes are sealed by a checkpoint and, with thaw, always after, also when it failed: programs
-	// that use the nodes can write what they hold in memory. An error of the first call refuses the checkpoint.
+	// that use the nodes can write what they hold in memory. An error of the first call refuses the checkpoint. Other
+	// operations go on meanwhile; another checkpoint of the same nodes is refused.
 	Freeze func(ctx context.Context, thaw bool, nodes []string) error
 
 	// Observe counts requests to exports, their durations and their places, for Tree and HeatMap (package activity).
@@ -104,7 +105,8 @@ type Fleet struct {
 	disks   map[string]*disk
 	layers  map[uint64]*layer
 	nodes   map[string]*node
-	uriBase net.Addr // of the first listener; nil before Start
+	frozen  map[string]bool // nodes between the calls of Options.Freeze
+	uriBase net.Addr        // of the first listener; nil before Start
 	events  hub
 	closed  bool
 	folding bool
@@ -154,7 +156,7 @@ func Open(dir string, o Options) (_ *Fleet, err error) {
 		return nil, err
 	}
 	f := &Fleet{dir: dir, opts: o, log: eventlog.Log{Line: o.Log, Logger: o.Logger}, ops: make(chan struct{}, 1),
-		disks: map[string]*disk{}, layers: map[uint64]*layer{}, nodes: map[string]*node{}, unsettled: map[uint64]*layer{}, wake: make(chan struct{}, 1)}
+		disks: map[string]*disk{}, layers: map[uint64]*layer{}, nodes: map[string]*node{}, frozen: map[string]bool{}, unsettled: map[uint64]*layer{}, wake: make(chan struct{}, 1)}
 	f.names.path = filepath.Join(dir, layersDir)
 	f.nbd = nbd.NewServer(o.NBD)
 	if f.lock, err = lockDirectory(dir); err != nil {

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/store"
@@ -332,6 +333,52 @@ func TestNames(t *testing.T) {
 	}
 }
 
+// TestLabelOfATop refuses to write to a top that has the label of a sealed layer: the node has failed, and the rest is served.
+func TestLabelOfATop(t *testing.T) {
+	f := newFleet(t, Options{})
+	f.fork("golden", "vm")
+	f.fork("golden", "other")
+	put(t, f.dial("vm"), 0, "kept")
+	e, err := f.Element("vm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.stop()
+	dev, err := block.Open(e.File, block.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	st, err := store.Open(dev)
+	if err == nil {
+		err = st.Seal()
+	}
+	if err = errors.Join(err, dev.Close()); err != nil {
+		t.Fatal(err)
+	}
+	before := digest(t, e.File)
+	for range 2 { // starts
+		f.open()
+		if got, err := f.Element("vm"); err != nil || got.State != api.ElementFailed || !strings.Contains(got.Error, "label of a sealed layer") || !strings.Contains(got.Error, e.File) {
+			t.Errorf("%s %q, %v", got.State, got.Error, err)
+		}
+		if _, err := nbd.Dial(t.Context(), nbd.URI{Network: "unix", Address: f.socket, Export: "vm"}.String()); err == nil {
+			t.Error("it is exported")
+		}
+		if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: "c"}); codeOf(err) != api.CodeDiskFailed {
+			t.Errorf("a checkpoint of it: %v", err)
+		}
+		put(t, f.dial("other"), 0, "served")
+		f.stop()
+	}
+	if digest(t, e.File) != before {
+		t.Error("the file has changed")
+	}
+	f.open()
+	if err := f.Drop(t.Context(), "vm"); err != nil {
+		t.Error(err)
+	}
+}
+
 // TestFreeze is called around checkpoints, and refuses them.
 func TestFreeze(t *testing.T) {
 	var calls []string
@@ -356,6 +403,91 @@ func TestFreeze(t *testing.T) {
 	if got, want := f.names(), ">golden golden>a@one golden>b@one a@one>a b@one>b"; got != want {
 		t.Errorf("tree %s, want %s", got, want)
 	}
+}
+
+// TestFreezeHoldsNothing has a freeze that does not return: other operations go on, another checkpoint of the node is refused,
+// and the thaw follows whatever happened meanwhile.
+func TestFreezeHoldsNothing(t *testing.T) {
+	type call struct {
+		thaw bool
+		err  error // of its context
+	}
+	calls, goOn := make(chan call, 10), make(chan struct{})
+	f := newFleet(t, Options{Freeze: func(ctx context.Context, thaw bool, nodes []string) error {
+		calls <- call{thaw, ctx.Err()}
+		if thaw {
+			return nil
+		}
+		select {
+		case <-goOn:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}})
+	for _, name := range []string{"a", "b"} {
+		f.fork("golden", name)
+	}
+	begin := func(ctx context.Context, name string) chan error {
+		t.Helper()
+		done := make(chan error, 1)
+		go func() {
+			_, err := f.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{"a"}, Name: name})
+			done <- err
+		}()
+		if c := <-calls; c.thaw {
+			t.Fatal("it begins with a thaw")
+		}
+		return done
+	}
+	thawed := func() {
+		t.Helper()
+		if c := <-calls; !c.thaw || c.err != nil {
+			t.Errorf("after the freeze: %+v", c)
+		}
+	}
+	done := begin(t.Context(), "one")
+	f.fork("golden", "c")
+	f.fork("a", "d") // of the frozen node
+	f.dial("a")
+	if _, err := f.Rollback(t.Context(), api.RollbackRequest{Node: "b", Checkpoint: "none"}); codeOf(err) != api.CodeNoSuchCheckpoint {
+		t.Error(err)
+	}
+	if err := f.Drop(t.Context(), "b"); err != nil {
+		t.Error(err)
+	}
+	if len(f.Tree().Elements) < 4 {
+		t.Error("no tree")
+	}
+	if _, err := f.Checkpoint(t.Context(), api.CheckpointRequest{Nodes: []string{"c", "a"}, Name: "other"}); codeOf(err) != api.CodeInUse {
+		t.Errorf("another checkpoint of a frozen node: %v", err)
+	}
+	close(goOn)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	thawed()
+	f.checkpoint("two", "a")
+	<-calls
+	thawed()
+
+	goOn = make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	done = begin(ctx, "three")
+	cancel()
+	if err := <-done; codeOf(err) != api.CodeFreezeFailed {
+		t.Errorf("after its client disconnected: %v", err)
+	}
+	thawed()
+	done = begin(t.Context(), "three")
+	if err := f.Drop(t.Context(), "a"); err != nil {
+		t.Error(err)
+	}
+	close(goOn)
+	if err := <-done; codeOf(err) != api.CodeNoSuchNode {
+		t.Errorf("of a node that was dropped: %v", err)
+	}
+	thawed()
 }
 
 // TestVanishedDisk shows the nodes over it as failed, and serves the rest.

@@ -140,12 +140,11 @@ func (f *Fleet) Checkpoint(ctx context.Context, q api.CheckpointRequest) (api.Ch
 	if len(q.Nodes) == 0 {
 		return api.Checkpoints{}, refuse(api.CodeBadRequest, "nodes: at least one is required")
 	}
-	release, err := f.acquire(ctx)
-	if err != nil {
-		return api.Checkpoints{}, err
+	checkpoint := f.checkpoint
+	if f.opts.Freeze != nil {
+		checkpoint = f.checkpointFrozen
 	}
-	nodes, pause, err := f.checkpoint(ctx, q)
-	release()
+	nodes, pause, err := checkpoint(ctx, q)
 	if err != nil {
 		return api.Checkpoints{}, err
 	}
@@ -165,39 +164,82 @@ func (f *Fleet) Checkpoint(ctx context.Context, q api.CheckpointRequest) (api.Ch
 	return reply, nil
 }
 
-// checkpoint is Checkpoint. ops is held.
+// frozenMost is how long a checkpoint waits for other operations while the programs that use its nodes are frozen.
+const frozenMost = 10 * time.Second
+
+// checkpointFrozen is checkpoint between the two calls of Options.Freeze. They may take long, so that no lock is held: other
+// operations go on, and what they changed is checked afterwards.
+func (f *Fleet) checkpointFrozen(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
+	thawed, err := f.beginFreeze(q)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer thawed()
+	defer func() {
+		// Always, and whatever became of the context: programs wait.
+		if thaw := f.opts.Freeze(context.WithoutCancel(ctx), true, q.Nodes); thaw != nil {
+			f.logError("thaw", thaw)
+		}
+	}()
+	if err := f.opts.Freeze(ctx, false, q.Nodes); err != nil {
+		return nil, 0, refuse(api.CodeFreezeFailed, "%v", err)
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, frozenMost, refuse(api.CodeFreezeFailed, "other operations took longer than %v", frozenMost))
+	defer cancel()
+	return f.checkpoint(ctx, q)
+}
+
+// beginFreeze refuses a checkpoint that is not possible, or of nodes that are frozen already: the end of one freeze would be
+// that of the other. thawed is called when the nodes are used again.
+func (f *Fleet) beginFreeze(q api.CheckpointRequest) (thawed func(), err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if _, err := f.checkpointNodes(q); err != nil {
+		return nil, err
+	}
+	for _, name := range q.Nodes {
+		if f.frozen[name] {
+			return nil, refuse(api.CodeInUse, "node %q: a checkpoint is under way", name)
+		}
+	}
+	for _, name := range q.Nodes {
+		f.frozen[name] = true
+	}
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		for _, name := range q.Nodes {
+			delete(f.frozen, name)
+		}
+	}, nil
+}
+
+// checkpoint is Checkpoint without freezing, and without what is to be durable.
 func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
-	if nodes, err = f.checkpointNodes(q); err != nil {
+	release, err := f.acquire(ctx)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer release()
+	f.mu.Lock()
+	nodes, err = f.checkpointNodes(q)
+	f.mu.Unlock()
+	if err != nil {
 		return nil, 0, err
 	}
 	var all []*seal
-	defer func() {
-		for _, s := range all { // it was not sealed
-			err = errors.Join(err, s.top.discard(f))
-		}
-	}()
 	for _, n := range nodes {
 		s, err := f.prepareSeal(n)
 		if err != nil {
+			for _, s := range all {
+				err = errors.Join(err, s.top.discard(f))
+			}
 			return nil, 0, err
 		}
 		all = append(all, s)
 	}
-	if f.opts.Freeze != nil {
-		defer func() {
-			// Always, and whatever became of the context: programs wait.
-			if thaw := f.opts.Freeze(context.WithoutCancel(ctx), true, q.Nodes); thaw != nil {
-				f.logError("thaw", thaw)
-			}
-		}()
-		if err := f.opts.Freeze(ctx, false, q.Nodes); err != nil {
-			return nil, 0, refuse(api.CodeFreezeFailed, "%v", err)
-		}
-	}
 	c := f.newChange("checkpoint")
-	sealing := all
-	all = nil
-	if pause, err = f.sealAll(sealing, c, q.Name, nil); err != nil {
+	if pause, err = f.sealAll(all, c, q.Name, nil); err != nil {
 		return nil, 0, err
 	}
 	f.mu.Lock()
@@ -208,10 +250,8 @@ func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes 
 	return nodes, pause, nil
 }
 
-// checkpointNodes finds the nodes of a request.
+// checkpointNodes finds the nodes of a request. mu is held.
 func (f *Fleet) checkpointNodes(q api.CheckpointRequest) (nodes []*node, err error) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
 	for i, name := range q.Nodes {
 		if slices.Contains(q.Nodes[:i], name) {
 			return nil, refuse(api.CodeBadRequest, "nodes: %q is twice in them", name)

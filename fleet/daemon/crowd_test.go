@@ -264,6 +264,52 @@ func TestFreezeOfCheckpoints(t *testing.T) {
 	s.wantSound(t)
 }
 
+// A freeze command that hangs is ended by its timeout, which refuses the checkpoint; status, tree and other operations are
+// answered meanwhile, and the thaw follows.
+func TestHangingFreezeCommand(t *testing.T) {
+	dir := t.TempDir()
+	out, begun := filepath.Join(dir, "out"), filepath.Join(dir, "begun")
+	s := serve(t, func(c *Config) {
+		c.Freeze.Command = fmt.Sprintf(`f() { echo "$1" >>%s; [ $1 = thaw ] || { >%s; sleep 600; }; }; f`, out, begun)
+		c.Freeze.Timeout = 3 * time.Second
+	})
+	ctx := t.Context()
+	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error)
+	go func() {
+		_, err := s.Checkpoint(ctx, api.CheckpointRequest{Nodes: []string{"a"}, Name: "one"})
+		done <- err
+	}()
+	for _, err := os.Stat(begun); err != nil; _, err = os.Stat(begun) {
+		time.Sleep(time.Millisecond)
+	}
+	for what, do := range map[string]func() error{
+		"tree":   func() error { _, err := s.Tree(ctx); return err },
+		"status": func() error { _, err := s.Daemon(ctx); return err },
+		"fork":   func() error { _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "b"}); return err },
+		"node":   func() error { _, err := s.Node(ctx, "a"); return err },
+	} {
+		if err := do(); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+	select {
+	case err := <-done:
+		t.Fatalf("the checkpoint ended before its timeout: %v", err)
+	default:
+	}
+	var e *api.Error
+	if err := <-done; !errors.As(err, &e) || e.Code != api.CodeFreezeFailed || !strings.Contains(e.Message, "longer than 3s") {
+		t.Errorf("after the timeout: %v", err)
+	}
+	if b, err := os.ReadFile(out); err != nil || string(b) != "freeze\nthaw\n" {
+		t.Errorf("%q, %v", b, err)
+	}
+	s.wantSound(t)
+}
+
 // Two daemons on one directory are refused, and the refused one leaves the sockets of the other.
 func TestTwoDaemons(t *testing.T) {
 	s := serve(t, nil)

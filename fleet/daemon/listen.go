@@ -4,6 +4,8 @@ import (
 	"net"
 	"os"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dmsnap/dmsnap/server"
 )
 
@@ -14,7 +16,7 @@ func ListenUnix(path string, gid int, mode os.FileMode) (net.Listener, error) {
 		return nil, err
 	}
 	// The mode was 0600 from the first moment: no other user could connect before.
-	if gid >= 0 {
+	if gid >= 0 && !hasGroup(path, gid) { // chown may be forbidden to a process, and is not needed then
 		err = os.Lchown(path, -1, gid)
 	}
 	if err == nil {
@@ -25,4 +27,9 @@ func ListenUnix(path string, gid int, mode os.FileMode) (net.Listener, error) {
 		return nil, err
 	}
 	return l, nil
+}
+
+func hasGroup(path string, gid int) bool {
+	var st unix.Stat_t
+	return unix.Lstat(path, &st) == nil && int(st.Gid) == gid
 }

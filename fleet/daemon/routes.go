@@ -78,7 +78,7 @@ func routes() []route {
 		{"POST", "/v1/fork", "Make a node from a disk, a checkpoint or a node", RightWrite, api.ForkRequest{}, api.Element{}, []api.Code{api.CodeNoSuchElement, api.CodeBadName, api.CodeNameTaken, api.CodeQuota}, withBody(func(d *Daemon, ctx context.Context, _ string, q api.ForkRequest) (any, error) {
 			return d.fork(ctx, q)
 		})},
-		{"POST", "/v1/checkpoint", "Seal nodes at one moment", RightWrite, api.CheckpointRequest{}, api.Checkpoints{}, []api.Code{api.CodeNoSuchNode, api.CodeBadName, api.CodeNameTaken, api.CodeFreezeFailed}, withBody(func(d *Daemon, ctx context.Context, _ string, q api.CheckpointRequest) (any, error) {
+		{"POST", "/v1/checkpoint", "Seal nodes at one moment", RightWrite, api.CheckpointRequest{}, api.Checkpoints{}, []api.Code{api.CodeNoSuchNode, api.CodeBadName, api.CodeNameTaken, api.CodeInUse, api.CodeFreezeFailed}, withBody(func(d *Daemon, ctx context.Context, _ string, q api.CheckpointRequest) (any, error) {
 			return d.fleet.Checkpoint(ctx, q)
 		})},
 		{"GET", "/v1/nodes/{name}", "One node", RightRead, nil, api.Element{}, []api.Code{api.CodeNoSuchNode}, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
