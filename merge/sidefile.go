@@ -207,15 +207,32 @@ func (s *SideFile) undoStore(id string) *undoStore {
 // Begin makes the side file durable, for an offline merge of cow into the origin, with the id in cow's first sector
 // before it. If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing
 // is changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
-// written.
+// written, and after an undo store of the whole merge was made: a new side file has it from the first moment.
 func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, error) {
-	return begin(origin, cowPath, merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}, nil, replace)
+	m := merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}
+	s, err := begin(origin, cowPath, m, replace)
+	if err == nil && s.old == nil {
+		_, err = s.noteUndo(cow)
+	}
+	if err != nil {
+		return s, err
+	}
+	return s, s.write(origin)
 }
 
 // BeginLive is Begin for a live merge of a snapshot, and gives ids to the other snapshots of the origin too: they keep
 // what the merge overwrites. One that can't be given an id is left out. It is called while s takes no writes.
 func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
-	return begin(origin, cowPath, mergedSnapshot(s), others, replace)
+	side, err := begin(origin, cowPath, mergedSnapshot(s), replace)
+	if err != nil {
+		return side, err
+	}
+	for _, o := range others {
+		if id, err := mergedSnapshot(o).id(); err == nil {
+			side.now.Kept = append(side.now.Kept, id)
+		}
+	}
+	return side, side.write(origin)
 }
 
 // merged is a store that is merged: its device, and how the first sector of that is changed, durably.
@@ -226,7 +243,8 @@ type merged struct {
 
 func mergedSnapshot(s *snapshot.Snapshot) merged { return merged{s.COW(), s.ChangeLabel} }
 
-func begin(origin, cowPath string, cow merged, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
+// begin makes a SideFile what it is while cow is merged, without other snapshots, and does not write it.
+func begin(origin, cowPath string, cow merged, replace bool) (*SideFile, error) {
 	path, err := sideFilePath(origin)
 	if err != nil {
 		return nil, err
@@ -247,19 +265,12 @@ func begin(origin, cowPath string, cow merged, others []*snapshot.Snapshot, repl
 	if full, err := filepath.Abs(cowPath); err == nil {
 		cowPath = full
 	}
-	if err := s.begin(cowPath, cow); err != nil {
-		return s, err
-	}
+	err = s.begin(cowPath, cow)
 	s.now.Kept = nil
-	for _, o := range others {
-		if id, err := mergedSnapshot(o).id(); err == nil {
-			s.now.Kept = append(s.now.Kept, id)
-		}
-	}
-	return s, s.write(origin)
+	return s, err
 }
 
-// begin makes s what it is while cow is merged, except for Kept.
+// begin makes s what it is while cow is merged, except for Kept and Undo.
 func (s *SideFile) begin(cowPath string, cow merged) error {
 	merging, undos, err := readIDs(cow)
 	if err != nil {
@@ -311,16 +322,24 @@ func (m merged) id() (string, error) {
 // is merged. It does nothing while a merge is reverted: an undo store of that is of no use before it is complete, and
 // then there is no side file.
 func (s *SideFile) Undo(origin string, cow block.Device) error {
+	if noted, err := s.noteUndo(cow); err != nil || !noted {
+		return err
+	}
+	return s.write(origin)
+}
+
+// noteUndo is Undo without a write. noted: it is to be written.
+func (s *SideFile) noteUndo(cow block.Device) (noted bool, err error) {
 	t, ok, err := readLabel(cow)
 	if err != nil || !ok || s.now.Back != nil {
-		return err
+		return false, err
 	}
 	id := hex.EncodeToString(t.ID[:])
 	if s.undoStore(id) != nil {
-		return nil
+		return false, nil
 	}
 	s.now.Undo = append(slices.Clone(s.now.Undo), undoStore{ID: id, Whole: s.old == nil})
-	return s.write(origin)
+	return true, nil
 }
 
 // write makes the side file durable, with the permissions of the origin.

@@ -2,12 +2,14 @@ package e2e_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -142,4 +144,94 @@ func powerCutOfALiveMerge(t *testing.T, call faultfs.Rule) (hung bool) {
 	}
 	r.run(0, "check", r.cow("v"), "--origin", r.origin)
 	return hung
+}
+
+// An offline merge with an undo store is killed at each call that changes the side file or the origin; the call itself is
+// executed. From the moment that there is a side file the undo store belongs to it: it takes the merge back, also when the
+// merge was continued first, and then there is none.
+func TestKilledMergeIsTakenBack(t *testing.T) {
+	for _, call := range []faultfs.Rule{
+		{Op: faultfs.Create, File: ".disk.merging.*"},
+		{Op: faultfs.Rename, File: ".disk.merging.*"},
+		{Op: faultfs.Write, File: "disk"},
+		{Op: faultfs.Write, File: "v.cow"},
+	} {
+		for _, continued := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s %s, continued %v", call.Op, call.File, continued), func(t *testing.T) {
+				t.Parallel()
+				taken := 0
+				for call.Skip = 0; killedMergeIsTakenBack(t, call, continued, &taken); call.Skip++ {
+				}
+				if call.Skip == 0 || taken == 0 {
+					t.Errorf("%d calls, %d merges were taken back", call.Skip, taken)
+				}
+			})
+		}
+	}
+}
+
+// killedMergeIsTakenBack kills the merge at one call, and takes it back. It returns false when the merge was complete
+// without the call.
+func killedMergeIsTakenBack(t *testing.T, call faultfs.Rule, continued bool, taken *int) (hung bool) {
+	const size, part = 256 << 10, 64 << 10
+	r := newRig(t, size, size, "v")
+	r.serve([]string{"v"})
+	v := r.dial("v")
+	past, merged := r.past(size), r.past(size)
+	for at := int64(0); at < size; at += 2 * part {
+		r.must(v.write(at, fill('V', part), 0))
+		copy(merged[at:], fill('V', part))
+	}
+	r.must(v.flush())
+	r.terminate(0)
+	call.Hang, call.Count = true, 1
+	r.inject(call)
+	ended := make(chan outcome, 1)
+	ctx, kill := context.WithCancel(t.Context())
+	defer kill()
+	go func() {
+		ended <- runUntil(ctx, syscall.SIGKILL, "merge", r.origin, r.cow("v"), "--undo", r.cow("undo"))
+	}()
+	if hung = r.hangs(ended); hung {
+		kill()
+		time.Sleep(10 * time.Millisecond) // the signal arrives before the call goes on
+	}
+	r.must(r.fs.Clear())
+	if hung {
+		<-ended // with whatever status
+	}
+	_, sideErr := os.Stat(r.origin + ".merging")
+	if hung && sideErr == nil && continued {
+		r.run(0, "merge", r.origin, r.cow("v"), "--undo", r.cow("undo"))
+		r.originHolds(merged, 0)
+	}
+	if _, err := os.Stat(r.cow("undo")); err == nil {
+		r.run(0, "merge", r.origin, r.cow("undo"))
+		*taken++
+	}
+	r.originHolds(past, 0)
+	if _, err := os.Stat(r.origin + ".merging"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%v: the side file is left: %v", call, err)
+	}
+	r.run(0, "check", r.cow("v"), "--origin", r.origin)
+	return hung
+}
+
+// hangs waits until a call hangs, or the program ended, which must be with status 0 then.
+func (r *rig) hangs(ended <-chan outcome) bool {
+	r.t.Helper()
+	for {
+		select {
+		case o := <-ended:
+			if o.status != 0 {
+				r.t.Fatal(o)
+			}
+			return false
+		case <-time.After(time.Millisecond):
+			if n, err := r.fs.Hanging(); err != nil || n > 0 {
+				r.must(err)
+				return true
+			}
+		}
+	}
 }
