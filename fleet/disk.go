@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/activity"
@@ -18,7 +17,7 @@ import (
 // A disk is an open base.
 type disk struct {
 	name string
-	size int64
+	size int64 // written with ops and Fleet.mu held
 	err  error // why it can't be used
 
 	// Written with ops held.
@@ -27,8 +26,8 @@ type disk struct {
 	chain     *stack.Chain     // the disk itself, for layers without a parent
 	origin    *snapshot.Origin // nil: it was never written
 	preserve  *layer           // the newest one, which is attached to origin
-	exported  bool
-	exportErr error // why a writable one is not
+	exported  *block.Switch    // below the device of its export; nil: it is not exported
+	exportErr error            // why a writable one is not; Fleet.mu is held
 	observed  atomic.Pointer[activity.Device]
 	merge     *treeMerge // under way, or the last one since the start; written with Fleet.mu held
 
@@ -57,11 +56,31 @@ func (g *ground) change(with func() (block.Device, error)) error {
 	return g.behind.Replace(with)
 }
 
+// A prefix is the first bytes of a device that is longer.
+type prefix struct {
+	block.Forward
+	size int64
+}
+
+// firstBytes returns a device of the first size bytes of dev.
+func firstBytes(dev block.Device, size int64) block.Device {
+	if dev.Size() == size {
+		return dev
+	}
+	return prefix{block.NewForward(dev), size}
+}
+
+// Size is in bytes.
+func (p prefix) Size() int64 { return p.size }
+
+// Refresh returns the size, which is fixed.
+func (p prefix) Refresh() (int64, error) { return p.size, nil }
+
 // openDisk opens the disk of a record.
 func (f *Fleet) openDisk(r *diskRecord) *disk {
 	d := &disk{name: r.Name, size: r.Size}
 	file, err := f.openSource(r.Source, r.Format, r.Raw)
-	if d.err = err; err == nil && file.Size() != r.Size {
+	if d.err = err; err == nil && (file.Size() < r.Size || file.Size() > max(r.Size, r.Growing)) {
 		d.err = fmt.Errorf("%s: it has %d bytes, and had %d", r.Source, file.Size(), r.Size)
 		file.Close()
 	}
@@ -73,7 +92,7 @@ func (f *Fleet) openDisk(r *diskRecord) *disk {
 
 // setFile makes the disk usable.
 func (d *disk) setFile(file cowfile.Origin) {
-	d.file, d.ground = file, newGround(file)
+	d.file, d.ground = file, newGround(firstBytes(file, d.size))
 	d.chain = stack.New(d.ground, d.size)
 }
 
@@ -177,11 +196,7 @@ func (f *Fleet) RemoveDisk(ctx context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if d.exported {
-		if err := f.nbd.Remove(ctx, name); err != nil {
-			f.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("disk", name))
-		}
-	}
+	f.endExport(ctx, d)
 	err = d.finish()
 	if d.preserve != nil {
 		f.unref(d.preserve)

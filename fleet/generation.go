@@ -1,8 +1,10 @@
 package fleet
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
@@ -36,8 +38,8 @@ type generation struct {
 
 // preserveOptions are those of the snapshot of a preserve layer. A write to the disk fails when it has no space: what lies
 // over it is never lost.
-func (f *Fleet) preserveOptions(disk string) snapshot.Options {
-	return snapshot.Options{OnFull: snapshot.FullFail, Notify: func(e snapshot.Event) { f.notify(disk, e) }}
+func (f *Fleet) preserveOptions(disk string, size int64) snapshot.Options {
+	return snapshot.Options{Size: size, OnFull: snapshot.FullFail, Notify: func(e snapshot.Event) { f.notify(disk, e) }}
 }
 
 // createPreserve makes a durable preserve layer, which nothing names yet, and attaches it. ops is held.
@@ -52,7 +54,7 @@ func (f *Fleet) createPreserve(d *disk) (*layer, error) {
 	}
 	g := &generation{}
 	if err == nil {
-		g.snap, err = d.origin.AttachStore(l.store, f.preserveOptions(d.name))
+		g.snap, err = d.origin.AttachStore(l.store, f.preserveOptions(d.name, d.size))
 	}
 	if err != nil {
 		return nil, errors.Join(err, f.discard(l))
@@ -126,10 +128,10 @@ func (f *Fleet) appendDurably(c *change, l *layer) error {
 }
 
 // nextGeneration gives the disk a new preserve layer, so that what is put on it shows the disk as it is now. Without
-// exceptions in the newest one that shows it already. ops is held.
+// exceptions in the newest one that shows it already, unless the disk has become longer. ops is held.
 func (f *Fleet) nextGeneration(d *disk) error {
 	last := d.preserve
-	if last == nil || last.store.Len() == 0 {
+	if last == nil || last.store.Len() == 0 && last.chain.Size() == d.size {
 		return nil
 	}
 	l, err := f.createPreserve(d) // both preserve from now on
@@ -153,7 +155,7 @@ func (f *Fleet) recordNext(d *disk, l *layer) error {
 	last := *f.state.Layers[d.preserve.id]
 	last.Parent, last.Sealed = l.id, true
 	r := *f.state.Disks[d.name]
-	r.Preserve = l.id
+	r.Preserve, r.Size, r.Growing = l.id, d.size, 0
 	c.Layers, c.Disks = []layerRecord{f.preserveRecord(d, l), last}, []diskRecord{r}
 	if f.state.kids[last.ID] == 0 { // nothing lies on it
 		c.Layers = c.Layers[:1]
@@ -177,7 +179,7 @@ func (f *Fleet) detachPreserve(last, next *layer) error {
 		last.mu.Lock()
 		last.stack = stack.NewLayer(last.store)
 		last.mu.Unlock()
-		g.sealed = next.chain.With(last.stack, next.chain.Size())
+		g.sealed = overNext(next, last.stack, last.chain.Size())
 		return g.sealed, nil
 	})
 	f.mu.Lock()
@@ -197,6 +199,63 @@ func (f *Fleet) detachPreserve(last, next *layer) error {
 	return nil
 }
 
+// overNext returns the chain of a preserve layer over the next one, which has more bytes when the disk became longer between.
+func overNext(next *layer, l *stack.Layer, size int64) *stack.Chain {
+	below := next.chain
+	if below.Size() > size {
+		below = stack.New(firstBytes(below, size), size)
+	}
+	return below.With(l, size)
+}
+
+// growDisk makes the disk longer. Everything over it shows what it did, with zeros behind the old end where it is longer: it
+// lies on preserve layers with the old size. The disk is not exported. ops is held.
+func (f *Fleet) growDisk(d *disk, size int64) error {
+	if d.file.Size() < size && !block.CanGrow(d.file) {
+		return refuse(api.CodeBadRequest, "disk %q has %d bytes and can't be made longer: only an image in a file of its own can", d.name, d.size)
+	}
+	if err := f.recordDisk(d, "grow", func(r *diskRecord) { r.Growing = max(r.Growing, size) }); err != nil {
+		return err
+	}
+	if err := block.Grow(d.file, size); err != nil {
+		return block.WithPath(d.name, err)
+	}
+	before, origin := d.size, d.origin
+	f.setSize(d, size)
+	d.origin = snapshot.NewOrigin(d.file) // the size of an origin is fixed; nothing uses the old one but the last preserve layer
+	last := d.preserve
+	err := f.nextGeneration(d)
+	if d.preserve == last {
+		f.setSize(d, before)
+		d.origin = origin
+	}
+	return err
+}
+
+func (f *Fleet) setSize(d *disk, size int64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d.size = size
+}
+
+// recordDisk records, durably, a change to the record of a disk.
+func (f *Fleet) recordDisk(d *disk, op string, change func(r *diskRecord)) error {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	r := *f.state.Disks[d.name]
+	change(&r)
+	c := f.newChange(op)
+	c.Disks = []diskRecord{r}
+	if err := f.append(c, false); err != nil {
+		return err
+	}
+	if err := f.journal.sync(c.Seq); err != nil {
+		f.breakWith(err)
+		return err
+	}
+	return nil
+}
+
 // openGeneration opens a preserve layer at the start. The next generation is open.
 func (f *Fleet) openGeneration(d *disk, r *layerRecord, l *layer) (err error) {
 	g := &generation{}
@@ -206,7 +265,7 @@ func (f *Fleet) openGeneration(d *disk, r *layerRecord, l *layer) (err error) {
 			return next.err
 		}
 		l.stack = stack.NewLayer(l.store)
-		g.sealed = next.chain.With(l.stack, r.Size)
+		g.sealed = overNext(next, l.stack, r.Size)
 		g.ground = newGround(g.sealed)
 		if r.Complete {
 			l.completed()
@@ -215,7 +274,7 @@ func (f *Fleet) openGeneration(d *disk, r *layerRecord, l *layer) (err error) {
 		}
 	} else {
 		d.origin = snapshot.NewOrigin(d.file)
-		if g.snap, err = d.origin.AttachStore(l.store, f.preserveOptions(d.name)); err != nil {
+		if g.snap, err = d.origin.AttachStore(l.store, f.preserveOptions(d.name, r.Size)); err != nil {
 			return err
 		}
 		g.ground = newGround(g.snap)
@@ -226,16 +285,38 @@ func (f *Fleet) openGeneration(d *disk, r *layerRecord, l *layer) (err error) {
 	return nil
 }
 
-// exportDisk exports a disk itself, writable.
+// exportDisk exports a disk itself, writable. ops is held.
 func (f *Fleet) exportDisk(d *disk) error {
-	dev := f.wrap(d.name, d.origin, &d.observed)
+	behind := block.NewSwitch(firstBytes(d.origin, d.size))
+	dev := f.wrap(d.name, block.NewHeldForward(behind), &d.observed)
 	err := f.nbd.Add(nbd.Export{Name: d.name, Description: "disk " + d.name, Device: dev, MultiConn: true})
-	d.exported = err == nil
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if d.exportErr = err; err == nil {
+		d.exported = behind
+	}
 	return err
 }
 
-// openWritable exports a disk that is recorded as writable, at the start.
-func (f *Fleet) openWritable(d *disk) error {
+// endExport ends the export of a disk, if it has one: no request changes the disk from now on. ops is held.
+func (f *Fleet) endExport(ctx context.Context, d *disk) {
+	if d.exported == nil {
+		return
+	}
+	if err := f.nbd.Remove(ctx, d.name); err != nil {
+		f.log.Event(slog.LevelWarn, err.Error(), "requests are under way", err, slog.String("disk", d.name))
+	}
+	d.exported.Replace(func() (block.Device, error) { return gone{d.size}, nil }) // waits for them
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	d.exported = nil
+}
+
+// openWritable exports a disk that is recorded as writable, at the start. One that is a mixture of two contents is not.
+func (f *Fleet) openWritable(d *disk, merging string) error {
+	if merging != "" {
+		return errMerging(d.name, merging)
+	}
 	if err := f.allowWrites(d); err != nil {
 		return err
 	}
@@ -259,7 +340,7 @@ func (d *disk) finish() error {
 
 // errMerging refuses forks of a disk that is a mixture.
 func errMerging(disk, node string) error {
-	return refuse(api.CodeMerging, "node %q is being merged into disk %q: fork the disk when that is complete", node, disk)
+	return refuse(api.CodeMerging, "node %q is being merged into disk %q, which can't be used until that is complete", node, disk)
 }
 
 // checkWritable refuses a disk that can't be written whatever happens.

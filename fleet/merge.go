@@ -4,21 +4,24 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/stack"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // A merge writes what a node shows into its disk, while both are used:
 //
-//  1. The disk gets a preserve layer, if it has none: everything over it keeps showing what it does, the node included. That
-//     the disk is going to be a mixture is recorded, durably.
+//  1. The disk is not exported any more, and made longer where the node is. It gets a preserve layer: everything over it keeps
+//     showing what it does, the node included, and what the disk has now can be written back (takeBack). That the disk is
+//     going to be a mixture is recorded, durably.
 //  2. What the layers of the node hold, and what preserve layers below it do, is copied. The node's top is sealed first;
 //     what is written meanwhile is in the next one, and is copied in the next pass.
 //  3. When little is left, changes to the node wait: it is copied, and the disk is flushed. The node is put on the next
-//     generation of the disk, which is what it shows, and its own layers go.
+//     generation of the disk, which is what it shows, and its own layers go. The disk is exported again.
 //
 // After a crash the copying begins again: it is the same content.
 type treeMerge struct {
@@ -40,14 +43,17 @@ const (
 
 // Merge begins to write what a node shows into its disk, and returns at once. Disk has the progress. Everything else over
 // the disk keeps its content. Afterwards the node lies directly on the disk. A merge that failed is begun again by another
-// call; until one is complete the disk can't be forked, and the node not be dropped.
+// call, or taken back by TakeBackMerge; until one of them is complete the disk can't be forked, and the node not be dropped.
+//
+// A disk that is shorter than the node is made longer, if it is an image in a file of its own. The export of a writable disk
+// ends while it is a mixture; a merge into one that has clients is refused, because its content would change beneath them.
 func (f *Fleet) Merge(ctx context.Context, name string) (api.TreeMerge, error) {
 	release, err := f.acquire(ctx)
 	if err != nil {
 		return api.TreeMerge{}, err
 	}
 	defer release()
-	m, err := f.beginMerge(name)
+	m, err := f.beginMerge(ctx, name)
 	if err != nil {
 		return api.TreeMerge{}, err
 	}
@@ -58,7 +64,7 @@ func (f *Fleet) Merge(ctx context.Context, name string) (api.TreeMerge, error) {
 }
 
 // beginMerge prepares a merge and starts it in the background. ops is held.
-func (f *Fleet) beginMerge(name string) (*treeMerge, error) {
+func (f *Fleet) beginMerge(ctx context.Context, name string) (*treeMerge, error) {
 	f.mu.Lock()
 	n, r, err := f.findNode(name)
 	if err == nil {
@@ -69,25 +75,12 @@ func (f *Fleet) beginMerge(name string) (*treeMerge, error) {
 		return nil, err
 	}
 	d := n.disk
-	if err := f.allowWrites(d); err != nil {
+	m := &treeMerge{fleet: f, node: n, disk: d, status: api.TreeMerge{Node: name, Disk: d.name, State: api.MergeRunning}}
+	if err := m.prepare(ctx); err != nil {
 		return nil, err
 	}
-	m := &treeMerge{fleet: f, node: n, disk: d, status: api.TreeMerge{Node: name, Disk: d.name, State: api.MergeRunning}}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.state.Disks[d.name].Merging == "" {
-		rec := *f.state.Disks[d.name]
-		rec.Merging = name
-		c := f.newChange("merge")
-		c.Disks = []diskRecord{rec}
-		if err := f.append(c, false); err != nil {
-			return nil, err
-		}
-		if err := f.journal.sync(c.Seq); err != nil {
-			f.breakWith(err)
-			return nil, err
-		}
-	}
 	if f.closed {
 		return nil, errClosed
 	}
@@ -97,16 +90,48 @@ func (f *Fleet) beginMerge(name string) (*treeMerge, error) {
 	return m, nil
 }
 
+// prepare makes the disk one that is merged into, and records that, durably. After an error the disk is what it was, but that
+// it may be longer. ops is held.
+func (m *treeMerge) prepare(ctx context.Context) (err error) {
+	f, d := m.fleet, m.disk
+	if exported := d.exported != nil; exported {
+		f.endExport(ctx, d)
+		defer func() {
+			if err != nil {
+				err = errors.Join(err, f.exportDisk(d))
+			}
+		}()
+	}
+	if err := f.allowWrites(d); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	again := f.state.Disks[d.name].Merging != ""
+	f.mu.Unlock()
+	if again {
+		return nil
+	}
+	if size := m.node.dev.size; size > d.size {
+		err = f.growDisk(d, size)
+	} else {
+		err = f.nextGeneration(d) // the newest preserve layer keeps what the disk has now
+	}
+	if err != nil {
+		return err
+	}
+	return f.recordDisk(d, "merge", func(r *diskRecord) { r.Merging, r.MergeBase = m.node.name, d.preserve.id })
+}
+
 // canMerge refuses a merge that is not possible. mu is held.
 func (f *Fleet) canMerge(n *node, top *layerRecord) error {
 	d := f.state.Disks[n.disk.name]
-	switch {
-	case d.Writable:
-		return refuse(api.CodeInUse, "disk %q is exported writable: nothing is merged into it", d.Name)
-	case top.Size != d.Size:
-		return refuse(api.CodeBadRequest, "node %q has %d bytes, and disk %q has %d: it can't be merged", n.name, top.Size, d.Name, d.Size)
+	switch c, _ := f.nbd.Counters(d.Name); {
 	case d.Merging != "" && d.Merging != n.name:
 		return refuse(api.CodeAlreadyMerging, "node %q is being merged into disk %q", d.Merging, d.Name)
+	case f.disks[d.Name].exported != nil && c.Connections > 0:
+		return refuse(api.CodeInUse, "disk %q has %d clients, beneath which its content would change", d.Name, c.Connections)
+	case top.Size < d.Size:
+		return refuse(api.CodeBadRequest, "node %q has %d bytes, and disk %q has %d, and is not made shorter", n.name, top.Size, d.Name, d.Size)
 	}
 	return nil
 }
@@ -160,7 +185,7 @@ func (m *treeMerge) pass(ctx context.Context) (done bool, err error) {
 		return false, err
 	}
 	if before == nil {
-		if err := m.copyPreserved(ctx, chain); err != nil {
+		if err := m.copyPreserved(ctx, stack.New(chain, m.disk.size)); err != nil {
 			return false, err
 		}
 	}
@@ -192,35 +217,47 @@ func (m *treeMerge) sealTop(ctx context.Context) (chain *stack.Chain, left uint6
 }
 
 // copyPreserved copies the ranges that preserve layers below the node hold: there the disk differs from what the node shows.
-func (m *treeMerge) copyPreserved(ctx context.Context, chain *stack.Chain) error {
+func (m *treeMerge) copyPreserved(ctx context.Context, dev block.Device) error {
 	f := m.fleet
 	f.mu.Lock()
-	var generations []*layer
 	top := f.state.Layers[f.state.Nodes[m.node.name].Top]
-	for _, r := range f.state.ancestors(top) {
-		if r.Preserve {
-			generations = append(generations, f.layers[r.ID])
-		}
-	}
+	generations := f.layersOf(slices.DeleteFunc(f.state.ancestors(top), func(r *layerRecord) bool { return !r.Preserve }))
 	f.mu.Unlock()
 	for _, l := range generations {
-		var ranges []block.Range
-		if g := l.generation; g.sealed != nil {
-			for r := range g.sealed.StoredSince(nil, 0, chain.Size()) {
-				ranges = append(ranges, r)
-			}
-		} else {
-			layout := l.store.Layout()
-			for r := range l.store.Exceptions() {
-				from, to := layout.OriginRange(r.Old, r.Count, chain.Size())
-				ranges = append(ranges, block.Range{Off: from, Length: to - from})
-			}
-		}
-		if err := m.copyRanges(ctx, chain, ranges); err != nil {
+		if err := m.copyRanges(ctx, dev, l.preserved()); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// layersOf returns the layers of records. mu is held.
+func (f *Fleet) layersOf(records []*layerRecord) (list []*layer) {
+	for _, r := range records {
+		list = append(list, f.layers[r.ID])
+	}
+	return list
+}
+
+// preserved returns the ranges that a preserve layer holds, or it and later ones.
+func (l *layer) preserved() (ranges []block.Range) {
+	if g := l.generation; g.sealed != nil {
+		for r := range g.sealed.StoredSince(nil, 0, g.sealed.Size()) {
+			ranges = append(ranges, r)
+		}
+		return ranges
+	}
+	return storedRanges(l.store, l.chain.Size())
+}
+
+// storedRanges returns the ranges of a disk of size bytes that a store holds.
+func storedRanges(st *store.Store, size int64) (ranges []block.Range) {
+	layout := st.Layout()
+	for r := range st.Exceptions() {
+		from, to := layout.OriginRange(r.Old, r.Count, size)
+		ranges = append(ranges, block.Range{Off: from, Length: to - from})
+	}
+	return ranges
 }
 
 // mergeAtOnce is how much is written to the disk at once, in bytes.
@@ -263,20 +300,28 @@ func (m *treeMerge) finish(ctx context.Context) error {
 		old.origin.RetryPaused()
 		old.unpin()
 		f.notice()
+		f.exportAgain(m.disk)
 	}
 	return err
+}
+
+// exportAgain exports a writable disk that is not a mixture any more. ops is held.
+func (f *Fleet) exportAgain(d *disk) {
+	f.mu.Lock()
+	writable := f.state.Disks[d.name].Writable
+	f.mu.Unlock()
+	if !writable || d.exported != nil {
+		return
+	}
+	if err := f.exportDisk(d); err != nil {
+		f.logError("disk "+d.name+" is not exported", err)
+	}
 }
 
 func (m *treeMerge) finishLocked(ctx context.Context) (old *view, err error) {
 	f, d := m.fleet, m.disk
 	v := m.node.dev.view.Load()
-	var rest []block.Range
-	layout := v.top.store.Layout()
-	for r := range v.top.store.Exceptions() {
-		from, to := layout.OriginRange(r.Old, r.Count, d.size)
-		rest = append(rest, block.Range{Off: from, Length: to - from})
-	}
-	if err := m.copyRanges(ctx, v.snap, rest); err != nil {
+	if err := m.copyRanges(ctx, v.snap, storedRanges(v.top.store, d.size)); err != nil {
 		return nil, err
 	}
 	if err := d.origin.Flush(); err != nil {
@@ -310,7 +355,7 @@ func (m *treeMerge) record(t newTop) error {
 	dropped := f.state.Layers[r.Top]
 	r.Top = t.layer.id
 	rec := *f.state.Disks[m.disk.name]
-	rec.Merging = ""
+	rec.Merging, rec.MergeBase = "", 0
 	c := f.newChange("merged")
 	c.Disks, c.Layers, c.Nodes = []diskRecord{rec}, []layerRecord{t.record}, []nodeRecord{r}
 	c.DropLayers = append([]uint64{dropped.ID}, f.state.orphansBut(dropped.Parent, t.record.Parent)...)
@@ -327,7 +372,7 @@ func (f *Fleet) resumeMerges() {
 		if r.Merging == "" {
 			continue
 		}
-		if _, err := f.beginMerge(r.Merging); err != nil {
+		if _, err := f.beginMerge(f.life, r.Merging); err != nil {
 			f.logError("merge of "+r.Merging, err)
 			d := f.disks[r.Name]
 			d.merge = &treeMerge{status: api.TreeMerge{Node: r.Merging, Disk: r.Name, State: api.MergeFailed, Error: describeError(err)}}

@@ -262,7 +262,7 @@ func (f *Fleet) dropRecord(name string) (gone *node, err error) {
 			return nil, refuse(api.CodeInUse, "node %q: a %s is under way", name, gone.busy)
 		}
 		if f.state.Disks[gone.disk.name].Merging == name {
-			return nil, refuse(api.CodeMerging, "node %q is not merged completely into disk %q: merge it first", name, gone.disk.name)
+			return nil, refuse(api.CodeMerging, "node %q is not merged completely into disk %q: merge it, or take the merge back, first", name, gone.disk.name)
 		}
 		c.DropNodes = []string{name}
 		c.DropLayers = append([]uint64{r.Top}, f.state.orphans(f.state.Layers[r.Top].Parent)...)

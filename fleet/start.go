@@ -25,7 +25,7 @@ func (f *Fleet) openAll() {
 	f.buildChains()
 	for _, r := range sorted(f.state.Disks) {
 		if d := f.disks[r.Name]; r.Writable && d.err == nil {
-			if err := f.openWritable(d); err != nil {
+			if err := f.openWritable(d, r.Merging); err != nil {
 				d.exportErr = err
 				f.logError("disk "+r.Name+" is not exported", err)
 			}

@@ -44,6 +44,10 @@ type diskRecord struct {
 	Preserve uint64 `json:"preserve,omitempty"`
 	// Merging is the node that is being merged into the disk, or "".
 	Merging string `json:"merging,omitempty"`
+	// MergeBase is the preserve layer that shows the disk as it was when that merge began.
+	MergeBase uint64 `json:"merge_base,omitempty"`
+	// Growing is the size that the file may have already, when it is being made longer. 0: it is not.
+	Growing int64 `json:"growing,omitempty"`
 }
 
 type layerRecord struct {
@@ -189,6 +193,9 @@ func (s *state) check() error {
 	for name, d := range s.Disks {
 		if l := s.Layers[d.Preserve]; d.Preserve != 0 && (l == nil || !l.Preserve || l.Sealed) {
 			return fmt.Errorf("disk %q has the preserve layer %d, which is none", name, d.Preserve)
+		}
+		if l := s.Layers[d.MergeBase]; d.MergeBase != 0 && (l == nil || !l.Preserve || l.Disk != name) {
+			return fmt.Errorf("disk %q was merged into over the layer %d, which is not one that preserves it", name, d.MergeBase)
 		}
 	}
 	return nil

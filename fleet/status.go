@@ -189,7 +189,7 @@ func (f *Fleet) diskStatus(r *diskRecord) api.Disk {
 		Created: r.Created, Policy: r.Policy}
 	open := f.disks[r.Name]
 	d.State, d.Error = stateOf(cmp.Or(open.err, open.exportErr))
-	if open.exported {
+	if open.exported != nil {
 		d.URI = f.uri(r.Name)
 	}
 	if open.merge != nil {

@@ -94,7 +94,8 @@ func (d *daemonProcess) start(t *testing.T) {
 func (d *daemonProcess) kill(t *testing.T) {
 	t.Helper()
 	d.Process.Kill()
-	d.end(t)
+	io.Copy(io.Discard, d.stdout)
+	d.Wait()
 }
 
 // terminate wants an orderly end.

@@ -111,8 +111,10 @@ func TestDaemonKilledUnderLoad(t *testing.T) {
 		if t.Failed() {
 			t.Fatalf("%s", &d.stderr)
 		}
-		if round%50 == 49 {
+		if round%20 == 19 {
 			t.Logf("round %d: %d forks and checkpoints, %d writes", round+1, made, flushed)
+			d.thin(t, writers)
+			clear(acknowledged)
 		}
 	}
 	if made < rounds || flushed[0] == 0 {
@@ -120,4 +122,23 @@ func TestDaemonKilledUnderLoad(t *testing.T) {
 	}
 	d.terminate(t)
 	d.wantSound(t)
+}
+
+// thin drops all nodes but the writers', and has the policy of the disk remove old checkpoints, so that the tree does not grow
+// from round to round.
+func (d *daemonProcess) thin(t *testing.T, writers int) {
+	t.Helper()
+	tree := func() []api.Element { return mustJSON[api.Tree](t, "tree", "--control", d.control).Elements }
+	for _, e := range tree() {
+		if e.Kind == api.KindNode && e.Name[0] == 'n' {
+			mustRun(t, "drop", e.Name, "--control", d.control)
+		}
+	}
+	mustRun(t, "policy", "base", "keep-last=1", "--control", d.control)
+	for deadline := time.Now().Add(2 * time.Minute); len(tree()) > 1+4*writers; time.Sleep(100 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%d elements are left", len(tree()))
+		}
+	}
+	mustRun(t, "policy", "base", "keep-last=", "--control", d.control)
 }

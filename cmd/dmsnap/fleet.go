@@ -193,7 +193,7 @@ checkpoints stay. It is refused while clients are connected; --force disconnects
 	}, func(ctx context.Context, ctl *api.Client, args []string) (api.Element, error) {
 		q.Node, q.Checkpoint = args[0], args[1]
 		e, err := ctl.Rollback(ctx, q)
-		if a := (*api.Error)(nil); errors.As(err, &a) && a.Code == api.CodeInUse && !q.Force {
+		if codeOf(err) == api.CodeInUse && !q.Force {
 			err = fmt.Errorf("%w; --force disconnects them", err)
 		}
 		return e, err
@@ -283,21 +283,34 @@ func newTable() *cobra.Command {
 }
 
 // isNoRequest reports whether a server does not know a request: it is of the other kind.
-func isNoRequest(err error) bool {
+func isNoRequest(err error) bool { return codeOf(err) == api.CodeNoSuchRequest }
+
+// codeOf is the code of an error of a server, or "".
+func codeOf(err error) api.Code {
 	var e *api.Error
-	return errors.As(err, &e) && e.Code == api.CodeNoSuchRequest
+	if errors.As(err, &e) {
+		return e.Code
+	}
+	return ""
 }
 
 // dropElement drops a snapshot of a served origin, or a node or checkpoint of a fleet.
-func dropElement(ctx context.Context, ctl *api.Client, name string) error {
+func dropElement(ctx context.Context, ctl *api.Client, name string, force bool) error {
 	err := ctl.Drop(ctx, name)
 	switch {
 	case !isNoRequest(err):
 		return err
 	case strings.Contains(name, "@"):
 		return ctl.DropCheckpoint(ctx, name)
+	case force:
+		if _, err := ctl.TakeBackMerge(ctx, name); err != nil && codeOf(err) != api.CodeNoMerge {
+			return err
+		}
 	}
-	return ctl.DropNode(ctx, name)
+	if err = ctl.DropNode(ctx, name); codeOf(err) == api.CodeMerging {
+		err = fmt.Errorf("%w; --force takes it back", err)
+	}
+	return err
 }
 
 // mergeNode starts the merge of a node into its disk, and waits for its end if that is asked for. A signal ends the wait,

@@ -90,6 +90,10 @@ func (f *fakeFleet) Drop(_ context.Context, name string) error {
 	return nil
 }
 func (f *fakeFleet) Forget(ctx context.Context, name string) error { return f.Drop(ctx, name) }
+func (f *fakeFleet) TakeBackMerge(_ context.Context, node string) (api.Disk, error) {
+	return f.Disk("base")
+}
+
 func (f *fakeFleet) Merge(_ context.Context, node string) (api.TreeMerge, error) {
 	return api.TreeMerge{Node: node}, nil
 }

@@ -94,8 +94,11 @@ func routes() []route {
 		{"POST", "/v1/nodes/{name}/squash", "Make the layers that are a node's own into one, or those below a checkpoint that have no name and only it needs", RightWrite, nil, api.Element{}, []api.Code{api.CodeNoSuchNode, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
 			return d.fleet.Squash(ctx, api.SquashRequest{Node: name})
 		})},
-		{"POST", "/v1/nodes/{name}/merge", "Start to write what a node holds to its disk", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeMerging, api.CodeAlreadyMerging}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+		{"POST", "/v1/nodes/{name}/merge", "Start to write what a node holds to its disk", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeMerging, api.CodeAlreadyMerging, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
 			return d.fleet.Merge(ctx, name)
+		})},
+		{"DELETE", "/v1/nodes/{name}/merge", "Take back a merge that failed: the disk gets the content that it had before", RightAdmin, nil, api.Disk{}, []api.Code{api.CodeNoSuchNode, api.CodeNoMerge, api.CodeInUse, api.CodeDiskFailed}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+			return d.fleet.TakeBackMerge(ctx, name)
 		})},
 		{"POST", "/v1/nodes/{name}/table", "The device-mapper tables with which a kernel shows a node", RightRead, nil, api.Table{}, []api.Code{api.CodeNoSuchNode}, named(func(d *Daemon, _ context.Context, name string) (any, error) {
 			return d.fleet.Table(name)

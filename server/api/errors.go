@@ -12,7 +12,7 @@ const (
 	CodeReadOnly       Code = "read_only"   // the server is read-only
 	CodeNoSuchRequest  Code = "no_such_request"
 	CodeNoSuchSnapshot Code = "no_such_snapshot"
-	CodeNoMerge        Code = "no_merge"         // no merge was started
+	CodeNoMerge        Code = "no_merge"         // no merge was started, or it is complete
 	CodeNameTaken      Code = "name_taken"       // another export has the name
 	CodeMerging        Code = "merging"          // the request is not possible while a merge is under way
 	CodeAlreadyMerging Code = "already_merging"  // another snapshot is being merged

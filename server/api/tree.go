@@ -230,6 +230,7 @@ const (
 	EventMergeStarted   EventKind = "merge_started"
 	EventMerged         EventKind = "merged"
 	EventMergeFailed    EventKind = "merge_failed"
+	EventMergeTakenBack EventKind = "merge_taken_back"
 	EventPolicyChanged  EventKind = "policy_changed"
 	EventSnapshot       EventKind = "snapshot"        // of the engine: a layer is full, invalid, or similar
 	EventChangesRefused EventKind = "changes_refused" // the state could not be recorded

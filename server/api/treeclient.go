@@ -77,6 +77,11 @@ func (c *Client) MergeNode(ctx context.Context, node string) (TreeMerge, error) 
 	return ask[TreeMerge](ctx, c, http.MethodPost, elementPath("nodes", node, "/merge"), nil)
 }
 
+// TakeBackMerge writes to the disk of a node what it had before a merge of the node that failed.
+func (c *Client) TakeBackMerge(ctx context.Context, node string) (Disk, error) {
+	return ask[Disk](ctx, c, http.MethodDelete, elementPath("nodes", node, "/merge"), nil)
+}
+
 // Table returns the device-mapper tables with which a kernel shows a node.
 func (c *Client) Table(ctx context.Context, node string) (Table, error) {
 	return ask[Table](ctx, c, http.MethodPost, elementPath("nodes", node, "/table"), nil)
