@@ -158,6 +158,7 @@ func Open(dir string, o Options) (_ *Fleet, err error) {
 	f := &Fleet{dir: dir, opts: o, log: eventlog.Log{Line: o.Log, Logger: o.Logger}, ops: make(chan struct{}, 1),
 		disks: map[string]*disk{}, layers: map[uint64]*layer{}, nodes: map[string]*node{}, frozen: map[string]bool{}, unsettled: map[uint64]*layer{}, wake: make(chan struct{}, 1)}
 	f.names.path = filepath.Join(dir, layersDir)
+	o.NBD.Open = f.openSealed
 	f.nbd = nbd.NewServer(o.NBD)
 	if f.lock, err = lockDirectory(dir); err != nil {
 		return nil, err

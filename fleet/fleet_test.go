@@ -365,6 +365,9 @@ func TestRandomTree(t *testing.T) {
 		}
 	}
 	compare()
+	if n := f.compareSealed(models); n < 10 {
+		t.Errorf("only %d contexts of checkpoints", n)
+	}
 }
 
 func firstDifference(a, b []byte) int {

@@ -245,7 +245,8 @@ func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes 
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	for _, n := range nodes {
-		f.publish(api.Event{Seq: c.Seq, Kind: api.EventCheckpointed, Name: n.name, Parent: n.name + "@" + q.Name, Disk: n.disk.name})
+		parent := f.state.parentTitle(f.state.Layers[f.state.Nodes[n.name].Top])
+		f.publish(api.Event{Seq: c.Seq, Kind: api.EventCheckpointed, Name: n.name, Parent: parent, Disk: n.disk.name})
 	}
 	return nodes, pause, nil
 }

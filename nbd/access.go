@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"time"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
@@ -32,20 +33,46 @@ const (
 func (h *handshake) find(name string) (e *export, allowed bool) {
 	e = h.server.find(name)
 	h.readOnly = false
-	if h.server.opts.Authorize == nil {
-		return e, true
-	}
 	if e != nil {
 		name = e.Name
 	}
-	switch h.server.opts.Authorize(h.client, name) {
-	case AccessWrite:
-		return e, true
-	case AccessRead:
-		h.readOnly = true
-		return e, true
+	access := AccessWrite
+	if h.server.opts.Authorize != nil {
+		access = h.server.opts.Authorize(h.client, name)
 	}
-	return nil, false
+	if access == AccessNone {
+		return nil, false
+	}
+	h.readOnly = access == AccessRead
+	if e == nil && h.server.opts.Open != nil {
+		e = h.open(name)
+	}
+	return e, true
+}
+
+// open returns an export of Options.Open, or nil. It is kept for further options that name it.
+func (h *handshake) open(name string) *export {
+	if h.opened != nil && h.opened.Name == name {
+		return h.opened
+	}
+	begin := time.Now()
+	e, end := h.server.opts.Open(name)
+	h.setDeadline(h.deadline.Add(time.Since(begin))) // that time is not the client's
+	if e == nil {
+		return nil
+	}
+	h.closeOpened()
+	e.Name = name
+	h.opened, h.close = &export{Export: *e, gone: make(chan struct{})}, end
+	return h.opened
+}
+
+// closeOpened gives up what Options.Open returned.
+func (h *handshake) closeOpened() {
+	if h.opened != nil {
+		h.close()
+		h.opened = nil
+	}
 }
 
 // refuseExport answers an option for an export that there is not, or not for this client.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"maps"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,8 +26,10 @@ type Export struct {
 	// PreferredBlock is the size in bytes, a power of two, that the server advertises as preferred; 0: 4096.
 	PreferredBlock uint32
 
-	// Contexts are meta contexts that BLOCK_STATUS offers besides base:allocation, by name.
-	Contexts map[string]ContextFunc
+	// Contexts are meta contexts that BLOCK_STATUS offers besides base:allocation, by name. MoreContexts, unless it is nil,
+	// returns further ones, of the moment: it is called in handshakes, concurrently. Names that are not legal are left out.
+	Contexts     map[string]ContextFunc
+	MoreContexts func() map[string]ContextFunc
 }
 
 // A ContextFunc returns the status of n > 0 bytes at off. Like block.Extents it may stop early, but not before the
@@ -152,12 +155,24 @@ func (e *export) blockSizes() wire.BlockSizes {
 	return s
 }
 
-// context returns the function of a meta context, or nil.
-func (e *export) context(name string) ContextFunc {
-	if name == baseAllocation {
-		return e.allocation
+// contexts returns all meta contexts that the export has now.
+func (e *export) contexts() map[string]ContextFunc {
+	all := map[string]ContextFunc{}
+	if e.MoreContexts != nil {
+		for name, f := range e.MoreContexts() {
+			if validContext(name) {
+				all[name] = f
+			}
+		}
 	}
-	return e.Contexts[name]
+	maps.Copy(all, e.Contexts)
+	all[baseAllocation] = e.allocation
+	return all
+}
+
+// validContext reports whether a name can be that of a meta context of an export's own.
+func validContext(name string) bool {
+	return wire.ValidName(name) && strings.Contains(name, ":") && !strings.HasPrefix(name, "base:")
 }
 
 func (e *export) allocation(off, n int64) ([]block.Extent, error) {
@@ -176,7 +191,7 @@ func (s *Server) Add(e Export) error {
 		return fmt.Errorf("export %q: description of more than %d bytes, or not UTF-8 without NUL", e.Name, wire.MaxName)
 	}
 	for name := range e.Contexts {
-		if !wire.ValidName(name) || !strings.Contains(name, ":") || strings.HasPrefix(name, "base:") {
+		if !validContext(name) {
 			return fmt.Errorf("export %q: meta context %q: want namespace:name, a namespace other than base", e.Name, name)
 		}
 	}

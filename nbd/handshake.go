@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"bufio"
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -10,6 +11,7 @@ import (
 	"net"
 	"slices"
 	"strings"
+	"time"
 
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
@@ -31,10 +33,12 @@ type metaContext struct {
 
 // handshake is a connection before the transmission.
 type handshake struct {
-	server *Server
-	nc     net.Conn // encrypted once secure is set
-	w      *bufio.Writer
-	r      *bufio.Reader
+	server   *Server
+	ctx      context.Context // of the server
+	nc       net.Conn        // encrypted once secure is set
+	deadline time.Time       // of the whole handshake
+	w        *bufio.Writer
+	r        *bufio.Reader
 
 	client     ClientInfo
 	secure     bool
@@ -43,12 +47,24 @@ type handshake struct {
 	structured bool
 	contextsOf string // the export for which contexts were chosen, as the client named it
 	contexts   []metaContext
+
+	opened *export // by Options.Open, the last one
+	close  func()  // of it
 }
 
-func newHandshake(s *Server, nc net.Conn) *handshake {
-	h := &handshake{server: s, client: ClientInfo{Addr: nc.LocalAddr()}}
+func newHandshake(ctx context.Context, s *Server, nc net.Conn) *handshake {
+	h := &handshake{server: s, ctx: ctx, client: ClientInfo{Addr: nc.LocalAddr()}}
 	h.attach(nc)
 	return h
+}
+
+// setDeadline sets the deadline of the handshake, unless the server ends: then it has passed.
+func (h *handshake) setDeadline(at time.Time) {
+	h.deadline = at
+	h.nc.SetDeadline(at)
+	if h.ctx.Err() != nil { // it may have ended just before
+		h.nc.SetDeadline(time.Now())
+	}
 }
 
 // attach makes nc the connection that is read and written.
@@ -226,8 +242,12 @@ func (h *handshake) settle(name string, e *export) {
 	if h.contextsOf != name {
 		h.contexts = nil
 	}
+	if len(h.contexts) == 0 {
+		return
+	}
+	all := e.contexts()
 	for i := range h.contexts {
-		h.contexts[i].status = e.context(h.contexts[i].name)
+		h.contexts[i].status = all[h.contexts[i].name]
 	}
 	h.contexts = slices.DeleteFunc(h.contexts, func(c metaContext) bool { return c.status == nil })
 }
@@ -252,7 +272,7 @@ func (h *handshake) metaContexts(o wire.Option, data []byte) error {
 	if e == nil {
 		return h.refuseExport(o, q.Export, allowed)
 	}
-	names := append([]string{baseAllocation}, slices.Sorted(maps.Keys(e.Contexts))...)
+	names := slices.Sorted(maps.Keys(e.contexts()))
 	for i, name := range names {
 		if !asked(name, q.Queries, set) {
 			continue

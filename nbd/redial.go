@@ -282,6 +282,15 @@ func (r *Redialer) Extents(off, n int64) (list []block.Extent, err error) {
 	return list, err
 }
 
+// BlockStatus requests the status of a range in a meta context; see [Client.BlockStatus].
+func (r *Redialer) BlockStatus(context string, off, n int64) (list []block.Extent, err error) {
+	err = r.again(func(c *Client) (err error) {
+		list, err = c.BlockStatus(context, off, n)
+		return err
+	})
+	return list, err
+}
+
 // WriteAt writes; see [Redialer] for what a lost connection means.
 func (r *Redialer) WriteAt(p []byte, off int64) (n int, err error) {
 	err = r.change(func(c *Client) (err error) {

@@ -64,6 +64,11 @@ type Options struct {
 	// there is one. It is called in handshakes, concurrently; a connection keeps what it was given.
 	Authorize func(c ClientInfo, export string) Access
 
+	// Open, unless it is nil, returns an export that was not added, for one connection: nil where there is none of the name.
+	// close is called when the connection does not use it any more. Open is called in handshakes, concurrently, for clients
+	// that Authorize gave a right to the name. Such exports are not listed.
+	Open func(export string) (e *Export, close func())
+
 	// Log is called with each failure of a connection or a device, in one line. It may be called concurrently.
 	Log func(line string)
 
@@ -224,9 +229,10 @@ func (s *Server) ServeConn(ctx context.Context, nc net.Conn) error {
 	if s.opts.RequireTLS && s.opts.TLS == nil {
 		panic("nbd: TLS is required and there is no certificate")
 	}
-	h := newHandshake(s, nc)
-	nc.SetDeadline(time.Now().Add(s.opts.HandshakeTimeout))
+	h := newHandshake(ctx, s, nc)
+	h.setDeadline(time.Now().Add(s.opts.HandshakeTimeout))
 	stop := context.AfterFunc(ctx, func() { nc.SetDeadline(time.Now()) })
+	defer h.closeOpened()
 	e, err := h.run()
 	stop()
 	if err != nil || e == nil {

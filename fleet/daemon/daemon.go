@@ -54,6 +54,8 @@ type Fleet interface {
 	Tree() api.Tree
 	Element(name string) (api.Element, error)
 	Table(node string) (api.Table, error)
+	Layers(name string) (api.Layers, error)
+	Seal(ctx context.Context, node string) (api.Layers, error)
 	HeatMap(name string, parts int) (api.HeatMap, error)
 	Subscribe(ctx context.Context) <-chan api.Event
 	// Start begins to serve the exports on listeners; wait returns when ctx has ended and requests under way are answered.

@@ -118,7 +118,11 @@ func (f *fakeFleet) Element(name string) (api.Element, error) {
 func (f *fakeFleet) Table(string) (api.Table, error) {
 	return api.Table{Devices: []api.TableDevice{{Name: "a", Table: "0 1 linear"}}, Files: []api.TableFile{{Placeholder: "@1", File: "/f"}}}, nil
 }
-func (f *fakeFleet) Subscribe(context.Context) <-chan api.Event { return f.events }
+func (f *fakeFleet) Layers(string) (api.Layers, error) {
+	return api.Layers{Disk: "base", Layers: []api.Layer{{Name: "base", URI: "nbd://x/base@~0", SizeBytes: 4096, Source: "/f"}}}, nil
+}
+func (f *fakeFleet) Seal(context.Context, string) (api.Layers, error) { return f.Layers("") }
+func (f *fakeFleet) Subscribe(context.Context) <-chan api.Event       { return f.events }
 func (f *fakeFleet) Start(ctx context.Context, l net.Listener, _ ...net.Listener) (wait func() error) {
 	return func() error { <-ctx.Done(); return l.Close() }
 }

@@ -245,7 +245,7 @@ func TestDescriptionIsOfTheServer(t *testing.T) {
 	bodies := map[string]string{"/v1/disks": `{"name":"new","source":"` + c.file + `"}`, "/v1/disks/{name}/policy": `{"set":{"keep-last":"3"}}`,
 		"/v1/fork": `{"from":"base","name":"b"}`, "/v1/checkpoint": `{"nodes":["a"],"name":"n"}`, "/v1/nodes/{name}/rollback": `{"checkpoint":"a@n"}`,
 		"/v1/adopt": `{"node":"c","cow":"` + c.file + `","disk":"base"}`}
-	names := map[string]string{"disks": "base", "heat": "base", "nodes": "a", "checkpoints": "a@n"}
+	names := map[string]string{"disks": "base", "heat": "base", "layers": "a@n", "nodes": "a", "checkpoints": "a@n"}
 	count := 0
 	for path, methods := range d.Paths {
 		kind := strings.Split(path, "/")[2]

@@ -81,6 +81,12 @@ func routes() []route {
 		{"POST", "/v1/checkpoint", "Seal nodes at one moment", RightWrite, api.CheckpointRequest{}, api.Checkpoints{}, []api.Code{api.CodeNoSuchNode, api.CodeBadName, api.CodeNameTaken, api.CodeInUse, api.CodeFreezeFailed}, withBody(func(d *Daemon, ctx context.Context, _ string, q api.CheckpointRequest) (any, error) {
 			return d.fleet.Checkpoint(ctx, q)
 		})},
+		{"GET", "/v1/layers/{name}", "What a checkpoint, or a node below what is written to it, is made of, each layer as an export that is only read", RightRead, nil, api.Layers{}, []api.Code{api.CodeNoSuchElement, api.CodeDiskFailed}, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
+			return d.fleet.Layers(r.PathValue("name"))
+		}},
+		{"POST", "/v1/nodes/{name}/seal", "Make what was written to a node an unnamed checkpoint, and say what the node is made of then", RightWrite, nil, api.Layers{}, []api.Code{api.CodeNoSuchNode, api.CodeFreezeFailed, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+			return d.fleet.Seal(ctx, name)
+		})},
 		{"GET", "/v1/nodes/{name}", "One node", RightRead, nil, api.Element{}, []api.Code{api.CodeNoSuchNode}, func(d *Daemon, r *http.Request, _ http.ResponseWriter) (any, error) {
 			return d.element(r.PathValue("name"), api.KindNode)
 		}},

@@ -80,10 +80,7 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 		return err
 	}
 	defer func() { err = errors.Join(err, f.Close()) }()
-	access.DiskOf = func(export string) string {
-		e, _ := f.Element(export)
-		return e.Disk
-	}
+	access.DiskOf = f.DiskOf
 	control, listeners, err := c.listen()
 	if err != nil {
 		return err

@@ -161,6 +161,24 @@ type Checkpoints struct {
 	PauseSeconds float64 `json:"pause_seconds"`
 }
 
+// Layers is the reply to GET /v1/layers/{name} and POST /v1/nodes/{name}/seal: what a checkpoint, or a node below its top, is made
+// of. Each layer is an export that is only read, and shows the disk with this layer and those before it. It is not listed.
+type Layers struct {
+	Disk   string  `json:"disk"`
+	Layers []Layer `json:"layers"` // bottom-up, the disk first
+}
+
+// Layer is one of Layers. In the meta context dmsnap:changed its export has what it holds itself, and in
+// qemu:dirty-bitmap:NAME what it and those above the layer NAME hold.
+type Layer struct {
+	Name         string `json:"name"` // of the checkpoint, or of the disk
+	URI          string `json:"uri"`  // of its export
+	SizeBytes    int64  `json:"size_bytes"`
+	ChunkSectors uint32 `json:"chunk_sectors,omitempty"`
+	Exceptions   uint64 `json:"exceptions,omitempty"`
+	Source       string `json:"source,omitempty"` // of the disk, when it was never written: it shows the same
+}
+
 // RollbackRequest is the body of POST /v1/nodes/{name}/rollback.
 type RollbackRequest struct {
 	Node       string `json:"node,omitempty"`  // the name in the path

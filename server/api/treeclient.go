@@ -57,6 +57,16 @@ func (c *Client) Checkpoint(ctx context.Context, q CheckpointRequest) (Checkpoin
 	return ask[Checkpoints](ctx, c, http.MethodPost, "/v1/checkpoint", q)
 }
 
+// Layers returns what a checkpoint, or a node below its top, is made of.
+func (c *Client) Layers(ctx context.Context, name string) (Layers, error) {
+	return ask[Layers](ctx, c, http.MethodGet, elementPath("layers", name, ""), nil)
+}
+
+// Seal makes what was written to a node an unnamed checkpoint, and returns what the node is made of then.
+func (c *Client) Seal(ctx context.Context, node string) (Layers, error) {
+	return ask[Layers](ctx, c, http.MethodPost, elementPath("nodes", node, "/seal"), nil)
+}
+
 // Node returns one node.
 func (c *Client) Node(ctx context.Context, name string) (Element, error) {
 	return ask[Element](ctx, c, http.MethodGet, elementPath("nodes", name, ""), nil)

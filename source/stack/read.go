@@ -146,6 +146,16 @@ func (c *Chain) StoredSince(lower *Chain, off, n int64) iter.Seq[block.Range] {
 	}
 }
 
+// StoredAbove reports whether a layer of c above lower holds the byte at off, and for how many of the n ≥ 1 bytes from it on the
+// answer is the same at least. c was made of lower by With; nil is the base. The range is inside c.
+func (c *Chain) StoredAbove(lower *Chain, off, n int64) (follow int64, stored bool) {
+	depth := 0
+	if lower != nil {
+		depth = len(lower.layers)
+	}
+	return c.storedAbove(depth, off, n)
+}
+
 // storedAbove reports whether a layer from depth on holds the byte at off, and for how many of the n ≥ 1 bytes from it on
 // the answer is the same.
 func (c *Chain) storedAbove(depth int, off, n int64) (follow int64, stored bool) {
