@@ -41,7 +41,7 @@ var floors = map[string]int{
 	"server/api": 4,
 	"cowfile":    5, "server/figures": 5, "source/address": 5,
 	"server": 6, "source": 6, "monitor": 6, "fleet": 6, "nbdkernel": 6, "publish": 6,
-	"inspect": 7, "metrics": 7, "web": 7, "top": 7, "fleet/daemon": 7, "offline": 7,
+	"inspect": 7, "metrics": 7, "web": 7, "top": 7, "fleet/daemon": 7, "offline": 7, "served": 7,
 	"cmd/dmsnap": 8,
 
 	// Only tests and demonstrations use these; nothing below may.

@@ -80,6 +80,9 @@ func Between(origin block.Device, a, b *store.Store) (*Diff, error) {
 	return &Diff{origin, left, right}, nil
 }
 
+// Views returns what is compared: the older view and the newer one.
+func (d *Diff) Views() (older, newer *store.View) { return d.left, d.right }
+
 // Size returns the size of the disk in bytes.
 func (d *Diff) Size() int64 { return d.origin.Size() }
 

@@ -170,7 +170,7 @@ func (f *File) compare(from *ondemand.Disk) error {
 		if err := s.Err(); err != nil {
 			return err
 		}
-		produce = produceStore(s, from.Size(), nil)
+		produce = storeLayer{s}.produce(from.Size(), nil)
 	} else if dev.Size() != from.Size() {
 		return errOther
 	}

@@ -72,21 +72,55 @@ type spooled struct {
 // Push makes to name the disk base with stores over it, each over the one before. Of a base that is a disk of package
 // layer its layers are used as they are.
 func Push(ctx context.Context, to remote.Repository, base block.Device, stores []*store.Store, o Options) (Pushed, error) {
-	p := &pushing{o: o, to: to, size: base.Size(), desc: layer.Description{Version: layer.Version, Size: base.Size()}}
-	defer p.close()
+	var upper []upper
 	for i, s := range stores {
 		if err := s.Err(); err != nil {
 			return Pushed{}, fmt.Errorf("store %d: %w", i+1, err)
 		}
-		if err := s.CheckOrigin(p.size); err != nil {
+		if err := s.CheckOrigin(base.Size()); err != nil {
 			return Pushed{}, fmt.Errorf("store %d: %w", i+1, err)
 		}
+		upper = append(upper, storeLayer{s})
 	}
+	return push(ctx, to, base, upper, o)
+}
+
+// A Delta is a layer that is no store: what a device shows where its layer holds something.
+type Delta struct {
+	Device block.Device
+	// Changed has the lowest bit of an extent's flags set where the layer holds something. It may stop early, but not before the
+	// first byte.
+	Changed      func(off, n int64) ([]block.Extent, error)
+	ChunkSectors uint32 // of the store that the layer becomes; a power of two
+}
+
+// PushDeltas is Push with layers that are no stores.
+func PushDeltas(ctx context.Context, to remote.Repository, base block.Device, deltas []Delta, o Options) (Pushed, error) {
+	var upper []upper
+	for i, d := range deltas {
+		if d.Device.Size() > base.Size() {
+			return Pushed{}, fmt.Errorf("layer %d has %d bytes, and the base %d", i+1, d.Device.Size(), base.Size())
+		}
+		upper = append(upper, d)
+	}
+	return push(ctx, to, base, upper, o)
+}
+
+// An upper is a layer over the base.
+type upper interface {
+	chunkSectors() uint32
+	// produce emits the units of which the layer of a disk of size bytes holds something.
+	produce(size int64, progress func(done, total int64)) func(emit func(layer.Unit) error) error
+}
+
+func push(ctx context.Context, to remote.Repository, base block.Device, upper []upper, o Options) (Pushed, error) {
+	p := &pushing{o: o, to: to, size: base.Size(), desc: layer.Description{Version: layer.Version, Size: base.Size()}}
+	defer p.close()
 	if err := p.base(ctx, base); err != nil {
 		return Pushed{}, err
 	}
-	for _, s := range stores {
-		if err := p.over(ctx, s); err != nil {
+	for _, u := range upper {
+		if err := p.over(ctx, u); err != nil {
 			return Pushed{}, err
 		}
 	}
@@ -126,8 +160,8 @@ func (p *pushing) base(ctx context.Context, base block.Device) error {
 	return nil
 }
 
-// over adds the layer of a store.
-func (p *pushing) over(ctx context.Context, s *store.Store) error {
+// over adds a layer over those so far.
+func (p *pushing) over(ctx context.Context, u upper) error {
 	number, lower := len(p.desc.Layers), p.merged
 	if number == layer.MaxLayers {
 		return fmt.Errorf("more than %d layers: push what the snapshot shows as a new base", layer.MaxLayers)
@@ -135,7 +169,7 @@ func (p *pushing) over(ctx context.Context, s *store.Store) error {
 	if number > 1 { // the index of the layers so far is replaced
 		p.blobs = p.blobs[:len(p.blobs)-1]
 	}
-	if err := p.add(ctx, s.Layout().ChunkSectors, produceStore(s, p.size, p.o.Progress)); err != nil {
+	if err := p.add(ctx, u.chunkSectors(), u.produce(p.size, p.o.Progress)); err != nil {
 		return err
 	}
 	f, err := p.spool()

@@ -1,6 +1,8 @@
 package publish
 
 import (
+	"fmt"
+
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/layer"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -50,8 +52,12 @@ func emitWhole(dev block.Device, off, n int64, emit func(layer.Unit) error) erro
 	return emit(layer.Unit{Pieces: []layer.Piece{{Place: off, Length: n}}, Data: b})
 }
 
-// produceStore emits the units of a disk of size bytes of which a store holds something.
-func produceStore(s *store.Store, size int64, progress func(done, total int64)) func(emit func(layer.Unit) error) error {
+// storeLayer is the layer of a store.
+type storeLayer struct{ *store.Store }
+
+func (s storeLayer) chunkSectors() uint32 { return s.Layout().ChunkSectors }
+
+func (s storeLayer) produce(size int64, progress func(done, total int64)) func(emit func(layer.Unit) error) error {
 	return func(emit func(layer.Unit) error) error {
 		g := &gathering{emit: emit, grain: min(s.Layout().ChunkBytes(), layer.UnitBytes)}
 		last, any := s.LastOrigin()
@@ -59,16 +65,43 @@ func produceStore(s *store.Store, size int64, progress func(done, total int64)) 
 			at, n, stored := s.LookupRun(chunk, uint64(last-chunk)+1)
 			off, end := s.Layout().OriginRange(chunk, n, size)
 			from := s.Layout().COWOffset(at)
-			for stored && off < end {
-				k := min(end, (off/layer.UnitBytes+1)*layer.UnitBytes) - off
-				if err := g.add(s.Device(), from, off, k); err != nil {
+			if stored {
+				if err := g.addRange(s.Device(), from, off, end); err != nil {
 					return err
 				}
-				off, from = off+k, from+k
 			}
 			chunk += ondisk.OriginChunk(n)
 			if progress != nil {
 				progress(end, size)
+			}
+		}
+		return g.flush()
+	}
+}
+
+func (d Delta) chunkSectors() uint32 { return d.ChunkSectors }
+
+func (d Delta) produce(size int64, progress func(done, total int64)) func(emit func(layer.Unit) error) error {
+	return func(emit func(layer.Unit) error) error {
+		g := &gathering{emit: emit, grain: min(int64(d.ChunkSectors)*ondisk.SectorSize, layer.UnitBytes)}
+		for off, end := int64(0), d.Device.Size(); off < end; {
+			extents, err := d.Changed(off, end-off)
+			if err != nil {
+				return err
+			}
+			if len(extents) == 0 {
+				return fmt.Errorf("no extents at byte %d", off)
+			}
+			for _, e := range extents {
+				if e.Flags&1 != 0 {
+					if err := g.addRange(d.Device, off, off, off+e.Length); err != nil {
+						return err
+					}
+				}
+				off += e.Length
+			}
+			if progress != nil {
+				progress(off, size)
 			}
 		}
 		return g.flush()
@@ -83,7 +116,19 @@ type gathering struct {
 	unit   layer.Unit
 }
 
-// add adds n bytes from byte from of a COW device, which belong at byte off of the disk, within one unit.
+// addRange adds the bytes of the disk from off to end, which are at byte from of a device.
+func (g *gathering) addRange(dev block.Device, from, off, end int64) error {
+	for off < end {
+		n := min(end, (off/layer.UnitBytes+1)*layer.UnitBytes) - off
+		if err := g.add(dev, from, off, n); err != nil {
+			return err
+		}
+		off, from = off+n, from+n
+	}
+	return nil
+}
+
+// add adds n bytes from byte from of a device, which belong at byte off of the disk, within one unit.
 func (g *gathering) add(dev block.Device, from, off, n int64) error {
 	if off/layer.UnitBytes != g.number {
 		if err := g.flush(); err != nil {

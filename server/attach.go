@@ -284,6 +284,7 @@ func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error)
 		ReadOnly: s.opts.ReadOnly || a.readOnly, CanTrim: true, MultiConn: true,
 		PreferredBlock: preferredBlock(snap),
 		Contexts:       map[string]nbd.ContextFunc{"dmsnap:changed": v.dev.Changed},
+		MoreContexts:   func() map[string]nbd.ContextFunc { return s.bitmaps(a.name) },
 	}); err != nil {
 		return nil, errors.Join(err, snap.Close())
 	}

@@ -73,7 +73,7 @@ func (s *Server) waiting(name string) int64 {
 
 // statusOf returns one snapshot. mu is held.
 func (s *Server) statusOf(v *attached) api.Snapshot {
-	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), VhostUser: s.vhostSocket(v.name), File: s.pathOf(v.name), Waiting: s.waiting(v.name)}
+	r := api.Snapshot{Name: v.name, COW: v.path, URI: s.uri(v.name), VhostUser: s.vhostSocket(v.name), File: s.pathOf(v.name), Waiting: s.waiting(v.name), Changes: v.dev.changes.Load()}
 	if !utf8.ValidString(v.path) {
 		r.COW, r.COWBase64 = strings.ToValidUTF8(v.path, "\ufffd"), []byte(v.path)
 	}

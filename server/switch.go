@@ -15,6 +15,8 @@ type switchDevice struct {
 	block.Forward
 	behind *block.Switch
 	dirty  atomic.Bool // written since the last Flush began
+
+	changes atomic.Uint64 // requests that changed it
 }
 
 // newSwitchDevice returns an export's device over dev.
@@ -37,20 +39,32 @@ func (s *switchDevice) flushDirty() error {
 	return s.Flush()
 }
 
-// WriteAt marks the device dirty when the write has been done: a mark set before it could be cleared by a Flush that
-// does not cover the write.
+// changed marks the device dirty when a change has been done: a mark set before it could be cleared by a Flush that does not
+// cover the change.
+func (s *switchDevice) changed() {
+	s.changes.Add(1)
+	s.dirty.Store(true)
+}
+
+// WriteAt writes.
 func (s *switchDevice) WriteAt(p []byte, off int64) (n int, err error) {
-	defer s.dirty.Store(true)
+	defer s.changed()
 	return s.Forward.WriteAt(p, off)
 }
 
+// WriteDurableAt writes durably.
+func (s *switchDevice) WriteDurableAt(p []byte, off int64) error {
+	defer s.changes.Add(1)
+	return s.Forward.WriteDurableAt(p, off)
+}
+
 func (s *switchDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
-	defer s.dirty.Store(true)
+	defer s.changed()
 	return s.Forward.ZeroAt(off, n, flags)
 }
 
 func (s *switchDevice) Discard(off, n int64) error {
-	defer s.dirty.Store(true)
+	defer s.changed()
 	return s.Forward.Discard(off, n)
 }
 

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -21,9 +22,9 @@ const (
 // remoteConnections is the largest number of connections to an export that allows several.
 const remoteConnections = 4
 
-// An export is an export that is read. Where the server allows it, requests in flight at once use several connections; the
+// An Export is an NBD export that is read. Where the server allows it, requests in flight at once use several connections; the
 // further ones are made when they are needed.
-type export struct {
+type Export struct {
 	block.Forward // the first connection
 	dial          func(ctx context.Context) (*nbd.Redialer, error)
 	inFlight      atomic.Int64
@@ -34,17 +35,18 @@ type export struct {
 	most  int
 }
 
-// openExport opens the export of a URI.
-func openExport(uri string, o NBDOptions) (*export, error) {
+// OpenExport opens the export of a URI. The meta contexts given can be asked for by BlockStatus: one that the server lacks is an
+// error.
+func OpenExport(uri string, o NBDOptions, contexts ...string) (*Export, error) {
 	timeout := o.Timeout
 	if timeout == 0 {
 		timeout = replyTimeout
 	}
-	r := &export{most: 1}
+	r := &Export{most: 1}
 	var multi atomic.Bool // connections are replaced side by side
 	r.dial = func(ctx context.Context) (*nbd.Redialer, error) {
 		d, err := nbd.NewRedialer(ctx, o.Reconnect, func(ctx context.Context) (*nbd.Client, error) {
-			c, err := nbd.DialTLS(ctx, uri, o.TLS)
+			c, err := nbd.DialTLS(ctx, uri, o.TLS, contexts...)
 			if err == nil {
 				c.SetTimeout(timeout)
 				multi.Store(c.Info().MultiConn)
@@ -65,6 +67,12 @@ func openExport(uri string, o NBDOptions) (*export, error) {
 		}
 		return nil, err
 	}
+	for _, name := range contexts {
+		if !slices.Contains(first.Info().Contexts, name) {
+			first.Close()
+			return nil, fmt.Errorf("the server has no meta context %q of this export", name)
+		}
+	}
 	if multi.Load() {
 		r.most = remoteConnections
 	}
@@ -73,7 +81,7 @@ func openExport(uri string, o NBDOptions) (*export, error) {
 }
 
 // conn returns the connection for a request, and the end of the request.
-func (r *export) conn() (*nbd.Redialer, func()) {
+func (r *Export) conn() (*nbd.Redialer, func()) {
 	n := r.inFlight.Add(1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -94,49 +102,56 @@ func (r *export) conn() (*nbd.Redialer, func()) {
 }
 
 // ReadAt reads by one of the connections.
-func (r *export) ReadAt(p []byte, off int64) (int, error) {
+func (r *Export) ReadAt(p []byte, off int64) (int, error) {
 	c, end := r.conn()
 	defer end()
 	return c.ReadAt(p, off)
 }
 
+// BlockStatus asks for the status of a range in a meta context by one of the connections; see nbd.Client.BlockStatus.
+func (r *Export) BlockStatus(context string, off, n int64) ([]block.Extent, error) {
+	c, end := r.conn()
+	defer end()
+	return c.BlockStatus(context, off, n)
+}
+
 // Flush does nothing: nothing is written.
-func (r *export) Flush() error { return nil }
+func (r *Export) Flush() error { return nil }
 
 // WriteAt returns block.ErrReadOnly, as every change does; a range outside the disk is a *block.RangeError, too.
-func (r *export) WriteAt(p []byte, off int64) (int, error) {
+func (r *Export) WriteAt(p []byte, off int64) (int, error) {
 	return 0, r.refuse("write", off, int64(len(p)))
 }
 
 // WriteDurableAt is refused like WriteAt.
-func (r *export) WriteDurableAt(p []byte, off int64) error {
+func (r *Export) WriteDurableAt(p []byte, off int64) error {
 	return r.refuse("write", off, int64(len(p)))
 }
 
 // WriteLastAt is refused like WriteAt.
-func (r *export) WriteLastAt(p []byte, off int64) error { return r.refuse("write", off, int64(len(p))) }
+func (r *Export) WriteLastAt(p []byte, off int64) error { return r.refuse("write", off, int64(len(p))) }
 
 // ZeroAt is refused like WriteAt.
-func (r *export) ZeroAt(off, n int64, _ block.ZeroFlags) error { return r.refuse("zero", off, n) }
+func (r *Export) ZeroAt(off, n int64, _ block.ZeroFlags) error { return r.refuse("zero", off, n) }
 
 // Discard is refused like WriteAt.
-func (r *export) Discard(off, n int64) error { return r.refuse("discard", off, n) }
+func (r *Export) Discard(off, n int64) error { return r.refuse("discard", off, n) }
 
 // Allocate is refused like WriteAt.
-func (r *export) Allocate(off, n int64) error { return r.refuse("allocate", off, n) }
+func (r *Export) Allocate(off, n int64) error { return r.refuse("allocate", off, n) }
 
 // Grow is refused: block.ErrFixedSize.
-func (r *export) Grow(int64) error { return block.ErrFixedSize }
+func (r *Export) Grow(int64) error { return block.ErrFixedSize }
 
 // CanGrow returns false.
-func (r *export) CanGrow() bool { return false }
+func (r *Export) CanGrow() bool { return false }
 
-func (r *export) refuse(op string, off, n int64) error {
+func (r *Export) refuse(op string, off, n int64) error {
 	return errors.Join(block.CheckRange(op, off, n, r.Size()), block.ErrReadOnly)
 }
 
 // Close closes the connections.
-func (r *export) Close() error {
+func (r *Export) Close() error {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	r.most = 0

@@ -362,7 +362,7 @@ func (d *Disk) openBottom(path string, o Options) (block.Device, error) {
 	}
 	if isURI(path) {
 		d.onlyRead = exportKind
-		r, err := openExport(path, o.NBD)
+		r, err := OpenExport(path, o.NBD)
 		if err != nil {
 			return nil, err
 		}

@@ -151,6 +151,7 @@ type frame struct {
 	length  uint32 // of the new bytes, not packed
 	heads   []byte
 	packed  []byte
+	count   Count // what the heads say; set by a reader
 }
 
 // appendHead appends the frame without its new bytes.

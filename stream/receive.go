@@ -160,15 +160,16 @@ func (r *Reader) frames() iter.Seq2[*frame, error] {
 			}
 			r.all.Write(head)
 			r.at += int64(len(head) + len(f.packed))
-			if count.add(f.count()); !yield(f, nil) {
+			f.count = f.counted()
+			if count.add(f.count); !yield(f, nil) {
 				return
 			}
 		}
 	}
 }
 
-// count returns what the heads of a frame say, which its examination checks.
-func (f *frame) count() (c Count) {
+// counted returns what the heads of a frame say, which its examination checks.
+func (f *frame) counted() (c Count) {
 	for b := f.heads; len(b) >= recordFixed; {
 		length, flags := int64(binary.LittleEndian.Uint32(b[8:])), binary.LittleEndian.Uint32(b[12:])
 		c.Records++
@@ -233,7 +234,7 @@ func (a *applier) examine(f *frame) (*examined, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &examined{at: f.at, records: records, count: f.count(), wrong: -1}
+	e := &examined{at: f.at, records: records, count: f.count, wrong: -1}
 	var has []byte
 	for _, r := range records {
 		if a.target != nil {

@@ -34,14 +34,7 @@ func Between(origin block.Device, old, new *store.Store) (*Source, error) {
 	if err != nil {
 		return nil, err
 	}
-	was, err := store.NewView(origin, old)
-	if err != nil {
-		return nil, err
-	}
-	is, err := store.NewView(origin, new)
-	if err != nil {
-		return nil, err
-	}
+	was, is := d.Views()
 	return &Source{Delta, was, is, func() iter.Seq2[diff.Extent, error] {
 		return func(yield func(diff.Extent, error) bool) {
 			for e := range d.Extents() {
@@ -53,24 +46,42 @@ func Between(origin block.Device, old, new *store.Store) (*Source, error) {
 	}}, nil
 }
 
+// Of is what new has and old has not, of two devices of one size: they may differ where changed says so, by the lowest bit of
+// the flags of extents, as an NBD server does in a context of changed blocks. It may stop early, but not before the first byte.
+// Nothing may write to the devices while the source is used.
+func Of(old, new block.Device, changed func(off, n int64) ([]block.Extent, error)) *Source {
+	return &Source{Delta, old, new, func() iter.Seq2[diff.Extent, error] {
+		return extentsOf(new.Size(), changed, func(e block.Extent) bool { return e.Flags&1 != 0 })
+	}}
+}
+
+// extentsOf yields those of a disk's extents that are wanted.
+func extentsOf(size int64, extents func(off, n int64) ([]block.Extent, error), wanted func(block.Extent) bool) iter.Seq2[diff.Extent, error] {
+	return func(yield func(diff.Extent, error) bool) {
+		for off := int64(0); off < size; {
+			list, err := extents(off, size-off)
+			if err == nil && len(list) == 0 {
+				err = fmt.Errorf("no extents at byte %d", off)
+			}
+			if err != nil {
+				yield(diff.Extent{}, err)
+				return
+			}
+			for _, e := range list {
+				if wanted(e) && !yield(diff.Extent{Off: off, Length: e.Length}, nil) {
+					return
+				}
+				off += e.Length
+			}
+		}
+	}
+}
+
 // Whole is a disk as it is. Nothing may write to it while the source is used.
 func Whole(dev block.Device) *Source {
 	return &Source{Disk, nil, dev, func() iter.Seq2[diff.Extent, error] {
-		return func(yield func(diff.Extent, error) bool) {
-			for off, size := int64(0), dev.Size(); off < size; {
-				extents, err := block.Extents(dev, off, size-off)
-				if err != nil {
-					yield(diff.Extent{}, err)
-					return
-				}
-				for _, e := range extents {
-					if e.Flags&block.ReadsZero == 0 && !yield(diff.Extent{Off: off, Length: e.Length}, nil) {
-						return
-					}
-					off += e.Length
-				}
-			}
-		}
+		return extentsOf(dev.Size(), func(off, n int64) ([]block.Extent, error) { return block.Extents(dev, off, n) },
+			func(e block.Extent) bool { return e.Flags&block.ReadsZero == 0 })
 	}}
 }
 
@@ -90,6 +101,9 @@ type SendOptions struct {
 	From int64
 	// Progress, where not nil, is called with the byte of the disk that was reached.
 	Progress func(reached int64)
+	// Complete, where not nil, is called before the last frame. After an error of it there is none, so that no receiver takes
+	// the stream for a whole one.
+	Complete func() error
 }
 
 // Send writes the stream of a source to w. Memory is a few MiB for each processor.
@@ -107,6 +121,9 @@ func Send(ctx context.Context, w io.Writer, from *Source, o SendOptions) (Count,
 		return Count{}, err
 	}
 	err := inOrder(ctx, s.jobs(ctx, start), s.pack, s.put)
+	if err == nil && o.Complete != nil {
+		err = o.Complete()
+	}
 	if err != nil {
 		return s.count, err
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 
@@ -9,6 +10,8 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/publish"
+	"github.com/dmsnap/dmsnap/served"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/remote"
 	"github.com/dmsnap/dmsnap/store"
@@ -40,9 +43,10 @@ func (o *fetchFlags) options(warn func(string)) source.RemoteOptions {
 
 func newPush() *cobra.Command {
 	var disk diskFlags
+	var control string
 	var asJSON bool
 	c := &cobra.Command{
-		Use:   "push BASE [COW...] REF",
+		Use:   "push {BASE [COW...] | --control PATH NODE} REF",
 		Short: "Write a disk with its stores to a registry or an object store",
 		Long: `Write BASE, and each COW over the disk that those before it make, to an OCI registry or an S3 bucket as layers. Each
 layer has what its COW holds. REF is [oci://]HOST[:PORT]/REPOSITORY[:TAG] or s3://BUCKET/KEY; it names the new disk
@@ -50,26 +54,30 @@ when everything is there. Layers that are there are not written again.
 
 BASE may be a disk in a registry or a bucket: its layers are used as they are, and not read.
 
+With --control PATH, NODE is a checkpoint of a daemon, or a node as it is now, of which a checkpoint without a name is made if it was
+written since the last one. The disk beneath it is the base, and each checkpoint with a name a layer.
+
 Hosts read the disk at oci://… or s3://… as ORIGIN of any verb, or copy it with dmsnap pull. Credentials are those of
 docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its server AWS_ENDPOINT_URL.`,
 		Example: `  dmsnap push disk.img localhost:5000/golden/debian:13
-  dmsnap push disk.img disk.cow localhost:5000/golden/debian:13-web`,
+  dmsnap push disk.img disk.cow localhost:5000/golden/debian:13-web
+  dmsnap push vm1@clean localhost:5000/golden/debian:13-web --control fleet/control.sock`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			to, err := remote.Open(args[len(args)-1], disk.remote.RemoteOptions.Options)
 			if err != nil {
 				return err
 			}
-			base, stores, opened, err := disk.openStack(args[:len(args)-1])
+			ctx, stop := untilSignal()
+			defer stop()
+			push, opened, err := disk.openPushed(ctx, control, args[:len(args)-1])
 			defer func() { err = errors.Join(err, opened.Close()) }()
 			if err != nil {
 				return err
 			}
-			ctx, stop := untilSignal()
-			defer stop()
 			bar := newProgress(c.ErrOrStderr(), "push")
 			defer bar.end()
-			made, err := publish.Push(ctx, to, base, stores, publish.Options{Progress: bar.show})
+			made, err := push(ctx, to, publish.Options{Progress: bar.show})
 			if err != nil {
 				return err
 			}
@@ -81,8 +89,31 @@ docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its s
 		},
 	}
 	disk.add(c.Flags())
+	c.Flags().StringVar(&control, "control", "", "control socket of the daemon that has NODE")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
+}
+
+// openPushed opens what is pushed, and returns what pushes it. What it opened is in the closers, also after an error.
+func (d *diskFlags) openPushed(ctx context.Context, control string, names []string) (func(context.Context, remote.Repository, publish.Options) (publish.Pushed, error), closers, error) {
+	if control == "" {
+		base, stores, opened, err := d.openStack(names)
+		return func(ctx context.Context, to remote.Repository, o publish.Options) (publish.Pushed, error) {
+			return publish.Push(ctx, to, base, stores, o)
+		}, opened, err
+	}
+	if len(names) != 1 {
+		return nil, nil, errors.New("with --control, NODE and REF are required")
+	}
+	s, err := d.options(block.Options{ReadOnly: true})
+	if err != nil {
+		return nil, nil, err
+	}
+	t, err := served.OpenTree(ctx, api.NewClient(control), names[0], s)
+	if err != nil {
+		return nil, nil, err
+	}
+	return t.Push, closers{t}, nil
 }
 
 // openStack opens a base, and stores of which each is over the one before. What it opened is in the closers, also after an error.

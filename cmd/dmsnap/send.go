@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"io"
 	"os"
@@ -9,12 +10,15 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/served"
+	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
 	"github.com/dmsnap/dmsnap/stream"
 )
 
 type sendOptions struct {
+	control       string
 	since, output string
 	drop, plain   bool
 	from          sizeFlag
@@ -28,27 +32,36 @@ type sendResult struct {
 	Kind stream.Kind `json:"kind"`
 	Size int64       `json:"size"` // of the disk, in bytes
 	stream.Count
+	Name  string `json:"name,omitempty"`  // with --control: the checkpoint or snapshot that was sent
+	Since string `json:"since,omitempty"` // with --control: what it was compared with
 }
 
 func newSend() *cobra.Command {
 	var o sendOptions
 	c := &cobra.Command{
-		Use:   "send {ORIGIN COW | ADDRESS}",
+		Use:   "send {ORIGIN COW | ADDRESS | --control PATH NODE}",
 		Short: "Write what changed on a disk as a stream, for dmsnap receive",
 		Long: `Write a stream with what the snapshot in COW shows and ORIGIN does not or, with --since COW_OLD, what changed between
 the snapshots in COW_OLD and COW. Of an ADDRESS, a disk or a part of one, the stream has everything.
+
+With --control PATH, NODE is a checkpoint of a daemon (vm1@tuesday), or a node, of which a checkpoint without a name is made
+unless nothing was written since the last one: clients continue, and the live node is not read. With --since CHECKPOINT
+the stream has what changed since: a checkpoint below it (vm1@monday, or monday), or the disk. Of dmsnap serve, NODE is
+a snapshot and CHECKPOINT another one; the stream is not completed if a client writes to them meanwhile.
 
 dmsnap receive applies the stream to a copy of the disk as it was: a copy of ORIGIN, or of what COW_OLD shows. The
 stream has digests of the old and of the new bytes, so that no other disk is changed. It goes to standard output,
 compressed by zstd.`,
 		Example: `  dmsnap send disk.img disk.cow | ssh host dmsnap receive - copy.img
   dmsnap send disk.img tuesday.cow --since monday.cow --output tuesday.delta
-  dmsnap send disk.img | ssh host dmsnap receive - whole.img`,
+  dmsnap send disk.img | ssh host dmsnap receive - whole.img
+  dmsnap send vm1@clean --since base --output vm1.delta --control fleet/control.sock`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c, args) },
 	}
 	f := c.Flags()
-	f.StringVar(&o.since, "since", "", "COW of the older snapshot that the receiver has")
+	f.StringVar(&o.control, "control", "", "control socket of the server that has NODE")
+	f.StringVar(&o.since, "since", "", "COW of the older snapshot that the receiver has; with --control, a checkpoint or snapshot")
 	f.StringVarP(&o.output, "output", "o", standardOutput, "file to write; \"-\" is standard output")
 	f.BoolVar(&o.drop, "drop-unchanged", false, "leave out what was copied to a COW and never changed")
 	f.BoolVar(&o.plain, "no-compress", false, "do not compress")
@@ -60,12 +73,18 @@ compressed by zstd.`,
 }
 
 func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
-	if o.since != "" && len(args) == 1 {
+	switch {
+	case o.control != "" && len(args) == 2:
+		return errors.New("--control: one NODE is required")
+	case o.control == "" && o.since != "" && len(args) == 1:
 		return errors.New("--since: ORIGIN COW are required: it compares two snapshots of ORIGIN")
 	}
-	inputs := args
-	if o.since != "" {
-		inputs = append(inputs, o.since)
+	var inputs []string
+	if o.control == "" {
+		inputs = append(inputs, args...)
+		if o.since != "" {
+			inputs = append(inputs, o.since)
+		}
 	}
 	if o.output == standardOutput {
 		if err := checkNoTerminal(c, "redirect it, or use --output"); err != nil {
@@ -74,20 +93,20 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	} else if err := checkOutput(o.output, o.force, inputs); err != nil {
 		return err
 	}
-	from, opened, err := o.open(args)
+	ctx, stop := untilSignal()
+	defer stop()
+	from, opened, err := o.open(ctx, args)
 	defer func() { err = errors.Join(err, opened.Close()) }()
 	if err != nil {
 		return err
 	}
-	ctx, stop := untilSignal()
-	defer stop()
+	res := sendResult{Kind: from.Source.Kind(), Size: from.Source.Size(), Name: from.Name, Since: from.Since}
 	bar := newProgress(c.ErrOrStderr(), "send")
 	defer bar.end()
-	var sent stream.Count
 	fill := func(w io.Writer) (err error) {
-		sent, err = stream.Send(ctx, w, from, stream.SendOptions{
-			DropUnchanged: o.drop, Plain: o.plain, From: o.from.bytes,
-			Progress: func(reached int64) { bar.show(reached, from.Size()) },
+		res.Count, err = stream.Send(ctx, w, from.Source, stream.SendOptions{
+			DropUnchanged: o.drop, Plain: o.plain, From: o.from.bytes, Complete: from.Check,
+			Progress: func(reached int64) { bar.show(reached, from.Source.Size()) },
 		})
 		return err
 	}
@@ -102,21 +121,36 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	bar.end()
 	switch {
 	case o.json:
-		return printJSON(c, sendResult{from.Kind(), from.Size(), sent})
+		return printJSON(c, res)
 	case o.output == standardOutput:
 		return nil
 	}
-	return printf(c, "sent %s and %s of zeros, in %s\n", bytesText(sent.Data), bytesText(sent.Zero), plural(uint64(sent.Records), "range"))
+	what := ""
+	if res.Name != "" {
+		what = " of " + printable(res.Name)
+	}
+	return printf(c, "sent %s and %s of zeros%s, in %s\n", bytesText(res.Data), bytesText(res.Zero), what, plural(uint64(res.Records), "range"))
 }
 
 // open opens what is sent. What it opened is in the closers, also after an error.
-func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
+func (o *sendOptions) open(ctx context.Context, args []string) (*served.Disk, closers, error) {
+	if o.control != "" {
+		s, err := o.disk.options(block.Options{})
+		if err != nil {
+			return nil, nil, err
+		}
+		d, err := served.Open(ctx, api.NewClient(o.control), args[0], o.since, s.NBD)
+		if err != nil {
+			return nil, nil, err
+		}
+		return d, closers{d}, nil
+	}
 	if len(args) == 1 {
 		dev, err := o.disk.open(args[0], block.Options{ReadOnly: true})
 		if err != nil {
 			return nil, nil, err
 		}
-		return stream.Whole(dev), closers{dev}, about(args[0], cowfile.CheckSize(dev))
+		return &served.Disk{Source: stream.Whole(dev)}, closers{dev}, about(args[0], cowfile.CheckSize(dev))
 	}
 	if o.since != "" {
 		if err := checkDifferent(args[0], o.since); err != nil {
@@ -148,5 +182,5 @@ func (o *sendOptions) open(args []string) (*stream.Source, closers, error) {
 		stores[i] = view.Store()
 	}
 	from, err := stream.Between(origin, stores[0], stores[1])
-	return from, opened, err
+	return &served.Disk{Source: from}, opened, err
 }

@@ -250,7 +250,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	defer stop()
 	wait := s.Start(ctx, l, control)
 	if s.OriginFormat() != ondisk.RawFormat || o.disk.raw {
-		log.line(fmt.Sprintf("%s: the format of the origin is %s", originPath, s.OriginFormat()))
+		log.line(fmt.Sprintf("%s: the format of the origin is %s", originPath, strings.Replace(s.OriginFormat(), "@", ", version ", 1)))
 	}
 	var text bytes.Buffer
 	st := s.Status()

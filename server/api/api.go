@@ -80,6 +80,8 @@ type Snapshot struct {
 	Merged    bool   `json:"merged"`               // its live merge is complete; the export is the origin
 	// Waiting is the number of writes to it that wait for space in the COW device.
 	Waiting int64 `json:"waiting"`
+	// Changes is the number of requests that changed the export since it was attached.
+	Changes uint64 `json:"changes"`
 	Figures
 	Counters Counters `json:"counters"`
 }
