@@ -51,6 +51,7 @@ var callings = []calling{
 	{args: "receive STREAM --origin ORIGIN --cow OUT", shares: "STREAM", json: true},
 	{args: "receive --check STREAM", shares: "STREAM", json: true},
 	{args: "push ORIGIN COW REF", json: true, needs: tested("TestPushAndPull")},
+	{args: "push disk REF --control CONTROL", json: true, fleet: true, needs: tested("TestPushFromADaemon")},
 	{args: "pull REF FOLDER", json: true, needs: tested("TestPushAndPull")},
 	{args: "cache list --cache-dir FOLDER", json: true},
 	{args: "cache prune --cache-dir FOLDER", json: true},
@@ -106,6 +107,8 @@ var callings = []calling{
 	{args: "merge disk --control CONTROL", fleet: true, json: true},
 	{args: "status --control CONTROL", fleet: true, json: true},
 	{args: "export disk OUT --control CONTROL", fleet: true, quiet: true},
+	{args: "send disk --since before --output OUT --control CONTROL", fleet: true, json: true},
+	{args: "send disk --output OUT --control CONTROL", served: true, json: true},
 	{args: "version", json: true},
 	{args: "man FOLDER", quiet: true},
 }

@@ -61,7 +61,7 @@ Hosts read the disk at oci://… or s3://… as ORIGIN of any verb, or copy it w
 docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its server AWS_ENDPOINT_URL.`,
 		Example: `  dmsnap push disk.img localhost:5000/golden/debian:13
   dmsnap push disk.img disk.cow localhost:5000/golden/debian:13-web
-  dmsnap push vm1@clean localhost:5000/golden/debian:13-web --control fleet/control.sock`,
+  dmsnap push vm1@before localhost:5000/golden/debian:13-web --control fleet/control.sock`,
 		Args: cobra.MinimumNArgs(2),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			to, err := remote.Open(args[len(args)-1], disk.remote.RemoteOptions.Options)

@@ -55,7 +55,7 @@ compressed by zstd.`,
 		Example: `  dmsnap send disk.img disk.cow | ssh host dmsnap receive - copy.img
   dmsnap send disk.img tuesday.cow --since monday.cow --output tuesday.delta
   dmsnap send disk.img | ssh host dmsnap receive - whole.img
-  dmsnap send vm1@clean --since base --output vm1.delta --control fleet/control.sock`,
+  dmsnap send vm1@before --since base --output vm1.delta --control fleet/control.sock`,
 		Args: cobra.RangeArgs(1, 2),
 		RunE: func(c *cobra.Command, args []string) error { return o.run(c, args) },
 	}
