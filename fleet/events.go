@@ -2,6 +2,9 @@ package fleet
 
 import (
 	"context"
+	"errors"
+	"log/slog"
+	"strings"
 
 	"github.com/dmsnap/dmsnap/server/api"
 )
@@ -57,9 +60,10 @@ func (h *hub) close() {
 	}
 }
 
-// publish passes an event on, and does not wait for subscribers. mu is held.
+// publish logs an event and passes it on, and does not wait for subscribers. mu is held.
 func (f *Fleet) publish(e api.Event) {
 	e.Time = f.opts.Now().UTC().Round(0)
+	f.logEvent(e)
 	for s := range f.events.list {
 		if len(s.ch) < eventsBehind {
 			s.missed = false
@@ -69,4 +73,27 @@ func (f *Fleet) publish(e api.Event) {
 			s.ch <- api.Event{Kind: api.EventMissed, Time: e.Time}
 		}
 	}
+}
+
+// logEvent logs what was done, on request or by itself.
+func (f *Fleet) logEvent(e api.Event) {
+	if e.Kind == api.EventSnapshot || e.Kind == api.EventChangesRefused { // logged with their causes already
+		return
+	}
+	message := strings.ReplaceAll(string(e.Kind), "_", " ")
+	line := e.Name + ": " + message
+	attrs := []slog.Attr{slog.String("operation", string(e.Kind)), slog.String("disk", e.Disk)}
+	if e.Name != e.Disk {
+		attrs = append(attrs, slog.String("node", e.Name))
+	}
+	if e.Parent != "" && e.Parent != e.Name {
+		line += " (" + e.Parent + ")"
+		attrs = append(attrs, slog.String("parent", e.Parent))
+	}
+	level, err := slog.LevelInfo, error(nil)
+	if e.Error != "" {
+		level, err = slog.LevelError, errors.New(e.Error)
+		line += ": " + e.Error
+	}
+	f.log.Event(level, line, message, err, attrs...)
 }

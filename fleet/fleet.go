@@ -69,7 +69,7 @@ type Options struct {
 	// Log is called for events that no request reports, with one line. It may be called concurrently and must not
 	// block.
 	Log func(line string)
-	// Logger, unless it is nil, receives the same events as records with attributes.
+	// Logger, unless it is nil, receives the same events as records with attributes: disk, node, operation or kind, error.
 	Logger *slog.Logger
 
 	Now func() time.Time // nil: time.Now

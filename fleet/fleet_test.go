@@ -3,8 +3,10 @@ package fleet
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"os"
@@ -388,6 +390,31 @@ func TestTwoFleetsOfOneDirectory(t *testing.T) {
 }
 
 // TestEvents has a subscriber see operations in their order, and one that is too slow be told.
+// TestOperationsAreLogged: what is done is a line each with operation, disk and node.
+func TestOperationsAreLogged(t *testing.T) {
+	var records bytes.Buffer
+	f := newFleet(t, Options{Logger: slog.New(slog.NewJSONHandler(&records, nil))})
+	f.fork("golden", "a")
+	f.checkpoint("c", "a")
+	if err := f.Drop(t.Context(), "a"); err != nil {
+		t.Fatal(err)
+	}
+	var got []string
+	for line := range strings.Lines(records.String()) {
+		var r struct{ Level, Msg, Disk, Node, Parent, Operation string }
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		if r.Level != "INFO" || r.Disk != "golden" || strings.ReplaceAll(r.Operation, "_", " ") != r.Msg {
+			t.Errorf("record %s", line)
+		}
+		got = append(got, r.Operation+" "+r.Node+" "+r.Parent)
+	}
+	if want := "disk_added  ; forked a golden; checkpointed a a@c; dropped a "; strings.Join(got, "; ") != want {
+		t.Errorf("logged: %q, want %q", strings.Join(got, "; "), want)
+	}
+}
+
 func TestEvents(t *testing.T) {
 	f := newFleet(t, Options{})
 	ctx, cancel := context.WithCancel(t.Context())

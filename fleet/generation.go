@@ -39,7 +39,7 @@ type generation struct {
 // preserveOptions are those of the snapshot of a preserve layer. A write to the disk fails when it has no space: what lies
 // over it is never lost.
 func (f *Fleet) preserveOptions(disk string, size int64) snapshot.Options {
-	return snapshot.Options{Size: size, OnFull: snapshot.FullFail, Notify: func(e snapshot.Event) { f.notify(disk, e) }}
+	return snapshot.Options{Size: size, OnFull: snapshot.FullFail, Notify: func(e snapshot.Event) { f.notify(disk, disk, e) }}
 }
 
 // createPreserve makes a durable preserve layer, which nothing names yet, and attaches it. ops is held.

@@ -161,7 +161,6 @@ func (m *treeMerge) run(ctx context.Context) {
 		m.status.State = api.MergeStopped // the next start continues
 	default:
 		m.status.State, m.status.Error = api.MergeFailed, describeError(err)
-		f.logError("merge of "+m.node.name, err)
 		f.publish(api.Event{Kind: api.EventMergeFailed, Name: m.node.name, Disk: m.disk.name, Error: m.status.Error})
 	}
 }

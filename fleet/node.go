@@ -32,12 +32,12 @@ type node struct {
 func (f *Fleet) snapshotOptions(name string, d *disk) snapshot.Options {
 	o := snapshot.Options{FullPolicy: d.fullPolicy}
 	o.Features.DiscardZeroesCOW = true // a client that trims a chunk expects its space back
-	o.Notify = func(e snapshot.Event) { f.notify(name, e) }
+	o.Notify = func(e snapshot.Event) { f.notify(d.name, name, e) }
 	return o
 }
 
 // notify logs an event of the engine, and publishes it in the background: it is called inside requests.
-func (f *Fleet) notify(name string, e snapshot.Event) {
+func (f *Fleet) notify(disk, name string, e snapshot.Event) {
 	level := slog.LevelInfo
 	switch e.Kind {
 	case snapshot.EventInvalid, snapshot.EventMergeFailed:
@@ -49,8 +49,8 @@ func (f *Fleet) notify(name string, e snapshot.Event) {
 	if e.Err != nil {
 		text = strings.TrimSuffix(text, ".") + ". Cause: " + strings.ReplaceAll(e.Err.Error(), "\n", "; ")
 	}
-	f.log.Event(level, name+": "+text, e.Text, e.Err, slog.String("node", name), slog.String("kind", string(e.Kind)))
-	event := api.Event{Kind: api.EventSnapshot, Name: name, Text: e.Text}
+	f.log.Event(level, name+": "+text, e.Text, e.Err, slog.String("disk", disk), slog.String("node", name), slog.String("kind", string(e.Kind)))
+	event := api.Event{Kind: api.EventSnapshot, Name: name, Disk: disk, Text: e.Text}
 	if e.Err != nil {
 		event.Error = e.Err.Error()
 	}

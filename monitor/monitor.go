@@ -70,16 +70,22 @@ type series struct {
 	seen     bool // in this step
 }
 
-// leastWindow is how long the fill of a store is observed before its rate says something.
-const leastWindow = 4 * time.Second
+const (
+	// leastWindow is how long the fill of a store is observed before its rate says something.
+	leastWindow = 4 * time.Second
+	// leastStep is how long requests are counted before their rate says something.
+	leastStep = 200 * time.Millisecond
+)
 
-// Step makes the report of a tree that was read at the time now. Steps are about a second apart or more.
+// Step makes the report of a tree that was read at the time now. Steps are about a second apart; one that is closer to
+// the last has the rates of requests of that.
 func (s *Sampler) Step(now time.Time, t api.Tree) Report {
 	r := Report{At: now, Server: t.Server, Error: t.Error, Elements: make([]Element, 0, len(t.Elements)), FileSystems: []FileSystem{}}
 	if s.elements == nil {
 		s.elements = map[string]*series{}
 	}
-	passed := now.Sub(s.last).Seconds()
+	passed := now.Sub(s.last)
+	early := passed >= 0 && passed < leastStep && !s.last.IsZero()
 	for _, e := range t.Elements {
 		v := s.elements[e.Name]
 		if v == nil || !v.created.Equal(e.Created) { // another element of the same name begins anew
@@ -87,7 +93,10 @@ func (s *Sampler) Step(now time.Time, t api.Tree) Report {
 			s.elements[e.Name] = v
 		}
 		v.seen = true
-		v.step(now, passed, e)
+		if !early || !v.active {
+			v.count(passed.Seconds(), e.Activity)
+		}
+		v.step(now, e)
 		r.Elements = append(r.Elements, Element{e, v.rates})
 	}
 	for name, v := range s.elements {
@@ -96,28 +105,35 @@ func (s *Sampler) Step(now time.Time, t api.Tree) Report {
 		}
 		v.seen = false
 	}
-	s.last = now
+	if !early {
+		s.last = now
+	}
 	r.addFileSystems()
 	return r
 }
 
-// step computes the rates of an element.
-func (v *series) step(now time.Time, passed float64, e api.Element) {
-	if a := e.Activity; a != nil {
-		if v.active && passed > 0 {
-			rate := func(now, before uint64) float64 {
-				if now < before { // it was counted anew
-					return 0
-				}
-				return float64(now-before) / passed
-			}
-			v.rates.Reads = rate(a.Reads.Count, v.activity.Reads.Count)
-			v.rates.Writes = rate(a.Writes.Count, v.activity.Writes.Count)
-			v.rates.ReadBytes = rate(a.ReadBytes, v.activity.ReadBytes)
-			v.rates.WrittenBytes = rate(a.WrittenBytes, v.activity.WrittenBytes)
-		}
-		v.activity, v.active = *a, true
+// count computes the rates of requests from what was counted until now, and seconds ago.
+func (v *series) count(seconds float64, a *api.Activity) {
+	if a == nil {
+		return
 	}
+	if v.active && seconds > 0 {
+		rate := func(now, before uint64) float64 {
+			if now < before { // it was counted anew
+				return 0
+			}
+			return float64(now-before) / seconds
+		}
+		v.rates.Reads = rate(a.Reads.Count, v.activity.Reads.Count)
+		v.rates.Writes = rate(a.Writes.Count, v.activity.Writes.Count)
+		v.rates.ReadBytes = rate(a.ReadBytes, v.activity.ReadBytes)
+		v.rates.WrittenBytes = rate(a.WrittenBytes, v.activity.WrittenBytes)
+	}
+	v.activity, v.active = *a, true
+}
+
+// step computes how fast the store of an element fills.
+func (v *series) step(now time.Time, e api.Element) {
 	f := e.Figures
 	if f == nil {
 		return

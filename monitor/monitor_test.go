@@ -40,8 +40,16 @@ func TestRatesOfActivity(t *testing.T) {
 	if v.Rates.Writes != 100 || v.Rates.WrittenBytes != 1<<20 || v.Rates.Reads != 25 || v.Rates.ReadBytes != 2048 {
 		t.Errorf("rates %+v", v.Rates)
 	}
+	a.Writes.Count++ // a moment later: too early for another rate
+	if v := s.Step(at(2.01), tree).Find("vm1"); v.Rates.Writes != 100 {
+		t.Errorf("after a moment: rates %+v", v.Rates)
+	}
+	a.Writes.Count = 400
+	if v := s.Step(at(3), tree).Find("vm1"); v.Rates.Writes != 100 {
+		t.Errorf("after the next second: rates %+v", v.Rates)
+	}
 	a.Writes.Count = 10 // counted anew
-	if v := s.Step(at(3), tree).Find("vm1"); v.Rates.Writes != 0 {
+	if v := s.Step(at(4), tree).Find("vm1"); v.Rates.Writes != 0 {
 		t.Errorf("after a restart %+v", v.Rates)
 	}
 }

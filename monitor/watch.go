@@ -12,6 +12,7 @@ import (
 type Watcher struct {
 	tree   func() (api.Tree, error)
 	alert  func(Alert)
+	events <-chan struct{}
 	every  time.Duration
 	seldom time.Duration // without subscribers
 
@@ -30,6 +31,24 @@ type Watcher struct {
 type WatchOptions struct {
 	Thresholds Thresholds
 	Alert      func(Alert) // called for each alert, from one goroutine at a time; nil: none. It must not block.
+
+	// Events has a report made at once, whose alerts are delivered, instead of with the next one: something happened. Of a
+	// flood, one in a second is. nil: there are none.
+	Events <-chan struct{}
+}
+
+// Events are the value of WatchOptions.Events, for those who send.
+type Events chan struct{}
+
+// NewEvents returns Events.
+func NewEvents() Events { return make(Events, 1) }
+
+// Happened has a report made. It does not block.
+func (e Events) Happened() {
+	select {
+	case e <- struct{}{}:
+	default:
+	}
 }
 
 // NewWatcher returns a Watcher of the server whose tree the function returns.
@@ -37,7 +56,7 @@ func NewWatcher(tree func() (api.Tree, error), o WatchOptions) *Watcher {
 	if o.Alert == nil {
 		o.Alert = func(Alert) {}
 	}
-	return &Watcher{tree: tree, alert: o.Alert, every: time.Second, seldom: 5 * time.Second, alerts: Alerts{Thresholds: o.Thresholds},
+	return &Watcher{tree: tree, alert: o.Alert, events: o.Events, every: time.Second, seldom: 5 * time.Second, alerts: Alerts{Thresholds: o.Thresholds},
 		readers: map[chan struct{}]bool{}, wake: make(chan struct{}, 1)}
 }
 
@@ -110,9 +129,22 @@ func (w *Watcher) Subscribe() (reports <-chan struct{}, end func()) {
 	}
 }
 
+// afterEvent is when a second report is made after an event: what it says may come before what follows from it.
+const afterEvent = 250 * time.Millisecond
+
 // Run makes reports until ctx ends.
 func (w *Watcher) Run(ctx context.Context) {
-	for {
+	rest := func(long time.Duration) {
+		if long <= 0 {
+			return
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(long):
+		}
+	}
+	var event time.Time // of the last report for one
+	for ctx.Err() == nil {
 		w.Step(time.Now()) // readers see the error
 		w.mu.Lock()
 		pause := w.seldom
@@ -123,16 +155,15 @@ func (w *Watcher) Run(ctx context.Context) {
 		t := time.NewTimer(pause)
 		select {
 		case <-ctx.Done():
-			t.Stop()
-			return
 		case <-w.wake:
-			t.Stop()
-			select { // rates need some time between two reports
-			case <-ctx.Done():
-				return
-			case <-time.After(min(w.every, 200*time.Millisecond)):
-			}
+			rest(min(w.every, leastStep)) // rates need some time between two reports
+		case <-w.events:
+			rest(time.Until(event.Add(w.every)))
+			event = time.Now()
+			w.Step(event)
+			rest(min(w.every, afterEvent))
 		case <-t.C:
 		}
+		t.Stop()
 	}
 }

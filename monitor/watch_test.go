@@ -76,3 +76,42 @@ func TestWatcherRuns(t *testing.T) {
 	stop()
 	<-done
 }
+
+// An event has a report made at once, and one when what follows from it is to be seen. A flood of events has few made.
+func TestEventsAreReportedAtOnce(t *testing.T) {
+	noFileSystems(t)
+	var sectors, steps atomic.Uint64
+	alerts := make(chan Alert, 10)
+	events := NewEvents()
+	w := NewWatcher(func() (api.Tree, error) {
+		if steps.Add(1) == 3 { // the second one after the event
+			sectors.Store(1_900_000)
+		}
+		return node(sectors.Load()), nil
+	}, WatchOptions{Alert: func(a Alert) { alerts <- a }, Events: events, Thresholds: Thresholds{TimeToFull: -1}})
+	w.every, w.seldom = 100*time.Millisecond, time.Hour
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); w.Run(ctx) }()
+	defer func() { stop(); <-done }()
+	events.Happened()
+	for _, percent := range []float64{80, 90, 95} {
+		select {
+		case a := <-alerts:
+			if a.Kind != AlertFill || a.Threshold != percent {
+				t.Errorf("alert %+v, want of %v percent", a, percent)
+			}
+		case <-time.After(30 * time.Second):
+			t.Fatal("no alert")
+		}
+	}
+	began, before := time.Now(), steps.Load()
+	for time.Since(began) < 500*time.Millisecond {
+		events.Happened()
+		time.Sleep(time.Millisecond)
+	}
+	passed := time.Since(began)
+	if n, most := steps.Load()-before, 4+4*uint64(passed/w.every); n == 0 || n > most {
+		t.Errorf("%d reports in %v, want 1 to %d", n, passed, most)
+	}
+}

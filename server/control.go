@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net/http"
 	"strconv"
 	"time"
@@ -43,20 +44,32 @@ func (s *Server) Handler() http.Handler {
 		if err := api.ReadBody(r, &q); err != nil {
 			return nil, err
 		}
-		return s.Attach(q)
+		st, err := s.Attach(q)
+		if err == nil {
+			s.logOperation(st.Name, "attach", "attached", nil)
+		}
+		return st, err
 	})
 	handle("POST /v1/snapshots/{name}/grow", func(r *http.Request) (any, error) {
 		var q api.GrowRequest
 		if err := api.ReadBody(r, &q); err != nil {
 			return nil, err
 		}
-		return s.Grow(r.PathValue("name"), q.Size)
+		st, err := s.Grow(r.PathValue("name"), q.Size)
+		if err == nil {
+			s.logOperation(st.Name, "grow", fmt.Sprintf("grown to %d bytes", q.Size), nil)
+		}
+		return st, err
 	})
 	handle("DELETE /v1/snapshots/{name}", func(r *http.Request) (any, error) {
 		// A drop is not left half done when the client disconnects.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(r.Context()), dropTimeout)
 		defer cancel()
-		return struct{}{}, s.Drop(ctx, r.PathValue("name"))
+		err := s.Drop(ctx, r.PathValue("name"))
+		if err == nil {
+			s.logOperation(r.PathValue("name"), "drop", "dropped", nil)
+		}
+		return struct{}{}, err
 	})
 	handle("POST /v1/merge", s.postMerge)
 	handle("GET /v1/merge", s.getMerge)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"encoding/json"
 	"log/slog"
+	"net/http"
+	"net/http/httptest"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -78,5 +80,48 @@ func TestLoggerReceivesRecords(t *testing.T) {
 	}
 	if r.Level != "WARN" || r.Snapshot != "small" || r.Kind != "full" || !strings.HasPrefix(r.Msg, "No space") || r.Error == "" {
 		t.Errorf("the record of a full COW file: %+v", r)
+	}
+}
+
+// TestOperationsAreLogged: what is done by the control API, and how a merge goes, is a line each with disk, snapshot and operation.
+func TestOperationsAreLogged(t *testing.T) {
+	p := newPair(t)
+	var records bytes.Buffer
+	s := p.open(t, Options{Logger: slog.New(slog.NewJSONHandler(&records, nil))})
+	do := func(method, path, body string) {
+		t.Helper()
+		w := httptest.NewRecorder()
+		s.Handler().ServeHTTP(w, httptest.NewRequest(method, path, strings.NewReader(body)))
+		if w.Code != http.StatusOK {
+			t.Fatalf("%s %s: %d %s", method, path, w.Code, w.Body)
+		}
+	}
+	do("POST", "/v1/snapshots", `{"name":"a","cow":"`+filepath.Join(p.dir, "a.cow")+`","create":true}`)
+	dev, err := s.Device("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeAt(t, dev, "merged", 0)
+	do("POST", "/v1/merge", `{"name":"a"}`)
+	if m, err := s.Merge(t.Context(), time.Minute); err != nil || m.State != api.MergeDone {
+		t.Fatalf("%+v, %v", m, err)
+	}
+	do("DELETE", "/v1/snapshots/a", "")
+	var got []string
+	for line := range strings.Lines(records.String()) {
+		var r struct{ Level, Msg, Disk, Snapshot, Operation string }
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatal(err)
+		}
+		if r.Operation == "" { // of the engine
+			continue
+		}
+		if r.Level != "INFO" || r.Disk != p.origin || r.Snapshot != "a" {
+			t.Errorf("record %s", line)
+		}
+		got = append(got, r.Operation+": "+r.Msg)
+	}
+	if want := "attach: attached; merge: merge started; merge: merge done; drop: dropped"; strings.Join(got, "; ") != want {
+		t.Errorf("logged: %q, want %q", strings.Join(got, "; "), want)
 	}
 }

@@ -86,11 +86,19 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	}
 	if side != nil {
 		s.half.Store(side)
-		opts.Completed = func() error { return errors.Join(s.endSideFile(side, v.cow), completed(s.opts.Merge)) }
+	}
+	opts.Completed = func() (err error) {
+		if side != nil {
+			err = s.endSideFile(side, v.cow)
+		}
+		err = errors.Join(err, completed(s.opts.Merge))
+		s.logMerge(v.name, "done", err)
+		return err
 	}
 	v.snap.Close() // its store is the merge's; nothing is left that could fail
 	v.merge = &liveMerge{name, m, merge.Start(m, opts)}
 	s.merging = v.merge
+	s.logMerge(name, "started", nil)
 	s.originReplaced(name)
 	return v.merge.status(), nil
 }
@@ -136,6 +144,20 @@ func (s *Server) endSideFile(side *merge.SideFile, cow block.Device) error {
 	return err
 }
 
+// logMerge logs what became of a merge. What its steps fail with is an event of the engine.
+func (s *Server) logMerge(name, what string, err error) {
+	s.logOperation(name, "merge", "merge "+what, err)
+}
+
+// logOperation logs what was done with a snapshot, on request or by itself.
+func (s *Server) logOperation(name, operation, message string, err error) {
+	level, line := slog.LevelInfo, name+": "+message
+	if err != nil {
+		level, line = slog.LevelError, line+": "+err.Error()
+	}
+	s.log.Event(level, line, message, err, slog.String("snapshot", name), slog.String("operation", operation))
+}
+
 // currentMerge returns the merge under way or the last one.
 func (s *Server) currentMerge() (*liveMerge, error) {
 	s.mu.Lock()
@@ -162,16 +184,21 @@ func (s *Server) Merge(ctx context.Context, wait time.Duration) (api.Merge, erro
 }
 
 // PauseMerge pauses the merge after the step under way.
-func (s *Server) PauseMerge() (api.Merge, error) { return s.steer((*merge.Driver).Pause) }
+func (s *Server) PauseMerge() (api.Merge, error) { return s.steer((*merge.Driver).Pause, "paused") }
 
 // ResumeMerge continues a merge that was paused or failed.
-func (s *Server) ResumeMerge() (api.Merge, error) { return s.steer((*merge.Driver).Resume) }
+func (s *Server) ResumeMerge() (api.Merge, error) { return s.steer((*merge.Driver).Resume, "resumed") }
 
-func (s *Server) steer(do func(*merge.Driver)) (api.Merge, error) {
+func (s *Server) steer(do func(*merge.Driver), what string) (api.Merge, error) {
 	m, err := s.currentMerge()
 	if err != nil {
 		return api.Merge{}, err
 	}
+	before := m.status().State
 	do(m.driver)
-	return m.status(), nil
+	now := m.status()
+	if now.State != before {
+		s.logMerge(m.name, what, nil)
+	}
+	return now, nil
 }

@@ -88,8 +88,8 @@ type Options struct {
 	// block.
 	Log func(line string)
 
-	// Logger, unless it is nil, receives the same events as records with attributes: snapshot, kind, error, and those of
-	// nbd.Options.Logger.
+	// Logger, unless it is nil, receives the same events as records with attributes: disk, snapshot, operation or kind, error,
+	// and those of nbd.Options.Logger.
 	Logger *slog.Logger
 }
 
@@ -164,6 +164,9 @@ var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
 func Open(path string, o Options) (*Server, error) {
 	if _, known := fullPolicies[o.OnFull]; !known {
 		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
+	}
+	if o.Logger != nil {
+		o.Logger = o.Logger.With("disk", path)
 	}
 	if o.NBD.Log == nil {
 		o.NBD.Log = o.Log

@@ -25,6 +25,7 @@ type Config struct {
 	Metrics    func(latest func() (monitor.Report, error)) http.Handler
 	Thresholds monitor.Thresholds
 	Notify     notify.Options
+	Events     <-chan struct{} // something happened: see monitor.WatchOptions
 }
 
 // A Running is what Start began.
@@ -45,7 +46,7 @@ func Start(ctx context.Context, c Config) (*Running, error) {
 		return nil, err
 	}
 	r := &Running{notifier: n}
-	w := monitor.NewWatcher(c.Tree, monitor.WatchOptions{Thresholds: c.Thresholds, Alert: func(a monitor.Alert) { n.Send(a.Event()) }})
+	w := monitor.NewWatcher(c.Tree, monitor.WatchOptions{Thresholds: c.Thresholds, Events: c.Events, Alert: func(a monitor.Alert) { n.Send(a.Event()) }})
 	if c.Listener != nil {
 		o := Options{Token: NewToken(), API: c.API, Watcher: w, Hosts: c.Hosts}
 		if c.Metrics != nil {

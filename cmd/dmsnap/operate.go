@@ -28,6 +28,7 @@ type operatorFlags struct {
 	notify     notify.Options
 	thresholds monitor.Thresholds
 	logFormat  string
+	events     monitor.Events // what is logged
 }
 
 func (o *operatorFlags) add(f *pflag.FlagSet) {
@@ -84,7 +85,7 @@ func (o *operatorFlags) start(ctx context.Context, l net.Listener, tree func() (
 		return func() error { return nil }, nil
 	}
 	o.notify.Log = log.line
-	r, err := web.Start(ctx, web.Config{Tree: tree, API: control, Listener: l, Hosts: o.hosts, Metrics: metrics.Handler, Thresholds: o.thresholds, Notify: o.notify})
+	r, err := web.Start(ctx, web.Config{Tree: tree, API: control, Listener: l, Hosts: o.hosts, Metrics: metrics.Handler, Thresholds: o.thresholds, Notify: o.notify, Events: o.events})
 	if err != nil {
 		return nil, err
 	}
@@ -101,12 +102,25 @@ type serverLog struct {
 	end  func()
 }
 
-// openLog begins a log on w.
+// openLog begins a log on w. What is logged has a report made at once, for its alerts.
 func (o *operatorFlags) openLog(w io.Writer) serverLog {
+	o.events = monitor.NewEvents()
+	w = &loggedTo{w, o.events}
 	if o.logFormat != "json" {
 		line, end := eventlog.Writer(w, "dmsnap: ")
 		return serverLog{eventlog.Log{Line: line}, line, end}
 	}
 	logger, end := eventlog.JSON(w)
 	return serverLog{eventlog.Log{Logger: logger}, func(s string) { logger.Info(s) }, end}
+}
+
+// loggedTo is a log whose lines are events.
+type loggedTo struct {
+	io.Writer
+	events monitor.Events
+}
+
+func (w *loggedTo) Write(p []byte) (int, error) {
+	w.events.Happened() // first: the log may block
+	return w.Writer.Write(p)
 }
