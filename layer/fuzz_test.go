@@ -42,7 +42,7 @@ func FuzzIndex(f *testing.F) {
 	})
 }
 
-// FuzzFrame unpacks anything: nothing is written beyond the length that the index has.
+// FuzzFrame unpacks anything: nothing is written beyond the length that the index has and the spare bytes.
 func FuzzFrame(f *testing.F) {
 	m := write(f, bytes.Repeat([]byte{7}, 4096), func(int) bool { return true })
 	f.Add(m.data.Bytes()[24:], 4096)
@@ -50,10 +50,11 @@ func FuzzFrame(f *testing.F) {
 		if length < 0 || length > layer.UnitBytes {
 			return
 		}
-		room := make([]byte, length+1)
-		room[length] = 0x5a
+		end := length + layer.Spare
+		room := make([]byte, end+1)
+		room[end] = 0x5a
 		frame := layer.Frame{Packed: len(packed), Length: length}
-		if got, err := frame.Unpack(room, packed); err == nil && layer.DigestOf(got) != frame.Content || room[length] != 0x5a {
+		if got, err := frame.Unpack(room, packed); err == nil && layer.DigestOf(got) != frame.Content || room[end] != 0x5a {
 			t.Fatalf("%d bytes, %v", len(got), err)
 		}
 	})

@@ -95,7 +95,7 @@ func read(t testing.TB, size int64, x layer.Index, index []byte, layers []*made)
 		}
 		if !run.Zero() {
 			f := run.Frame
-			content, err := f.Unpack(make([]byte, 0, f.Length), layers[f.Layer].data.Bytes()[f.Off:][:f.Packed])
+			content, err := f.Unpack(make([]byte, 0, f.Length+layer.Spare), layers[f.Layer].data.Bytes()[f.Off:][:f.Packed])
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -225,7 +225,7 @@ func TestChangedAnywhere(t *testing.T) {
 	for i := 0; i < len(packed); i += 7 {
 		packed[i] ^= 4
 		// A bit of the frame's header may have no meaning; the content is that of the digest in any case.
-		if got, err := run.Frame.Unpack(make([]byte, 0, run.Frame.Length), packed); err == nil && layer.DigestOf(got) != run.Frame.Content || err != nil && !errors.Is(err, layer.ErrCorrupt) {
+		if got, err := run.Frame.Unpack(make([]byte, 0, run.Frame.Length+layer.Spare), packed); err == nil && layer.DigestOf(got) != run.Frame.Content || err != nil && !errors.Is(err, layer.ErrCorrupt) {
 			t.Fatalf("byte %d of the frame: %v", i, err)
 		}
 		packed[i] ^= 4

@@ -1,6 +1,7 @@
 package publish
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"iter"
 	"os"
 	"path/filepath"
+	"sync"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
@@ -75,12 +77,7 @@ func (f *File) pull(ctx context.Context, d *ondemand.Disk, n int, o Options) err
 			if err != nil {
 				return err
 			}
-			done := int64(0)
-			err = block.Copy(dev, 0, from, 0, d.Size(), block.IntoZeros, func(n int64) error {
-				done += n
-				return progress(done)
-			})
-			return errors.Join(err, dev.Close(), file.Chmod(0o444))
+			return errors.Join(fillImage(dev, from, progress), dev.Close(), file.Chmod(0o444))
 		})
 	}
 	l, err := ondisk.NewLayout(d.Description().Layers[n].ChunkSectors)
@@ -96,13 +93,61 @@ func (f *File) pull(ctx context.Context, d *ondemand.Disk, n int, o Options) err
 	})
 }
 
+const (
+	pieceBytes = 2 << 20
+	pullers    = 8 // pieces that are fetched and written at the same time
+)
+
+// fillImage writes what a layer has to an image that reads as zeros.
+func fillImage(dev block.Device, from *ondemand.Disk, progress func(int64) error) error {
+	pieces := make(chan block.Range)
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	var running sync.WaitGroup
+	for range pullers {
+		running.Go(func() {
+			p := make([]byte, pieceBytes)
+			for r := range pieces {
+				_, err := from.ReadAt(p[:r.Length], r.Off)
+				if err == nil {
+					err = block.WriteSparse(dev, p[:r.Length], r.Off, block.IntoZeros)
+				}
+				if err != nil {
+					cancel(err)
+				}
+			}
+		})
+	}
+	err := func() error {
+		for r, err := range ranges(from.Entries()) {
+			for err == nil && r.Length > 0 {
+				piece := block.Range{Off: r.Off, Length: min(r.Length, pieceBytes-r.Off%pieceBytes)}
+				select {
+				case pieces <- piece:
+				case <-ctx.Done():
+					return context.Cause(ctx)
+				}
+				r.Off, r.Length = r.Off+piece.Length, r.Length-piece.Length
+				err = progress(r.Off)
+			}
+			if err != nil {
+				return err
+			}
+		}
+		return nil
+	}()
+	close(pieces)
+	running.Wait()
+	return cmp.Or(context.Cause(ctx), err)
+}
+
 // fillStore makes a store of a layer.
 func fillStore(dev block.Device, l ondisk.Layout, from *ondemand.Disk, progress func(int64) error) error {
 	s, err := store.Create(dev, l, false)
 	if err != nil {
 		return err
 	}
-	fill := store.NewFiller(s, 1<<20)
+	fill := store.NewFiller(s, pullers<<20) // what is read for it is fetched side by side
 	size, chunk := from.Size(), l.ChunkBytes()
 	read := func(p []byte, off int64) error {
 		n := min(int64(len(p)), max(0, size-off))

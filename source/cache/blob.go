@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -50,12 +51,12 @@ type segment struct {
 	freed   chan struct{} // closed when something is not claimed any more
 }
 
-// open returns the segment with a number. again: a new one where its file was removed.
-func (b *Blob) open(number int64, again bool) (*segment, error) {
+// open returns the segment with a number. create: a new one where there is no file, or it was removed.
+func (b *Blob) open(number int64, create bool) (*segment, error) {
 	b.mu.RLock()
 	s := b.segments[number]
 	b.mu.RUnlock()
-	if s != nil && !(again && s.removed()) {
+	if s != nil && !(create && s.removed()) {
 		return s, nil
 	}
 	b.mu.Lock()
@@ -63,7 +64,7 @@ func (b *Blob) open(number int64, again bool) (*segment, error) {
 	if now := b.segments[number]; now != nil && now != s {
 		return now, nil
 	}
-	f, err := b.openFile(number)
+	f, err := b.openFile(number, create)
 	if err != nil {
 		return nil, fmt.Errorf("cache: %w", err)
 	}
@@ -79,11 +80,15 @@ func (b *Blob) open(number int64, again bool) (*segment, error) {
 	return next, nil
 }
 
-func (b *Blob) openFile(number int64) (*os.File, error) {
+func (b *Blob) openFile(number int64, create bool) (*os.File, error) {
 	path := filepath.Join(b.dir, fmt.Sprint(number))
+	flags := os.O_RDWR
+	if create {
+		flags |= os.O_CREATE
+	}
 	for {
-		f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
-		if !errors.Is(err, fs.ErrNotExist) {
+		f, err := os.OpenFile(path, flags, 0o600)
+		if !create || !errors.Is(err, fs.ErrNotExist) {
 			return f, err
 		}
 		if err := b.makeDir(); err != nil {
@@ -194,14 +199,50 @@ func (b *Blob) Put(unit int64, content []byte, digest layer.Digest) error {
 			return err
 		}
 	}
-	_, err = s.f.WriteAt(content, b.place(i))
+	return b.write(s, i, content, digest[:])
+}
+
+// PutAll is Put of consecutive units in one segment. All of them are whole, but maybe the last one.
+func (b *Blob) PutAll(unit int64, content []byte, digests []layer.Digest) error {
+	i, records := unit%SegmentUnits, make([]byte, len(digests)*recordBytes)
+	s, err := b.open(unit/SegmentUnits, true)
+	if err != nil {
+		return err
+	}
+	n, err := s.f.ReadAt(records, i*recordBytes)
+	if err != nil && err != io.EOF {
+		return fmt.Errorf("cache: %w", err)
+	}
+	for _, r := range records[:n] {
+		if r == 0 {
+			continue
+		}
+		for k, d := range digests { // some units are there, or are damaged
+			from := int64(k) * b.unit
+			if err := b.Put(unit+int64(k), content[from:min(from+b.unit, int64(len(content)))], d); err != nil {
+				return err
+			}
+		}
+		return nil
+	}
+	for k, d := range digests {
+		copy(records[k*recordBytes:], d[:])
+	}
+	return b.write(s, i, content, records)
+}
+
+// write writes units and then their records.
+func (b *Blob) write(s *segment, i int64, content, records []byte) error {
+	_, err := s.f.WriteAt(content, b.place(i))
 	if err == nil {
-		_, err = s.f.WriteAt(digest[:], i*recordBytes)
+		_, err = s.f.WriteAt(records, i*recordBytes)
 	}
 	if err != nil {
 		return fmt.Errorf("cache: %w", err)
 	}
-	s.setVerified(i)
+	for k := range len(records) / recordBytes {
+		s.setVerified(i + int64(k))
+	}
 	b.c.wrote(int64(len(content)))
 	return nil
 }

@@ -60,6 +60,7 @@ type Disk struct {
 	units   *unitTable // nil: a file
 	timeout time.Duration
 	record  func(block.Range)
+	direct  bool     // what is fetched is not kept in the cache, and nothing is fetched ahead
 	seen    sync.Map // units that were recorded
 
 	ctx        context.Context
@@ -282,10 +283,11 @@ func (d *Disk) Close() error {
 	return nil
 }
 
-// Layer returns layer n of the disk alone: where it has nothing, zeros are read. Entries says where it has something. Close it before d.
+// Layer returns layer n of the disk alone, for one who reads it once: what it fetches of its data is not kept in the cache. Where it has nothing,
+// zeros are read. Entries says where it has something. Close it before d.
 func (d *Disk) Layer(n int, c *cache.Cache) (*Disk, error) {
 	l := d.desc.Layers[n]
-	one := &Disk{name: d.name, size: d.size, id: l.Index.Digest, desc: d.desc, repo: d.repo, timeout: d.timeout, slots: d.slots}
+	one := &Disk{name: d.name, size: d.size, id: l.Index.Digest, desc: d.desc, repo: d.repo, timeout: d.timeout, slots: d.slots, direct: true}
 	return one, one.openIndexed(l.Index, []layer.Layer{l}, c)
 }
 

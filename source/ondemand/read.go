@@ -48,7 +48,9 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("read", off, int64(len(p)), d.size); err != nil || len(p) == 0 {
 		return 0, err
 	}
-	d.ahead.note(off, int64(len(p)))
+	if !d.direct {
+		d.ahead.note(off, int64(len(p)))
+	}
 	if d.readVerified(p, off) {
 		return len(p), nil
 	}
@@ -99,8 +101,11 @@ func (d *Disk) recordUnit(unit int64) {
 	}
 }
 
-// mostTogether bounds the bytes of one request.
-const mostTogether = 1 << 20
+// Bounds of one request.
+const (
+	mostTogether = 1 << 20 // bytes
+	mostUnits    = 32
+)
 
 // fetchAll fetches parts, in requests of neighbours side by side.
 func (d *Disk) fetchAll(ctx context.Context, missing []wanted) error {
@@ -133,7 +138,7 @@ func (d *Disk) fetchAll(ctx context.Context, missing []wanted) error {
 
 // together reports whether next can be in one request with the parts from first to last.
 func together(first, last, next wanted) bool {
-	if next.blob != first.blob || next.unit/cache.SegmentUnits != first.unit/cache.SegmentUnits || next.unit < last.unit {
+	if next.blob != first.blob || next.unit/cache.SegmentUnits != first.unit/cache.SegmentUnits || next.unit < last.unit || next.unit >= first.unit+mostUnits {
 		return false
 	}
 	end := next.frame.Off + int64(next.frame.Packed)
@@ -146,11 +151,14 @@ const verifyAttempts = 3
 // fetch fetches parts whose frames are neighbours, those that nobody else has fetched meanwhile.
 func (d *Disk) fetch(ctx context.Context, group []wanted) error {
 	first, last := group[0], group[len(group)-1]
-	release, err := first.blob.cache.Claim(ctx, first.unit, last.unit-first.unit+1)
-	if err != nil {
-		return fmt.Errorf("%s: %w", d.name, err)
+	if !d.direct {
+		release, err := first.blob.cache.Claim(ctx, first.unit, last.unit-first.unit+1)
+		if err != nil {
+			return fmt.Errorf("%s: %w", d.name, err)
+		}
+		defer release()
 	}
-	defer release()
+	var err error
 	for n := 1; ; n++ {
 		rest := group[:0:0]
 		for _, w := range group {
@@ -174,6 +182,15 @@ func (d *Disk) fetch(ctx context.Context, group []wanted) error {
 	}
 }
 
+// A received is memory for one request.
+type received struct {
+	packed  [mostTogether]byte
+	content [mostUnits*layer.UnitBytes + layer.Spare]byte
+	digests [mostUnits]layer.Digest
+}
+
+var memories = sync.Pool{New: func() any { return new(received) }}
+
 // receive makes one request, verifies what it received, and keeps it.
 func (d *Disk) receive(ctx context.Context, group []wanted) error {
 	select {
@@ -182,16 +199,21 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 	case <-ctx.Done():
 		return fmt.Errorf("%s: %w", d.name, context.Cause(ctx))
 	}
+	memory := memories.Get().(*received)
+	defer memories.Put(memory)
 	first, last := group[0].frame, group[len(group)-1].frame
-	packed := make([]byte, last.Off+int64(last.Packed)-first.Off)
+	packed := memory.packed[:last.Off+int64(last.Packed)-first.Off]
 	b := group[0].blob
 	if err := b.remote.ReadRange(ctx, packed, first.Off); err != nil {
 		return err
 	}
 	d.requests.Add(1)
 	d.received.Add(int64(len(packed)))
-	memory := layer.Buffer()
-	defer layer.Recycle(memory)
+	run := keeping{b: b, contents: memory.content[:], room: memory.digests[:0]}
+	if b.plain {
+		run.contents = packed
+	}
+	at := 0
 	for i := 0; i < len(group); {
 		f := group[i].frame
 		content := packed[f.Off-first.Off:][:f.Packed]
@@ -200,7 +222,7 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 			digest = layer.DigestOf(content)
 		} else {
 			var err error
-			if content, err = f.Unpack(memory, content); err != nil {
+			if content, err = f.Unpack(memory.content[at:], content); err != nil {
 				return fmt.Errorf("%s: %w", d.name, err)
 			}
 		}
@@ -208,10 +230,40 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 		for ; i < len(group) && group[i].frame == f; i++ {
 			copy(group[i].to, content[group[i].at:])
 		}
-		// Without space in the cache the disk can be read nevertheless.
-		b.cache.Put(unit, content, digest)
+		if !d.direct {
+			run.add(unit, at, f.Length, digest)
+		}
+		at += f.Length
 	}
+	run.put()
 	return nil
+}
+
+// keeping gathers consecutive units that are written to the cache together. Without space in the cache the disk can be read
+// nevertheless.
+type keeping struct {
+	b        *blob
+	contents []byte         // of all units, one after the other
+	room     []layer.Digest // for digests
+
+	unit     int64 // the first one
+	from, to int   // its content begins, the last one's ends
+	digests  []layer.Digest
+}
+
+// add adds a unit of n bytes whose content begins at byte at of contents.
+func (k *keeping) add(unit int64, at, n int, digest layer.Digest) {
+	if have := len(k.digests); have == 0 || unit != k.unit+int64(have) || k.to != at || at-k.from != have*layer.UnitBytes {
+		k.put()
+		k.unit, k.from, k.digests = unit, at, k.room
+	}
+	k.to, k.digests = at+n, append(k.digests, digest)
+}
+
+func (k *keeping) put() {
+	if len(k.digests) > 0 {
+		k.b.cache.PutAll(k.unit, k.contents[k.from:k.to], k.digests)
+	}
 }
 
 // prefetch fetches a range into the cache.
@@ -247,16 +299,17 @@ func (d *Disk) BeginRead(off, n int64) {
 	}
 }
 
-// Reads in order are fetched ahead.
+// Reads in order are fetched ahead, in pieces side by side, as far as they have been in order.
 const (
 	aheadAfter = 256 << 10 // bytes that were read in order
-	aheadBytes = 8 << 20
+	aheadPiece = mostUnits * layer.UnitBytes
+	aheadBytes = 8 * aheadPiece
 )
 
-// readahead recognises reads in order.
+// readahead recognises reads in order, also where several are in flight and begin in another order.
 type readahead struct {
 	d       *Disk
-	next    atomic.Int64 // where the last read ended
+	next    atomic.Int64 // where the reads in order have ended
 	run     atomic.Int64 // bytes that were read in order
 	until   atomic.Int64 // fetched ahead to here
 	running atomic.Int32
@@ -264,32 +317,40 @@ type readahead struct {
 
 // note is called for each read.
 func (a *readahead) note(off, n int64) {
-	if a.next.Swap(off+n) != off {
+	next, end := a.next.Load(), off+n
+	if off < next-4*n || off > next+4*n {
+		a.next.Store(end)
 		a.run.Store(n)
 		a.until.Store(0)
 		return
 	}
-	if a.run.Add(n) < aheadAfter {
+	end = max(next, end)
+	a.next.Store(end)
+	run := a.run.Add(n)
+	if run < aheadAfter {
 		return
 	}
-	end := off + n
-	until := max(a.until.Load(), end)
-	if until-end > aheadBytes/2 || until >= a.d.size {
-		return
+	from := max(a.until.Load(), end)
+	to := min((end+min(run, aheadBytes))/aheadPiece*aheadPiece+aheadPiece, a.d.size)
+	if from < to {
+		a.until.Store(to)
+		a.begin(from, to)
 	}
-	to := min(a.d.size, end+aheadBytes)
-	a.until.Store(to)
-	a.begin(until, to)
 }
 
-// begin fetches a range in the background, unless enough is under way.
+// begin fetches a range in the background, unless enough is in flight.
 func (a *readahead) begin(from, to int64) {
-	if a.running.Add(1) > 4 || a.d.ctx.Err() != nil {
-		a.running.Add(-1)
-		return
+	for from < to {
+		end := min(to, (from/aheadPiece+1)*aheadPiece)
+		if a.running.Add(1) > 2*aheadBytes/aheadPiece || a.d.ctx.Err() != nil {
+			a.running.Add(-1)
+			return
+		}
+		piece := from
+		a.d.background.Go(func() {
+			defer a.running.Add(-1)
+			a.d.prefetch(piece, end) // the read itself reports what is wrong
+		})
+		from = end
 	}
-	a.d.background.Go(func() {
-		defer a.running.Add(-1)
-		a.d.prefetch(from, to) // the read itself reports what is wrong
-	})
 }
