@@ -23,9 +23,16 @@ type lab struct {
 	settings
 	dir    string
 	origin int64 // bytes
+	reg    *registry
 }
 
-func (l *lab) close() error { return os.RemoveAll(l.dir) }
+func (l *lab) close() error {
+	var err error
+	if l.reg != nil && l.reg.server != nil {
+		err = l.reg.stop()
+	}
+	return errors.Join(err, os.RemoveAll(l.dir))
+}
 
 func (l *lab) path(name string) string { return filepath.Join(l.dir, name) }
 

@@ -3,6 +3,7 @@
 //
 //	go run ./bench            the table of workloads
 //	go run ./bench curves     how cost grows
+//	go run ./bench registry   disks in a registry
 //	bench floor SOCKET IMAGE  a server that does the least; the table starts it
 //
 // Each row of the table is a workload, each column a server. A row is measured in rounds: every server
@@ -46,6 +47,8 @@ type settings struct {
 	json    bool
 	install bool
 	self    string // this program, which is a server too
+
+	goldenRef string // an ext4 image in a registry
 }
 
 func run(ctx context.Context, args []string) error {
@@ -53,9 +56,9 @@ func run(ctx context.Context, args []string) error {
 		return serveFloor(ctx, args[1], args[2])
 	}
 	var s settings
-	curves := len(args) > 0 && args[0] == "curves"
-	if curves {
-		args = args[1:]
+	what := ""
+	if len(args) > 0 && (args[0] == "curves" || args[0] == "registry") {
+		what, args = args[0], args[1:]
 	}
 	f := flag.NewFlagSet("bench", flag.ContinueOnError)
 	f.StringVar(&s.binary, "dmsnap", "bin/dmsnap", "the binary to measure")
@@ -65,13 +68,14 @@ func run(ctx context.Context, args []string) error {
 	f.Float64Var(&s.seconds, "seconds", 3, "length of a measurement that is bounded by time")
 	only := f.String("only", "", "workloads whose name this regular expression matches")
 	servers := f.String("servers", "", "servers whose key this regular expression matches, beside dmsnap")
+	f.StringVar(&s.goldenRef, "golden", "", "of registry: use this disk, of 2 GiB, in a registry instead of making one")
 	f.BoolVar(&s.json, "json", false, "print JSON instead of the table")
 	f.BoolVar(&s.install, "install", false, "as root, install the peers that are absent")
 	if err := f.Parse(args); err != nil {
 		return err
 	}
 	if f.NArg() > 0 {
-		return fmt.Errorf("%q: there is one argument, curves, and it comes first", f.Arg(0))
+		return fmt.Errorf("%q: there is one argument, curves or registry, and it comes first", f.Arg(0))
 	}
 	if s.rounds < 1 || s.seconds <= 0 {
 		return fmt.Errorf("--rounds and --seconds must be positive")
@@ -92,8 +96,11 @@ func run(ctx context.Context, args []string) error {
 		return err
 	}
 	defer l.close()
-	if curves {
+	switch what {
+	case "curves":
 		return l.measure(ctx, curveRows(), (*report).printCurves, (*report).writeCurves)
+	case "registry":
+		return l.measure(ctx, remoteRows(), (*report).printTable, (*report).write)
 	}
 	return l.measure(ctx, workloads(), (*report).printTable, (*report).write)
 }
