@@ -113,6 +113,10 @@ bench: release ## dmsnap beside its peers: table, JSON and plot in docs/benchmar
 bench-curves: release ## how cost grows with exceptions, snapshots, connections and the chunk size
 	$(GO) run ./bench curves --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
 
+.PHONY: bench-registry
+bench-registry: release ## disks in a registry on this machine (Debian's docker-registry, e2fsprogs, curl, zstd; as root); ARGS="--rounds 1"
+	$(GO) run ./bench registry --dmsnap $(BIN) $(ARGS)
+
 .PHONY: bench-fleet
 bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes
 	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|CheckpointUnderLoad|BaseWrite' -benchtime 1000x ./fleet

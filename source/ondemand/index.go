@@ -17,10 +17,12 @@ type index struct {
 	remote *remote.Blob
 	cache  *cache.Blob
 	leaves int64
+	first  int64 // number of the first page that is received with the root
 
 	mu     sync.RWMutex
 	pages  map[int64][]byte // verified
-	ahead  []byte           // pages that were received and are not verified
+	top    []byte           // pages from first on, not verified
+	ahead  []byte           // leaves that were received and are not verified
 	from   int64            // number of the first of them
 	last   int64            // leaf that was received last
 	streak int64            // leaves that were received in order
@@ -29,6 +31,7 @@ type index struct {
 const (
 	mostPages  = 4096 // 16 MiB
 	aheadPages = 32
+	smallIndex = 8 // pages; it is received as a whole
 )
 
 func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*index, error) {
@@ -40,8 +43,15 @@ func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*
 	if err != nil {
 		return nil, err
 	}
-	return &index{d: d, tree: tree, remote: d.repo.Blob(x.Blob), cache: kept, leaves: tree.Leaves(), pages: map[int64][]byte{}}, nil
+	i := &index{d: d, tree: tree, remote: d.repo.Blob(x.Blob), cache: kept, leaves: tree.Leaves(), pages: map[int64][]byte{}}
+	if i.root() >= smallIndex {
+		i.first = i.root() - 1 // which leads to the end of the disk: programs that look for signatures read that, too
+	}
+	return i, nil
 }
+
+// root is the number of the last page.
+func (x *index) root() int64 { return x.remote.Size()/layer.PageBytes - 1 }
 
 // load returns a page of the disk's index.
 func (r *request) load(id layer.PageID) ([]byte, error) { return r.d.index.load(r, id) }
@@ -77,7 +87,7 @@ func (x *index) cached(id layer.PageID, b []byte) bool {
 	return x.cache.Read(b, id.Number, 0, len(b), id.Digest) && id.Check(b) == nil
 }
 
-// fetch receives a page, and with leaves in order some that follow.
+// fetch receives a page: with the root some that stand before it, and with leaves in order some that follow.
 func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
 	release, err := x.cache.Claim(ctx, id.Number, 1)
 	if err != nil {
@@ -93,13 +103,17 @@ func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
 		return b, nil
 	}
 	for n := 1; ; n++ {
-		pages := make([]byte, x.together(id.Number)*layer.PageBytes)
-		if err = x.remote.ReadRange(ctx, pages, id.Number*layer.PageBytes); err != nil {
+		from, count := id.Number, x.together(id.Number)
+		if id.Number == x.root() {
+			from, count = x.first, x.root()-x.first+1
+		}
+		pages := make([]byte, count*layer.PageBytes)
+		if err = x.remote.ReadRange(ctx, pages, from*layer.PageBytes); err != nil {
 			return nil, err
 		}
 		x.d.requests.Add(1)
 		x.d.received.Add(int64(len(pages)))
-		copy(b, pages)
+		copy(b, pages[(id.Number-from)*layer.PageBytes:])
 		if err = id.Check(b); err == nil {
 			x.keep(id.Number, pages)
 			x.cache.Put(id.Number, b, id.Digest)
@@ -115,11 +129,15 @@ func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
 func (x *index) received(id layer.PageID, b []byte) bool {
 	x.mu.RLock()
 	defer x.mu.RUnlock()
-	at := (id.Number - x.from) * layer.PageBytes
-	if at < 0 || at >= int64(len(x.ahead)) {
+	from, pages := x.from, x.ahead
+	if id.Number >= x.first && x.top != nil {
+		from, pages = x.first, x.top
+	}
+	at := (id.Number - from) * layer.PageBytes
+	if at < 0 || at >= int64(len(pages)) {
 		return false
 	}
-	copy(b, x.ahead[at:])
+	copy(b, pages[at:])
 	return id.Check(b) == nil
 }
 
@@ -137,6 +155,9 @@ func (x *index) together(number int64) int64 {
 func (x *index) keep(number int64, pages []byte) {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if number == x.root() {
+		x.top = pages
+	}
 	if number >= x.leaves {
 		return
 	}

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -363,6 +364,28 @@ func TestMoved(t *testing.T) {
 	}
 }
 
+// Reads in order, also with several in flight, are fetched ahead.
+func TestReadAhead(t *testing.T) {
+	g := push(t, 11)
+	d := open(t, g.ref, ondemand.Options{})
+	p := make([]byte, 256<<10)
+	for off := int64(0); off < 3<<20; off += 2 * int64(len(p)) { // each pair in the wrong order
+		for _, at := range []int64{off + int64(len(p)), off} {
+			if _, err := d.ReadAt(p, at); err != nil || !bytes.Equal(p, g.content[at:][:len(p)]) {
+				t.Fatalf("%v, or other bytes", err)
+			}
+		}
+	}
+	d.WaitBackground()
+	before, _ := d.Fetched()
+	if _, err := d.ReadAt(p, 3<<20); err != nil || !bytes.Equal(p, g.content[3<<20:][:len(p)]) {
+		t.Fatalf("%v, or other bytes", err)
+	}
+	if after, _ := d.Fetched(); after != before {
+		t.Error("what follows was not fetched ahead")
+	}
+}
+
 // The units of a boot are recorded, and fetched at the next one before they are read.
 func TestPrefetch(t *testing.T) {
 	g := push(t, 8)
@@ -397,7 +420,11 @@ func TestPull(t *testing.T) {
 	d := open(t, g.ref, ondemand.Options{})
 	dir := t.TempDir()
 	for round := range 2 {
-		files, err := publish.Pull(context.Background(), d, dir, publish.Options{Cache: openCache(t, t.TempDir())})
+		c := openCache(t, t.TempDir())
+		files, err := publish.Pull(context.Background(), d, dir, publish.Options{Cache: c})
+		if items, err := c.List(); err != nil || slices.ContainsFunc(items, func(i cache.Item) bool { return strings.HasPrefix(i.Key, "data-") && i.Bytes > 0 }) {
+			t.Errorf("what is pulled is kept in the cache, too: %+v, %v", items, err)
+		}
 		if err != nil || len(files) != 3 || files[0].Kept != (round == 1) || files[0].Store || !files[2].Store {
 			t.Fatalf("%+v, %v", files, err)
 		}

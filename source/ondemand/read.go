@@ -301,7 +301,7 @@ func (d *Disk) BeginRead(off, n int64) {
 
 // Reads in order are fetched ahead, in pieces side by side, as far as they have been in order.
 const (
-	aheadAfter = 256 << 10 // bytes that were read in order
+	aheadAfter = 1 << 20 // bytes that were read in order
 	aheadPiece = mostUnits * layer.UnitBytes
 	aheadBytes = 8 * aheadPiece
 )
@@ -330,9 +330,11 @@ func (a *readahead) note(off, n int64) {
 	if run < aheadAfter {
 		return
 	}
-	from := max(a.until.Load(), end)
-	to := min((end+min(run, aheadBytes))/aheadPiece*aheadPiece+aheadPiece, a.d.size)
-	if from < to {
+	from, to := max(a.until.Load(), end), end+min(run, aheadBytes)
+	if run > aheadPiece {
+		to -= to % aheadPiece
+	}
+	if to = min(to, a.d.size); to-from >= min(run/2, aheadPiece) || from < to && to == a.d.size {
 		a.until.Store(to)
 		a.begin(from, to)
 	}
