@@ -201,17 +201,17 @@ func (f *Fleet) Layers(name string) (api.Layers, error) {
 		top = f.state.Layers[f.state.Layers[n.Top].Parent]
 		if top == nil || top.Preserve {
 			l := f.state.Layers[n.Top]
-			return f.layersOf(l.Disk, top), nil
+			return f.listLayers(l.Disk, top), nil
 		}
 	}
 	if top == nil {
 		return api.Layers{}, noSuchElement(name)
 	}
-	return f.layersOf(top.Disk, top), f.unusable(top)
+	return f.listLayers(top.Disk, top), f.unusable(top)
 }
 
-// layersOf lists layers from the disk to top. mu is held.
-func (f *Fleet) layersOf(disk string, top *layerRecord) api.Layers {
+// listLayers lists layers from the disk to top. mu is held.
+func (f *Fleet) listLayers(disk string, top *layerRecord) api.Layers {
 	d := f.state.Disks[disk]
 	bottom := api.Layer{Name: disk, Source: d.Source, SizeBytes: d.Size}
 	var list []api.Layer
