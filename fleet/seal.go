@@ -35,19 +35,20 @@ func (f *Fleet) prepareSeal(n *node) (*seal, error) {
 }
 
 // sealAll seals the tops of nodes in one moment, and records them in c as checkpoints of a name. also adds to c what is to be
-// recorded with it, and returns its tops. pause is how long changes to the nodes waited. After an error nothing has changed,
+// recorded with it, and returns its tops. pause is how long changes to the nodes waited at most. After an error nothing has changed,
 // and the new tops are removed. ops is held.
 func (f *Fleet) sealAll(all []*seal, c *change, name string, also func() ([]newTop, error)) (pause time.Duration, err error) {
 	slices.SortFunc(all, func(a, b *seal) int { return strings.Compare(a.node.name, b.node.name) })
-	begin := time.Now()
+	var gates []*changeGate
 	for _, s := range all {
-		s.node.dev.gate.Lock()
+		gates = append(gates, &s.node.dev.gate)
 	}
+	closed, waited := lockGates(gates)
 	err = f.sealLocked(all, c, name, also)
-	for _, s := range all {
-		s.node.dev.gate.Unlock()
+	for _, g := range gates {
+		g.Unlock()
 	}
-	pause = time.Since(begin)
+	pause = max(waited, time.Since(closed))
 	for _, s := range all {
 		if err == nil {
 			s.view.origin.RetryPaused() // writes that wait for space are made in the new top

@@ -2,7 +2,6 @@ package fleet
 
 import (
 	"io/fs"
-	"sync"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -46,7 +45,7 @@ type nodeDevice struct {
 	name  string
 	size  int64
 
-	gate sync.RWMutex
+	gate changeGate
 	view atomic.Pointer[view] // written with gate held for writing; nil: the node is dropped
 
 	// changes counts those that are done; flushed is how many of them a flush covered.
