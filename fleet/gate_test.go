@@ -8,7 +8,7 @@ import (
 	"time"
 )
 
-// While a gate is locked no change is in flight, whoever asks.
+// While a gate is locked no change is in flight, from several goroutines.
 func TestGateExcludes(t *testing.T) {
 	var gates [2]changeGate
 	var inside, locked atomic.Int64
