@@ -12,6 +12,7 @@ package activity
 
 import (
 	"sync/atomic"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/latency"
@@ -96,6 +97,23 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 		d.errors.Add(1)
 	}
 	return n, err
+}
+
+// ReadCached executes reads on the underlying device. Each that is done is counted, with its share of the time.
+func (d *Device) ReadCached(reads []block.Read) int {
+	began := latency.Now()
+	n := d.Forward.ReadCached(reads)
+	if n == 0 {
+		return 0
+	}
+	each := began.Since() / time.Duration(n)
+	for i := range reads {
+		if reads[i].Done {
+			d.reads.Add(each)
+			d.readBytes.Add(uint64(len(reads[i].P)))
+		}
+	}
+	return n
 }
 
 // WriteAt writes to the underlying device.

@@ -51,6 +51,7 @@ const (
 	zeroRange                 // fallocate with FALLOC_FL_ZERO_RANGE
 	allocate                  // plain fallocate
 	discardIoctl
+	cachedReads // reads with RWF_NOWAIT by asynchronous I/O
 	numAbilities
 )
 

@@ -20,8 +20,8 @@ import "sync"
 // What the underlying device lacks is answered so that the functions of this package fall back on the device that
 // embeds the Forward: [Zero] writes zeros by its WriteAt, [WriteDurable] uses its WriteAt and Flush. What the
 // underlying device has is called directly. So a device that changes what is written, or where, overrides WriteAt,
-// WriteDurableAt, WriteLastAt, ZeroAt, Discard and Allocate; one that changes what is read overrides ReadAt and
-// Extents; one that represents a disk of its own overrides Identity.
+// WriteDurableAt, WriteLastAt, ZeroAt, Discard and Allocate; one that changes what is read overrides ReadAt,
+// ReadCached and Extents; one that represents a disk of its own overrides Identity.
 //
 // A Forward adds nothing: errors, concurrency and guarantees are those of the underlying device. A Forward has no
 // Close: the code that opened the underlying device closes it. The zero Forward is not usable.
@@ -140,6 +140,12 @@ func (f Forward) BeginFlush(off, n int64) {
 func (f Forward) BeginRead(off, n int64) {
 	defer f.release()
 	BeginRead(f.acquire(), off, n)
+}
+
+// ReadCached executes those reads that the underlying device can without waiting.
+func (f Forward) ReadCached(reads []Read) int {
+	defer f.release()
+	return ReadCached(f.acquire(), reads)
 }
 
 // ZeroAt zeroes a range of the underlying device by its own means, or is ErrNotFast.

@@ -105,6 +105,16 @@ func (d *nodeDevice) ReadAt(p []byte, off int64) (int, error) {
 	return v.snap.ReadAt(p, off)
 }
 
+// ReadCached reads what is in memory of what the node shows.
+func (d *nodeDevice) ReadCached(reads []block.Read) int {
+	v := d.pin()
+	if v == nil {
+		return 0
+	}
+	defer v.unpin()
+	return v.snap.ReadCached(reads)
+}
+
 // Extents are those of the snapshot.
 func (d *nodeDevice) Extents(off, n int64) ([]block.Extent, error) {
 	v := d.pin()

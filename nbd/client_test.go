@@ -78,7 +78,7 @@ func TestProtocolPassesOn(t *testing.T) {
 	blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
 		_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: dev, CanTrim: true})
 		return dial(t, uri("x"))
-	}, "WriteLastAt", "BeginFlush", "BeginRead", "Allocate", "DropCache", "Refresh", "Grow", "CanGrow", "BlockSize", "Identity")
+	}, "ReadCached", "WriteLastAt", "BeginFlush", "BeginRead", "Allocate", "DropCache", "Refresh", "Grow", "CanGrow", "BlockSize", "Identity")
 }
 
 // Two clients of one export are the same disk, whatever way leads to its socket.

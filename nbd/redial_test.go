@@ -69,7 +69,7 @@ func TestRedialerConformance(t *testing.T) {
 func TestRedialerPassesOn(t *testing.T) {
 	blocktest.RunForward(t, func(t *testing.T, dev block.Device) block.Device {
 		return redial(t, dev, time.Second).Redialer
-	}, "WriteLastAt", "BeginFlush", "BeginRead", "Allocate", "DropCache", "Refresh", "Grow", "CanGrow", "BlockSize", "Identity")
+	}, "ReadCached", "WriteLastAt", "BeginFlush", "BeginRead", "Allocate", "DropCache", "Refresh", "Grow", "CanGrow", "BlockSize", "Identity")
 }
 
 func TestRedialerReadsGoOn(t *testing.T) {

@@ -230,7 +230,7 @@ func TestC046ReadsGoWhereTheChunkLives(t *testing.T) {
 	write(t, s, 8, 8, 1)
 	r.log.Clear()
 	wantRead(t, s, 0, slices.Concat(r.old(0, 8), fill(8, 1), r.old(16, 8)))
-	r.wantOps("ORIGIN R 0+8; COW R 16+8; ORIGIN R 16+8")
+	r.wantOps("COW R 16+8; ORIGIN R 0+8; ORIGIN R 16+8")
 }
 
 func TestC047ReadWhileTheChunkIsCopied(t *testing.T) {

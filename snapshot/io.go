@@ -61,16 +61,18 @@ func (s *Snapshot) read(p []byte, off int64) (int64, error) {
 		return 0, err
 	}
 	defer reader.Leave()
-	for done := int64(0); done < n; done += pc.n {
-		pc = nextPiece(s.store, off+done, n-done)
-		part := p[done : done+pc.n]
-		if pc.mapped {
-			err = s.readCOW(part, pc)
-		} else {
-			_, err = s.origin.dev.ReadAt(part, pc.off)
-		}
-		if err != nil {
-			return done, err
+	g := getGathered()
+	defer g.put()
+	g.add(s.store, p, off, 0)
+	if err := block.ReadAll(s.cow, g.cow.reads); err != nil {
+		return 0, err
+	}
+	if err := block.ReadAll(s.origin.dev, g.origin.reads); err != nil {
+		return 0, err
+	}
+	for _, r := range g.cow.reads {
+		if err := s.store.CheckData(r.Off, int64(len(r.P))); err != nil {
+			return 0, err
 		}
 	}
 	return n, nil

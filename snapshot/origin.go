@@ -132,6 +132,14 @@ func (o *Origin) ReadAt(p []byte, off int64) (int, error) {
 	return o.dev.ReadAt(p, off)
 }
 
+// ReadCached reads what is in memory of the origin while no merge is active.
+func (o *Origin) ReadCached(reads []block.Read) int {
+	if o.merging.Load() != nil {
+		return 0
+	}
+	return o.dev.ReadCached(reads)
+}
+
 // enterMerging returns the active merge, with mu held for reading so that neither it nor its COW device is closed
 // meanwhile; or nil, with nothing held. Without a merge reads take no lock.
 func (o *Origin) enterMerging() *Merging {

@@ -29,6 +29,14 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 	}
 }
 
+// ReadCached reads the underlying device while nothing is dirty; else ReadAt has to.
+func (d *Device) ReadCached(reads []block.Read) int {
+	if d.blocks.Load() != 0 {
+		return 0
+	}
+	return block.ReadCached(d.dev, reads)
+}
+
 // lay copies the dirty bytes in the range to p. d.mu is held.
 func (d *Device) lay(p []byte, off int64) {
 	if len(p) == 0 {

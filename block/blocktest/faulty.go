@@ -179,6 +179,9 @@ func short(err error, n int64) int64 {
 	return 0
 }
 
+// ReadCached does nothing: every read is one call of ReadAt.
+func (f *Faulty) ReadCached([]block.Read) int { return 0 }
+
 // ReadAt reads from the underlying device.
 func (f *Faulty) ReadAt(p []byte, off int64) (int, error) {
 	if err := block.CheckRange("read", off, int64(len(p)), f.Size()); err != nil {

@@ -31,6 +31,9 @@ func RunForward(t *testing.T, wrap func(t *testing.T, lower block.Device) block.
 			}
 		}
 	}
+	if slices.Contains(changes, "ReadAt") && !slices.Contains(changes, "ReadCached") {
+		t.Error("ReadAt is changed, and ReadCached goes past it")
+	}
 	for _, c := range forwardCalls {
 		if slices.Contains(changes, c.method) {
 			continue
@@ -126,6 +129,16 @@ func (a *able) BeginFlush(off, n int64) { a.note("BeginFlush %d+%d", off, n) }
 
 func (a *able) BeginRead(off, n int64) { a.note("BeginRead %d+%d", off, n) }
 
+func (a *able) ReadCached(reads []block.Read) int {
+	for i := range reads {
+		r := &reads[i]
+		a.note("ReadCached %d+%d", r.Off, len(r.P))
+		a.Memory.ReadAt(r.P, r.Off)
+		r.Done = true
+	}
+	return len(reads)
+}
+
 func (a *able) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	if err := a.note("ZeroAt %d+%d flags %d", off, n, flags); err != nil {
 		return err
@@ -187,6 +200,13 @@ var forwardCalls = []forwardCall{
 		}
 		return equal(p, Pattern(forwardSize, 20)[4096:4096+8192])
 	}, true},
+	{"ReadCached", "ReadCached 4096+8192", func(dev block.Device) error {
+		p := make([]byte, 8192)
+		if n := block.ReadCached(dev, []block.Read{{P: p, Off: 4096}}); n != 1 {
+			return fmt.Errorf("%d of 1 read done", n)
+		}
+		return equal(p, Pattern(forwardSize, 20)[4096:4096+8192])
+	}, false},
 	{"WriteAt", "WriteAt 4096+8192", func(dev block.Device) error {
 		_, err := dev.WriteAt(make([]byte, 8192), 4096)
 		return err

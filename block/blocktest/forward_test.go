@@ -37,11 +37,11 @@ func TestForwardPassesOn(t *testing.T) {
 		"forward":  {wrap: func(dev block.Device) block.Device { return block.NewForward(dev) }},
 		"held":     {wrap: func(dev block.Device) block.Device { return newSwapped(dev) }},
 		"twice":    {wrap: func(dev block.Device) block.Device { return newSwapped(block.NewForward(dev)) }},
-		"recorder": {wrap: func(dev block.Device) block.Device { return new(blocktest.Log).Record("A", dev) }},
-		"faulty":   {wrap: func(dev block.Device) block.Device { return blocktest.NewFaulty(dev, nil) }},
+		"recorder": {wrap: func(dev block.Device) block.Device { return new(blocktest.Log).Record("A", dev) }, changes: []string{"ReadCached"}},
+		"faulty":   {wrap: func(dev block.Device) block.Device { return blocktest.NewFaulty(dev, nil) }, changes: []string{"ReadCached"}},
 		"page cache": {
 			wrap:    func(dev block.Device) block.Device { return blocktest.NewPageCache(dev, nil).Open() },
-			changes: []string{"WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Discard", "Extents", "DropCache"},
+			changes: []string{"ReadCached", "WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Discard", "Extents", "DropCache"},
 		},
 		"quota": {
 			wrap:    func(dev block.Device) block.Device { return blocktest.NewQuota(dev, 1<<30, true) },

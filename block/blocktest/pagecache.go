@@ -221,6 +221,9 @@ func (f *CachedFile) report() error {
 	return c.failed
 }
 
+// ReadCached does nothing: every read is one call of ReadAt.
+func (f *CachedFile) ReadCached([]block.Read) int { return 0 }
+
 // ReadAt reads what memory has over what the disk has.
 func (f *CachedFile) ReadAt(p []byte, off int64) (int, error) {
 	c := f.cache

@@ -115,6 +115,9 @@ func (r *Recorder) record(op Op, data []byte, call func() error) error {
 	return err
 }
 
+// ReadCached does nothing: every read is one call of ReadAt.
+func (r *Recorder) ReadCached([]block.Read) int { return 0 }
+
 // ReadAt reads from the underlying device.
 func (r *Recorder) ReadAt(p []byte, off int64) (n int, err error) {
 	err = r.record(Op{Kind: Read, Off: off, Len: int64(len(p))}, nil, func() error {

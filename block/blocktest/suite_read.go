@@ -32,6 +32,7 @@ func testReads(t *testing.T, dev block.Device) {
 			workers.Go(func() {
 				r := rand.New(rand.NewPCG(8, w))
 				p := make([]byte, n)
+				checkReadsTogether(t, dev, r, start, content)
 				for range 100 {
 					off := r.Int64N(n)
 					part := p[:r.Int64N(min(n-off, 1<<(1+r.IntN(17))))+1]
@@ -43,5 +44,46 @@ func testReads(t *testing.T, dev block.Device) {
 			})
 		}
 		workers.Wait()
+	}
+}
+
+// checkReadsTogether reads parts of content, which begins at start, with one call: those that are done are right, and the others
+// can be read one by one.
+func checkReadsTogether(t *testing.T, dev block.Device, r *rand.Rand, start int64, content []byte) {
+	n := int64(len(content))
+	for range 10 {
+		reads := make([]block.Read, r.IntN(150))
+		for i := range reads {
+			off := r.Int64N(n)
+			reads[i] = block.Read{P: make([]byte, r.Int64N(min(n-off, 1<<r.IntN(14)))+1), Off: start + off}
+		}
+		inside := len(reads)
+		reads = append(reads, block.Read{P: make([]byte, 2), Off: dev.Size() - 1}, block.Read{P: make([]byte, 2), Off: -1})
+		done := block.ReadCached(dev, reads)
+		for i, r := range reads {
+			if r.Done {
+				done--
+			}
+			if r.Done && (i >= inside || !bytes.Equal(r.P, content[r.Off-start:][:len(r.P)])) {
+				t.Errorf("read %d of %d, %d bytes at %d with others: other bytes than before, or outside of the device", i, len(reads), len(r.P), r.Off)
+				return
+			}
+		}
+		if done != 0 {
+			t.Errorf("ReadCached returned %d more than there are reads that are done", done)
+		}
+		if err := block.ReadAll(dev, reads[:inside]); err != nil {
+			t.Error(err)
+			return
+		}
+		for _, r := range reads[:inside] {
+			if !r.Done || !bytes.Equal(r.P, content[r.Off-start:][:len(r.P)]) {
+				t.Errorf("ReadAll: %d bytes at %d are other bytes than before", len(r.P), r.Off)
+				return
+			}
+		}
+		if block.ReadAll(dev, reads[inside:]) == nil {
+			t.Error("ReadAll outside of the device succeeded")
+		}
 	}
 }

@@ -62,6 +62,17 @@ func (d *limitedDevice) ReadAt(p []byte, off int64) (int, error) {
 	return d.Forward.ReadAt(p, off)
 }
 
+// ReadCached waits for the limits after the reads: only those that are done count.
+func (d *limitedDevice) ReadCached(reads []block.Read) int {
+	n := d.Forward.ReadCached(reads)
+	for i := range reads {
+		if reads[i].Done {
+			d.read(int64(len(reads[i].P)))
+		}
+	}
+	return n
+}
+
 func (d *limitedDevice) WriteAt(p []byte, off int64) (int, error) {
 	d.write(int64(len(p)))
 	return d.Forward.WriteAt(p, off)
