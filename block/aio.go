@@ -28,17 +28,17 @@ const queueLength = 64
 
 // aioBlock is a struct iocb of a machine with 64 bits and the low byte first.
 type aioBlock struct {
-	data     uint64 // comes back in the event
-	key      uint32
-	flags    int32
-	opcode   uint16
-	priority int16
-	fd       uint32
-	buffer   unsafe.Pointer // keeps the memory in place until the kernel has filled it
-	length   uint64
-	offset   int64
-	reserved uint64
-	more     [2]uint32
+	data   uint64 // comes back in the event
+	_      uint32 // a key that the kernel writes
+	flags  int32
+	opcode uint16
+	_      int16 // priority
+	fd     uint32
+	buffer unsafe.Pointer // keeps the memory in place until the kernel has filled it
+	length uint64
+	offset int64
+	_      uint64
+	_      [2]uint32
 }
 
 const aioPread = 0 // IOCB_CMD_PREAD

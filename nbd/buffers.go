@@ -92,6 +92,13 @@ func (h *held) fits(n int64) bool {
 	return true
 }
 
+// hasRoom reports whether add would not wait for n ≤ smallPayload bytes.
+func (h *held) hasRoom(n int64) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return h.n+n <= maxHeld
+}
+
 // sub is the opposite of add.
 func (h *held) sub(n int64, cmd wire.Command) {
 	if n > smallPayload {

@@ -120,10 +120,18 @@ func (c *conn) work() bool {
 	}
 	t, err := c.read()
 	for t != nil && t.errno == 0 && c.mayInline(t.Request) {
-		if !c.executeInline(t) {
+		kept, more := false, true
+		if t.Command == wire.CmdRead && c.mayReadTogether() {
+			kept, more = c.readTogether(t)
+		} else {
+			kept = c.executeInline(t)
+		}
+		if !kept {
 			return true
 		}
-		t, err = c.read()
+		if t = nil; more {
+			t, err = c.read()
+		}
 	}
 	waiting := c.inline.waiting > 0
 	c.inline.waiting = 0

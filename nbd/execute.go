@@ -140,16 +140,27 @@ func (t *task) chunk(b []byte, flags uint16, kind wire.ChunkType, n int) []byte 
 // instead visits all pages on some file systems (12 ms a gigabyte were measured).
 const zeroUnit = 64 << 10
 
-// read answers a READ. In a structured reply, without DF, zeros are sent as holes.
+// read executes a READ and makes its reply.
 func (t *task) read() error {
-	b := t.payload.b
-	if _, err := t.conn.export.Device.ReadAt(b, int64(t.Offset)); err != nil {
+	if _, err := t.conn.export.Device.ReadAt(t.payload.b, int64(t.Offset)); err != nil {
 		return err
 	}
-	if !t.conn.structured {
-		t.data = b
-		return nil
+	t.answerRead()
+	return nil
+}
+
+// answerRead makes the reply of a READ whose payload has the data.
+func (t *task) answerRead() {
+	t.succeed()
+	if t.data = t.payload.b; t.conn.structured {
+		t.structure()
 	}
+}
+
+// structure makes the reply of a READ, whose payload has the data, a structured one: without DF,
+// zeros are sent as holes.
+func (t *task) structure() {
+	b := t.payload.b
 	t.reply = reply{}
 	for at := 0; at < len(b); {
 		end, hole := t.alike(at)
@@ -177,7 +188,6 @@ func (t *task) read() error {
 		}
 		at = end
 	}
-	return nil
 }
 
 // alike returns how far the payload, from at on, is data throughout or zeros throughout.

@@ -22,7 +22,10 @@ const (
 type inlineState struct {
 	reads, writes, statuses inline.Trial
 
-	waiting  int // replies that are held back; only the reader uses it
+	// Only the reader uses:
+	waiting  int // replies that are held back
+	together together
+
 	watchdog *inline.Watchdog
 }
 

@@ -184,6 +184,16 @@ func (p *peer) anySimple() (cookie uint64) {
 	return s.Cookie
 }
 
+// anyReply wants a simple reply, and returns its cookie and error.
+func (p *peer) anyReply() (cookie uint64, errno wire.Errno) {
+	p.t.Helper()
+	s := wire.DecodeSimple(p.read(wire.SimpleSize))
+	if s.Magic != wire.MagicSimple {
+		p.t.Fatalf("reply %+v, want a simple one", s)
+	}
+	return s.Cookie, s.Error
+}
+
 // chunk wants a chunk, and returns its payload.
 func (p *peer) chunk(cookie uint64, flags uint16, kind wire.ChunkType) []byte {
 	p.t.Helper()

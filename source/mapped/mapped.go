@@ -208,24 +208,19 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 	return total, err
 }
 
-// ReadCached passes reads on where all are in one piece each, on the only device.
+// ReadCached passes reads on where d is one range of one device.
 func (d *Device) ReadCached(reads []block.Read) int {
-	if len(d.devs) != 1 {
+	if len(d.targets) != 1 || len(d.targets[0].Areas) != 1 {
 		return 0
 	}
+	a := d.targets[0].Areas[0]
 	below := make([]block.Read, len(reads))
 	for i, r := range reads {
-		n := int64(len(r.P))
-		if n == 0 || block.CheckRange("read", r.Off, n, d.size) != nil {
-			return 0
+		if block.CheckRange("read", r.Off, int64(len(r.P)), d.size) == nil { // else it stays empty, and is left
+			below[i] = block.Read{P: r.P, Off: a.Off + r.Off, Done: r.Done}
 		}
-		x, at, follow := d.place(r.Off, n)
-		if x == nil || follow < n {
-			return 0
-		}
-		below[i] = block.Read{P: r.P, Off: at, Done: r.Done}
 	}
-	n := block.ReadCached(d.devs[0], below)
+	n := block.ReadCached(a.Dev, below)
 	for i := range reads {
 		reads[i].Done = below[i].Done
 	}

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"os"
+	"path/filepath"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -52,6 +53,27 @@ func TestSuite(t *testing.T) {
 		blocktest.Run(t, func(t *testing.T) block.Device {
 			return linear(t, guarded(t, 300*k, [2]int64{3 * k, 256 * k}), 3*k, 256*k)
 		})
+	})
+	t.Run("a range of a range of a file, and of two", func(t *testing.T) {
+		for _, lengths := range [][]int64{{256 * k}, {100 * k, 156 * k}} {
+			blocktest.Run(t, func(t *testing.T) block.Device {
+				path := filepath.Join(t.TempDir(), "disk")
+				if err := os.WriteFile(path, blocktest.Pattern(300*k, 78), 0o600); err != nil {
+					t.Fatal(err)
+				}
+				f, err := block.Open(path, block.Options{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				t.Cleanup(func() { f.Close() })
+				part := linear(t, f, 3*k, 290*k)
+				var targets []Target
+				for i, n := range lengths {
+					targets = append(targets, Target{Length: n, Areas: []Area{{part, int64(i) * 110 * k}}})
+				}
+				return mustNew(t, targets...)
+			})
+		}
 	})
 	t.Run("several ranges and stripes", func(t *testing.T) {
 		blocktest.Run(t, func(t *testing.T) block.Device {
