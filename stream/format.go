@@ -198,7 +198,7 @@ func readFrame(r io.Reader, at int64) (f *frame, head []byte, err error) {
 	if err := fill(head[frameFixed:]); err != nil {
 		return nil, nil, err
 	}
-	f.heads, f.packed = head[frameFixed:], make([]byte, packed)
+	f.heads, f.packed = head[frameFixed:], buffer(int(packed))
 	if err := fill(f.packed); err != nil {
 		return nil, nil, err
 	}

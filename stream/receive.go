@@ -12,6 +12,7 @@ import (
 	"iter"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
 // DefaultCompareFirst is how much of a stream, in bytes of the disk, is compared with the target before anything is written.
@@ -204,7 +205,8 @@ func (r *Reader) last(f *frame, count Count) error {
 
 // An examined is a frame that was verified and compared with the target.
 type examined struct {
-	at       int64 // byte of the stream
+	at       int64  // byte of the stream
+	data     []byte // new bytes of the records
 	records  []record
 	write    []piece
 	count    Count
@@ -225,7 +227,8 @@ func (a *applier) examine(f *frame) (*examined, error) {
 	data := f.packed
 	if f.packing == packedZstd {
 		var err error
-		data, err = decoder().DecodeAll(f.packed, make([]byte, 0, f.length))
+		data, err = decoder().DecodeAll(f.packed, buffer(int(f.length))[:0])
+		recycle(f.packed)
 		if err != nil || len(data) != int(f.length) {
 			return nil, &FormatError{f.at, "a frame was changed: its bytes can't be unpacked"}
 		}
@@ -234,29 +237,33 @@ func (a *applier) examine(f *frame) (*examined, error) {
 	if err != nil {
 		return nil, err
 	}
-	e := &examined{at: f.at, records: records, count: f.count, wrong: -1}
-	var has []byte
-	for _, r := range records {
-		if a.target != nil {
-			has = append(has[:0], make([]byte, r.length)...)
-			if err := block.ReadSparse(a.target, has, r.off); err != nil {
-				return nil, fmt.Errorf("read %d bytes of the target at byte %d: %w", r.length, r.off, err)
+	e := &examined{at: f.at, records: records, count: f.count, data: data, wrong: -1}
+	return e, scratch.With(maxData, func(b []byte) error {
+		for _, r := range records {
+			if err := a.compare(e, r, b[:r.length]); err != nil {
+				return err
 			}
 		}
-		err := r.blocks(func(off, n int64, fresh, sum, old []byte) error {
-			if fresh != nil && digestOfOne(fresh) != digest(sum) {
-				return &FormatError{f.at, fmt.Sprintf("the bytes for byte %d of the disk were changed: their digest differs", off)}
-			}
-			if a.target != nil {
-				e.compare(off, n, has[off-r.off:][:n], fresh, old)
-			}
-			return nil
-		})
-		if err != nil {
-			return nil, err
+		return nil
+	})
+}
+
+// compare verifies the new bytes of a record, and compares the target with it. has is space for what the target has.
+func (a *applier) compare(e *examined, r record, has []byte) error {
+	if a.target != nil {
+		if err := block.ReadSparse(a.target, has, r.off); err != nil {
+			return fmt.Errorf("read %d bytes of the target at byte %d: %w", r.length, r.off, err)
 		}
 	}
-	return e, nil
+	return r.blocks(func(off, n int64, fresh, sum, old []byte) error {
+		if fresh != nil && digestOfOne(fresh) != digest(sum) {
+			return &FormatError{e.at, fmt.Sprintf("the bytes for byte %d of the disk were changed: their digest differs", off)}
+		}
+		if a.target != nil {
+			e.compare(off, n, has[off-r.off:][:n], fresh, old)
+		}
+		return nil
+	})
 }
 
 // compare compares a block of the target, which has these bytes, with the new and the old ones.
@@ -379,6 +386,7 @@ func (a *applier) finish(e *examined) error {
 		}
 		a.next = end
 	}
+	recycle(e.data)
 	a.result.Count.add(e.count)
 	a.result.Present += e.present
 	a.result.Repaired += e.repaired

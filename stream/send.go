@@ -15,7 +15,6 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/diff"
-	"github.com/dmsnap/dmsnap/internal/scratch"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -187,23 +186,32 @@ type packet struct {
 	head, packed []byte
 	count        Count
 	reached      int64
+	buffers      [2]*[maxData]byte // that packed may be in; given up when it was written
+}
+
+// buffers are for data of one frame each. That of many small frames is not kept in them.
+var buffers = sync.Pool{New: func() any { return new([maxData]byte) }}
+
+// buffer returns n ≤ maxData bytes, whose content is anything; recycle gives them up.
+func buffer(n int) []byte {
+	if n <= maxData/2 {
+		return make([]byte, n)
+	}
+	return buffers.Get().(*[maxData]byte)[:n]
+}
+
+func recycle(b []byte) {
+	if cap(b) == maxData {
+		buffers.Put((*[maxData]byte)(b[:maxData]))
+	}
 }
 
 // pack reads the spans of one frame and makes it. Several run at once.
-func (s *sender) pack(job []span) (p *packet, err error) {
-	err = scratch.With(maxData, func(fresh []byte) error {
-		return scratch.With(maxData, func(old []byte) error {
-			p, err = s.packFrom(job, fresh, old)
-			return err
-		})
-	})
-	return p, err
-}
-
-// packFrom is pack with the buffers to read into.
-func (s *sender) packFrom(job []span, fresh, old []byte) (*packet, error) {
-	p := new(packet)
-	var heads, data []byte
+func (s *sender) pack(job []span) (*packet, error) {
+	p := &packet{buffers: [2]*[maxData]byte{buffers.Get().(*[maxData]byte), buffers.Get().(*[maxData]byte)}}
+	free, old := p.buffers[0][:], p.buffers[1][:]
+	data := free[:0] // what is sent of what was read, in place
+	var heads []byte
 	var r record // what is being collected
 	end := func() {
 		if r.length > 0 {
@@ -213,7 +221,9 @@ func (s *sender) packFrom(job []span, fresh, old []byte) (*packet, error) {
 		r = record{}
 	}
 	for _, j := range job {
-		if err := block.ReadSparse(s.new, fresh[:j.length], j.off); err != nil {
+		fresh := free[:j.length]
+		free = free[j.length:]
+		if err := block.ReadSparse(s.new, fresh, j.off); err != nil {
 			return nil, fmt.Errorf("read %d bytes at byte %d: %w", j.length, j.off, err)
 		}
 		if s.old != nil {
@@ -263,7 +273,7 @@ func (s *sender) packFrom(job []span, fresh, old []byte) (*packet, error) {
 	}
 	f := frame{kind: kindRecords, length: uint32(len(data)), heads: heads, packed: data}
 	if !s.o.Plain && len(data) > 0 {
-		if packed := encoder().EncodeAll(data, make([]byte, 0, len(data))); len(packed) < len(data) {
+		if packed := encoder().EncodeAll(data, old[:0]); len(packed) < len(data) {
 			f.packing, f.packed = packedZstd, packed
 		}
 	}
@@ -288,6 +298,9 @@ func (s *sender) put(p *packet) error {
 		if err := s.write(p.head, p.packed); err != nil {
 			return err
 		}
+	}
+	for _, b := range p.buffers {
+		buffers.Put(b)
 	}
 	if s.o.Progress != nil {
 		s.o.Progress(p.reached)
