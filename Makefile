@@ -122,6 +122,10 @@ bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes
 	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|CheckpointUnderLoad|BaseWrite' -benchtime 1000x ./fleet
 	$(GO) test -run '^$$' -bench Start -benchtime 3x ./fleet
 
+.PHONY: bench-streams
+bench-streams: ## a change of a disk sent and received beside qemu-img, rsync and zstd; DMSNAP_BENCH_MIB=size of the disk
+	$(GO) test -run '^$$' -bench Peers -benchtime 5x ./stream
+
 .PHONY: bench-compare
 bench-compare: ## Go benchmarks of the working tree beside those of REF=commit, by benchstat; BENCH=regexp
 	@REF='$(REF)' GO='$(GO)' bench/compare.sh
