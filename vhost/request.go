@@ -39,6 +39,7 @@ const (
 var (
 	errUnsupported = errors.New("unsupported request")
 	errInvalid     = errors.New("invalid request")
+	errWaits       = errors.New("there is no space now")
 	errAbandoned   = errors.New("the front-end is gone")
 	errDrained     = errors.New("the ring is stopped")
 )
@@ -62,16 +63,19 @@ func withPiece(n uint64, do func(p []byte) error) error {
 
 // execute executes a request and writes its status. It returns the number of bytes for the used element, and false when
 // the request was abandoned: it stays in flight. It runs under guard.
-func (s *session) execute(c *chain) (written uint32, ok bool) {
-	in := c.in.total()
+//
+// piece, unless it is nil, is private memory for a quick request's data. Such a request does not wait for space: then the
+// result is false and it is to be executed again, without piece.
+func (s *session) execute(c *chain, piece []byte) (written uint32, ok bool) {
+	in := c.inBytes
 	if in == 0 {
 		s.errors.Add(1)
 		return 0, true // there is nowhere to put a status
 	}
-	data, err := s.executeHeader(c, in-1)
+	data, err := s.executeHeader(c, in-1, piece)
 	status := byte(statusOK)
 	switch {
-	case err == errAbandoned:
+	case err == errAbandoned || err == errWaits:
 		return 0, false
 	case errors.Is(err, errUnsupported):
 		status = statusUnsupp
@@ -94,8 +98,8 @@ func (s *session) execute(c *chain) (written uint32, ok bool) {
 
 // executeHeader reads the request's header and executes it. room is the number of writable bytes before the status. It
 // returns how many of them were written, from the first on.
-func (s *session) executeHeader(c *chain, room uint64) (written uint64, err error) {
-	out := c.out.total()
+func (s *session) executeHeader(c *chain, room uint64, piece []byte) (written uint64, err error) {
+	out := c.outBytes
 	head := &c.header
 	if c.bad != nil || out < uint64(len(head)) || !c.out.read(c.table, 0, head[:]) {
 		return 0, errInvalid
@@ -104,9 +108,9 @@ func (s *session) executeHeader(c *chain, room uint64) (written uint64, err erro
 	payload := out - uint64(len(head))
 	switch kind {
 	case reqIn:
-		return room, s.transfer(c, sector, room, false)
+		return room, s.transfer(c, sector, room, false, piece)
 	case reqOut:
-		return 0, s.transfer(c, sector, payload, true)
+		return 0, s.transfer(c, sector, payload, true, piece)
 	case reqFlush:
 		return 0, s.do(func() error { return s.unflushed.flush(s.export.Device.Flush) })
 	case reqGetID:
@@ -123,39 +127,26 @@ func (s *session) executeHeader(c *chain, room uint64) (written uint64, err erro
 	return 0, errUnsupported
 }
 
-// transfer reads or writes n bytes at a sector, piece by piece.
-func (s *session) transfer(c *chain, sector, n uint64, write bool) error {
-	dev := s.export.Device
-	if n == 0 || n > 1<<32 || n%uint64(s.blockSize()) != 0 || !s.inside(sector, n/block.SectorSize) {
+// transfer reads or writes n bytes at a sector: at once with piece, see execute, or piece by piece.
+func (s *session) transfer(c *chain, sector, n uint64, write bool, piece []byte) error {
+	if n == 0 || n > 1<<32 || n%uint64(s.blockSize) != 0 || !s.inside(sector, n/block.SectorSize) {
 		return errInvalid
 	}
 	if write && s.export.ReadOnly {
 		return block.ErrReadOnly
 	}
+	off := int64(sector * block.SectorSize)
+	if n <= uint64(len(piece)) {
+		err := s.move(c, off, 0, write, piece[:n])
+		if block.CanRetry(err) != nil {
+			return errWaits
+		}
+		return s.logged(err)
+	}
 	for done := uint64(0); done < n; {
 		m := min(n-done, pieceSize)
-		off := int64(sector*block.SectorSize + done)
 		err := s.do(func() error {
-			return withPiece(m, func(p []byte) error {
-				if write {
-					if !c.out.read(c.table, 16+done, p) {
-						return errInvalid
-					}
-					if s.writeThrough() {
-						return block.WriteDurable(dev, p, off)
-					}
-					_, err := dev.WriteAt(p, off)
-					s.wrote()
-					return err
-				}
-				if _, err := dev.ReadAt(p, off); err != nil {
-					return err
-				}
-				if !c.in.write(c.table, done, p) {
-					return errInvalid
-				}
-				return nil
-			})
+			return withPiece(m, func(p []byte) error { return s.move(c, off, done, write, p) })
 		})
 		if err != nil {
 			return err
@@ -163,6 +154,38 @@ func (s *session) transfer(c *chain, sector, n uint64, write bool) error {
 		done += m
 	}
 	return nil
+}
+
+// move reads or writes the part of a request that begins with byte done of its data, through private memory p. The request's data
+// begins at byte off of the device.
+func (s *session) move(c *chain, off int64, done uint64, write bool, p []byte) error {
+	dev, at := s.export.Device, off+int64(done)
+	if !write {
+		if _, err := dev.ReadAt(p, at); err != nil {
+			return err
+		}
+		if !c.in.write(c.table, done, p) {
+			return errInvalid
+		}
+		return nil
+	}
+	if !c.out.read(c.table, 16+done, p) {
+		return errInvalid
+	}
+	if s.writeThrough() {
+		return block.WriteDurable(dev, p, at)
+	}
+	_, err := dev.WriteAt(p, at)
+	s.wrote()
+	return err
+}
+
+// logged returns a request's error, and logs what is not the guest's fault.
+func (s *session) logged(err error) error {
+	if err != nil && err != errInvalid {
+		s.log("%v", err)
+	}
+	return err
 }
 
 // wrote records a change that is not durable yet.
@@ -186,7 +209,7 @@ func (s *session) ranges(c *chain, kind uint32, payload uint64) error {
 	if kind == reqWriteZeroes {
 		limit, known = maxZeroesSectors, unmapAllowed
 	}
-	perBlock := uint64(s.blockSize() / block.SectorSize)
+	perBlock := uint64(s.blockSize / block.SectorSize)
 	switch {
 	case flags&^known != 0:
 		return errUnsupported
@@ -223,48 +246,31 @@ func (s *session) inside(sector, count uint64) bool {
 	return count <= size && sector <= size-count
 }
 
-func (s *session) blockSize() int { return block.BlockSize(s.export.Device) }
-
 // do uses the device, as one of maxExecuting, and again as long as it says that the change may be possible later
 // (block.RetryLater). While it waits it holds neither memory nor one of the places. A request that waits is abandoned
 // with its session, so that it can't follow later writes of the same guest; it fails when its ring is being stopped for longer
 // than drainTimeout.
 func (s *session) do(change func() error) error {
-	for {
+	err := block.Retry(s.waiting(), func() error {
 		select {
 		case s.executing <- struct{}{}:
 		default: // slower
 			select {
 			case s.executing <- struct{}{}:
-			case <-s.gone:
+			case <-s.ctx.Done():
 				return errAbandoned
 			}
 		}
-		err := func() error {
-			defer func() { <-s.executing }()
-			return change()
-		}()
-		changed := block.CanRetry(err)
-		if changed == nil {
-			if err != nil && err != errInvalid {
-				s.log("%v", err)
-			}
-			return err
-		}
-		again := time.NewTimer(block.RetryInterval)
-		select {
-		case <-changed:
-		case <-again.C:
-		case <-s.gone:
-		case <-s.drained():
-		}
-		again.Stop()
-		select {
-		case <-s.gone:
-			return errAbandoned
-		case <-s.drained():
-			return errors.Join(errDrained, err)
-		default:
-		}
+		defer func() { <-s.executing }()
+		return change()
+	})
+	switch {
+	case err == errAbandoned:
+		return err
+	case block.CanRetry(err) == nil:
+		return s.logged(err)
+	case s.ctx.Err() != nil:
+		return errAbandoned
 	}
+	return err // errDrained among others
 }

@@ -4,7 +4,6 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"slices"
 	"sync"
@@ -86,16 +85,18 @@ func checkSignal(fd int) error {
 	return errors.New("a notification descriptor is no eventfd, socket or pipe")
 }
 
-// A queue is a running ring. One goroutine at a time fetches requests, and executes those that are quick (inline.go); each of
-// the others is executed by its own goroutine.
+// A queue is a running ring. One goroutine at a time fetches requests (a fetcher), and executes those that are quick (inline.go);
+// each of the others is executed by its own goroutine.
 type queue struct {
 	s     *session
 	index int
 	table *table // of the ring's own parts
-	n     uint16
-	kick  *os.File
-	call  *signal
-	err   *signal
+
+	shared func(addr uintptr) bool // whether an address is memory of the front-end: the ring's, the in-flight area, or guest memory now
+	n      uint16
+	kick   *os.File
+	call   *signal
+	err    *signal
 
 	eventIdx, indirect bool
 
@@ -104,8 +105,8 @@ type queue struct {
 	stop     chan struct{}  // closed: fetch no more
 	fetching sync.WaitGroup // the goroutine that fetches
 	inline   inlineState
-	requests sync.WaitGroup
-	room     chan struct{} // a token for each request in flight
+	requests sync.WaitGroup // the goroutines that execute requests, those that fetch or did among them
+	room     chan struct{}  // a token for each request that has a goroutine of its own
 
 	lastAvail uint16 // of the fetching goroutine while it runs
 
@@ -144,7 +145,8 @@ func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []u
 		}
 	}
 	q.inline.watchdog = inline.NewWatchdog(q.overdue)
-	fault := guard(s.shared(q.table), func() {
+	q.shared = s.shared(t)
+	fault := guard(q.shared, func() {
 		q.usedIdx = load16(q.used, 2)
 		q.notified = q.usedIdx
 		resume, err = q.inflight.recover(q.n, q.usedIdx)
@@ -164,20 +166,25 @@ func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []u
 func (q *queue) start(resume []uint16) {
 	q.kick.SetReadDeadline(time.Time{})
 	q.fetching.Add(1)
+	q.requests.Add(1)
 	go func() {
 		if err := q.resume(resume); err != nil {
 			q.failed(err)
 			q.fetching.Done()
+			q.requests.Done()
 			return
 		}
 		q.serve()
 	}()
 }
 
-// serve fetches until the queue is stopped, breaks, or another goroutine fetches.
+// serve fetches until the queue is stopped, breaks, or another goroutine fetches. The caller has added to requests.
 func (q *queue) serve() {
+	defer q.requests.Done()
+	f := fetcher{q: q}
+	defer f.release()
 	awake.Add(1)
-	kept, err := q.fetchLoop()
+	kept, err := f.loop()
 	if err != nil {
 		q.failed(err)
 	}
@@ -221,72 +228,9 @@ func (q *queue) fail(err error) {
 	}
 }
 
-// fetchLoop executes what the driver makes available until the queue is stopped. kept is false when another goroutine fetches
-// now.
-func (q *queue) fetchLoop() (kept bool, err error) {
-	b := make([]byte, 8)
-	for {
-		more, kept, err := q.fetch()
-		if !kept || err != nil {
-			return kept, err
-		}
-		select {
-		case <-q.stop:
-			return true, nil
-		default:
-		}
-		if more {
-			continue
-		}
-		awake.Add(-1)
-		_, err = q.kick.Read(b)
-		awake.Add(1)
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			if errors.Is(err, io.EOF) {
-				return true, errors.New("the kick descriptor was closed")
-			}
-			return true, fmt.Errorf("kick: %w", err)
-		}
-	}
-}
-
-// fetch takes all available requests, and executes or starts them. It reports more when there may be others, and not
-// when the driver will kick for the next one.
-func (q *queue) fetch() (more, kept bool, err error) {
-	idx, err := q.available()
-	if err != nil {
-		return false, true, err
-	}
-	for idx != q.lastAvail {
-		select {
-		case q.room <- struct{}{}:
-		case <-q.stop:
-			return false, true, q.signalHeldBack()
-		}
-		c, err := q.next()
-		if err != nil {
-			<-q.room
-			if fault := q.signalHeldBack(); fault != nil {
-				err = fault
-			}
-			return false, true, err
-		}
-		if !q.mayInline(c) {
-			q.run(c)
-		} else if kept, err := q.executeInline(c); !kept || err != nil {
-			return false, kept, err
-		}
-	}
-	if err := q.signalHeldBack(); err != nil {
-		return false, true, err
-	}
-	idx, err = q.armKick()
-	return idx != q.lastAvail, true, err
-}
-
 // available returns the driver's index.
 func (q *queue) available() (idx uint16, err error) {
-	err = guard(q.table.has, func() { idx = load16(q.avail, 2) })
+	err = guard(q.shared, func() { idx = load16(q.avail, 2) })
 	if err == nil && idx-q.lastAvail > q.n {
 		err = fmt.Errorf("available index %d is more than %d entries after %d", idx, q.n, q.lastAvail)
 	}
@@ -295,7 +239,7 @@ func (q *queue) available() (idx uint16, err error) {
 
 // armKick asks for a kick at the next request, and returns the driver's index after that (§6.3).
 func (q *queue) armKick() (idx uint16, err error) {
-	err = guard(q.table.has, func() {
+	err = guard(q.shared, func() {
 		if q.eventIdx {
 			store16(q.used, 4+8*int(q.n), q.lastAvail)
 		}
@@ -303,22 +247,6 @@ func (q *queue) armKick() (idx uint16, err error) {
 		idx = load16(q.avail, 2)
 	})
 	return idx, err
-}
-
-// next fetches one request.
-func (q *queue) next() (c *chain, err error) {
-	fault := guard(q.s.shared(q.table), func() {
-		head := load16(q.avail, 4+2*int(q.lastAvail&(q.n-1)))
-		if err = q.begin(head); err != nil {
-			return
-		}
-		q.lastAvail++
-		c, err = q.parse(head)
-	})
-	if fault != nil {
-		return nil, fault
-	}
-	return c, err
 }
 
 // resume starts what was in flight when an earlier back-end ended.
@@ -329,19 +257,20 @@ func (q *queue) resume(heads []uint16) error {
 		case <-q.stop:
 			return nil // still marked in the in-flight area
 		}
-		var c *chain
+		c := newChain(q.s.currentTable())
 		var err error
-		fault := guard(q.s.shared(q.table), func() {
+		fault := guard(q.s.shared(q.table, c.table), func() {
 			q.mu.Lock()
 			q.busy[head] = true
 			q.mu.Unlock()
-			c, err = q.parse(head)
+			err = q.parse(c, head)
 		})
-		if err = errors.Join(fault, err); err != nil {
+		if fault != nil {
+			err = fault
+		}
+		if err != nil {
 			<-q.room
-			if fault != nil {
-				return fault
-			}
+			c.release()
 			return err
 		}
 		q.run(c)
@@ -368,8 +297,10 @@ func (q *queue) begin(head uint16) error {
 type chain struct {
 	head    uint16
 	out, in segments // device-readable and device-writable
-	bad     error    // the buffers break a rule that the request can be answered about
-	table   *table
+
+	outBytes, inBytes uint64 // of out and in
+	bad               error  // the buffers break a rule that the request can be answered about
+	table             *table
 
 	descriptor [16]byte // a copy of the one that is looked at
 	indirect   []byte   // a copy of the indirect table
@@ -379,23 +310,32 @@ type chain struct {
 
 var chains = sync.Pool{New: func() any { return new(chain) }}
 
+// newChain returns a chain without buffers, which takes over a reference to the memory that they will be in.
+func newChain(t *table) *chain {
+	c := chains.Get().(*chain)
+	c.table = t
+	return c
+}
+
+// clear forgets the buffers and keeps the memory.
+func (c *chain) clear() { c.out, c.in, c.bad = c.out[:0], c.in[:0], nil }
+
 // release gives up the memory, and the chain.
 func (c *chain) release() {
 	c.table.release()
-	*c = chain{out: c.out[:0], in: c.in[:0], indirect: c.indirect[:0]}
+	c.clear()
+	c.table = nil
 	chains.Put(c)
 }
 
-// parse reads the descriptors of a head. An error means that the driver is broken; what is wrong with this request alone
-// is in chain.bad. Each descriptor is copied once, and the copy is checked and used.
-func (q *queue) parse(head uint16) (*chain, error) {
-	c := chains.Get().(*chain)
+// parse reads the descriptors of a head into a chain without buffers. An error means that the driver is broken; what is wrong with
+// this request alone is in chain.bad. Each descriptor is copied once, and the copy is checked and used.
+func (q *queue) parse(c *chain, head uint16) error {
 	c.head = head
 	list, count := q.desc, uint32(q.n) // the table that descriptors are taken from
 	limit := min(max(uint32(q.n), segMax+2), maxDescriptors)
 	d := &c.descriptor
 	nested := false
-	c.table = q.s.currentTable()
 	err := func() error {
 		for i, seen := uint32(head), uint32(0); ; {
 			if i >= count {
@@ -438,24 +378,27 @@ func (q *queue) parse(head uint16) (*chain, error) {
 			i = next
 		}
 	}()
-	if err != nil {
-		c.release()
-		return nil, err
-	}
-	if c.out.total() > 1<<32 || c.in.total() > 1<<32 {
+	c.outBytes, c.inBytes = c.out.total(), c.in.total()
+	if err == nil && (c.outBytes > 1<<32 || c.inBytes > 1<<32) {
 		c.bad = errors.New("a request is longer than 4 GiB")
 	}
-	return c, nil
+	return err
 }
 
-// run executes a request on its own goroutine.
+// run executes a request on its own goroutine. The caller has put a token into room.
 func (q *queue) run(c *chain) {
 	q.requests.Go(func() {
 		defer func() { <-q.room }()
 		defer c.release()
 		fault := guard(q.s.shared(q.table, c.table), func() {
-			if written, ok := q.timed(c); ok {
-				q.complete(c.head, written)
+			began := time.Now()
+			written, ok := q.s.execute(c, nil)
+			if t := q.inline.trial(c); t != nil {
+				t.Took(time.Since(began))
+			}
+			if ok {
+				q.push(c.head, written)
+				q.signal()
 			}
 		})
 		if fault != nil {
@@ -464,16 +407,10 @@ func (q *queue) run(c *chain) {
 	})
 }
 
-// complete puts a head into the used ring, and signals where the driver asked for it (§6.3).
-func (q *queue) complete(head uint16, written uint32) {
-	q.push(head, written)
-	q.signal()
-}
-
 // push writes the used element.
 func (q *queue) push(head uint16, written uint32) {
 	q.mu.Lock()
-	defer q.mu.Unlock()
+	defer q.mu.Unlock() // also after a fault
 	if q.broken != nil && q.inflight.area == nil {
 		return // the driver is broken; it resets the ring
 	}
@@ -487,7 +424,7 @@ func (q *queue) push(head uint16, written uint32) {
 	q.inflight.completed(head, q.usedIdx)
 }
 
-// signal signals if the driver wants that for what was pushed since the last decision.
+// signal signals if the driver wants that for what was pushed since the last decision (§6.3).
 func (q *queue) signal() {
 	if q.wantsSignal() {
 		q.call.send()

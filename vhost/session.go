@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"context"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -52,8 +53,9 @@ const (
 
 // A session is one connection of a front-end. Its control goroutine owns everything that has no other owner below.
 type session struct {
-	export *export
-	conn   *net.UnixConn
+	export    *export
+	conn      *net.UnixConn
+	blockSize int // of the device, as the driver knows it
 
 	features, protocol uint64 // change only while no queue runs
 	featuresSet        bool
@@ -68,21 +70,22 @@ type session struct {
 	executing chan struct{} // a token for each request that uses the device
 	errors    *atomic.Int64
 
-	gone     chan struct{} // closed when the session is over: what waits is abandoned
-	goneOnce sync.Once
-	cause    error // set before gone is closed
+	ctx context.Context // ends with the session: what waits is abandoned
+	end context.CancelCauseFunc
 
 	drainMu  sync.Mutex
-	drainEnd chan struct{} // closed when requests that wait are to fail
+	waits    context.Context // ends with ctx, and with errDrained when requests that wait are to fail
+	drainEnd context.CancelCauseFunc
 
 	backendMu sync.Mutex
 	backend   *os.File // our channel to the front-end; may be nil
 }
 
 func newSession(e *export, c *net.UnixConn) *session {
-	s := &session{export: e, conn: c, rings: make([]ring, e.Queues), table: newTable(nil),
-		executing: make(chan struct{}, maxExecuting), errors: &e.errors,
-		gone: make(chan struct{}), drainEnd: make(chan struct{})}
+	s := &session{export: e, conn: c, blockSize: block.BlockSize(e.Device), rings: make([]ring, e.Queues), table: newTable(nil),
+		executing: make(chan struct{}, maxExecuting), errors: &e.errors}
+	s.ctx, s.end = context.WithCancelCause(context.Background())
+	s.waits, s.drainEnd = context.WithCancelCause(s.ctx)
 	for i := range s.rings {
 		s.rings[i].call, s.rings[i].err = &signal{fd: -1}, &signal{fd: -1}
 	}
@@ -93,11 +96,8 @@ func (s *session) log(format string, args ...any) { s.export.log(format, args...
 
 // fail ends the session. The first cause is kept.
 func (s *session) fail(cause error) {
-	s.goneOnce.Do(func() {
-		s.cause = cause
-		close(s.gone)
-		s.conn.Close()
-	})
+	s.end(cause)
+	s.conn.Close()
 }
 
 // run serves the connection to its end.
@@ -116,10 +116,10 @@ func (s *session) run() error {
 		}
 		if err != nil {
 			s.fail(err)
-			if s.cause == io.EOF || errors.Is(s.cause, net.ErrClosed) {
+			if err = context.Cause(s.ctx); err == io.EOF || errors.Is(err, net.ErrClosed) {
 				return nil
 			}
-			return s.cause
+			return err
 		}
 	}
 }
@@ -221,11 +221,11 @@ func (s *session) setTable(t *table) {
 	old.release()
 }
 
-// drained is closed when requests that wait for space are to fail.
-func (s *session) drained() <-chan struct{} {
+// waiting ends when requests that wait for space are to be abandoned, or to fail.
+func (s *session) waiting() context.Context {
 	s.drainMu.Lock()
 	defer s.drainMu.Unlock()
-	return s.drainEnd
+	return s.waits
 }
 
 // stop stops a ring: what is in flight is completed, and nothing is written to its memory afterwards.
@@ -242,16 +242,16 @@ func (s *session) stop(list ...*ring) {
 	late := time.AfterFunc(drainTimeout, func() {
 		s.drainMu.Lock()
 		defer s.drainMu.Unlock()
-		close(s.drainEnd)
+		s.drainEnd(errDrained)
 	})
 	for _, q := range queues {
 		q.finish()
 	}
 	if !late.Stop() {
-		<-s.drained()
+		<-s.waiting().Done()
 		s.drainMu.Lock()
 		defer s.drainMu.Unlock()
-		s.drainEnd = make(chan struct{})
+		s.waits, s.drainEnd = context.WithCancelCause(s.ctx)
 	}
 }
 
@@ -334,7 +334,7 @@ func (s *session) offered() uint64 {
 // config returns the config space.
 func (s *session) config() []byte {
 	b := make([]byte, configSize)
-	e, bs := s.export, s.blockSize()
+	e, bs := s.export, s.blockSize
 	le := binary.LittleEndian
 	le.PutUint64(b[0:], uint64(e.Device.Size())/block.SectorSize)
 	le.PutUint32(b[12:], segMax)
