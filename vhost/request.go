@@ -30,8 +30,8 @@ const (
 	pieceSize          = 1 << 20  // bytes that are in private memory at a time
 	maxDiscardSectors  = 2 << 20  // 1 GiB
 	maxZeroesSectors   = 64 << 10 // 32 MiB: they may have to be written
-	maxInFlight        = 1024     // requests of a ring that are fetched at a time
-	maxExecuting       = 16       // requests of a session that use the device at a time
+	maxInFlight        = 1024     // requests of a ring that have goroutines of their own
+	maxExecuting       = 16       // of these, of a session, that use the device at a time
 	drainTimeout       = 5 * time.Second
 	controlSendTimeout = 10 * time.Second
 )

@@ -12,7 +12,8 @@
 //
 // Front-ends and guests are not trusted: addresses, lengths and indices are checked on private copies. A driver that
 // breaks the rules loses its ring, a front-end its connection, also one that truncates the memory it shared.
-// Memory is bounded: at most 16 requests of a session use the device at a time, with at most 1 MiB each.
+// Memory is bounded: at most 16 requests of a session use the device at a time, with at most 1 MiB each, and beside them one
+// quick request of each ring, with at most 64 KiB.
 package vhost
 
 import (
