@@ -117,5 +117,5 @@ func workloads() []row {
 		volumeRow("4 KiB random read of a logical volume, depth 16", job{rw: "randread", block: 4096, depth: 16, timed: true}, false),
 		volumeRow("sequential read of a logical volume, 1 MiB, depth 4", job{rw: "read", block: 1 << 20, depth: 4, timed: true}, true),
 	}
-	return slices.Concat(rows, leanRows(), vhostRows(), fuseRows(), exportRows(), sourceRows(), processRows(), largeRows())
+	return slices.Concat(rows, leanRows(), vhostRows(), guestRows(), fuseRows(), exportRows(), sourceRows(), processRows(), largeRows())
 }
