@@ -3,6 +3,8 @@ package top
 import (
 	"context"
 	"fmt"
+	"path/filepath"
+	"strings"
 
 	"github.com/dmsnap/dmsnap/internal/bytesize"
 	"github.com/dmsnap/dmsnap/monitor"
@@ -34,6 +36,7 @@ func clients(e *monitor.Element) string {
 }
 
 var (
+	disks       = []api.Kind{api.KindDisk}
 	nodes       = []api.Kind{api.KindNode}
 	checkpoints = []api.Kind{api.KindCheckpoint}
 	all         = []api.Kind{api.KindDisk, api.KindCheckpoint, api.KindNode}
@@ -65,6 +68,13 @@ var fleetActions = []action{
 		_, err := c.MergeNode(ctx, e.Name)
 		return err
 	}},
+	{key: "t", name: "take the merge back", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge != nil && e.Merge.State == api.MergeFailed },
+		loses: func(e *monitor.Element) string {
+			return fmt.Sprintf("take the merge of %s back? The disk %s gets what it had before the merge", e.Name, e.Disk)
+		}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+			_, err := c.TakeBackMerge(ctx, e.Name)
+			return err
+		}},
 	{key: "d", name: "drop", kinds: append(nodes[:1:1], checkpoints...), loses: func(e *monitor.Element) string {
 		return fmt.Sprintf("drop %s? Its file is deleted: %s%s", e.Name, own(e), clients(e))
 	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
@@ -77,6 +87,11 @@ var fleetActions = []action{
 
 // originActions are those of a server of one origin.
 var originActions = []action{
+	{key: "s", name: "snapshot", kinds: disks, ask: "path of a new COW file on the server's host", do: func(ctx context.Context, c *api.Client, _ *monitor.Element, text string) error {
+		base := filepath.Base(text)
+		_, err := c.Attach(ctx, api.AttachRequest{Name: strings.TrimSuffix(base, filepath.Ext(base)), COW: text, Create: true})
+		return err
+	}},
 	{key: "m", name: "merge", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge == nil }, loses: func(e *monitor.Element) string {
 		return fmt.Sprintf("merge %s into the origin? What that holds now is lost, except for what other snapshots show", e.Name)
 	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {

@@ -228,3 +228,23 @@ func TestOnce(t *testing.T) {
 		t.Error("a report of no server")
 	}
 }
+
+// A merge that failed can be taken back, and only such a one.
+func TestTakeBackIsOffered(t *testing.T) {
+	m := &model{report: monitor.Report{Server: api.ServerOfFleet}}
+	offered := func(merge *api.TreeMerge) bool {
+		e := monitor.Element{Element: api.Element{Name: "vm1", Disk: "golden", Kind: api.KindNode, Merge: merge}}
+		for _, a := range m.actions(&e) {
+			if a.key == "t" {
+				if text := a.loses(&e); !strings.Contains(text, "golden gets what it had before") {
+					t.Errorf("it asks %q", text)
+				}
+				return true
+			}
+		}
+		return false
+	}
+	if offered(nil) || offered(&api.TreeMerge{State: api.MergeRunning}) || !offered(&api.TreeMerge{State: api.MergeFailed}) {
+		t.Error("taking back is offered without a failed merge, or not of one")
+	}
+}

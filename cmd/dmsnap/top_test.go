@@ -49,6 +49,10 @@ func TestTopInATerminal(t *testing.T) {
 		t.Fatalf("%q is not shown:\n%s", words, screen)
 	}
 	shows("> origin", "vm1", "FULL IN", "q: quit")
+	run("send-keys", "s")
+	shows("path of a new COW file")
+	run("send-keys", filepath.Join(p.dir, "late.cow"), "Enter")
+	shows("snapshot origin: done", "late")
 	run("send-keys", "Down")
 	shows(">   vm1", "d: drop")
 	run("send-keys", "d")
@@ -57,14 +61,15 @@ func TestTopInATerminal(t *testing.T) {
 	shows("cancelled")
 	run("send-keys", "d", "y")
 	shows("drop vm1: done")
-	if st := mustJSON[api.Status](t, "status", "--control", control); len(st.Snapshots) != 0 {
-		t.Errorf("it is served still: %+v", st.Snapshots)
+	if st := mustJSON[api.Status](t, "status", "--control", control); len(st.Snapshots) != 1 || st.Snapshots[0].Name != "late" {
+		t.Errorf("served: %+v", st.Snapshots)
 	}
 	run("send-keys", "q")
 	shows("ended with 0")
 	s.Process.Kill()
 	s.end(t)
 	mustRun(t, "check", p.cow)
+	mustRun(t, "check", filepath.Join(p.dir, "late.cow"))
 }
 
 func TestTopWithoutATerminal(t *testing.T) {

@@ -57,6 +57,12 @@ const fleet = {
     text: (e) => `The disk ${e.disk} is overwritten with what ${e.name} shows: what it holds there now is lost, except for what other nodes and checkpoints show, which is preserved first.`,
     do: (e) => send("POST", `/v1/nodes/${path(e.name)}/merge`, {}),
   },
+  takeback: {
+    title: (e) => `Take the merge of ${e.name} back`, ok: "Take merge back", danger: true,
+    text: (e) => `The disk ${e.disk} gets what it had before the merge. What ${e.name} and other nodes show stays.`,
+    possible: (e) => e.merge?.state === "failed",
+    do: (e) => send("DELETE", `/v1/nodes/${path(e.name)}/merge`),
+  },
   drop: {
     title: (e) => `Drop ${e.name}`, ok: "Drop", danger: true,
     text: (e) => `${e.name} and its file are deleted: ${own(e)} of its own are lost.${clients(e)}`,
@@ -87,7 +93,7 @@ const origin = {
 // actionsOf returns the actions for an element.
 export function actionsOf(e, server, all) {
   const [set, names] = server === "fleet"
-    ? [fleet, { disk: ["fork"], checkpoint: ["fork", "drop"], node: ["fork", "checkpoint", "rollback", "squash", "merge", "drop"] }[e.kind]]
+    ? [fleet, { disk: ["fork"], checkpoint: ["fork", "drop"], node: ["fork", "checkpoint", "rollback", "squash", "merge", "takeback", "drop"] }[e.kind]]
     : [origin, { disk: ["snapshot"], node: ["merge", "drop"] }[e.kind]];
   return (names || []).filter((n) => !set[n].possible || set[n].possible(e, all)).map((n) => ({ id: n, label: set[n].label || set[n].ok, ...set[n] }));
 }
