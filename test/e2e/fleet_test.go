@@ -2,7 +2,6 @@ package e2e_test
 
 import (
 	"bytes"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
@@ -10,8 +9,11 @@ import (
 	"os"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
 
 // A fleet of dmsnap daemon on a file system that loses power. What is right is said by lists of the values that each block
@@ -64,75 +66,122 @@ type fleetWorld struct {
 	r       *rand.Rand
 	dir     string
 	rig     *rig
+	off     atomic.Bool // the power
 	numbers uint64
+	disk    *numbered
 	nodes   map[string]*numbered
 	saved   map[string]*numbered // checkpoints, by NODE@NAME
+	dropped map[string]*numbered // nodes and checkpoints that there may be again after a power cut
 	trees   []string             // that there may be after a power cut, the newest last
 	made    int                  // names
+	adopted int                  // of the stores that were made to be adopted
 }
 
-// TestFleetPowerCuts cuts the power of a daemon in the middle of forks, checkpoints, rollbacks, drops and writes: the tree is one
-// that there was since the last durable command, every node and checkpoint in it has every byte that was flushed, and every
-// layer passes a check.
+// adoptable is how many stores there are to be adopted.
+const adoptable = 2
+
+// TestFleetPowerCuts cuts the power of a daemon in the middle of forks, checkpoints, rollbacks, squashes, merges, adoptions, drops
+// and writes: the tree is one that there was since the last durable command, every node and checkpoint in it, and the disk, has
+// every byte that was flushed, and every layer passes a check.
 func TestFleetPowerCuts(t *testing.T) {
-	rounds := uint64(2)
-	if os.Getenv("DMSNAP_DEEP") != "" {
-		rounds = 60
+	seeds := uint64(13)
+	if deep {
+		seeds = 60
 	}
-	for seed := range rounds {
+	for seed := range seeds {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			t.Parallel()
 			w := newFleetWorld(t, seed)
-			for range 4 {
+			for range 3 {
 				w.start()
 				w.look()
-				cut := time.Duration(w.r.IntN(400)) * time.Millisecond
-				time.AfterFunc(cut, func() { w.rig.fs.PowerOff() }) // when it happens is up to chance
-				for w.step() {
+				cut := time.Duration(w.r.IntN(150)) * time.Millisecond
+				time.AfterFunc(cut, w.powerOff) // when it happens is up to chance
+				for w.step(w.r.IntN(16)) {
 				}
-				w.rig.kill()
-				if _, err := w.rig.fs.PowerOn(w.r.Uint64()); err != nil {
-					t.Fatal(err)
+				w.powerOn()
+			}
+			w.end()
+		})
+	}
+}
+
+// TestFleetPowerCutAtEachCall cuts the power at calls of each operation that change a file or make it durable: all of them
+// with DMSNAP_DEEP, else a sample.
+func TestFleetPowerCutAtEachCall(t *testing.T) {
+	for kind, name := range map[int]string{4: "checkpoint", 6: "fork", 8: "rollback", 9: "squash of a node", 10: "squash of a checkpoint",
+		11: "drop", 12: "adopt", 13: "merge"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			for n := 0; deep || n < 2; n++ {
+				w := newFleetWorld(t, uint64(n))
+				for _, before := range []int{1, 4, 6, 1, 4, 6, 0, 6} { // layers that are a node's own among them
+					w.step(before)
+				}
+				skip := n
+				if !deep {
+					skip = w.r.IntN(25)
+				}
+				w.rig.must(w.rig.fs.Add(faultfs.Rule{Op: faultfs.Change, File: "*", Skip: skip, Count: 1, Hang: true}))
+				ended := make(chan bool, 1)
+				go func() { ended <- w.step(kind) && w.write(w.pick(w.nodes), true) }()
+				hung := false
+				for waiting := true; waiting && !hung; {
+					select {
+					case <-ended:
+						waiting = false
+					case <-time.After(time.Millisecond):
+						calls, err := w.rig.fs.Hanging()
+						w.rig.must(err)
+						hung = calls > 0
+					}
+				}
+				w.powerOff()
+				if hung {
+					<-ended
+				}
+				w.powerOn()
+				w.end()
+				if t.Failed() || deep && !hung {
+					t.Logf("%d calls", n)
+					return
 				}
 			}
-			w.start()
-			w.look()
-			w.rig.terminate(0)
-			w.checkLayers()
 		})
 	}
 }
 
 func newFleetWorld(t *testing.T, seed uint64) *fleetWorld {
-	w := &fleetWorld{t: t, r: rand.New(rand.NewPCG(seed, 13)), dir: newFolder(t), rig: &rig{t: t, fs: newFS(t)},
-		nodes: map[string]*numbered{}, saved: map[string]*numbered{}, trees: []string{""}}
+	w := &fleetWorld{t: t, r: rand.New(rand.NewPCG(seed, 13)), dir: newFolder(t), rig: &rig{t: t, fs: newFS(t)}, disk: new(numbered),
+		nodes: map[string]*numbered{}, saved: map[string]*numbered{}, dropped: map[string]*numbered{}}
 	for _, name := range []string{"f", "f/layers"} {
-		if err := w.rig.fs.Folder(name, 0); err != nil {
-			t.Fatal(err)
-		}
+		w.rig.must(w.rig.fs.Folder(name, 0))
 	}
 	var base []byte
-	for range fleetBlocks {
+	for i := range w.disk {
+		w.disk[i] = []uint64{0}
 		base = append(append(base, numberedBlock(0)...), make([]byte, fleetStride-fleetBlock)...)
 	}
-	if err := os.WriteFile(w.dir+"/base", base, 0o600); err != nil {
-		t.Fatal(err)
+	f, err := os.Create(w.base())
+	w.rig.must(err)
+	_, err = f.Write(base)
+	w.rig.must(errors.Join(err, f.Sync(), f.Close(), syncDir(w.rig.fs.Dir()+"/o")))
+	for i := range adoptable {
+		w.rig.run(0, "create", w.base(), w.cow(i), "--raw")
 	}
 	w.start()
-	w.want("disk", "add", "base", w.dir+"/base", "--raw")
-	w.want("fork", "base", "vm", "--durable")
-	w.nodes["vm"] = w.base()
+	w.want("POST", "disks", args{"name": "base", "source": w.base(), "raw": true})
+	w.want("POST", "fork", args{"from": "base", "name": "vm", "durable": true})
+	w.nodes["vm"] = w.disk.clone()
 	w.trees = []string{w.names()}
 	return w
 }
 
-// base is what the disk has.
-func (w *fleetWorld) base() *numbered {
-	var d numbered
-	for i := range d {
-		d[i] = []uint64{0}
-	}
-	return &d
-}
+func (w *fleetWorld) base() string     { return w.rig.fs.Dir() + "/o/base" }
+func (w *fleetWorld) cow(i int) string { return fmt.Sprintf("%s/c/%d.cow", w.rig.fs.Dir(), i) }
+
+// args are the body of a request.
+type args map[string]any
 
 // start starts the daemon on what the disks have.
 func (w *fleetWorld) start() {
@@ -140,22 +189,40 @@ func (w *fleetWorld) start() {
 	if w.rig.s != nil {
 		return
 	}
-	s, err := launch(w.dir, "daemon", "--dir", w.rig.fs.Dir()+"/f", "--allow-path", w.dir)
+	s, err := launch(w.dir, "daemon", "--dir", w.rig.fs.Dir()+"/f", "--allow-path", w.rig.fs.Dir())
 	if err != nil {
 		w.t.Fatal(err)
 	}
 	w.rig.s = s
 }
 
-// command runs a command of the daemon, and reports whether it succeeded.
-func (w *fleetWorld) command(args ...string) outcome {
-	return run(append(args, "--control", w.rig.s.control)...)
+// powerOff is called at any moment: from then on requests may fail.
+func (w *fleetWorld) powerOff() {
+	w.off.Store(true)
+	w.rig.fs.PowerOff()
 }
 
-func (w *fleetWorld) want(args ...string) {
+func (w *fleetWorld) powerOn() {
 	w.t.Helper()
-	if o := w.command(args...); o.status != 0 {
-		w.t.Fatalf("%v", o)
+	w.rig.kill()
+	_, err := w.rig.fs.PowerOn(w.r.Uint64())
+	w.rig.must(err)
+	w.off.Store(false)
+}
+
+// end looks at what there is, and ends the daemon in good order.
+func (w *fleetWorld) end() {
+	w.t.Helper()
+	w.start()
+	w.look()
+	w.rig.terminate(0)
+	w.checkLayers()
+}
+
+func (w *fleetWorld) want(method, path string, body args) {
+	w.t.Helper()
+	if err := w.rig.s.api(method, path, body, nil); err != nil {
+		w.t.Fatalf("%s %s %v: %v\n%s", method, path, body, err, w.rig.s.log())
 	}
 }
 
@@ -166,34 +233,44 @@ func (w *fleetWorld) names() string {
 
 // step does one thing, and returns false when the power was cut. A tree that the command leads to is one that there may be
 // before the command begins.
-func (w *fleetWorld) step() bool {
+func (w *fleetWorld) step(kind int) bool {
 	node := w.pick(w.nodes)
-	switch k := w.r.IntN(10); {
-	case k < 4:
+	durable := w.r.IntN(3) == 0
+	w.made++
+	name := fmt.Sprint("n", w.made)
+	switch {
+	case kind < 4 || kind > 13:
 		return w.write(node, w.r.IntN(3) > 0)
-	case k < 6 || len(w.saved) == 0:
-		w.made++
-		name, durable := fmt.Sprint("c", w.made), w.r.IntN(3) == 0
+	case kind < 6 || len(w.saved) == 0:
 		w.saved[node+"@"+name] = w.nodes[node].clone()
-		return w.record(durable, "checkpoint", node, "--name", name)
-	case k < 8:
-		from := w.pick(w.saved)
-		if w.r.IntN(2) == 0 {
-			from = node
+		return w.record(durable, "POST", "checkpoint", args{"nodes": []string{node}, "name": name, "durable": durable})
+	case kind < 8:
+		from, content := "base", w.disk
+		switch w.r.IntN(5) {
+		case 0, 1:
+			from, content = node, w.nodes[node]
+		case 2, 3:
+			from = w.pick(w.saved)
+			content = w.saved[from]
 		}
-		w.made++
-		name, durable := fmt.Sprint("n", w.made), w.r.IntN(3) == 0
-		if d := w.nodes[from]; d != nil {
-			w.nodes[name] = d.clone()
-		} else {
-			w.nodes[name] = w.saved[from].clone()
-		}
-		return w.record(durable, "fork", from, name)
-	case k < 9 && len(w.nodes) > 1:
+		w.nodes[name] = content.clone()
+		return w.record(durable, "POST", "fork", args{"from": from, "name": name, "durable": durable})
+	case kind == 8:
 		return w.rollback(node)
-	default:
-		return w.write(node, true)
+	case kind == 9:
+		return w.record(false, "POST", "nodes/"+node+"/squash", nil)
+	case kind == 10:
+		return w.record(false, "POST", "nodes/"+w.pick(w.saved)+"/squash", nil)
+	case kind == 11:
+		return w.drop(node)
+	case kind == 12 && w.adopted < adoptable:
+		w.adopted++
+		w.nodes[name] = w.disk.clone()
+		return w.record(false, "POST", "adopt", args{"node": name, "cow": w.cow(w.adopted - 1), "disk": "base"})
+	case kind == 13:
+		return w.merge(node)
 	}
+	return true
 }
 
 func (w *fleetWorld) pick(from map[string]*numbered) string {
@@ -201,17 +278,12 @@ func (w *fleetWorld) pick(from map[string]*numbered) string {
 	return names[w.r.IntN(len(names))]
 }
 
-// record runs a command after which the tree is that of the model.
-func (w *fleetWorld) record(durable bool, args ...string) bool {
+// record makes a request after which the tree is that of the model.
+func (w *fleetWorld) record(durable bool, method, path string, body args) bool {
+	w.t.Helper()
 	w.trees = append(w.trees, w.names())
-	if durable {
-		args = append(args, "--durable")
-	}
-	if o := w.command(args...); o.status != 0 {
-		if !w.off() {
-			w.t.Fatalf("%v", o)
-		}
-		return false
+	if err := w.rig.s.api(method, path, body, nil); err != nil {
+		return w.failed(fmt.Errorf("%s %s %v: %w", method, path, body, err))
 	}
 	if durable {
 		w.trees = w.trees[len(w.trees)-1:]
@@ -219,55 +291,83 @@ func (w *fleetWorld) record(durable bool, args ...string) bool {
 	return true
 }
 
-// off reports whether the power is off.
-func (w *fleetWorld) off() bool {
-	_, err := os.Stat(w.rig.fs.Dir() + "/f/state.json")
-	if errors.Is(err, os.ErrNotExist) {
-		_, err = os.ReadDir(w.rig.fs.Dir() + "/f/layers")
-	}
-	if err != nil {
-		return true
-	}
-	time.Sleep(50 * time.Millisecond) // a command that failed because of it may be noticed before
-	probe, err := os.Create(w.rig.fs.Dir() + "/f/probe")
-	if err != nil {
-		return true
-	}
-	probe.Close()
-	os.Remove(probe.Name())
-	return false
+// refused reports whether an error is a refusal with a code.
+func refused(err error, code string) bool {
+	var e *apiError
+	return errors.As(err, &e) && e.Code == code
 }
 
 // rollback takes the node back to a checkpoint of its own: until it is flushed it may be either.
 func (w *fleetWorld) rollback(node string) bool {
-	var own []string
-	for name := range w.saved {
-		if strings.HasPrefix(name, node+"@") {
-			own = append(own, name)
-		}
-	}
+	own := slices.DeleteFunc(slices.Sorted(maps.Keys(w.saved)), func(name string) bool { return !strings.HasPrefix(name, node+"@") })
 	if len(own) == 0 {
 		return true
 	}
-	slices.Sort(own)
 	to := own[w.r.IntN(len(own))]
 	before := w.nodes[node]
 	w.nodes[node] = before.or(w.saved[to])
 	w.trees = append(w.trees, w.names())
-	switch o := w.command("rollback", node, to); {
-	case o.status == 0 || w.off():
-		return o.status == 0
-	case strings.Contains(o.stderr, "is not a checkpoint that node"): // it was rolled back to an earlier one
+	err := w.rig.s.api("POST", "nodes/"+node+"/rollback", args{"checkpoint": to, "force": true}, nil)
+	if refused(err, "not_ancestor") { // it was rolled back to an earlier one
 		w.nodes[node] = before
 		return true
-	default:
-		w.t.Fatalf("%v", o)
+	}
+	return err == nil || w.failed(err)
+}
+
+// drop drops a node, or a checkpoint; until the next durable command there may be either tree.
+func (w *fleetWorld) drop(node string) bool {
+	name, from, path := node, w.nodes, "nodes/"
+	if len(w.nodes) == 1 || w.r.IntN(2) == 0 {
+		name, from, path = w.pick(w.saved), w.saved, "checkpoints/"
+	}
+	content := from[name]
+	delete(from, name)
+	w.dropped[name] = content
+	w.trees = append(w.trees, w.names())
+	err := w.rig.s.api("DELETE", path+name, nil, nil)
+	if refused(err, "has_children") {
+		from[name] = content
+		return true
+	}
+	return err == nil || w.failed(err)
+}
+
+// merge writes a node into the disk. After a power cut the daemon goes on with it, or has not begun.
+func (w *fleetWorld) merge(node string) bool {
+	merged := w.nodes[node].clone()
+	w.disk = w.disk.or(merged)
+	if err := w.rig.s.api("POST", "nodes/"+node+"/merge", nil, nil); err != nil {
+		return w.failed(err)
+	}
+	if !w.merged() {
 		return false
+	}
+	w.disk = merged
+	return true
+}
+
+// merged waits for the end of a merge, and returns false when the power was cut.
+func (w *fleetWorld) merged() bool {
+	w.t.Helper()
+	for {
+		var d struct{ Merge *mergeStatus }
+		if err := w.rig.s.api("GET", "disks/base", nil, &d); err != nil {
+			return w.failed(err)
+		}
+		switch {
+		case d.Merge == nil || d.Merge.State == "done":
+			return true
+		case d.Merge.State != "running":
+			return w.failed(fmt.Errorf("merge: %+v", d.Merge))
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 
 // write writes to a node, and flushes it if flush is set.
 func (w *fleetWorld) write(node string, flush bool) bool {
+	w.t.Helper()
 	c, err := dial(w.rig.s.socket, node, nil)
 	if err != nil {
 		return w.failed(err)
@@ -295,8 +395,8 @@ func (w *fleetWorld) write(node string, flush bool) bool {
 // failed reports an error unless the power is off, and returns false.
 func (w *fleetWorld) failed(err error) bool {
 	w.t.Helper()
-	if !w.off() {
-		w.t.Fatalf("%v\n%s", err, w.rig.s.log())
+	if !w.off.Load() {
+		w.t.Errorf("%v\n%s", err, w.rig.s.log())
 	}
 	return false
 }
@@ -305,43 +405,54 @@ func (w *fleetWorld) failed(err error) bool {
 func (w *fleetWorld) look() {
 	w.t.Helper()
 	var tree struct {
-		Elements []struct{ Name, Kind string }
+		Elements []struct{ Name, Kind, State, Error string }
 	}
-	o := w.command("tree", "--json")
-	if o.status != 0 {
-		w.t.Fatalf("%v", o)
-	}
-	if err := json.Unmarshal([]byte(o.out), &tree); err != nil {
-		w.t.Fatal(err)
-	}
+	w.rig.must(w.rig.s.api("GET", "tree", nil, &tree))
 	nodes, saved := map[string]*numbered{}, map[string]*numbered{}
+	known := maps.Clone(w.dropped)
+	maps.Copy(known, w.nodes)
+	maps.Copy(known, w.saved)
 	for _, e := range tree.Elements {
 		switch {
+		case e.State != "ok":
+			w.t.Fatalf("%s: %s\n%s", e.Name, e.Error, w.rig.s.log())
 		case e.Name == "look": // its drop was lost
-			w.want("drop", "look")
+			w.want("DELETE", "nodes/look", nil)
 		case e.Kind == "node":
-			nodes[e.Name] = w.nodes[e.Name]
+			nodes[e.Name] = known[e.Name]
 		case e.Kind == "checkpoint" && !strings.Contains(e.Name, "@~"):
-			saved[e.Name] = w.saved[e.Name]
+			saved[e.Name] = known[e.Name]
 		}
 	}
 	w.nodes, w.saved = nodes, saved
+	clear(w.dropped)
 	if !slices.Contains(w.trees, w.names()) {
 		w.t.Fatalf("the tree is %s\nit may be one of\n%s\n%s", w.names(), strings.Join(w.trees, "\n"), w.rig.s.log())
 	}
 	for name, d := range nodes {
 		nodes[name] = w.read(name, d)
 	}
-	// What checkpoints have shows in a fork.
+	// What checkpoints and the disk have shows in a fork.
 	for name, d := range saved {
-		w.want("fork", name, "look")
-		saved[name] = w.read("look", d)
-		w.want("drop", "look")
+		saved[name] = w.readFork(name, d)
 	}
+	if !w.merged() {
+		w.t.Fatal("the merge does not go on")
+	}
+	w.disk = w.readFork("base", w.disk)
 	// All of it is durable from here on.
-	w.want("fork", "base", "look", "--durable")
-	w.want("drop", "look")
+	w.want("POST", "fork", args{"from": "base", "name": "look", "durable": true})
+	w.want("DELETE", "nodes/look", nil)
 	w.trees = []string{w.names()}
+}
+
+// readFork is read of a fork.
+func (w *fleetWorld) readFork(of string, may *numbered) *numbered {
+	w.t.Helper()
+	w.want("POST", "fork", args{"from": of, "name": "look"})
+	d := w.read("look", may)
+	w.want("DELETE", "nodes/look", nil)
+	return d
 }
 
 // read returns what an export has, which must be something that it may have.

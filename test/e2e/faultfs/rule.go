@@ -19,6 +19,8 @@ const (
 	Rename   Op = "rename" // rename and link
 	Remove   Op = "remove"
 	SyncDir  Op = "syncdir"
+
+	Change Op = "change" // of a Rule: any of them but Read
 )
 
 // Rule makes calls fail or wait. A failed fsync loses what was not flushed, see [FS]; all other calls that
@@ -48,7 +50,7 @@ type rule struct {
 
 // meets reports whether the rule applies to a call, and counts the call.
 func (r *rule) meets(op Op, name string) bool {
-	if r.Op != op || r.Count > 0 && r.met >= r.Count {
+	if r.Op != op && (r.Op != Change || op == Read) || r.Count > 0 && r.met >= r.Count {
 		return false
 	}
 	if ok, _ := path.Match(r.File, name); !ok {
