@@ -3,7 +3,6 @@ package fleet
 import (
 	"bytes"
 	"context"
-	"encoding/binary"
 	"fmt"
 	"io"
 	"maps"
@@ -17,6 +16,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/model"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/server/api"
 )
@@ -75,56 +76,18 @@ func copyFile(t testing.TB, from, to string) {
 	}
 }
 
-const stampBlock = 4096
-
-// A stamped is a model of a disk whose blocks have numbers: the last one written to each, and those that it may have after a
-// crash, because they were written since the last flush.
-type stamped struct {
-	now [testSize / stampBlock]uint64
-	may [testSize / stampBlock][]uint64
-}
-
-func (s *stamped) write(block int, n uint64) {
-	if len(s.may[block]) == 0 {
-		s.may[block] = []uint64{s.now[block]}
-	}
-	s.now[block] = n
-	s.may[block] = append(slices.Clip(s.may[block]), n)
-}
-
-func (s *stamped) flush() { clear(s.may[:]) }
-
-func (s *stamped) clone() *stamped { c := *s; return &c }
-
-// allows returns an error unless got is what the disk may hold after a crash.
-func (s *stamped) allows(got []byte) error {
-	for b := range s.now {
-		n := binary.LittleEndian.Uint64(got[b*stampBlock:])
-		whole := bytes.Equal(got[b*stampBlock:(b+1)*stampBlock], stamp(n))
-		if !whole || n != s.now[b] && !slices.Contains(s.may[b], n) {
-			return fmt.Errorf("block %d has %d (whole: %v), want %d or one of %v", b, n, whole, s.now[b], s.may[b])
-		}
-	}
-	return nil
-}
-
-func stamp(n uint64) []byte {
-	p := make([]byte, stampBlock)
-	for i := 0; i < len(p); i += 8 {
-		binary.LittleEndian.PutUint64(p[i:], n)
-	}
-	return p
-}
-
-// A killing runs random operations on a fleet, keeps models of the nodes, and looks at what a kill leaves after each line.
+// A killing runs random operations on a fleet, keeps a model of it, and looks at what a kill leaves after each line.
 type killing struct {
 	*testFleet
-	t      *testing.T
-	r      *rand.Rand
-	models map[string]*stamped // by node or checkpoint
-	next   uint64
-	kills  int
-	rolled map[string]uint64 // line of the last rollback of each node
+	t        *testing.T
+	r        *rand.Rand
+	model    *model.Tree
+	blank    string // the file of the disk
+	names    int
+	kills    int
+	rolled   map[string]uint64 // line of the last rollback of each node
+	changing string            // the element that an operation changes, which may be either
+	adopts   bool              // stores, whose files copies of the directory would share
 }
 
 // TestKill copies the directory after every line of the journal, opens the copy, and compares the tree and the content.
@@ -133,21 +96,9 @@ func TestKill(t *testing.T) {
 	every := settleEvery
 	t.Cleanup(func() { settleEvery = every }) // after the fleet was closed
 	settleEvery = time.Hour
-	k := &killing{t: t, r: rand.New(rand.NewPCG(3, 4)), models: map[string]*stamped{}, rolled: map[string]uint64{}}
-	k.testFleet = newFleet(t, Options{})
-	if err := k.RemoveDisk(t.Context(), "golden"); err != nil {
-		t.Fatal(err)
-	}
-	blank := filepath.Join(filepath.Dir(k.golden), "blank.img")
-	if err := os.WriteFile(blank, make([]byte, testSize), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	if _, err := k.AddDisk(t.Context(), api.AddDiskRequest{Name: "blank", Source: blank, Raw: true}); err != nil {
-		t.Fatal(err)
-	}
-	k.models["blank"] = &stamped{}
+	k := newKilling(t, 3)
 	k.watch()
-	steps := 60
+	steps := 80
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		steps = 2000
 	}
@@ -162,12 +113,30 @@ func TestKill(t *testing.T) {
 	k.mu.Unlock()
 }
 
+// newKilling makes a fleet of one disk with zeros.
+func newKilling(t *testing.T, seed uint64) *killing {
+	k := &killing{t: t, r: rand.New(rand.NewPCG(seed, 4)), model: model.NewTree("blank", testSize/model.Block), rolled: map[string]uint64{}}
+	k.testFleet = newFleet(t, Options{})
+	if err := k.RemoveDisk(t.Context(), "golden"); err != nil {
+		t.Fatal(err)
+	}
+	k.blank = filepath.Join(filepath.Dir(k.golden), "blank.img")
+	if err := os.WriteFile(k.blank, make([]byte, testSize), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.AddDisk(t.Context(), api.AddDiskRequest{Name: "blank", Source: k.blank, Raw: true}); err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
 func (k *killing) watch() {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.appended = func(c *change) {
 		dir := filepath.Join(testhost.ShortDir(k.t), "k")
 		copyDirectory(k.t, k.dir, dir)
+		copyFile(k.t, k.blank, filepath.Join(dir, "blank.img"))
 		k.kills++
 		if k.kills%3 == 0 {
 			k.cutPower(dir)
@@ -176,6 +145,13 @@ func (k *killing) watch() {
 		}
 		os.RemoveAll(dir)
 	}
+}
+
+// copiedDisk are the options of a copy, which has a disk of its own.
+func copiedDisk(dir string) Options {
+	return Options{Open: func(_ string, o cowfile.OriginOptions) (cowfile.Origin, error) {
+		return cowfile.OpenRaw(filepath.Join(dir, "blank.img"), o)
+	}}
 }
 
 // cutPower opens a copy without the lines that are not durable, as the worst loss of power leaves it: files have everything.
@@ -197,23 +173,22 @@ func (k *killing) cutPower(dir string) {
 	if err := os.Truncate(log, int64(size)); err != nil {
 		k.t.Error(err)
 	}
-	f, err := Open(dir, Options{})
+	f, err := Open(dir, copiedDisk(dir))
 	if err != nil {
 		k.t.Errorf("after a loss of power at line %d: %v", synced, err)
 		return
 	}
 	for name, n := range f.nodes {
-		m := k.models[name]
-		if n.err != nil || k.state.Nodes[name] == nil || m == nil || k.rolled[name] >= synced {
+		if n.err != nil || k.state.Nodes[name] == nil || !k.model.Has(name) || name == k.changing || k.rolled[name] >= synced {
 			continue
 		}
 		got := make([]byte, testSize)
 		if _, err := n.dev.ReadAt(got, 0); err != nil {
 			k.t.Error(err)
-		} else if err := m.allows(got); err != nil {
+		} else if err := k.model.Allows(name, got); err != nil {
 			k.t.Errorf("after a loss of power at line %d: node %s: %v", synced, name, err)
 		}
-		if _, err := n.dev.WriteAt(stamp(1), 0); err != nil {
+		if _, err := n.dev.WriteAt(model.Stamp(1), 0); err != nil {
 			k.t.Errorf("after a loss of power at line %d: node %s can't be written: %v", synced, name, err)
 		}
 	}
@@ -225,7 +200,7 @@ func (k *killing) cutPower(dir string) {
 
 // look opens what a kill left. Locks of the killed fleet are held, so that it must not end the goroutine.
 func (k *killing) look(dir string, c *change) {
-	f, err := Open(dir, Options{})
+	f, err := Open(dir, copiedDisk(dir))
 	if err != nil {
 		k.t.Errorf("after line %d (%s): %v", c.Seq, c.Op, err)
 		return
@@ -235,11 +210,12 @@ func (k *killing) look(dir string, c *change) {
 			k.t.Errorf("after line %d (%s): close: %v", c.Seq, c.Op, err)
 		}
 		checkLayers(k.t, dir)
-		if files, _ := filepath.Glob(filepath.Join(dir, layersDir, "*")); len(files) != len(k.state.Layers) {
-			k.t.Errorf("after line %d (%s): %d files of %d layers", c.Seq, c.Op, len(files), len(k.state.Layers))
+		if files, _ := filepath.Glob(filepath.Join(dir, layersDir, "*")); len(files) != len(f.state.Layers) {
+			k.t.Errorf("after line %d (%s): %d files of %d layers", c.Seq, c.Op, len(files), len(f.state.Layers))
 		}
 	}()
-	if got, want := slices.Sorted(maps.Keys(f.state.Layers)), slices.Sorted(maps.Keys(k.state.Layers)); !slices.Equal(got, want) {
+	merging := k.state.Disks["blank"].Merging != "" // then the copy goes on with it
+	if got, want := slices.Sorted(maps.Keys(f.state.Layers)), slices.Sorted(maps.Keys(k.state.Layers)); !merging && !slices.Equal(got, want) {
 		k.t.Errorf("after line %d (%s): layers %v, want %v", c.Seq, c.Op, got, want)
 		return
 	}
@@ -248,21 +224,34 @@ func (k *killing) look(dir string, c *change) {
 			k.t.Errorf("after line %d (%s): node %s: %v", c.Seq, c.Op, name, n.err)
 			continue
 		}
-		if k.models[name] == nil {
+		if !k.model.Has(name) || name == k.changing {
 			continue // it is being made
 		}
 		got := make([]byte, testSize)
 		if _, err := n.dev.ReadAt(got, 0); err != nil {
 			k.t.Error(err)
 		}
-		if err := k.models[name].allows(got); err != nil {
+		if err := k.model.Allows(name, got); err != nil {
 			k.t.Errorf("after line %d (%s): node %s: %v", c.Seq, c.Op, name, err)
 		}
 	}
 }
 
 func (k *killing) nodes() []string {
-	return slices.DeleteFunc(slices.Sorted(maps.Keys(k.models)), func(n string) bool { return strings.Contains(n, "@") || n == "blank" })
+	return slices.DeleteFunc(k.model.Names(), func(n string) bool { return strings.Contains(n, "@") || n == "blank" })
+}
+
+func (k *killing) name() string {
+	k.names++
+	return fmt.Sprint("n", k.names)
+}
+
+// must ends the test after an error.
+func (k *killing) must(_ any, err error) {
+	k.t.Helper()
+	if err != nil {
+		k.t.Fatal(err)
+	}
 }
 
 // step does one random thing.
@@ -272,96 +261,112 @@ func (k *killing) step() {
 		k.forkRandom()
 		return
 	}
+	ctx := k.t.Context()
 	name := nodes[k.r.IntN(len(nodes))]
 	dev := k.Fleet.nodes[name].dev
-	switch n := k.r.IntN(30); {
+	b := k.r.IntN(testSize / model.Block)
+	off := int64(b) * model.Block
+	switch n := k.r.IntN(36); {
+	case n < 10:
+		k.must(dev.WriteAt(k.model.Write(name, b), off))
 	case n < 12:
-		b := k.r.IntN(len(stamped{}.now))
-		k.next++
-		k.models[name].write(b, k.next)
-		if _, err := dev.WriteAt(stamp(k.next), int64(b)*stampBlock); err != nil {
-			k.t.Fatal(err)
-		}
+		k.model.Zero(name, b)
+		k.must(nil, dev.ZeroAt(off, model.Block, 0))
 	case n < 16:
-		if err := dev.Flush(); err != nil {
-			k.t.Fatal(err)
-		}
-		k.models[name].flush()
+		k.must(nil, dev.Flush())
+		k.model.Flush(name)
 	case n < 20:
 		k.checkpointRandom(nodes)
 	case n < 24 && len(nodes) < 8:
 		k.forkRandom()
-	case n == 24 && len(nodes) > 3:
-		m := k.models[name]
-		delete(k.models, name)
-		if err := k.Drop(k.t.Context(), name); err != nil {
-			k.models[name] = m
-			k.t.Fatal(err)
-		}
-	case n == 25:
-		k.rollbackRandom(name)
+	case n < 26 && len(nodes) > 3:
+		k.changing = name
+		k.must(nil, k.Drop(ctx, name))
+		k.changing = ""
+		k.model.Drop(name)
 	case n == 26:
-		if _, err := k.Squash(k.t.Context(), api.SquashRequest{Node: name}); err != nil {
-			k.t.Fatal(err)
-		}
+		k.rollbackRandom(name)
 	case n == 27:
+		k.must(k.Squash(ctx, api.SquashRequest{Node: name}))
+	case n < 30:
+		k.checkpointsRandom()
+	case n < 32:
+		k.changing = "blank"
+		k.merge(name)
+		k.changing = ""
+		k.model.Copy(name, "blank")
+		k.model.Flush("blank")
+	case n == 32 && k.adopts:
+		k.adoptNew()
+	case n == 33:
 		f := k.Fleet
 		f.reap()
 		for _, err := range f.flushDirty() {
 			k.t.Fatal(err)
 		}
 		for _, name := range nodes {
-			k.models[name].flush()
+			k.model.Flush(name)
 		}
 	}
 }
 
 func (k *killing) forkRandom() {
-	from := slices.Sorted(maps.Keys(k.models))
-	name := fmt.Sprintf("n%d", k.next)
-	k.next++
-	source := from[k.r.IntN(len(from))]
-	if _, err := k.Fork(k.t.Context(), api.ForkRequest{From: source, Name: name}); err != nil {
-		k.t.Fatal(err)
+	from := k.model.Names()
+	source, name := from[k.r.IntN(len(from))], k.name()
+	k.must(k.Fork(k.t.Context(), api.ForkRequest{From: source, Name: name}))
+	k.model.Copy(source, name)
+}
+
+// adoptNew adopts a new store.
+func (k *killing) adoptNew() {
+	name := k.name()
+	cow := filepath.Join(filepath.Dir(k.blank), name)
+	k.must(cowfile.Create(k.golden, cow, cowfile.Options{Raw: true}))
+	k.must(k.Adopt(k.t.Context(), api.AdoptRequest{Node: name, COW: cow, Disk: "blank"}))
+	k.model.Copy("blank", name)
+}
+
+// checkpointsRandom squashes checkpoints, or takes their names.
+func (k *killing) checkpointsRandom() {
+	for _, e := range k.Tree().Elements {
+		switch {
+		case e.Kind != api.KindCheckpoint || k.r.IntN(3) > 0:
+		case !e.Unnamed && k.r.IntN(2) == 0:
+			k.must(nil, k.Forget(k.t.Context(), e.Name))
+			k.model.Drop(e.Name)
+		default:
+			if _, err := k.Squash(k.t.Context(), api.SquashRequest{Node: e.Name}); codeOf(err) != api.CodeNoSuchCheckpoint {
+				k.must(nil, err)
+			}
+		}
 	}
-	k.models[name] = k.models[source].clone()
 }
 
 func (k *killing) checkpointRandom(nodes []string) {
 	k.r.Shuffle(len(nodes), func(i, j int) { nodes[i], nodes[j] = nodes[j], nodes[i] })
 	nodes = nodes[:1+k.r.IntN(min(3, len(nodes)))]
-	name := fmt.Sprintf("c%d", k.next)
-	k.next++
-	durable := k.r.IntN(2) == 0
-	if _, err := k.Checkpoint(k.t.Context(), api.CheckpointRequest{Nodes: nodes, Name: name, Durable: durable}); err != nil {
-		k.t.Fatal(err)
-	}
+	name, durable := k.name(), k.r.IntN(2) == 0
+	k.must(k.Checkpoint(k.t.Context(), api.CheckpointRequest{Nodes: nodes, Name: name, Durable: durable}))
 	for _, n := range nodes {
 		if durable {
-			k.models[n].flush()
+			k.model.Flush(n)
 		}
-		k.models[n+"@"+name] = k.models[n].clone()
+		k.model.Copy(n, n+"@"+name)
 	}
 }
 
-// rollbackRandom rolls back to a checkpoint with a model, if there is one.
+// rollbackRandom rolls back to a checkpoint with a name, if there is one.
 func (k *killing) rollbackRandom(name string) {
-	e, err := k.Element(name)
-	for err == nil && e.Kind != api.KindDisk {
-		if e, err = k.Element(e.Parent); err != nil || e.Kind == api.KindDisk {
-			return
+	for e, err := k.Element(name); err == nil && e.Kind != api.KindDisk; {
+		if e, err = k.Element(e.Parent); err != nil || e.Kind == api.KindDisk || !k.model.Has(e.Name) || k.r.IntN(2) == 0 {
+			continue
 		}
-		if m := k.models[e.Name]; m != nil && k.r.IntN(2) == 0 {
-			before := k.models[name]
-			k.models[name] = nil // while it changes
-			if _, err := k.Rollback(k.t.Context(), api.RollbackRequest{Node: name, Checkpoint: e.Name}); err != nil {
-				k.models[name] = before
-				k.t.Fatal(err)
-			}
-			k.models[name] = m.clone()
-			k.rolled[name] = k.state.Seq
-			return
-		}
+		k.changing = name
+		k.must(k.Rollback(k.t.Context(), api.RollbackRequest{Node: name, Checkpoint: e.Name}))
+		k.changing = ""
+		k.model.Copy(e.Name, name)
+		k.rolled[name] = k.state.Seq
+		return
 	}
 }
 

@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
@@ -282,93 +281,32 @@ func TestLargerFork(t *testing.T) {
 	}
 }
 
-// TestRandomTree mixes operations with I/O, and compares every node with a copy, before and after restarts.
+// TestRandomTree does what TestKill does, and compares every node with the model, before and after restarts.
 func TestRandomTree(t *testing.T) {
-	f := newFleet(t, Options{})
-	r := rand.New(rand.NewPCG(1, 2))
-	golden, err := os.ReadFile(f.golden)
-	if err != nil {
-		t.Fatal(err)
-	}
-	models := map[string][]byte{"golden": golden} // by element
-	f.fork("golden", "n0")
-	models["n0"] = bytes.Clone(golden)
-	nodes := []string{"n0"}
-	compare := func() {
-		t.Helper()
-		for _, name := range nodes {
-			got := make([]byte, testSize)
-			c := f.dial(name)
-			if _, err := c.ReadAt(got, 0); err != nil {
-				t.Fatal(err)
-			}
-			c.Close()
-			if !bytes.Equal(got, models[name]) {
-				t.Fatalf("node %s differs from its model at byte %d", name, firstDifference(got, models[name]))
-			}
-		}
-	}
-	steps := 200
+	steps := 150
 	if testing.Short() {
 		steps = 100
 	}
-	for i := range steps {
-		name := nodes[r.IntN(len(nodes))]
-		switch k := r.IntN(20); {
-		case k < 12:
-			p := make([]byte, 1+r.IntN(20000))
-			for i := range p {
-				p[i] = byte(r.Uint32())
-			}
-			off := r.Int64N(testSize - int64(len(p)))
-			c := f.dial(name)
-			if _, err := c.WriteAt(p, off); err != nil {
-				t.Fatal(err)
-			}
-			c.Close()
-			copy(models[name][off:], p)
-		case k < 14:
-			title := fmt.Sprintf("c%d", i)
-			f.checkpoint(title, name)
-			models[name+"@"+title] = bytes.Clone(models[name])
-		case k < 17 && len(nodes) < 12:
-			from := f.Tree().Elements[r.IntN(len(f.Tree().Elements))]
-			if models[from.Name] == nil {
-				continue // unnamed
-			}
-			child := fmt.Sprintf("n%d", i)
-			f.fork(from.Name, child)
-			models[child] = bytes.Clone(models[from.Name])
-			nodes = append(nodes, child)
-		case k == 17 && len(nodes) > 3:
-			i := r.IntN(len(nodes))
-			if err := f.Drop(t.Context(), nodes[i]); err != nil {
-				t.Fatal(err)
-			}
-			nodes = append(nodes[:i], nodes[i+1:]...)
-		case k == 18:
-			compare()
-			f.restart()
-			compare()
-		case k == 19:
-			for _, e := range f.Tree().Elements {
-				if e.Kind != api.KindCheckpoint || r.IntN(3) > 0 {
-					continue
-				}
-				if !e.Unnamed && r.IntN(2) == 0 {
-					if err := f.Forget(t.Context(), e.Name); err != nil {
-						t.Fatal(err)
-					}
-					delete(models, e.Name)
-				} else if _, err := f.Squash(t.Context(), api.SquashRequest{Node: e.Name}); err != nil && codeOf(err) != api.CodeNoSuchCheckpoint {
-					t.Fatal(err)
+	for seed := range uint64(2) {
+		k := newKilling(t, seed)
+		k.adopts = true
+		compare := func() {
+			t.Helper()
+			for _, name := range k.nodes() {
+				if err := k.model.Shows(name, readAll(t, k.Fleet.nodes[name].dev)); err != nil {
+					t.Fatalf("seed %d: %v", seed, err)
 				}
 			}
 		}
-	}
-	compare()
-	if n := f.compareSealed(models); n < 10 {
-		t.Errorf("only %d contexts of checkpoints", n)
+		for i := range steps {
+			k.step()
+			if i%40 == 39 {
+				compare()
+				k.restart()
+				compare()
+			}
+		}
+		k.stop()
 	}
 }
 
