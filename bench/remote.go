@@ -294,7 +294,7 @@ func remoteWarm(j load.Job) func(ctx context.Context, l *lab, c contender, round
 		if err := warm(local); err != nil {
 			return sample{}, err
 		}
-		rates := map[string]float64{}
+		rates, costs := map[string]float64{}, map[string]float64{}
 		for i := range 4 { // by turns: other, own, own, other
 			name := local
 			if i == 1 || i == 2 {
@@ -306,16 +306,22 @@ func remoteWarm(j load.Job) func(ctx context.Context, l *lab, c contender, round
 			}
 			// Everything is read once, and verified.
 			_, err = load.NBD(ctx, s.socket, "fork0", load.Job{Block: 1 << 20, Depth: 4, Size: j.Size, Count: j.Size >> 20})
-			var got load.Result
+			var cost sample
 			if err == nil {
-				got, err = load.NBD(ctx, s.socket, "fork0", j)
+				t := target{server: s}
+				err = t.costs(&cost, func() (int64, error) {
+					got, err := load.NBD(ctx, s.socket, "fork0", j)
+					rates[name] += got.Rate()
+					return got.Requests, err
+				})
 			}
 			if err := errors.Join(err, s.stop()); err != nil {
 				return sample{}, err
 			}
-			rates[name] += got.Rate()
+			costs[name] += cost.More[cpuFigure] / 2
 		}
-		return sample{Value: rates[ref] / rates[local], More: map[string]float64{"rate": rates[ref] / 2, "local_rate": rates[local] / 2}}, nil
+		return sample{Value: rates[ref] / rates[local], More: map[string]float64{"rate": rates[ref] / 2, "local_rate": rates[local] / 2,
+			cpuFigure: costs[ref], "local_" + cpuFigure: costs[local]}}, nil
 	}
 }
 
