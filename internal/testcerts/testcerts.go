@@ -71,7 +71,7 @@ func (a *Authority) Write(dir string) error {
 }
 
 // WriteKind writes ca-cert.pem, server-cert.pem, server-key.pem, client-cert.pem and client-key.pem to a directory, for
-// the server localhost, 127.0.0.1 and ::1. Keys are of the kind, certificates valid until expiry.
+// the server localhost, registry.test, 127.0.0.1 and ::1. Keys are of the kind, certificates valid until expiry.
 func (a *Authority) WriteKind(dir string, kind KeyKind, expiry time.Time) error {
 	if err := os.WriteFile(filepath.Join(dir, "ca-cert.pem"), a.pem, 0o600); err != nil {
 		return err
@@ -81,7 +81,7 @@ func (a *Authority) WriteKind(dir string, kind KeyKind, expiry time.Time) error 
 			NotBefore: time.Now().Add(-2 * time.Hour), NotAfter: expiry,
 			KeyUsage:    x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment,
 			ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-			DNSNames:    []string{"localhost"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}}
+			DNSNames:    []string{"localhost", "registry.test"}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1), net.IPv6loopback}}
 		key, err := kind.generate()
 		if err != nil {
 			return err

@@ -30,6 +30,7 @@ package remote
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -201,6 +202,10 @@ func mayPass(err error) bool {
 	var s *statusError
 	if errors.As(err, &s) {
 		return s.status >= 500 && s.status != http.StatusNotImplemented || s.status == http.StatusTooManyRequests || s.status == http.StatusRequestTimeout
+	}
+	var certificate *tls.CertificateVerificationError
+	if errors.As(err, &certificate) || errors.Is(err, http.ErrSchemeMismatch) {
+		return false // another attempt would meet the same server
 	}
 	return !errors.Is(err, ErrChanged) && !errors.Is(err, ErrNotFound) && !errors.Is(err, ErrDenied) && !errors.Is(err, errFinal)
 }
