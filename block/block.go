@@ -179,11 +179,11 @@ func Zero(dev Device, off, n int64, flags ZeroFlags) error {
 	if flags&OnlyFast != 0 {
 		return ErrNotFast
 	}
-	return writeZeros(dev, off, n)
+	return WriteZeros(dev, off, n)
 }
 
-// writeZeros makes n bytes at off read as zeros by writing them.
-func writeZeros(dev Device, off, n int64) error {
+// WriteZeros writes n zeros at off, where [Zero] might deallocate the range. Both must lie within dev.
+func WriteZeros(dev Device, off, n int64) error {
 	for n > 0 {
 		m := min(n, int64(len(zeros)))
 		if _, err := dev.WriteAt(zeros[:m], off); err != nil {

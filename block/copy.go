@@ -203,7 +203,7 @@ func isZero(p []byte) bool {
 func zeroWithin(dst Device, off, n int64) error {
 	err := Zero(dst, off, n, 0)
 	if IsNoSpace(err) {
-		err = writeZeros(dst, off, n)
+		err = WriteZeros(dst, off, n)
 	}
 	return err
 }

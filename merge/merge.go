@@ -95,6 +95,8 @@ type loop struct {
 	chunk  int64                                            // bytes
 	total  uint64                                           // exceptions at the beginning
 	next   func(took time.Duration, requests uint64) uint64 // the next window, after a full step; nil: the same
+	ahead  bool                                             // nobody else uses the devices: steps copy the next window as well
+	full   uint64                                           // how many exceptions the next step merges if there are as many
 }
 
 // newLoop returns the loop of a merge that has been resumed.
@@ -105,7 +107,8 @@ func newLoop(m *snapshot.Merging, o Options) *loop {
 	}
 	st := m.Store()
 	chunk := st.Layout().ChunkBytes()
-	return &loop{m: m, window: uint64(max(1, window/chunk)), chunk: chunk, total: st.Len()}
+	exceptions := uint64(max(1, window/chunk))
+	return &loop{m: m, window: exceptions, full: exceptions, chunk: chunk, total: st.Len()}
 }
 
 // progress returns how far the merge is. The remaining exceptions are read from the store and not counted: after a
@@ -119,15 +122,23 @@ func (l *loop) progress() Progress {
 // waits until there may be space or ctx ends, and the caller repeats it.
 func (l *loop) step(ctx context.Context) (done bool, err error) {
 	began, before := time.Now(), l.m.Requests()
-	n, err := l.m.Step(l.window)
+	ahead := uint64(0)
+	if l.ahead {
+		ahead = l.window
+	}
+	n, err := l.m.StepAhead(l.window, ahead)
 	if changed := block.CanRetry(err); changed != nil {
 		return false, block.AwaitRetry(ctx, changed)
 	}
 	if err != nil {
 		return false, err
 	}
-	if l.next != nil && n == l.window {
+	if l.next != nil && n == l.full {
 		l.window = l.next(time.Since(began), l.m.Requests()-before)
+	}
+	l.full = l.window
+	if l.ahead {
+		l.full = ahead
 	}
 	return n == 0, nil
 }
@@ -157,8 +168,12 @@ func liveWindow(window uint64, took time.Duration, requests, chunk uint64) uint6
 // Run makes steps until the merge is complete (nil), a step fails (its error) or ctx ends (the cause of that), also
 // while a step waits for space in the COW device of another snapshot. m must have been resumed; the caller closes it or
 // runs it again.
-func Run(ctx context.Context, m *snapshot.Merging, o Options) error {
+func Run(ctx context.Context, m *snapshot.Merging, o Options) error { return run(ctx, m, o, false) }
+
+// run is Run. With ahead, which is for a merge without clients, each step also copies the next window.
+func run(ctx context.Context, m *snapshot.Merging, o Options, ahead bool) error {
 	l := newLoop(m, o)
+	l.ahead = ahead
 	if o.Window <= 0 {
 		l.next = func(took time.Duration, _ uint64) uint64 { return nextWindow(l.window, took, uint64(l.chunk)) }
 	}

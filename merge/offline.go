@@ -90,7 +90,7 @@ func offline(ctx context.Context, over *snapshot.Origin, m *snapshot.Merging, o 
 		err = m.Resume()
 	}
 	if err == nil {
-		err = Run(inner, m, o)
+		err = run(inner, m, o, true)
 	}
 	if err == nil && inner.Err() != nil && ctx.Err() == nil {
 		err = context.Cause(inner) // a sibling was lost in the last step

@@ -17,12 +17,13 @@ const gatherBytes = 32 << 20
 // for the flush at the end of the window.
 const earlyBytes = 8 << 20
 
-// copyWindow copies the runs, ascending by origin chunk, from the COW device to the origin.
+// copyRuns copies the runs, ascending by origin chunk, from the COW device to the origin.
 //
 // Runs may be adjacent in the COW device and far apart on the origin, or the other way round. So as many short runs as
 // fit are collected in memory: they are read in the order of the COW device and written in the order of the origin,
 // adjacent ones in one operation. Long runs are copied directly.
-func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
+func (m *Merging) copyRuns(l ondisk.Layout, runs []store.Run) error {
+	var early earlyFlush
 	for len(runs) > 0 {
 		k, bytes := 1, int64(runs[0].Count)<<l.Shift()
 		for bytes < scratch.Most && k < len(runs) {
@@ -35,9 +36,9 @@ func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 		}
 		var err error
 		if k == 1 {
-			err = m.copyRun(l, runs[0])
+			err = m.copyRun(l, runs[0], &early)
 		} else {
-			err = m.copyGathered(l, runs[:k], bytes)
+			err = m.copyGathered(l, runs[:k], bytes, &early)
 		}
 		if err != nil {
 			return err
@@ -47,8 +48,23 @@ func (m *Merging) copyWindow(l ondisk.Layout, runs []store.Run) error {
 	return nil
 }
 
+// earlyFlush has the disk begin to write what was copied, earlyBytes at a time.
+type earlyFlush struct{ from, end, bytes int64 }
+
+// copied adds n bytes, written to dev between from and end. from is not before an earlier end.
+func (f *earlyFlush) copied(dev block.Device, from, end, n int64) {
+	if f.bytes == 0 {
+		f.from = from
+	}
+	f.end, f.bytes = end, f.bytes+n
+	if f.bytes >= earlyBytes {
+		block.BeginFlush(dev, f.from, f.end-f.from)
+		*f = earlyFlush{}
+	}
+}
+
 // copyRun copies one run.
-func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
+func (m *Merging) copyRun(l ondisk.Layout, r store.Run, early *earlyFlush) error {
 	off, n := m.originRange(l, r)
 	from := l.COWOffset(r.New)
 	for n > 0 {
@@ -56,7 +72,7 @@ func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
 		if err := block.Copy(m.origin.dev, off, m.cow, from, k, block.LongHoles, nil); err != nil {
 			return err
 		}
-		block.BeginFlush(m.origin.dev, off, k)
+		early.copied(m.origin.dev, off, off+k, k)
 		off, from, n = off+k, from+k, n-k
 	}
 	return nil
@@ -64,7 +80,7 @@ func (m *Merging) copyRun(l ondisk.Layout, r store.Run) error {
 
 // copyGathered copies runs of a total of bytes bytes through one buffer, which holds them in the order of the COW
 // device.
-func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) error {
+func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64, early *earlyFlush) error {
 	if int64(cap(m.gathered)) < bytes {
 		m.gathered = make([]byte, bytes)
 	}
@@ -91,7 +107,7 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64) e
 	}
 	first, _ := m.originRange(l, runs[0])
 	last, n := m.originRange(l, runs[len(runs)-1])
-	block.BeginFlush(m.origin.dev, first, last+n-first)
+	early.copied(m.origin.dev, first, last+n, bytes)
 	return nil
 }
 

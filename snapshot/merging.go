@@ -42,7 +42,8 @@ type Merging struct {
 
 	gate     gate.Gate   // owners: writers, of their chunks, and a step, of its window
 	stepping sync.Mutex  // one step at a time
-	gathered []byte      // copyGathered's, for the next step
+	gathered []byte      // copyGathered's, for the next window
+	ahead    *window     // copied, to be merged by the next step; stepping guards it
 	failed   atomic.Bool // the last step failed
 	failures atomic.Uint64
 	requests atomic.Uint64 // to the origin, while m is active
@@ -180,60 +181,115 @@ func (m *Merging) extents(off, n int64) ([]block.Extent, error) {
 //
 // Errors: ErrMergeFailed with its cause; the cause alone for an invalid store, and for a lack of space that the caller
 // is to wait for. Steps exclude each other; everything else may be called meanwhile.
-func (m *Merging) Step(max uint64) (merged uint64, err error) {
+func (m *Merging) Step(max uint64) (merged uint64, err error) { return m.StepAhead(max, 0) }
+
+// StepAhead is Step for a merge that has no clients. While the origin is flushed and the exceptions are dropped, it copies
+// the ahead exceptions before them, which the next step merges, whatever its max is: the disk writes one window while
+// the next is copied. When that copy fails, the next step copies again, and reports it.
+//
+// Writes to chunks that were copied ahead wait until the next step has merged them, or until CancelAhead or Close.
+func (m *Merging) StepAhead(max, ahead uint64) (merged uint64, err error) {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
 	err = m.origin.changing(func() error {
-		merged, err = m.stepNow(max)
+		merged, err = m.stepNow(max, ahead)
 		return err
 	})
 	return merged, err
 }
 
+// CancelAhead forgets what StepAhead copied ahead. It waits for a step in progress.
+func (m *Merging) CancelAhead() {
+	m.stepping.Lock()
+	defer m.stepping.Unlock()
+	m.cancelAhead()
+}
+
+func (m *Merging) cancelAhead() {
+	if m.ahead != nil {
+		m.ahead.owned.Release()
+		m.ahead = nil
+	}
+}
+
+// A window is exceptions that a step merges, the last ones of the store in slot order: preserved for the other
+// snapshots, owned in the gate, and copied.
+type window struct {
+	store      *store.Store // that they were read from
+	exceptions []ondisk.Exception
+	owned      gate.Owned
+}
+
 // stepNow does a step. stepping is held.
-func (m *Merging) stepNow(max uint64) (merged uint64, err error) {
+func (m *Merging) stepNow(max, ahead uint64) (merged uint64, err error) {
 	m.origin.mu.RLock()
 	defer m.origin.mu.RUnlock()
 	if err := m.reload(); err != nil {
+		m.cancelAhead()
 		return 0, m.fail(storeReadError, err)
 	}
 	st := m.store.Load()
+	if m.ahead != nil && m.ahead.store != st {
+		m.cancelAhead()
+	}
 	if err := st.Err(); err != nil {
+		m.cancelAhead()
 		return 0, err
 	}
-	window, err := lastWindow(st, max)
-	if err != nil {
-		return 0, m.fail(storeReadError, fmt.Errorf("read the last exceptions: %w", err))
-	}
-	merged = uint64(len(window))
-	if merged == 0 {
-		if err := m.complete(st); err != nil {
-			return 0, m.fail(storeWriteError, fmt.Errorf("make the end of the merge durable: %w", err))
+	w := m.ahead
+	m.ahead = nil
+	if w == nil {
+		exceptions, err := lastWindow(st, max)
+		if err != nil {
+			return 0, m.fail(storeReadError, fmt.Errorf("read the last exceptions: %w", err))
 		}
-		m.failed.Store(false)
-		return 0, nil
-	}
-	runs := runsByOrigin(slices.Clone(window))
-	for _, r := range runs {
-		off, n := m.originRange(st.Layout(), r)
-		if err := m.origin.preserve(off, n); err != nil {
+		if len(exceptions) == 0 {
+			if err := m.complete(st); err != nil {
+				return 0, m.fail(storeWriteError, fmt.Errorf("make the end of the merge durable: %w", err))
+			}
+			m.failed.Store(false)
+			return 0, nil
+		}
+		var line string
+		if w, line, err = m.copyWindow(st, exceptions); err != nil {
 			if waitsForRoom(err) {
 				return 0, err
 			}
-			return 0, m.fail(writeError, err)
+			return 0, m.fail(line, err)
 		}
 	}
-	spans := make([]gate.Span, len(runs))
-	for i, r := range runs {
-		spans[i] = span(r.Old, r.Count)
-	}
-	owned := m.gate.Own(spans...)
-	defer owned.Release()
-	if line, err := m.mergeWindow(st, runs, window); err != nil {
+	defer w.owned.Release()
+	copied := m.copyAhead(w, ahead)
+	line, err := m.dropWindow(w)
+	m.ahead = <-copied
+	if err != nil {
+		m.cancelAhead()
 		return 0, m.fail(line, err)
 	}
 	m.failed.Store(false)
-	return merged, nil
+	return uint64(len(w.exceptions)), nil
+}
+
+// copyAhead begins to copy the max exceptions before w, and sends them, or nil if there are none or that failed.
+func (m *Merging) copyAhead(w *window, max uint64) <-chan *window {
+	copied := make(chan *window, 1)
+	if max == 0 {
+		copied <- nil
+		return copied
+	}
+	all, err := w.store.Last(uint64(len(w.exceptions)) + max)
+	if err != nil || len(all) <= len(w.exceptions) {
+		copied <- nil
+		return copied
+	}
+	go func() {
+		next, _, err := m.copyWindow(w.store, all[:len(all)-len(w.exceptions)])
+		if err != nil {
+			next = nil
+		}
+		copied <- next
+	}()
+	return copied
 }
 
 // complete makes the empty store durable: when a step failed after it had cleared the slots, and st was loaded again,
@@ -245,20 +301,36 @@ func (m *Merging) complete(st *store.Store) error {
 	return m.flush()
 }
 
-// mergeWindow copies the runs and drops their exceptions, the window, which is owned. line is the text of the event for
-// err.
-func (m *Merging) mergeWindow(st *store.Store, runs []store.Run, window []ondisk.Exception) (line string, err error) {
-	if err := m.copyWindow(st.Layout(), runs); err != nil {
+// copyWindow has the other snapshots keep what the window covers, owns its chunks and copies them. line is the text of
+// the event for err.
+func (m *Merging) copyWindow(st *store.Store, exceptions []ondisk.Exception) (w *window, line string, err error) {
+	runs := runsByOrigin(slices.Clone(exceptions))
+	spans := make([]gate.Span, len(runs))
+	for i, r := range runs {
+		off, n := m.originRange(st.Layout(), r)
+		if err := m.origin.preserve(off, n); err != nil {
+			return nil, writeError, err
+		}
+		spans[i] = span(r.Old, r.Count)
+	}
+	owned := m.gate.Own(spans...)
+	if err := m.copyRuns(st.Layout(), runs); err != nil {
+		owned.Release()
 		var ce *block.CopyError
 		if errors.As(err, &ce) && ce.Op == "read" {
-			return readError, err
+			return nil, readError, err
 		}
-		return writeError, err
+		return nil, writeError, err
 	}
+	return &window{st, exceptions, owned}, "", nil
+}
+
+// dropWindow makes a copied window durable on the origin, then drops its exceptions. line is the text of the event for err.
+func (m *Merging) dropWindow(w *window) (line string, err error) {
 	if err := m.origin.dev.Flush(); err != nil {
 		return flushError, fmt.Errorf("flush the origin: %w", err)
 	}
-	if err := st.DropLast(window); err != nil {
+	if err := w.store.DropLast(w.exceptions); err != nil {
 		return storeWriteError, fmt.Errorf("clear the slots of merged chunks: %w", err)
 	}
 	return "", nil
@@ -362,6 +434,7 @@ func (m *Merging) Store() *store.Store { return m.store.Load() }
 func (m *Merging) Close() error {
 	m.stepping.Lock()
 	defer m.stepping.Unlock()
+	m.cancelAhead()
 	o := m.origin
 	o.mu.Lock()
 	defer o.mu.Unlock()

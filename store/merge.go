@@ -72,11 +72,17 @@ func (s *Store) Last(max uint64) ([]ondisk.Exception, error) {
 		n += uint64(len(part))
 		p = s.back(p, uint64(len(part)))
 	}
-	all := make([]ondisk.Exception, 0, n)
-	for i := len(parts) - 1; i >= 0; i-- {
-		all = append(all, parts[i]...)
-	}
+	all := inSlotOrder(parts, n)
 	return all, checkDistinct(all)
+}
+
+// inSlotOrder joins parts of a total of n exceptions that were read backwards, the last slots first.
+func inSlotOrder(parts [][]ondisk.Exception, n uint64) []ondisk.Exception {
+	all := make([]ondisk.Exception, 0, n)
+	for _, part := range slices.Backward(parts) {
+		all = append(all, part...)
+	}
+	return all
 }
 
 // checkDistinct refuses two exceptions for one origin chunk, which can't both be in memory: one of the slots was read
@@ -225,8 +231,9 @@ type slotRun struct {
 // what they hold.
 func (s *Store) dropPlan(n uint64) (runs []slotRun, end position, gone []ondisk.Exception, err error) {
 	end = s.durable
-	for n > 0 {
-		part, err := s.readBack(end, n)
+	var parts [][]ondisk.Exception
+	for left := n; left > 0; {
+		part, err := s.readBack(end, left)
 		if err != nil {
 			return nil, end, nil, err
 		}
@@ -240,10 +247,10 @@ func (s *Store) dropPlan(n uint64) (runs []slotRun, end position, gone []ondisk.
 		} else {
 			runs = append(runs, st)
 		}
-		gone = append(part, gone...)
-		end, n = q, n-uint64(len(part))
+		parts = append(parts, part)
+		end, left = q, left-uint64(len(part))
 	}
-	return runs, end, gone, nil
+	return runs, end, inSlotOrder(parts, n), nil
 }
 
 // slotAfter is the slot i slots after p.
@@ -304,7 +311,8 @@ func (s *Store) clearSlots(runs []slotRun, end position, tail []byte) error {
 			continue
 		}
 		others = true
-		if err := block.Zero(s.dev, from, to-from, 0); err != nil {
+		// Areas are short: writing takes less time than a punched hole each, which is a transaction of the file system.
+		if err := block.WriteZeros(s.dev, from, to-from); err != nil {
 			return err
 		}
 	}
