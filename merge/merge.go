@@ -15,7 +15,7 @@
 // window of exceptions and can be interrupted anywhere; this package has the loops around it, which stop between steps:
 //
 //   - [Offline] merges a store that nothing else uses, from beginning to end. [Plan] reports what it would do, and writes
-//     nothing.
+//     nothing. [Prepare] is for callers who want both.
 //   - [WriteUndo] saves what Offline is going to overwrite in a store that reverts the merge, and [CheckUndo] checks that
 //     store.
 //   - [Begin] makes the side file of an offline merge that is not complete, [ReadSideFile] finds it.
@@ -42,7 +42,7 @@ const (
 	DefaultWindow = 32 << 20
 	MaxWindow     = 256 << 20
 
-	quickStep = 200 * time.Millisecond
+	quickStep = 400 * time.Millisecond
 	slowStep  = time.Second
 	// clientStep is how long a step may take while clients make requests: some of them wait for it.
 	clientStep = 10 * time.Millisecond

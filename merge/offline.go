@@ -24,13 +24,53 @@ type Work struct {
 // Plan returns what Offline would do with these devices, or the error with which it would refuse. It writes nothing;
 // the devices may be read-only.
 func Plan(origin, cow block.Device) (Work, error) {
-	m, err := load(origin, cow)
+	p, err := Prepare(origin, cow)
 	if err != nil {
 		return Work{}, err
 	}
-	defer m.Close() // never resumed: it has nothing to flush
-	return workOf(m.Store(), origin.Size()), nil
+	return p.Work(), p.Close()
 }
+
+// Prepared is a merge whose store has been loaded, and nothing more: see [Prepare].
+type Prepared struct {
+	over *snapshot.Origin
+	m    *snapshot.Merging
+	work Work
+}
+
+// Prepare loads the store on cow, so that a caller who asks for the work first need not load it again to merge. It writes
+// nothing, and refuses what Offline refuses, except for what PlanSiblings does. Until Run or Close nothing else may write
+// to the devices, except to the header's first sector, where labels are.
+func Prepare(origin, cow block.Device) (*Prepared, error) {
+	over := snapshot.NewOrigin(origin)
+	m, err := loadOn(over, cow)
+	if err != nil {
+		return nil, err
+	}
+	return &Prepared{over, m, workOf(m.Store(), origin.Size())}, nil
+}
+
+// Work is what Run would do.
+func (p *Prepared) Work() Work { return p.work }
+
+// PlanSiblings is the function of that name.
+func (p *Prepared) PlanSiblings(siblings []Sibling) ([]SiblingWork, error) {
+	return planSiblings(p.over.Device(), p.m, siblings)
+}
+
+// Run is Offline with the loaded store. It is called once.
+func (p *Prepared) Run(ctx context.Context, o Options) error {
+	if err := offline(ctx, p.over, p.m, o); err != nil {
+		return err
+	}
+	if o.Completed != nil {
+		return o.Completed()
+	}
+	return nil
+}
+
+// Close gives up what Prepare loaded. After Run it does nothing. The devices stay open.
+func (p *Prepared) Close() error { return p.m.Close() }
 
 // workOf counts what is to be merged from st into an origin of size bytes.
 func workOf(st *store.Store, size int64) Work {
@@ -62,19 +102,11 @@ func workOf(st *store.Store, size int64) Work {
 // When ctx ends it stops after the current step and returns the cause; when a step fails, that error. In both cases the
 // store is valid, and calling Offline again continues. Until then the origin alone is a mixture of both contents.
 func Offline(ctx context.Context, origin, cow block.Device, o Options) (Work, error) {
-	over := snapshot.NewOrigin(origin)
-	m, err := loadOn(over, cow)
+	p, err := Prepare(origin, cow)
 	if err != nil {
 		return Work{}, err
 	}
-	w := workOf(m.Store(), origin.Size())
-	if err := offline(ctx, over, m, o); err != nil {
-		return w, err
-	}
-	if o.Completed != nil {
-		err = o.Completed()
-	}
-	return w, err
+	return p.work, p.Run(ctx, o)
 }
 
 // offline runs a merge that is loaded, and closes it.

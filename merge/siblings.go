@@ -42,12 +42,12 @@ func PlanSiblings(origin, cow block.Device, siblings []Sibling) ([]SiblingWork, 
 	if len(siblings) == 0 {
 		return nil, nil
 	}
-	m, err := load(origin, cow)
+	p, err := Prepare(origin, cow)
 	if err != nil {
 		return nil, err
 	}
-	defer m.Close()
-	return planSiblings(origin, m, siblings)
+	defer p.Close()
+	return p.PlanSiblings(siblings)
 }
 
 func planSiblings(origin block.Device, m *snapshot.Merging, siblings []Sibling) (all []SiblingWork, err error) {
@@ -144,7 +144,7 @@ func attachSiblings(o *snapshot.Origin, siblings []Sibling, stop context.CancelC
 // What VisibleSiblings looks at, at most.
 const (
 	maxVisible = 1000
-	maxSlots   = 1 << 16 // of a store
+	maxSlots   = 1 << 12 // of a store
 )
 
 // VisibleSiblings returns the paths of regular files in some directories that hold valid stores which fit the origin: a merge

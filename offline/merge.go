@@ -88,7 +88,7 @@ func (r MergeResult) WriteText(w io.Writer) error {
 // origin says so (merge.Begin). A merge that ended early is continued by the same call. After an error before the merge began
 // nothing was changed.
 //
-// Errors: merge.ErrUnfinished; merge.ErrNotUndo; lvm.ErrActive; those of opening, and of merge.Plan, merge.PlanSiblings and
+// Errors: merge.ErrUnfinished; merge.ErrNotUndo; lvm.ErrActive; those of opening, and of merge.Prepare, merge.PlanSiblings and
 // merge.Offline.
 func Merge(ctx context.Context, names []string, o MergeOptions) (MergeResult, error) {
 	in, err := openMerge(names, o)
@@ -106,11 +106,13 @@ func Merge(ctx context.Context, names []string, o MergeOptions) (MergeResult, er
 }
 
 func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeResult) (merge.Work, error) {
-	work, err := merge.Plan(in.origin, in.cow)
+	prepared, err := merge.Prepare(in.origin, in.cow)
 	if err != nil {
-		return work, block.WithPath(in.cowName, err)
+		return merge.Work{}, block.WithPath(in.cowName, err)
 	}
-	if err := in.planSiblings(o.Undo, res, work); err != nil {
+	defer prepared.Close() // the errors of what it wrote are Run's
+	work := prepared.Work()
+	if err := in.planSiblings(o.Undo, res, prepared); err != nil {
 		return work, err
 	}
 	half, err := o.sideFile(in.files[0], in.cow)
@@ -157,7 +159,7 @@ func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeRes
 		completed = func() error { return block.WithPath(in.files[0], begun.End(in.files[0], in.cow)) }
 	}
 	o.sayOthers(res)
-	work, err = merge.Offline(ctx, in.origin, in.cow, merge.Options{Siblings: in.siblings, Completed: completed, Progress: report(o.Progress)})
+	err = prepared.Run(ctx, merge.Options{Siblings: in.siblings, Completed: completed, Progress: report(o.Progress)})
 	if err != nil && ctx.Err() != nil {
 		err = fmt.Errorf("%w; nothing is lost: run the merge again to continue", err)
 	}
@@ -206,15 +208,15 @@ func (o *MergeOptions) sayOthers(res *MergeResult) {
 
 // planSiblings notes what the siblings have to preserve, and which other snapshots of the origin may be there. The undo store
 // has what is overwritten.
-func (in *mergeInputs) planSiblings(undo string, res *MergeResult, work merge.Work) error {
-	plan, err := merge.PlanSiblings(in.origin, in.cow, in.siblings)
+func (in *mergeInputs) planSiblings(undo string, res *MergeResult, prepared *merge.Prepared) error {
+	plan, err := prepared.PlanSiblings(in.siblings)
 	if err != nil {
 		return block.WithPath(in.cowName, err)
 	}
 	for _, s := range plan {
 		res.Siblings = append(res.Siblings, Sibling{COW: s.Name, Invalid: s.Invalid, Chunks: s.Chunks, Free: s.Free})
 	}
-	if work.Chunks == 0 {
+	if prepared.Work().Chunks == 0 {
 		return nil
 	}
 	folders := make([]string, len(in.files))

@@ -23,7 +23,8 @@ const earlyBytes = 8 << 20
 // fit are collected in memory: they are read in the order of the COW device and written in the order of the origin,
 // adjacent ones in one operation. Long runs are copied directly.
 func (m *Merging) copyRuns(l ondisk.Layout, runs []store.Run) error {
-	var early earlyFlush
+	early := earlyFlush{dev: m.origin.dev}
+	defer early.wait()
 	for len(runs) > 0 {
 		k, bytes := 1, int64(runs[0].Count)<<l.Shift()
 		for bytes < scratch.Most && k < len(runs) {
@@ -48,18 +49,36 @@ func (m *Merging) copyRuns(l ondisk.Layout, runs []store.Run) error {
 	return nil
 }
 
-// earlyFlush has the disk begin to write what was copied, earlyBytes at a time.
-type earlyFlush struct{ from, end, bytes int64 }
+// earlyFlush has the disk begin to write what was copied, earlyBytes at a time, while more is copied: submitting many short
+// writes takes as long as copying them.
+type earlyFlush struct {
+	dev              block.Device
+	from, end, bytes int64
+	begun            chan struct{} // closed when the last one was submitted
+}
 
-// copied adds n bytes, written to dev between from and end. from is not before an earlier end.
-func (f *earlyFlush) copied(dev block.Device, from, end, n int64) {
+// copied adds n bytes, written between from and end. from is not before an earlier end.
+func (f *earlyFlush) copied(from, end, n int64) {
 	if f.bytes == 0 {
 		f.from = from
 	}
 	f.end, f.bytes = end, f.bytes+n
-	if f.bytes >= earlyBytes {
-		block.BeginFlush(dev, f.from, f.end-f.from)
-		*f = earlyFlush{}
+	if f.bytes < earlyBytes {
+		return
+	}
+	f.wait()
+	begun, off, length := make(chan struct{}), f.from, f.end-f.from
+	go func() {
+		block.BeginFlush(f.dev, off, length)
+		close(begun)
+	}()
+	f.begun, f.bytes = begun, 0
+}
+
+// wait returns when everything was submitted.
+func (f *earlyFlush) wait() {
+	if f.begun != nil {
+		<-f.begun
 	}
 }
 
@@ -72,7 +91,7 @@ func (m *Merging) copyRun(l ondisk.Layout, r store.Run, early *earlyFlush) error
 		if err := block.Copy(m.origin.dev, off, m.cow, from, k, block.LongHoles, nil); err != nil {
 			return err
 		}
-		early.copied(m.origin.dev, off, off+k, k)
+		early.copied(off, off+k, k)
 		off, from, n = off+k, from+k, n-k
 	}
 	return nil
@@ -85,46 +104,45 @@ func (m *Merging) copyGathered(l ondisk.Layout, runs []store.Run, bytes int64, e
 		m.gathered = make([]byte, bytes)
 	}
 	buf := m.gathered[:bytes]
-	byCOW := slices.Clone(runs)
-	slices.SortFunc(byCOW, func(a, b store.Run) int { return cmp.Compare(a.New, b.New) })
-	at := make(map[ondisk.COWChunk]int64, len(byCOW)) // where in buf a run begins
+	byCOW := make([]int, len(runs)) // indices of runs
+	for i := range byCOW {
+		byCOW[i] = i
+	}
+	slices.SortFunc(byCOW, func(a, b int) int { return cmp.Compare(runs[a].New, runs[b].New) })
+	content := make([][]byte, len(runs))
 	end := int64(0)
-	for i := 0; i < len(byCOW); {
-		start, first := end, byCOW[i].New
-		for next := first; i < len(byCOW) && byCOW[i].New == next; i++ {
-			at[next] = end
-			end += int64(byCOW[i].Count) << l.Shift()
-			next += ondisk.COWChunk(byCOW[i].Count)
+	for len(byCOW) > 0 {
+		start, first := end, runs[byCOW[0]].New
+		for next := first; len(byCOW) > 0 && runs[byCOW[0]].New == next; byCOW = byCOW[1:] {
+			r := runs[byCOW[0]]
+			from := end
+			end += int64(r.Count) << l.Shift()
+			content[byCOW[0]] = buf[from:end]
+			next += ondisk.COWChunk(r.Count)
 		}
 		if _, err := m.cow.ReadAt(buf[start:end], l.COWOffset(first)); err != nil {
 			return &block.CopyError{Op: "read", Err: err}
 		}
 	}
-	if err := m.writeGathered(l, runs, func(r store.Run) []byte {
-		return buf[at[r.New]:][:int64(r.Count)<<l.Shift()]
-	}); err != nil {
+	if err := m.writeGathered(l, runs, content); err != nil {
 		return err
 	}
 	first, _ := m.originRange(l, runs[0])
 	last, n := m.originRange(l, runs[len(runs)-1])
-	early.copied(m.origin.dev, first, last+n, bytes)
+	early.copied(first, last+n, bytes)
 	return nil
 }
 
 // writeGathered writes the runs' content to the origin, adjacent ones in one write.
-func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(store.Run) []byte) error {
+func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content [][]byte) error {
 	return scratch.With(scratch.Most, func(joined []byte) error {
 		for len(runs) > 0 {
-			p, k, n := content(runs[0]), 1, runs[0].Count
-			for k < len(runs) && runs[k].Old == runs[0].Old+ondisk.OriginChunk(n) {
-				q := content(runs[k])
-				if len(p)+len(q) > scratch.Most {
-					break
-				}
+			p, k, n := content[0], 1, runs[0].Count
+			for k < len(runs) && runs[k].Old == runs[0].Old+ondisk.OriginChunk(n) && len(p)+len(content[k]) <= scratch.Most {
 				if k == 1 {
 					p = append(joined[:0], p...)
 				}
-				p = append(p, q...)
+				p = append(p, content[k]...)
 				n += runs[k].Count
 				k++
 			}
@@ -132,7 +150,7 @@ func (m *Merging) writeGathered(l ondisk.Layout, runs []store.Run, content func(
 			if err := block.WriteSparse(m.origin.dev, p[:size], off, block.LongHoles); err != nil {
 				return &block.CopyError{Op: "write", Err: err}
 			}
-			runs = runs[k:]
+			runs, content = runs[k:], content[k:]
 		}
 		return nil
 	})
