@@ -139,6 +139,10 @@ func (l *loop) step(ctx context.Context) (done bool, err error) {
 	l.full = l.window
 	if l.ahead {
 		l.full = ahead
+		// Steps get shorter towards the end: nothing is copied beside the last flush.
+		if l.next != nil {
+			l.window = min(l.window, max(l.m.Store().Len()/2, uint64(max(1, DefaultWindow/l.chunk))))
+		}
 	}
 	return n == 0, nil
 }

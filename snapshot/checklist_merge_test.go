@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
@@ -222,11 +224,14 @@ func TestC095CrashInAMerge(t *testing.T) {
 			t.Fatalf("%v: merged to something else at byte %d", img, firstDifference(got, want))
 		}
 	}
-	for _, max := range []uint64{0, 7, 100} {
+	for _, c := range []struct{ max, ahead uint64 }{{0, 0}, {7, 0}, {100, 0}, {7, 7}, {5, 11}} {
 		power = blocktest.Power{}
 		disk, cow = power.NewCrash("ORIGIN", before), power.NewCrash("COW", cowImage)
+		var looking sync.Mutex // with ahead, two goroutines write
 		power.Observe(func(blocktest.Op) {
-			for img := range power.Cut().Images(blocktest.Choices{Random: 8, Seed: 1, All: 16}) {
+			looking.Lock()
+			defer looking.Unlock()
+			for img := range power.Cut().Images(blocktest.Choices{Random: 4, Seed: 1, All: 16}) {
 				look(img)
 			}
 		})
@@ -237,7 +242,10 @@ func TestC095CrashInAMerge(t *testing.T) {
 		if err := m.Resume(); err != nil {
 			t.Fatal(err)
 		}
-		for step(t, m, max) > 0 {
+		for n := uint64(1); n > 0; {
+			if n, err = m.StepAhead(c.max, c.ahead); err != nil {
+				t.Fatal(err)
+			}
 		}
 		power.Observe(nil)
 		if err := m.Close(); err != nil {
@@ -497,6 +505,87 @@ func TestC105OriginWriteErrorWhileMerging(t *testing.T) {
 		if !bytes.Equal(r.memory.Bytes(), want) {
 			t.Error("merged to something else")
 		}
+	}
+}
+
+func TestStepsCopyAhead(t *testing.T) {
+	r, _, m := mergeOf(t, image(8, 1024, exampleA...), 1024)
+	want := readAll(t, r.origin)
+	stepAhead := func(max, ahead, merged uint64) {
+		t.Helper()
+		if n, err := m.StepAhead(max, ahead); n != merged || err != nil {
+			t.Fatalf("StepAhead(%d, %d) = %d, %v, want %d", max, ahead, n, err, merged)
+		}
+		if got := readAll(t, r.origin); !bytes.Equal(got, want) {
+			t.Fatalf("the view changed at byte %d", firstDifference(got, want))
+		}
+	}
+	// The first step merges two exceptions, and has copied the three before them.
+	stepAhead(2, 3, 2)
+	r.log.Clear()
+	stepAhead(9, 0, 3) // what was copied, and nothing is copied again
+	if ops := r.ops(); strings.Contains(ops, "ORIGIN W") {
+		t.Errorf("copied twice:\n%s", ops)
+	}
+	// A write to a chunk that was copied ahead waits, and goes to the COW device once that is forgotten.
+	stepAhead(1, 1, 1)
+	e, err := m.Store().Last(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := int64(e[0].Old) * 8 * sector
+	written := make(chan error, 1)
+	go func() { _, err := r.origin.WriteAt(fill(1, 9), at); written <- err }()
+	select {
+	case err := <-written:
+		t.Fatalf("the write did not wait: %v", err)
+	case <-time.After(20 * time.Millisecond):
+	}
+	m.CancelAhead()
+	if err := <-written; err != nil {
+		t.Fatal(err)
+	}
+	copy(want[at:], fill(1, 9))
+	stepAhead(1, 100, 1)
+	finish(t, m)
+	if !bytes.Equal(r.memory.Bytes(), want) {
+		t.Error("merged to something else")
+	}
+}
+
+func TestFailuresOfCopyingAhead(t *testing.T) {
+	r, _, m := mergeOf(t, image(8, 1024, exampleA...), 1024)
+	want := readAll(t, r.origin)
+	last, err := m.Store().Last(4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The window copied ahead fails: that is no failure of the step, and the next one copies it again.
+	at := int64(last[0].Old) * 8
+	r.disk.Set(failing(blocktest.Write, at, 8))
+	if n, err := m.StepAhead(3, 1); n != 3 || err != nil {
+		t.Fatalf("StepAhead = %d, %v", n, err)
+	}
+	if _, err := m.StepAhead(1, 1); !errors.Is(err, snapshot.ErrMergeFailed) {
+		t.Fatalf("the next step: %v", err)
+	}
+	r.disk.Set(nil)
+	if n, err := m.StepAhead(1, 2); n != 1 || err != nil {
+		t.Fatalf("after that: %d, %v", n, err)
+	}
+	// A step that fails forgets what was copied ahead: a write to it does not wait for ever.
+	r.disk.Set(failing(blocktest.Flush, 0, 1024))
+	if _, err := m.StepAhead(1, 1); !errors.Is(err, snapshot.ErrReopen) {
+		t.Fatalf("a failed flush: %v", err)
+	}
+	for _, e := range last {
+		off := int64(e.Old) * 8 * sector
+		if _, err := r.origin.WriteAt(want[off:off+sector], off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := readAll(t, r.origin); !bytes.Equal(got, want) {
+		t.Errorf("the view changed at byte %d", firstDifference(got, want))
 	}
 }
 

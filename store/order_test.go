@@ -154,13 +154,13 @@ var orders = []struct {
 		o.add(t, 0, 300)
 		mustSync(t, o.Store)
 		o.dropLast(t, 200)
-	}, "R 9792+3200 bytes; R 8192+1600 bytes; R 8192+1600 bytes; Z 12288+704 bytes; F; WD 16+8"},
+	}, "R 9792+3200 bytes; R 8192+1600 bytes; R 8192+1600 bytes; W 12288+704 bytes; F; WD 16+8"},
 	{"drop over areas", 1, func(t *testing.T, o *ordered) {
 		o.fresh(t)
 		o.add(t, 0, 70)
 		mustSync(t, o.Store)
 		o.dropLast(t, 50)
-	}, "R 34304+96 bytes; R 34+1; R 832+192 bytes; R 512+320 bytes; R 512+320 bytes; Z 34304+96 bytes; Z 34+1; F; WD 1+1"},
+	}, "R 34304+96 bytes; R 34+1; R 832+192 bytes; R 512+320 bytes; R 512+320 bytes; W 34304+96 bytes; W 34+1; F; WD 1+1"},
 	{"drop all of an area", 1, func(t *testing.T, o *ordered) {
 		o.fresh(t)
 		o.add(t, 0, 32)

@@ -11,7 +11,9 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"runtime/debug"
+	"runtime/metrics"
 	"slices"
 
 	"github.com/spf13/cobra"
@@ -19,10 +21,31 @@ import (
 
 func main() {
 	if len(os.Args) > 1 && slices.Contains([]string{"status", "list", "diff", "check", "merge", "compact", "dump", "inspect"}, os.Args[1]) {
-		// A large store is almost all of the heap, in memory without pointers: collecting often is cheap, and saves a fifth.
-		debug.SetGCPercent(25)
+		collectBySize()
 	}
 	os.Exit(run(os.Args[1:], os.Stdin, os.Stdout, os.Stderr))
+}
+
+// collectBySize has the collector run seldom while the heap is small, where a run takes longer than what loads a store, and
+// often when it is large: then a store is almost all of it, in memory without pointers, and that saves a fifth.
+func collectBySize() {
+	const small = 32 << 20 // bytes
+	live := []metrics.Sample{{Name: "/gc/heap/live:bytes"}}
+	percent := 0
+	var tune func(*[1]*int)
+	tune = func(*[1]*int) {
+		metrics.Read(live)
+		now := 25
+		if live[0].Value.Uint64() < small {
+			now = 300
+		}
+		if now != percent {
+			percent = now
+			debug.SetGCPercent(percent)
+		}
+		runtime.SetFinalizer(new([1]*int), tune) // after the next collection
+	}
+	tune(nil)
 }
 
 // run executes the program with args and returns the exit status.
