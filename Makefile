@@ -108,6 +108,7 @@ release: ## build bin/dmsnap as it is released: static, without paths and symbol
 .PHONY: bench
 bench: release ## dmsnap beside its peers: table, JSON and plot in docs/benchmarks; ARGS="--rounds 1 --seconds 1 --only REGEXP"
 	$(GO) run ./bench --dmsnap $(BIN) --install --out docs/benchmarks $(ARGS)
+	$(if $(ARGS),,@$(MAKE) bench-fleet)
 
 .PHONY: bench-curves
 bench-curves: release ## how cost grows with exceptions, snapshots, connections and the chunk size
@@ -118,9 +119,12 @@ bench-registry: release ## disks in a registry on this machine (Debian's docker-
 	$(GO) run ./bench registry --dmsnap $(BIN) $(ARGS)
 
 .PHONY: bench-fleet
-bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes
-	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|CheckpointUnderLoad|BaseWrite' -benchtime 1000x ./fleet
+bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes, and sealed layers; a part of bench without ARGS
+	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|BaseWrite' -benchtime 1000x ./fleet
+	$(GO) test -run '^$$' -bench CheckpointUnderLoad -benchtime 250x ./fleet
 	$(GO) test -run '^$$' -bench Start -benchtime 3x ./fleet
+	$(GO) test -run '^$$' -bench Read ./source/stack
+	$(GO) test -run '^$$' -bench IndexMemory -benchtime 1x ./source/stack
 
 .PHONY: bench-streams
 bench-streams: ## a change of a disk sent and received beside qemu-img, rsync and zstd; DMSNAP_BENCH_MIB=size of the disk

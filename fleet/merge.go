@@ -32,6 +32,8 @@ type treeMerge struct {
 
 	copied, total atomic.Int64
 	status        api.TreeMerge // but the counters; Fleet.mu is held
+	paused        chan struct{} // closed when it goes on; nil: it is not paused; Fleet.mu is held
+	finishing     bool          // changes to the node wait: there is no pause any more
 }
 
 // mergePasses bounds the passes, and mergeRest is how many exceptions may be left for the last one, during which changes to
@@ -152,7 +154,7 @@ func (m *treeMerge) run(ctx context.Context) {
 	f := m.fleet
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	m.node.busy = ""
+	m.node.busy, m.paused = "", nil
 	switch {
 	case err == nil:
 		m.status.State = api.MergeDone
@@ -178,6 +180,9 @@ func (m *treeMerge) passes(ctx context.Context) error {
 
 // pass seals the node's top, and copies what was sealed since the last pass. done: little was left.
 func (m *treeMerge) pass(ctx context.Context) (done bool, err error) {
+	if err := m.proceed(ctx); err != nil {
+		return false, err
+	}
 	before := m.merged
 	chain, left, err := m.sealTop(ctx)
 	if err != nil {
@@ -269,8 +274,8 @@ func (m *treeMerge) copyRanges(ctx context.Context, dev block.Device, ranges []b
 	}
 	for _, r := range ranges {
 		for off, end := r.Off, r.Off+r.Length; off < end; {
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
+			if err := m.mayCopy(ctx); err != nil {
+				return err
 			}
 			n := min(end-off, mergeAtOnce)
 			if err := block.Copy(m.disk.origin, off, dev, off, n, block.LongHoles, nil); err != nil {
@@ -283,9 +288,21 @@ func (m *treeMerge) copyRanges(ctx context.Context, dev block.Device, ranges []b
 	return nil
 }
 
+// mayCopy waits while the merge is paused, unless changes to the node wait for it. It returns the cause of ctx when that has ended.
+func (m *treeMerge) mayCopy(ctx context.Context) error {
+	if m.finishing {
+		return context.Cause(ctx)
+	}
+	return m.proceed(ctx)
+}
+
 // finish copies the rest while changes to the node wait, and puts the node on the next generation of the disk.
 func (m *treeMerge) finish(ctx context.Context) error {
 	f := m.fleet
+	if err := m.proceed(ctx); err != nil {
+		return err
+	}
+	m.finishing = true
 	release, err := f.acquire(ctx)
 	if err != nil {
 		return err

@@ -316,12 +316,19 @@ func dropElement(ctx context.Context, ctl *api.Client, name string, force bool) 
 // mergeNode starts the merge of a node into its disk, and waits for its end if that is asked for. A signal ends the wait,
 // not the merge.
 func (l *liveMerge) mergeNode(ctx context.Context, c *cobra.Command, ctl *api.Client, args []string, asJSON bool) error {
-	if l.pause || l.resume || len(args) == 0 {
-		return errors.New("in a fleet, merge takes the NAME of a node, and neither --pause nor --resume")
+	if len(args) == 0 {
+		return errors.New("in a fleet, merge takes the NAME of a node")
 	}
-	m, err := ctl.MergeNode(ctx, args[0])
+	request := ctl.MergeNode
+	switch {
+	case l.pause:
+		request = ctl.PauseNodeMerge
+	case l.resume:
+		request = ctl.ResumeNodeMerge
+	}
+	m, err := request(ctx, args[0])
 	bar := newProgress(c.ErrOrStderr(), "merge")
-	for err == nil && l.wait && m.State == api.MergeRunning {
+	for err == nil && l.wait && (m.State == api.MergeRunning || m.State == api.MergePaused) {
 		bar.show(m.CopiedBytes, m.TotalBytes)
 		select {
 		case <-time.After(100 * time.Millisecond):

@@ -49,6 +49,8 @@ type Fleet interface {
 	// Forget removes a checkpoint; where others lie on it, its name, and Squash of what lies on it the layer.
 	Forget(ctx context.Context, checkpoint string) error
 	Merge(ctx context.Context, node string) (api.TreeMerge, error)
+	PauseMerge(ctx context.Context, node string) (api.TreeMerge, error)
+	ResumeMerge(ctx context.Context, node string) (api.TreeMerge, error)
 	TakeBackMerge(ctx context.Context, node string) (api.Disk, error)
 	Adopt(context.Context, api.AdoptRequest) (api.Element, error)
 	Tree() api.Tree

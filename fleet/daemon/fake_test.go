@@ -90,6 +90,12 @@ func (f *fakeFleet) Drop(_ context.Context, name string) error {
 	return nil
 }
 func (f *fakeFleet) Forget(ctx context.Context, name string) error { return f.Drop(ctx, name) }
+func (f *fakeFleet) PauseMerge(_ context.Context, node string) (api.TreeMerge, error) {
+	return api.TreeMerge{Node: node}, nil
+}
+func (f *fakeFleet) ResumeMerge(ctx context.Context, node string) (api.TreeMerge, error) {
+	return f.PauseMerge(ctx, node)
+}
 func (f *fakeFleet) TakeBackMerge(_ context.Context, node string) (api.Disk, error) {
 	return f.Disk("base")
 }

@@ -103,6 +103,12 @@ func routes() []route {
 		{"POST", "/v1/nodes/{name}/merge", "Start to write what a node holds to its disk", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeMerging, api.CodeAlreadyMerging, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
 			return d.fleet.Merge(ctx, name)
 		})},
+		{"POST", "/v1/nodes/{name}/merge/pause", "Pause the merge of a node", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeNoMerge}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+			return d.fleet.PauseMerge(ctx, name)
+		})},
+		{"POST", "/v1/nodes/{name}/merge/resume", "Continue a merge that was paused, or begin one again that failed", RightAdmin, nil, api.TreeMerge{}, []api.Code{api.CodeNoSuchNode, api.CodeNoMerge, api.CodeInUse}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
+			return d.fleet.ResumeMerge(ctx, name)
+		})},
 		{"DELETE", "/v1/nodes/{name}/merge", "Take back a merge that failed: the disk gets the content that it had before", RightAdmin, nil, api.Disk{}, []api.Code{api.CodeNoSuchNode, api.CodeNoMerge, api.CodeInUse, api.CodeDiskFailed}, named(func(d *Daemon, ctx context.Context, name string) (any, error) {
 			return d.fleet.TakeBackMerge(ctx, name)
 		})},

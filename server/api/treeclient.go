@@ -87,6 +87,16 @@ func (c *Client) MergeNode(ctx context.Context, node string) (TreeMerge, error) 
 	return ask[TreeMerge](ctx, c, http.MethodPost, elementPath("nodes", node, "/merge"), nil)
 }
 
+// PauseNodeMerge pauses the merge of a node.
+func (c *Client) PauseNodeMerge(ctx context.Context, node string) (TreeMerge, error) {
+	return ask[TreeMerge](ctx, c, http.MethodPost, elementPath("nodes", node, "/merge/pause"), nil)
+}
+
+// ResumeNodeMerge continues a merge that was paused, and begins one again that failed.
+func (c *Client) ResumeNodeMerge(ctx context.Context, node string) (TreeMerge, error) {
+	return ask[TreeMerge](ctx, c, http.MethodPost, elementPath("nodes", node, "/merge/resume"), nil)
+}
+
 // TakeBackMerge writes to the disk of a node what it had before a merge of the node that failed.
 func (c *Client) TakeBackMerge(ctx context.Context, node string) (Disk, error) {
 	return ask[Disk](ctx, c, http.MethodDelete, elementPath("nodes", node, "/merge"), nil)
