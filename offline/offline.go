@@ -1,8 +1,28 @@
-// Package offline changes disks that are not served, by their names: it merges snapshots into their origins, and receives
-// streams.
+// Package offline changes disks and stores that are not served, by their names: it merges snapshots into their origins, receives
+// streams, imports overlays, compacts stores and takes repairs back.
 //
 //	res, err := offline.Merge(ctx, []string{"disk.img", "disk.cow"}, offline.MergeOptions{Undo: "before.cow"})
 //
 // Names are those of package source. What is changed is locked until the call returns. A call that was interrupted, by its context
 // or by a crash, is repeated to continue it. Calls on different disks may be concurrent.
 package offline
+
+import (
+	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/source"
+)
+
+// writeDevice makes an output file of a size, which is none of the inputs, and has it filled as a device.
+func writeDevice(path string, replace bool, inputs []string, size int64, fill func(*block.File) error) error {
+	return newfile.WriteDevice(path, newfile.Options{Replace: replace, Inputs: pathsOf(inputs)}, size, fill)
+}
+
+// pathsOf are the files or URIs of names.
+func pathsOf(names []string) []string {
+	paths := make([]string, len(names))
+	for i, name := range names {
+		paths[i] = source.Path(name)
+	}
+	return paths
+}

@@ -12,7 +12,6 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/bytesize"
-	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
@@ -138,11 +137,7 @@ func (w *receiving) receive(target string) (string, error) {
 
 // make makes an output file of a size.
 func (w *receiving) make(path string, replace bool, size int64, fill func(*block.File) error) error {
-	var inputs []string
-	for _, name := range w.Inputs {
-		inputs = append(inputs, source.Path(name))
-	}
-	return newfile.WriteDevice(path, newfile.Options{Replace: replace, Inputs: inputs}, size, fill)
+	return writeDevice(path, replace, w.Inputs, size, fill)
 }
 
 func (w *receiving) options() stream.ApplyOptions {

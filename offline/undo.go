@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/source"
@@ -56,11 +55,7 @@ func (o *MergeOptions) openUndo(in *mergeInputs, readOnly bool) (*block.File, er
 
 // writeUndo writes the undo store, of size bytes; it gets its name when it is complete and durable.
 func (o *MergeOptions) writeUndo(ctx context.Context, in *mergeInputs, size int64, replace bool) error {
-	inputs := make([]string, len(in.files))
-	for i, name := range in.files {
-		inputs[i] = source.Path(name)
-	}
-	err := newfile.WriteDevice(o.Undo, newfile.Options{Replace: replace, Inputs: inputs}, size, func(dst *block.File) error {
+	err := writeDevice(o.Undo, replace, in.files, size, func(dst *block.File) error {
 		return merge.WriteUndo(ctx, in.origin, in.cow, dst, merge.Options{Progress: report(o.UndoProgress)})
 	})
 	if err != nil {

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"time"
 
 	"github.com/spf13/cobra"
 
@@ -18,7 +16,7 @@ func serverStatus(c *cobra.Command, control string, asJSON bool) error {
 	defer stop()
 	ctl := api.NewClient(control)
 	r, err := ctl.Status(ctx)
-	if isNoRequest(err) {
+	if api.HasCode(err, api.CodeNoSuchRequest) {
 		d, err := ctl.Daemon(ctx)
 		switch {
 		case err != nil:
@@ -48,15 +46,18 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 	defer stop()
 	ctl := api.NewClient(l.control)
 	m, err := l.request(ctx, ctl, args)
-	if isNoRequest(err) {
+	if api.HasCode(err, api.CodeNoSuchRequest) {
 		return l.mergeNode(ctx, c, ctl, args, asJSON)
 	}
 	if err != nil {
 		return err
 	}
 	if l.wait {
-		if m, err = waitForMerge(ctx, ctl, m, c.ErrOrStderr()); err != nil {
-			return err
+		bar := newProgress(c.ErrOrStderr(), "merge")
+		m, err = ctl.WaitForMerge(ctx, m, func(m api.Merge) { bar.show(m.MergedBytes, m.TotalBytes) })
+		bar.end()
+		if err != nil {
+			return continues(err, "server")
 		}
 	}
 	if asJSON {
@@ -104,22 +105,10 @@ func (l *liveMerge) request(ctx context.Context, ctl *api.Client, args []string)
 	return ctl.StartMerge(ctx, name)
 }
 
-// waitForMerge waits until the merge is neither running nor paused. A signal ends the wait, not the merge.
-func waitForMerge(ctx context.Context, ctl *api.Client, m api.Merge, stderr io.Writer) (api.Merge, error) {
-	bar := newProgress(stderr, "merge")
-	defer bar.end()
-	for {
-		bar.show(m.MergedBytes, m.TotalBytes)
-		if m.State != api.MergeRunning && m.State != api.MergePaused {
-			return m, nil
-		}
-		next, err := ctl.Merge(ctx, time.Second)
-		if err != nil {
-			if i := (interrupted{}); errors.As(err, &i) {
-				err = fmt.Errorf("%w; the merge continues in the server", err)
-			}
-			return m, err
-		}
-		m = next
+// continues says that a merge goes on after a signal has ended the wait for it.
+func continues(err error, where string) error {
+	if i := (interrupted{}); errors.As(err, &i) {
+		err = fmt.Errorf("%w; the merge continues in the %s", err, where)
 	}
+	return err
 }

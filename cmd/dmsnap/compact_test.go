@@ -11,6 +11,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
 )
@@ -35,15 +36,15 @@ func TestCompactVerb(t *testing.T) {
 	// sectors of them.
 	for _, c := range []struct {
 		args []string
-		want compactResult // without paths and space
+		want offline.CompactResult // without paths and space
 	}{
-		{nil, compactResult{ChunkSectors: 8, Exceptions: 5, DataBytes: 5 * 4096}},
-		{[]string{"--origin", p.origin}, compactResult{ChunkSectors: 8, Exceptions: 5, DataBytes: 5 * 4096}},
-		{[]string{"--origin", p.origin, "--chunk-size", "16KiB"}, compactResult{ChunkSectors: 32, Exceptions: 4, DataBytes: 4 * 16384, FilledBytes: 12288 + 8192 + 12288}},
-		{[]string{"--origin", p.origin, "--chunk-size", "512", "--drop-unchanged"}, compactResult{ChunkSectors: 1, Exceptions: 9, DataBytes: 9 * 512, DroppedBytes: (4*8 + 4 - 9) * 512}},
-		{[]string{"--chunk-size", "2KiB"}, compactResult{ChunkSectors: 4, Exceptions: 10, DataBytes: 10 * 2048, EndUnknown: true}},
+		{nil, offline.CompactResult{ChunkSectors: 8, Exceptions: 5, DataBytes: 5 * 4096}},
+		{[]string{"--origin", p.origin}, offline.CompactResult{ChunkSectors: 8, Exceptions: 5, DataBytes: 5 * 4096}},
+		{[]string{"--origin", p.origin, "--chunk-size", "16KiB"}, offline.CompactResult{ChunkSectors: 32, Exceptions: 4, DataBytes: 4 * 16384, FilledBytes: 12288 + 8192 + 12288}},
+		{[]string{"--origin", p.origin, "--chunk-size", "512", "--drop-unchanged"}, offline.CompactResult{ChunkSectors: 1, Exceptions: 9, DataBytes: 9 * 512, DroppedBytes: (4*8 + 4 - 9) * 512}},
+		{[]string{"--chunk-size", "2KiB"}, offline.CompactResult{ChunkSectors: 4, Exceptions: 10, DataBytes: 10 * 2048, EndUnknown: true}},
 	} {
-		res := mustJSON[compactResult](t, append([]string{"compact", p.cow, out, "--force"}, c.args...)...)
+		res := mustJSON[offline.CompactResult](t, append([]string{"compact", p.cow, out, "--force"}, c.args...)...)
 		if info, err := os.Stat(out); err != nil || res.Bytes != info.Size() || res.AllocatedBytes > 256<<10 || res.Path != out {
 			t.Errorf("%q: %+v, %v", c.args, res, err)
 		}
@@ -151,7 +152,7 @@ func TestPunchVerb(t *testing.T) {
 	image := filepath.Join(t.TempDir(), "image")
 	mustRun(t, "export", p.origin, p.cow, image)
 	view, size := readFile(t, image), int64(len(readFile(t, p.cow)))
-	res := mustJSON[punchResult](t, "compact", p.cow, "--punch")
+	res := mustJSON[offline.PunchResult](t, "compact", p.cow, "--punch")
 	if res.FreedBytes == 0 {
 		t.Skip("SKIPPED: the file system of the temporary folder frees no space of files")
 	}
@@ -162,7 +163,7 @@ func TestPunchVerb(t *testing.T) {
 		t.Errorf("the file has %d bytes, and had %d", after, size)
 	}
 	p.wantView(t, p.cow, view)
-	if res := mustJSON[punchResult](t, "compact", p.cow, "--punch"); res.FreedBytes != 0 {
+	if res := mustJSON[offline.PunchResult](t, "compact", p.cow, "--punch"); res.FreedBytes != 0 {
 		t.Errorf("the second time: %+v", res)
 	}
 	mustRun(t, "merge", p.origin, p.cow)

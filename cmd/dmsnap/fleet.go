@@ -193,7 +193,7 @@ checkpoints stay. It is refused while clients are connected; --force disconnects
 	}, func(ctx context.Context, ctl *api.Client, args []string) (api.Element, error) {
 		q.Node, q.Checkpoint = args[0], args[1]
 		e, err := ctl.Rollback(ctx, q)
-		if codeOf(err) == api.CodeInUse && !q.Force {
+		if api.HasCode(err, api.CodeInUse) && !q.Force {
 			err = fmt.Errorf("%w; --force disconnects them", err)
 		}
 		return e, err
@@ -282,32 +282,20 @@ func newTable() *cobra.Command {
 	}, func(c *cobra.Command, t api.Table) error { return textTo(c).Table(t) })
 }
 
-// isNoRequest reports whether a server does not know a request: it is of the other kind.
-func isNoRequest(err error) bool { return codeOf(err) == api.CodeNoSuchRequest }
-
-// codeOf is the code of an error of a server, or "".
-func codeOf(err error) api.Code {
-	var e *api.Error
-	if errors.As(err, &e) {
-		return e.Code
-	}
-	return ""
-}
-
 // dropElement drops a snapshot of a served origin, or a node or checkpoint of a fleet.
 func dropElement(ctx context.Context, ctl *api.Client, name string, force bool) error {
 	err := ctl.Drop(ctx, name)
 	switch {
-	case !isNoRequest(err):
+	case !api.HasCode(err, api.CodeNoSuchRequest):
 		return err
 	case strings.Contains(name, "@"):
 		return ctl.DropCheckpoint(ctx, name)
 	case force:
-		if _, err := ctl.TakeBackMerge(ctx, name); err != nil && codeOf(err) != api.CodeNoMerge {
+		if _, err := ctl.TakeBackMerge(ctx, name); err != nil && !api.HasCode(err, api.CodeNoMerge) {
 			return err
 		}
 	}
-	if err = ctl.DropNode(ctx, name); codeOf(err) == api.CodeMerging {
+	if err = ctl.DropNode(ctx, name); api.HasCode(err, api.CodeMerging) {
 		err = fmt.Errorf("%w; --force takes it back", err)
 	}
 	return err
@@ -327,21 +315,12 @@ func (l *liveMerge) mergeNode(ctx context.Context, c *cobra.Command, ctl *api.Cl
 		request = ctl.ResumeNodeMerge
 	}
 	m, err := request(ctx, args[0])
-	bar := newProgress(c.ErrOrStderr(), "merge")
-	for err == nil && l.wait && (m.State == api.MergeRunning || m.State == api.MergePaused) {
-		bar.show(m.CopiedBytes, m.TotalBytes)
-		select {
-		case <-time.After(100 * time.Millisecond):
-		case <-ctx.Done():
-			err = fmt.Errorf("%w; the merge continues in the daemon", context.Cause(ctx))
-			continue
-		}
-		var d api.Disk
-		if d, err = ctl.Disk(ctx, m.Disk); err == nil && d.Merge != nil {
-			m = *d.Merge
-		}
+	if err == nil && l.wait {
+		bar := newProgress(c.ErrOrStderr(), "merge")
+		m, err = ctl.WaitForNodeMerge(ctx, m, func(m api.TreeMerge) { bar.show(m.CopiedBytes, m.TotalBytes) })
+		bar.end()
+		err = continues(err, "daemon")
 	}
-	bar.end()
 	switch {
 	case err == nil && asJSON:
 		err = printJSON(c, m)

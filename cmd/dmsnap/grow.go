@@ -1,15 +1,11 @@
 package main
 
 import (
-	"errors"
-	"fmt"
-
 	"github.com/spf13/cobra"
 
-	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/bytesize"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/server/api"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 func newGrow() *cobra.Command {
@@ -40,8 +36,8 @@ A COW on a block device is made longer with the tool that manages the device (lv
 				}
 				return printResult(c, asJSON, s, "%s  %s\n", printable(s.Name), s.Dmsetup)
 			}
-			if err := growFile(args[0], size); err != nil {
-				return err
+			if err := offline.Grow(args[0], size); err != nil {
+				return advise(err)
 			}
 			st, err := (&diskFlags{}).statusOf(args[0])
 			if err != nil {
@@ -53,25 +49,4 @@ A COW on a block device is made longer with the tool that manages the device (lv
 	c.Flags().StringVar(&control, "control", "", "control socket of the server that serves the snapshot")
 	c.Flags().BoolVar(&asJSON, "json", false, "print JSON")
 	return c
-}
-
-// growFile makes a COW file that is not in use longer.
-func growFile(path string, size int64) error {
-	cow, err := openDevice(path, block.Options{})
-	if err != nil {
-		return err
-	}
-	if err = checkStore(path, cow); err == nil {
-		// A file that was truncated must not get its size back: zeros would take the place of the lost content.
-		_, err = store.Open(cow)
-		err = about(path, err)
-	}
-	if err == nil {
-		if size < cow.Size() {
-			err = fmt.Errorf("%s already has %d bytes, and can't be made shorter", path, cow.Size())
-		} else {
-			err = about(path, errors.Join(cow.Grow(size), cow.Flush()))
-		}
-	}
-	return errors.Join(err, cow.Close())
 }

@@ -135,6 +135,17 @@ func printResult(c *cobra.Command, asJSON bool, v any, format string, args ...an
 	return printf(c, format, args...)
 }
 
+// A report is a result that is printed as JSON or as text.
+type report interface{ WriteText(w io.Writer) error }
+
+// printReport writes r as JSON or as text.
+func printReport(c *cobra.Command, asJSON bool, r report) error {
+	if asJSON {
+		return printJSON(c, r)
+	}
+	return r.WriteText(c.OutOrStdout())
+}
+
 // printf writes to the verb's standard output.
 func printf(c *cobra.Command, format string, args ...any) error {
 	_, err := fmt.Fprintf(c.OutOrStdout(), format, args...)

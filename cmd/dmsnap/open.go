@@ -110,19 +110,6 @@ func (d *diskFlags) openOrigin(name, cowName string, o block.Options) (openDisk,
 	return disk, advise(err)
 }
 
-// openRawOrigin opens an origin that must be a raw disk.
-func (d *diskFlags) openRawOrigin(path string, o block.Options) (cowfile.Origin, error) {
-	origin, err := cowfile.OpenRaw(path, cowfile.OriginOptions{Options: o, Raw: d.raw})
-	if err != nil {
-		return nil, advise(err)
-	}
-	if err := checkRawDisk(path, origin, true); err != nil { // its size
-		origin.Close()
-		return nil, err
-	}
-	return origin, nil
-}
-
 // checkRawDisk refuses a disk whose last bytes are in no sector and, unless raw, one that is known not to be a raw disk.
 func checkRawDisk(path string, dev block.Device, raw bool) error {
 	return advise(about(path, cowfile.OriginOptions{Raw: raw}.Check(dev)))

@@ -11,10 +11,8 @@ import (
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
-	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/newfile"
-	"github.com/dmsnap/dmsnap/ondisk"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/qcow2"
 	"github.com/dmsnap/dmsnap/store"
@@ -90,19 +88,12 @@ func (o *imageFormat) write(ctx context.Context, inputs []string, output string,
 	return writeOutput(output, force, inputs, func(f *os.File) error { return qcow2.Export(f, from, e) })
 }
 
-// imported is what import prints as JSON.
-type imported struct {
-	Path         string `json:"path"`
-	ChunkSectors uint32 `json:"chunk_sectors"`
-	Exceptions   uint64 `json:"exceptions"`
-}
-
 func newImport() *cobra.Command {
 	var o struct {
 		origin    string
 		chunkSize sizeFlag
+		raw       bool
 		force     bool
-		disk      diskFlags
 		json      bool
 	}
 	c := &cobra.Command{
@@ -124,73 +115,22 @@ name when it is complete and durable. An existing file is replaced only with --f
 			if err != nil {
 				return err
 			}
-			l, err := ondisk.NewLayout(sectors)
-			if err != nil {
-				return err
-			}
-			origin, err := o.disk.openRawOrigin(o.origin, block.Options{ReadOnly: true})
-			if err != nil {
-				return err
-			}
-			defer origin.Close()
-			if err := store.CheckBlockSize(l, origin); err != nil {
-				return about(o.origin, err)
-			}
-			file, err := openDevice(args[0], block.Options{ReadOnly: true})
-			if err != nil {
-				return err
-			}
-			defer file.Close()
-			overlay, err := openOverlay(file, origin)
-			if err != nil {
-				return about(args[0], err)
-			}
 			ctx, stop := untilSignal()
 			defer stop()
 			bar := newProgress(c.ErrOrStderr(), "import")
-			defer bar.end()
-			made := imported{Path: args[1], ChunkSectors: sectors}
-			size, err := cowfile.FullSize(l, origin.Size())
-			if err != nil {
-				return about(args[1], err)
-			}
-			err = writeOutputDevice(args[1], o.force, []string{args[0], o.origin}, size, func(dst *block.File) error {
-				st, err := store.Create(dst, l, true)
-				if err != nil {
-					return err
-				}
-				made.Exceptions, err = qcow2.Import(ctx, st, overlay, func(reached int64) { bar.show(reached, origin.Size()) })
-				return err
-			})
-			if err != nil {
-				return err
-			}
+			res, err := offline.Import(ctx, args[0], args[1], o.origin, offline.ImportOptions{ChunkSectors: sectors, Raw: o.raw, Force: o.force, Progress: bar.show})
 			bar.end()
-			return printResult(c, o.json, made, "%s: %d exceptions of %s\n", made.Path, made.Exceptions, bytesText(l.ChunkBytes()))
+			if err != nil {
+				return advise(withOutputAdvice(err))
+			}
+			return printReport(c, o.json, res)
 		},
 	}
 	f := c.Flags()
 	f.StringVar(&o.origin, "origin", "", "the raw disk that the store is for (required)")
 	f.Var(&o.chunkSize, "chunk-size", "size of a chunk, a power of two from 512 to 1GiB (default 4KiB)")
 	f.BoolVar(&o.force, "force", false, "replace COW if it exists")
-	f.BoolVar(&o.disk.raw, "raw", false, "BASE's own bytes are the disk, although it looks like an image of another format")
+	f.BoolVar(&o.raw, "raw", false, "BASE's own bytes are the disk, although it looks like an image of another format")
 	f.BoolVar(&o.json, "json", false, "print JSON")
 	return c
-}
-
-// openOverlay opens the image in file over origin.
-func openOverlay(file, origin block.Device) (*qcow2.Image, error) {
-	info, err := qcow2.ReadInfo(file)
-	if err != nil {
-		return nil, err
-	}
-	switch {
-	case info.Backing == "":
-		return nil, errors.New("it has no backing file: it is not an overlay")
-	case info.BackingFormat != "" && info.BackingFormat != "raw":
-		return nil, fmt.Errorf("its backing file has the format %q: BASE is a raw disk", info.BackingFormat)
-	case info.Size != origin.Size():
-		return nil, fmt.Errorf("its disk has %d bytes, BASE has %d", info.Size, origin.Size())
-	}
-	return qcow2.Open(file, qcow2.Options{Backing: func(string, string) (block.Device, error) { return origin, nil }})
 }

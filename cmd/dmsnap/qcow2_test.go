@@ -6,6 +6,8 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+
+	"github.com/dmsnap/dmsnap/offline"
 )
 
 // TestQcow2Verbs exports a snapshot as an overlay and as a stand-alone image, and imports the overlay again: the same
@@ -17,7 +19,7 @@ func TestQcow2Verbs(t *testing.T) {
 	dir := t.TempDir()
 	overlay, alone, again := filepath.Join(dir, "o.qcow2"), filepath.Join(dir, "s.qcow2"), filepath.Join(dir, "again.cow")
 	mustRun(t, "export", p.origin, p.cow, overlay, "--format", "qcow2", "--backing", p.origin)
-	res := mustJSON[imported](t, "import", overlay, again, "--origin", p.origin)
+	res := mustJSON[offline.ImportResult](t, "import", overlay, again, "--origin", p.origin)
 	if res.Exceptions != 5 || res.ChunkSectors != 8 || res.Path != again {
 		t.Errorf("%+v", res)
 	}

@@ -6,11 +6,11 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"path/filepath"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/repair"
 )
 
@@ -121,7 +121,7 @@ func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
 	if err != nil {
 		return err
 	}
-	return o.printResult(c, out, p, true)
+	return printReport(c, o.asJSON, p.Result(out, true))
 }
 
 func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
@@ -151,59 +151,16 @@ func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
 	if err != nil {
 		return err
 	}
-	return o.printResult(c, path, p, changed)
-}
-
-// printResult prints what was kept and lost.
-func (o *repairOptions) printResult(c *cobra.Command, path string, p *repair.Plan, changed bool) error {
-	res := p.Result(path, changed)
-	if o.asJSON {
-		return printJSON(c, res)
-	}
-	return res.WriteText(c.OutOrStdout())
+	return printReport(c, o.asJSON, p.Result(path, changed))
 }
 
 // takeBack applies an undo file.
 func (o *repairOptions) takeBack(c *cobra.Command, path string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	n, err := applyUndo(ctx, path, o.undoApply)
+	n, err := offline.TakeBack(ctx, path, o.undoApply)
 	if err != nil {
 		return err
 	}
 	return printResult(c, o.asJSON, undoResult{path, n}, "%s: as it was before: %s put back\n", path, bytesText(n))
-}
-
-// applyUndo puts back on path what an undo file keeps, and its length where it is a file. It returns how many bytes
-// are kept.
-func applyUndo(ctx context.Context, path, undoPath string) (int64, error) {
-	dev, err := openDevice(path, block.Options{})
-	if err != nil {
-		return 0, err
-	}
-	defer dev.Close()
-	if info, err := os.Stat(undoPath); err == nil && !info.Mode().IsRegular() {
-		return 0, fmt.Errorf("%s: not a regular file", undoPath) // opening a pipe would wait for a writer
-	}
-	f, err := os.Open(undoPath)
-	if err != nil {
-		return 0, err
-	}
-	defer f.Close()
-	size, n, err := repair.TakeBack(ctx, f, dev)
-	if errors.Is(err, repair.ErrUndoFile) || errors.Is(err, repair.ErrUndoOther) {
-		return n, about(undoPath, err)
-	}
-	if err != nil {
-		return n, about(path, err)
-	}
-	if size < dev.Size() { // the repair made it longer; the lock on it is still held
-		if err := os.Truncate(path, size); err != nil {
-			return n, err
-		}
-		if err := dev.Flush(); err != nil {
-			return n, about(path, err)
-		}
-	}
-	return n, block.SyncDirectory(filepath.Dir(path))
 }

@@ -1,10 +1,8 @@
 package main
 
 import (
-	"errors"
 	"fmt"
 	"path/filepath"
-	"slices"
 
 	"github.com/spf13/cobra"
 
@@ -39,7 +37,7 @@ current content of the origin, and every later write to the origin is first pres
 			defer stop()
 			s, err := api.NewClient(control).Attach(ctx, api.AttachRequest{
 				Name: args[0], COW: cow, Create: create, Force: force, ChunkSize: chunkSize.bytes, Store: kind.String()})
-			if e := (*api.Error)(nil); errors.As(err, &e) && slices.Contains([]api.Code{api.CodeNotEmpty, api.CodeOriginTooSmall, api.CodeUnfinished}, e.Code) {
+			if api.HasCode(err, api.CodeNotEmpty, api.CodeOriginTooSmall, api.CodeUnfinished) {
 				err = fmt.Errorf("%w; --force attaches it nevertheless", err)
 			}
 			if err != nil {

@@ -84,6 +84,22 @@ func (c *Client) Merge(ctx context.Context, wait time.Duration) (Merge, error) {
 	return ask[Merge](ctx, c, http.MethodGet, path, nil)
 }
 
+// WaitForMerge waits until a merge is neither running nor paused and returns its last state. each is called with every state. The
+// end of ctx ends the wait, not the merge.
+func (c *Client) WaitForMerge(ctx context.Context, m Merge, each func(Merge)) (Merge, error) {
+	for {
+		each(m)
+		if m.State != MergeRunning && m.State != MergePaused {
+			return m, nil
+		}
+		next, err := c.Merge(ctx, time.Second)
+		if err != nil {
+			return m, err
+		}
+		m = next
+	}
+}
+
 // PauseMerge pauses the merge after the step under way.
 func (c *Client) PauseMerge(ctx context.Context) (Merge, error) {
 	return ask[Merge](ctx, c, http.MethodPost, "/v1/merge/pause", nil)

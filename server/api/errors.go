@@ -1,6 +1,10 @@
 package api
 
-import "net/http"
+import (
+	"errors"
+	"net/http"
+	"slices"
+)
 
 // A Code is the kind of an error, for programs.
 type Code string
@@ -88,6 +92,12 @@ type Error struct {
 }
 
 func (e *Error) Error() string { return e.Message }
+
+// HasCode reports whether err is an error of the server with one of the codes.
+func HasCode(err error, codes ...Code) bool {
+	var e *Error
+	return errors.As(err, &e) && slices.Contains(codes, e.Code)
+}
 
 // ErrorReply is the body of every reply that is not a success.
 type ErrorReply struct {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"time"
 )
 
 // Requests to the daemon of a fleet. A server of one disk refuses them with CodeNoSuchRequest.
@@ -100,6 +101,29 @@ func (c *Client) ResumeNodeMerge(ctx context.Context, node string) (TreeMerge, e
 // TakeBackMerge writes to the disk of a node what it had before a merge of the node that failed.
 func (c *Client) TakeBackMerge(ctx context.Context, node string) (Disk, error) {
 	return ask[Disk](ctx, c, http.MethodDelete, elementPath("nodes", node, "/merge"), nil)
+}
+
+// WaitForNodeMerge waits until the merge of a node is not running any more and returns its last state. each is called with every
+// state. The end of ctx ends the wait, not the merge.
+func (c *Client) WaitForNodeMerge(ctx context.Context, m TreeMerge, each func(TreeMerge)) (TreeMerge, error) {
+	for {
+		each(m)
+		if m.State != MergeRunning && m.State != MergePaused {
+			return m, nil
+		}
+		select {
+		case <-time.After(100 * time.Millisecond):
+		case <-ctx.Done():
+			return m, context.Cause(ctx)
+		}
+		d, err := c.Disk(ctx, m.Disk)
+		if err != nil {
+			return m, err
+		}
+		if d.Merge != nil {
+			m = *d.Merge
+		}
+	}
 }
 
 // Table returns the device-mapper tables with which a kernel shows a node.
