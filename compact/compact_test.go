@@ -19,8 +19,12 @@ import (
 // TestLaw: through whatever compacting makes of a store, the snapshot shows what it showed; check finds
 // nothing; and compacting that again gives the same bytes.
 func TestLaw(t *testing.T) {
+	rounds := 48
+	if testing.Short() {
+		rounds = 6
+	}
 	r := rand.New(rand.NewPCG(1, 1))
-	for i := range 48 {
+	for i := range rounds {
 		p := past{sectors: 1 << r.IntN(7), kind: snapshot.Persistent, holes: i%3 == 1, halfMerged: i%4 == 2, disk: 512 * (200 + r.Int64N(400))}
 		if i%2 == 1 {
 			p.kind = snapshot.PersistentOverflow
@@ -69,6 +73,9 @@ func wantChanged(t *testing.T, st *store.Store, w world) {
 
 // Chunks of more than a piece are compared and copied in pieces.
 func TestLargeChunks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	r := rand.New(rand.NewPCG(2, 2))
 	for _, to := range []uint32{1 << 12, 1 << 13} { // 2 MiB, 4 MiB
 		w := newWorld(t, r, past{sectors: 64, kind: snapshot.Persistent, holes: true, disk: 4<<20 + 512})
@@ -232,6 +239,9 @@ func TestKept(t *testing.T) {
 
 // Whatever fails, the error comes out; and a signal ends the work.
 func TestFailures(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	w := newWorld(t, rand.New(rand.NewPCG(4, 4)), past{sectors: 8, kind: snapshot.Persistent, disk: 1 << 20})
 	boom := errors.New("the disk fails")
 	compactOn := func(cow, origin, out block.Device) error {

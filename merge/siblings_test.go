@@ -204,6 +204,9 @@ func TestSiblingsCutAnywhere(t *testing.T) {
 // TestSiblingsInsideOneDiskCutAnywhere is TestSiblingsCutAnywhere for volumes of one disk, as LVM has them: a flush of one is a
 // flush of all, and a power cut takes from all what was not flushed.
 func TestSiblingsInsideOneDiskCutAnywhere(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	w := newSiblingWorld(t, 24, 7)
 	devs := []*block.Memory{w.origin, w.cow}
 	for _, s := range w.siblings {

@@ -199,6 +199,9 @@ func TestDockerRegistry(t *testing.T) {
 
 // Faults between a real registry and its client.
 func TestDockerRegistryFaults(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	address := startRegistry(t)
 	base, st, shown := made(t)
 	repo, err := remote.Open(address+"/golden/disk:1", remote.Options{})

@@ -156,6 +156,9 @@ func TestC041CrashInAnOriginWrite(t *testing.T) {
 }
 
 func TestC042TornAreaWrites(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	// Chunk size 8 has eight sectors an area: a batch of 100 slots spans four of them.
 	var power blocktest.Power
 	before := blocktest.Pattern(200*8*sector, 1)

@@ -193,6 +193,9 @@ func TestC094OrderOfAStep(t *testing.T) {
 }
 
 func TestC095CrashInAMerge(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	const c, originSectors = 1, 100
 	cowImage := image(c, 200, consecutive(c, 40, 7)...)
 	var power blocktest.Power

@@ -58,6 +58,9 @@ var lies = map[string]func(l *liar, p []byte, off int64){
 // What cannot be promised without checksums: a lie about data is merged as it was read, and what a store
 // said when it was loaded is believed.
 func TestLiesAboutSlotsDropNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	before, cow, want := threeAreas(t)
 	for name, lie := range lies {
 		t.Run(name, func(t *testing.T) {

@@ -200,6 +200,9 @@ func imageOf(t *testing.T, content []byte) string {
 // TestRemoteKilledUnderLoad: the server is killed and started again while eight readers use it. No read fails, and none returns
 // other bytes.
 func TestRemoteKilledUnderLoad(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	peers(t, func(t *testing.T, p *peer) {
 		d := open(t, p.uri(), source.Options{NBD: source.NBDOptions{Reconnect: 30 * time.Second}})
 		want := disk()
@@ -262,6 +265,9 @@ func TestRemoteGone(t *testing.T) {
 
 // TestRemoteHangs: a server that stops answering, in the handshake or later, fails what waits for it within the bound.
 func TestRemoteHangs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	l, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
 	if err != nil {
 		t.Fatal(err)

@@ -394,6 +394,9 @@ func TestCrashInCreateByForce(t *testing.T) {
 // TestCrashInCreateUnsynced cuts the first operations of a store that was made without a flush: before the first flush
 // there may be no store, or the empty one; what a Sync made durable is there.
 func TestCrashInCreateUnsynced(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, c := range []uint32{1, 8, 16} {
 		l := ondisk.Layout{ChunkSectors: c}
 		crash := blocktest.NewCrash(make([]byte, 200*int(c)*sector))

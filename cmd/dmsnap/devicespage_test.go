@@ -13,6 +13,9 @@ import (
 
 // TestDevicesPage runs the commands of docs/devices.md that need neither a virtual machine nor a kernel module.
 func TestDevicesPage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	testhost.Mount(t, "none", "tmpfs", "size=1m") // skips the test where it may not mount
 	if err := mountable(); err != nil {
 		t.Skip("SKIPPED: no FUSE file system can be mounted: ", err)

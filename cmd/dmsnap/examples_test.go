@@ -98,6 +98,9 @@ func serveExample(t *testing.T, dir, script string) (stop func()) {
 // TestExamples runs the example of every verb, and of dmsnap itself, line by line, in a folder with the files that it
 // names. Verbs that answer "no" by their status may.
 func TestExamples(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	root := newRoot()
 	for _, v := range append(root.Commands(), root) {
 		t.Run(v.Name(), func(t *testing.T) {

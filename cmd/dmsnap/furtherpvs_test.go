@@ -22,6 +22,9 @@ func twoPVs(t *testing.T) (first, second string) {
 
 // TestMergeFurtherPVs merges a snapshot volume of a group on two disks; the origin has grown since it was made.
 func TestMergeFurtherPVs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	first, second := twoPVs(t)
 	snapshot, origin := first+"#vg/snap", first+"#vg/base"
 	want := exported(t, snapshot, "--pv", second)
@@ -53,6 +56,9 @@ func TestMergeFurtherPVs(t *testing.T) {
 
 // TestServeFurtherPVs serves an origin on two disks: what is written to it is preserved in its snapshot.
 func TestServeFurtherPVs(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	first, second := twoPVs(t)
 	snapshot, origin := first+"#vg/snap", first+"#vg/base"
 	kept, want := exported(t, snapshot, "--pv", second), exported(t, origin, "--pv", second)

@@ -23,6 +23,9 @@ func inImageOfLVM(t *testing.T) {
 // TestVolumesInAnImage: the volumes of a qcow2 image are read like those of a raw disk, in every form, and stores that were
 // made of them are for origins in the image.
 func TestVolumesInAnImage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inImageOfLVM(t)
 	image := digest(readFile(t, "vm.qcow2"))
 	want := exported(t, "disk0.img#vg0/later")
@@ -52,6 +55,9 @@ func TestVolumesInAnImage(t *testing.T) {
 
 // TestOverlayOfVolume: an overlay of a snapshot volume on the content of its origin, and one of a store over an image on that image.
 func TestOverlayOfVolume(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inImageOfLVM(t)
 	want := exported(t, "disk0.img#vg0/later")
 	mustRun(t, "export", "disk0.img#vg0/root:real", "base.raw")
@@ -90,6 +96,9 @@ func TestOverlayOfVolume(t *testing.T) {
 // TestImageRefused: what would be written inside an image, over NBD or to a part of a disk is refused with what to do, and nothing
 // is changed.
 func TestImageRefused(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inImageOfLVM(t)
 	mustRun(t, "repair", "disk0.img#vg0/later", "sound.cow")
 	mustRun(t, "send", "disk0.img#vg0/later", "--output", "stream")
@@ -130,6 +139,9 @@ func TestImageRefused(t *testing.T) {
 // TestServeAlone: with --read-only a disk, an image or a part of one is served without a COW, as the export "" too, and nothing is
 // written or made.
 func TestServeAlone(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	program(t) // before the working folder changes
 	inImageOfLVM(t)
 	before := digests(t, ".")
@@ -160,6 +172,9 @@ func TestServeAlone(t *testing.T) {
 
 // TestPendingMergeNotServed: the refusal names the merge that completes it, which is then all that is needed.
 func TestPendingMergeNotServed(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	disks := lvmCase(t, "merge-pending")
 	t.Chdir(t.TempDir())
 	writeFile(t, "disk0.img", disks["disk0.img"])

@@ -14,6 +14,9 @@ var lvmPageDisks = map[string][2]string{"vm.img": {"gpt", "disk0.img"}, "pv0.img
 
 // TestLVMPage runs the commands of docs/lvm.md in order, and holds what they print against the page.
 func TestLVMPage(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := t.TempDir()
 	if err := os.Symlink(program(t), filepath.Join(dir, "dmsnap")); err != nil {
 		t.Fatal(err)

@@ -18,6 +18,9 @@ var (
 // A file gets its name when what it holds is on disk, and the name is on disk before the verb says that it is
 // done: a power cut leaves it whole or not there, as a kill does. The order of system calls shows it.
 func TestMannersOfDurableOutput(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	strace, err := exec.LookPath("strace")
 	if err != nil {
 		t.Skip("SKIPPED: strace is not installed")

@@ -52,6 +52,9 @@ func TestMannersOfMissingInput(t *testing.T) {
 
 // A file that may not be read is refused, one that may not be written where it would have to be.
 func TestMannersOfPermissions(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	eachCalling(t, withInputs, func(t *testing.T, c calling) {
 		k := newKit(t)
 		chmod := func(mode os.FileMode) {
@@ -110,6 +113,9 @@ func TestMannersOfPermissions(t *testing.T) {
 // Bytes that are no store are described by inspect and check, and refused with the name of the file by all others; so
 // is binary data in place of text.
 func TestMannersOfBadContent(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	noise := blocktest.Pattern(65_536, 3)
 	blamed := func(k *kit, c calling, in string) string {
 		if in == "FIXED" { // nothing is wrong with a device, but that the undo file is not its own
@@ -162,6 +168,9 @@ func header() []byte {
 // A file with a writer is not changed, and is read only with --live-read, or by verbs that report how reliable the
 // result is.
 func TestMannersOfInputInUse(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	eachInput(t, nil, func(t *testing.T, k *kit, c calling, in string) {
 		f := openFile(t, k.path[in], false)
 		switch {

@@ -74,6 +74,9 @@ func TestMannersOfOutput(t *testing.T) {
 
 // A folder that may not be written to is refused.
 func TestMannersOfOutputFolder(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	eachCalling(t, func(c calling) bool { return withOutputs(c) && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		for _, in := range c.inputs() {
@@ -89,6 +92,9 @@ func TestMannersOfOutputFolder(t *testing.T) {
 
 // What does not reach standard output is an error, and not done.
 func TestMannersOfFullOutput(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	full, err := os.OpenFile("/dev/full", os.O_WRONLY, 0)
 	if err != nil {
 		t.Skipf("SKIPPED: %v", err)
@@ -111,6 +117,9 @@ func TestMannersOfFullOutput(t *testing.T) {
 
 // A reader that closes the pipe early, as in "dmsnap list COW | head", is no error.
 func TestMannersOfClosedPipe(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	eachCalling(t, func(c calling) bool { return !c.stays && !c.served && !c.fleet }, func(t *testing.T, c calling) {
 		k := newKit(t)
 		r, w, err := os.Pipe()

@@ -84,6 +84,9 @@ func digestOf(t *testing.T, address string) string {
 
 // TestMergeVolume merges a snapshot volume inside an image that a real lvm2 made: the sibling stays, and so does the metadata.
 func TestMergeVolume(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := testhost.ShortDir(t)
 	disk, undo := filepath.Join(dir, "vm.img"), filepath.Join(dir, "undo.cow")
 	writeLVMImage(t, disk)
@@ -124,6 +127,9 @@ func TestMergeVolume(t *testing.T) {
 
 // TestMergeVolumePending merges what LVM had been asked to merge, wholly or in part.
 func TestMergeVolumePending(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for name, c := range map[string]struct{ snapshot, base, sibling, digest string }{
 		"merge-pending": {"snap", "c569f6", "", ""},
 		"merge-half":    {"snap", "e02b6e", "", ""},
@@ -151,6 +157,9 @@ func TestMergeVolumePending(t *testing.T) {
 
 // TestMergeVolumeRefused: a refused merge leaves the image as it is.
 func TestMergeVolumeRefused(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
@@ -203,6 +212,9 @@ func beginMerge(t *testing.T, snapshot string, pvs ...string) {
 // TestMergeVolumeCut: while a merge inside an image is not complete, a side file beside the image says so, and the same merge
 // continues.
 func TestMergeVolumeCut(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)
@@ -227,6 +239,9 @@ func TestMergeVolumeCut(t *testing.T) {
 
 // TestMergeVolumeCutOnSeveralDisks: a merge that is not complete is known by whichever disk of the group the address begins with.
 func TestMergeVolumeCutOnSeveralDisks(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := t.TempDir()
 	var disks []string
 	for name, content := range lvmCase(t, "two-pvs") {

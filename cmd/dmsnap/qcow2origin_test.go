@@ -225,6 +225,9 @@ func TestQcow2OpensNothingElse(t *testing.T) {
 
 // TestQcow2ExportKilled: an export to an image that is killed at any point leaves no OUT, or a whole one.
 func TestQcow2ExportKilled(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := t.TempDir()
 	origin, cow, out := filepath.Join(dir, "disk.img"), filepath.Join(dir, "disk.cow"), filepath.Join(dir, "out.qcow2")
 	content := bytes.Repeat(blocktest.Pattern(64<<10, 3), 128)

@@ -14,6 +14,9 @@ import (
 
 // TestReadmeCommands runs the commands of README.md after those that build the program, in one shell and in order.
 func TestReadmeCommands(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	for _, tool := range []string{"bash", "mkfs.ext4", "qemu-io", "qemu-img"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("SKIPPED: %s is not installed", tool)

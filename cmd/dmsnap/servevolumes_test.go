@@ -62,6 +62,9 @@ func TestServeVolumes(t *testing.T) {
 
 // TestServeVolumesRefused: what can't be served leaves no file behind and the disk as it is.
 func TestServeVolumesRefused(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	dir := testhost.ShortDir(t)
 	disk := filepath.Join(dir, "vm.img")
 	writeLVMImage(t, disk)

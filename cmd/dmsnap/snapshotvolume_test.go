@@ -21,6 +21,9 @@ var laterOfGPT = sideBySide{"disk0.img#vg0/later", "disk0.img#vg0/root:real", "d
 
 // TestSnapshotVolumeDiff: an address stands for origin and COW volume; two are compared with each other.
 func TestSnapshotVolumeDiff(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inLVMCase(t, "gpt")
 	s := laterOfGPT
 	one, pair := dmsnap("diff", "--verify", s.snapshot), dmsnap("diff", "--verify", s.origin, s.cow)
@@ -55,6 +58,9 @@ func TestSnapshotVolumeDiff(t *testing.T) {
 
 // TestSnapshotVolumeOfGrownOrigin: a snapshot is as long as its origin was when it was made.
 func TestSnapshotVolumeOfGrownOrigin(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inLVMCase(t, "two-pvs")
 	const size = 3670016 // of the snapshot; the origin has 4456448 bytes
 	pv := []string{"--pv", "disk1.img"}
@@ -74,6 +80,9 @@ func TestSnapshotVolumeOfGrownOrigin(t *testing.T) {
 
 // TestSnapshotVolumeStore: verbs that take a COW take the COW volume of a snapshot.
 func TestSnapshotVolumeStore(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inLVMCase(t, "gpt")
 	s, want := laterOfGPT, exported(t, "disk0.img#vg0/later")
 	exceptions := mustJSON[inspect.Map](t, "map", s.cow).Exceptions
@@ -119,6 +128,9 @@ func TestSnapshotVolumeStore(t *testing.T) {
 
 // TestSnapshotVolumeInvalid: what an invalid snapshot volume still has is certain as in a store beside a disk.
 func TestSnapshotVolumeInvalid(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	inLVMCase(t, "overflow")
 	result := mustJSON[rescue.Result](t, "rescue", "disk0.img#vg/own", "own.img")
 	pair := mustJSON[rescue.Result](t, "rescue", "disk0.img#vg/base:real", "disk0.img#vg/own:cow", "pair.img")

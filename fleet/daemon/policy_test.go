@@ -129,6 +129,9 @@ func TestSquashable(t *testing.T) {
 
 // What a policy does not keep of a node in use is removed, with its layers, and the node shows the same.
 func TestRetentionOfARunningNode(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	s := serve(t, nil)
 	ctx := t.Context()
 	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "vm"}); err != nil {
@@ -179,6 +182,9 @@ func TestRetentionOfARunningNode(t *testing.T) {
 // A quota binds at the write that needs a chunk too many: the client gets "no space", or waits, until the quota is larger.
 // Writes to chunks that are there, reads and flushes go on.
 func TestQuotaOfARunningNode(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	s := serve(t, nil)
 	ctx := t.Context()
 	if _, err := s.Fork(ctx, api.ForkRequest{From: "base", Name: "vm"}); err != nil {

@@ -236,6 +236,9 @@ func TestWrongForever(t *testing.T) {
 // A server that does not answer: a read fails in time, others of what is in the cache go on, and so do writes, flushes and a checkpoint of the
 // engine elsewhere.
 func TestHungServerBlocksNothing(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	g := push(t, 4)
 	d := open(t, g.ref, ondemand.Options{Remote: remote.Options{Timeout: 3 * time.Second}})
 	p := make([]byte, 4096)
@@ -304,6 +307,9 @@ func TestForksFetchOnce(t *testing.T) {
 
 // What is in the cache can be read without the server; a reference names the disk of last time.
 func TestOffline(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	g := push(t, 6)
 	dir := t.TempDir()
 	d := open(t, g.ref, ondemand.Options{Cache: openCache(t, dir)})

@@ -152,6 +152,9 @@ func knownDifference(we, qemu string) bool {
 
 // TestCheckWidths: reference counts of every width, those that qemu wrote and those of known bytes.
 func TestCheckWidths(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	b := []byte{0b1101_0010, 0b0110_1001, 0x12, 0x34, 0x56, 0x78, 0x9a, 0xbc}
 	for order, want := range [][]uint64{
 		{0, 1, 0, 0, 1, 0, 1, 1, 1, 0}, {2, 0, 1, 3, 1, 2}, {2, 13, 9, 6, 2, 1}, {0xd2, 0x69, 0x12}, {0xd269, 0x1234}, {0xd2691234, 0x56789abc}, {0xd26912345678<<16 | 0x9abc},

@@ -69,6 +69,9 @@ func serveFleet(t *testing.T) disk {
 
 // TestFleet forks, checkpoints, rolls back, squashes and drops by the page.
 func TestFleet(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	d := serveFleet(t)
 	p := open(t, d.url)
 	act := func(name, action string, fields ...string) {

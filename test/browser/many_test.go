@@ -16,6 +16,9 @@ import (
 
 // TestThousandNodes shows 1,000 nodes, all of which change with each report: the page answers keys meanwhile.
 func TestThousandNodes(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	const nodes = 1000
 	var reports atomic.Uint64
 	tree := func() (api.Tree, error) {

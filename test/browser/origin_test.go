@@ -23,6 +23,9 @@ func write(t *testing.T, dev block.Device, off int64, n int) {
 
 // TestOrigin looks at a server of one origin and uses each action, by keyboard and by mouse.
 func TestOrigin(t *testing.T) {
+	if testing.Short() {
+		t.Skip("long")
+	}
 	d := serve(t)
 	p := open(t, d.url)
 	p.until("document.querySelectorAll('#rows tr').length === 2")
