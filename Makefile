@@ -28,7 +28,7 @@ test: check-format ## formatting, vet, and all tests that need nothing but Go, a
 # Linking the tests is half of the processor time, and a third less without symbols. Many tests wait, so more packages than
 # processors run at a time.
 .PHONY: test-short
-test-short: ## the same tests without the long ones, under a minute on two cores once the tests are compiled
+test-short: ## the same tests without the long ones, about a minute on two cores once they are compiled
 	$(GO) test -short -shuffle=on -p 3 -ldflags='-s -w' $(TESTED)
 
 .PHONY: check
