@@ -44,13 +44,13 @@ var decoder = sync.OnceValue(func() *zstd.Decoder {
 // Spare is how many bytes behind the content Unpack may overwrite: with them the decoder copies in larger steps.
 const Spare = 16
 
-// Unpack returns the content of a frame in dst, whose capacity is at least f.Length + Spare. It writes no more than that,
-// whatever the frame says.
+// Unpack returns the content of a frame in dst, whose capacity is at least f.Length, better f.Length + Spare. It writes no
+// more than that, whatever the frame says.
 func (f *Frame) Unpack(dst, packed []byte) ([]byte, error) {
 	if len(packed) != f.Packed || f.Length > UnitBytes {
 		return nil, corrupt("a frame of %d bytes instead of %d", len(packed), f.Packed)
 	}
-	got, err := decoder().DecodeAll(packed, dst[:0:f.Length+Spare])
+	got, err := decoder().DecodeAll(packed, dst[:0:min(cap(dst), f.Length+Spare)])
 	if err != nil || len(got) != f.Length || DigestOf(got) != f.Content {
 		return nil, corrupt("the frame at byte %d of the data of layer %d has another digest", f.Off, f.Layer)
 	}
