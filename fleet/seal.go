@@ -141,11 +141,7 @@ func (f *Fleet) Checkpoint(ctx context.Context, q api.CheckpointRequest) (api.Ch
 	if len(q.Nodes) == 0 {
 		return api.Checkpoints{}, refuse(api.CodeBadRequest, "nodes: at least one is required")
 	}
-	checkpoint := f.checkpoint
-	if f.opts.Freeze != nil {
-		checkpoint = f.checkpointFrozen
-	}
-	nodes, pause, err := checkpoint(ctx, q)
+	nodes, pause, err := f.checkpoint(ctx, q)
 	if err != nil {
 		return api.Checkpoints{}, err
 	}
@@ -165,10 +161,18 @@ func (f *Fleet) Checkpoint(ctx context.Context, q api.CheckpointRequest) (api.Ch
 	return reply, nil
 }
 
+// checkpoint is Checkpoint without what is to be durable; without a name it makes unnamed checkpoints. ops is not held.
+func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
+	if f.opts.Freeze != nil {
+		return f.checkpointFrozen(ctx, q)
+	}
+	return f.checkpointNow(ctx, q)
+}
+
 // frozenMost is how long a checkpoint waits for other operations while the programs that use its nodes are frozen.
 const frozenMost = 10 * time.Second
 
-// checkpointFrozen is checkpoint between the two calls of Options.Freeze. They may take long, so that no lock is held: other
+// checkpointFrozen is checkpointNow between the two calls of Options.Freeze. They may take long, so that no lock is held: other
 // operations go on, and what they changed is checked afterwards.
 func (f *Fleet) checkpointFrozen(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
 	thawed, err := f.beginFreeze(q)
@@ -187,7 +191,7 @@ func (f *Fleet) checkpointFrozen(ctx context.Context, q api.CheckpointRequest) (
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, frozenMost, refuse(api.CodeFreezeFailed, "other operations took longer than %v", frozenMost))
 	defer cancel()
-	return f.checkpoint(ctx, q)
+	return f.checkpointNow(ctx, q)
 }
 
 // beginFreeze refuses a checkpoint that is not possible, or of nodes that are frozen already: the end of one freeze would be
@@ -215,8 +219,8 @@ func (f *Fleet) beginFreeze(q api.CheckpointRequest) (thawed func(), err error) 
 	}, nil
 }
 
-// checkpoint is Checkpoint without freezing, and without what is to be durable.
-func (f *Fleet) checkpoint(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
+// checkpointNow is checkpoint without freezing.
+func (f *Fleet) checkpointNow(ctx context.Context, q api.CheckpointRequest) (nodes []*node, pause time.Duration, err error) {
 	release, err := f.acquire(ctx)
 	if err != nil {
 		return nil, 0, err

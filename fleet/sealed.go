@@ -235,18 +235,19 @@ func (f *Fleet) listLayers(disk string, top *layerRecord) api.Layers {
 // Seal makes the top of a node an unnamed checkpoint, unless nothing was written to it: all that the node shows now is in
 // its Layers then.
 func (f *Fleet) Seal(ctx context.Context, name string) (api.Layers, error) {
-	release, err := f.acquire(ctx)
-	if err != nil {
-		return api.Layers{}, err
-	}
-	defer release()
 	f.mu.Lock()
 	n, _, err := f.findNode(name)
 	f.mu.Unlock()
 	if err != nil {
 		return api.Layers{}, err
 	}
-	if n.dev.view.Load().top.store.Len() > 0 {
+	v := n.dev.pin()
+	if v == nil {
+		return api.Layers{}, refuse(api.CodeNoSuchNode, "there is no node %q", name)
+	}
+	written := v.top.store.Len() > 0
+	v.unpin()
+	if written {
 		if _, _, err := f.checkpoint(ctx, api.CheckpointRequest{Nodes: []string{name}}); err != nil {
 			return api.Layers{}, err
 		}
