@@ -20,6 +20,13 @@ import (
 // gives an export's URI.
 func serve(t testing.TB, o nbd.Options, exports ...nbd.Export) (*nbd.Server, func(name string) string) {
 	t.Helper()
+	s, uri, _ := serveUntil(t, o, exports...)
+	return s, uri
+}
+
+// serveUntil is serve with a function that ends the server: it returns when no request is executed any more.
+func serveUntil(t testing.TB, o nbd.Options, exports ...nbd.Export) (_ *nbd.Server, uri func(name string) string, end func()) {
+	t.Helper()
 	s := nbd.NewServer(o)
 	for _, e := range exports {
 		if err := s.Add(e); err != nil {
@@ -34,7 +41,7 @@ func serve(t testing.TB, o nbd.Options, exports ...nbd.Export) (*nbd.Server, fun
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- s.Serve(ctx, l) }()
-	t.Cleanup(func() {
+	end = sync.OnceFunc(func() {
 		cancel()
 		select {
 		case <-ended:
@@ -42,9 +49,10 @@ func serve(t testing.TB, o nbd.Options, exports ...nbd.Export) (*nbd.Server, fun
 			t.Error("Serve does not end")
 		}
 	})
+	t.Cleanup(end)
 	return s, func(name string) string {
 		return nbd.URI{Network: "unix", Address: socket, Export: name}.String()
-	}
+	}, end
 }
 
 func dial(t testing.TB, uri string, contexts ...string) *nbd.Client {

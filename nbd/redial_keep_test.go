@@ -101,11 +101,13 @@ func TestRedialerKeepsTheOrder(t *testing.T) {
 	wantBytes(t, next, 0, []byte("newer"))
 }
 
-// Under concurrent writes, each to its own place, and cuts: nothing is lost.
+// Under concurrent writes, each to its own place, and cuts: nothing is lost. Each cut ends the server, as KeepChanges requires: one that
+// goes on could execute an old write after a newer one.
 func TestRedialerKeepsUnderLoad(t *testing.T) {
 	disk := block.NewMemory(1 << 20)
 	d := redial(t, disk, 10*time.Second)
 	d.KeepChanges(256 << 10)
+	end := d.end
 	var writers sync.WaitGroup
 	var written atomic.Int64
 	for w := range 8 {
@@ -127,7 +129,11 @@ func TestRedialerKeepsUnderLoad(t *testing.T) {
 		for written.Load() < 100*cuts {
 			time.Sleep(time.Millisecond)
 		}
-		d.cut(d.uri)
+		d.cut("")
+		end()
+		var uri func(string) string
+		_, uri, end = serveUntil(t, nbd.Options{}, nbd.Export{Name: "x", Device: disk, CanTrim: true})
+		d.cut(uri("x"))
 	}
 	writers.Wait()
 	for w := range 8 {

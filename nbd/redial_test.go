@@ -18,6 +18,7 @@ import (
 // A redialed is a Redialer whose connections a test can cut, and whose server it can replace or take away.
 type redialed struct {
 	*nbd.Redialer
+	end   func() // of the first server
 	mu    sync.Mutex
 	uri   string // "": nobody answers
 	nc    net.Conn
@@ -26,8 +27,8 @@ type redialed struct {
 
 func redial(t *testing.T, dev block.Device, bound time.Duration) *redialed {
 	t.Helper()
-	_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: dev, CanTrim: true})
-	d := &redialed{uri: uri("x")}
+	_, uri, end := serveUntil(t, nbd.Options{}, nbd.Export{Name: "x", Device: dev, CanTrim: true})
+	d := &redialed{uri: uri("x"), end: end}
 	var err error
 	d.Redialer, err = nbd.NewRedialer(t.Context(), bound, d.dial)
 	if err != nil {
