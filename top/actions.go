@@ -68,6 +68,14 @@ var fleetActions = []action{
 		_, err := c.MergeNode(ctx, e.Name)
 		return err
 	}},
+	pauseAction(func(ctx context.Context, c *api.Client, node string, resume bool) error {
+		request := c.PauseNodeMerge
+		if resume {
+			request = c.ResumeNodeMerge
+		}
+		_, err := request(ctx, node)
+		return err
+	}),
 	{key: "t", name: "take the merge back", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge != nil && e.Merge.State == api.MergeFailed },
 		loses: func(e *monitor.Element) string {
 			return fmt.Sprintf("take the merge of %s back? The disk %s gets what it had before the merge", e.Name, e.Disk)
@@ -85,6 +93,15 @@ var fleetActions = []action{
 	}},
 }
 
+// pauseAction pauses a merge that is running and resumes any other that has begun.
+func pauseAction(do func(ctx context.Context, c *api.Client, node string, resume bool) error) action {
+	return action{key: "p", name: "pause or resume the merge", kinds: nodes,
+		possible: func(e *monitor.Element) bool { return e.Merge != nil && e.Merge.State != api.MergeDone },
+		do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
+			return do(ctx, c, e.Name, e.Merge.State != api.MergeRunning)
+		}}
+}
+
 // originActions are those of a server of one origin.
 var originActions = []action{
 	{key: "s", name: "snapshot", kinds: disks, ask: "path of a new COW file on the server's host", do: func(ctx context.Context, c *api.Client, _ *monitor.Element, text string) error {
@@ -98,16 +115,14 @@ var originActions = []action{
 		_, err := c.StartMerge(ctx, e.Name)
 		return err
 	}},
-	{key: "p", name: "pause or resume the merge", kinds: nodes, possible: func(e *monitor.Element) bool { return e.Merge != nil },
-		do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {
-			var err error
-			if e.Merge.State == api.MergeRunning {
-				_, err = c.PauseMerge(ctx)
-			} else {
-				_, err = c.ResumeMerge(ctx)
-			}
-			return err
-		}},
+	pauseAction(func(ctx context.Context, c *api.Client, _ string, resume bool) error {
+		request := c.PauseMerge
+		if resume {
+			request = c.ResumeMerge
+		}
+		_, err := request(ctx)
+		return err
+	}),
 	{key: "d", name: "drop", kinds: nodes, loses: func(e *monitor.Element) string {
 		return fmt.Sprintf("stop serving %s? It is lost when the origin changes after that; its file stays%s", e.Name, clients(e))
 	}, do: func(ctx context.Context, c *api.Client, e *monitor.Element, _ string) error {

@@ -2,6 +2,7 @@ package top
 
 import (
 	"context"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -246,5 +247,49 @@ func TestTakeBackIsOffered(t *testing.T) {
 	}
 	if offered(nil) || offered(&api.TreeMerge{State: api.MergeRunning}) || !offered(&api.TreeMerge{State: api.MergeFailed}) {
 		t.Error("taking back is offered without a failed merge, or not of one")
+	}
+}
+
+// A merge is paused while it runs and resumed otherwise, of a fleet's node and of a served origin.
+func TestPauseAndResume(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var asked string
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		asked = r.Method + " " + r.URL.Path
+		w.Write([]byte("{}"))
+	})}
+	go srv.Serve(l)
+	defer srv.Close()
+	client := api.NewClient(socket)
+	for _, c := range []struct {
+		server api.ServerKind
+		state  api.MergeState
+		want   string
+	}{
+		{api.ServerOfFleet, api.MergeRunning, "POST /v1/nodes/vm1/merge/pause"},
+		{api.ServerOfFleet, api.MergePaused, "POST /v1/nodes/vm1/merge/resume"},
+		{api.ServerOfFleet, api.MergeFailed, "POST /v1/nodes/vm1/merge/resume"},
+		{api.ServerOfFleet, api.MergeDone, ""},
+		{api.ServerOfOne, api.MergeRunning, "POST /v1/merge/pause"},
+		{api.ServerOfOne, api.MergePaused, "POST /v1/merge/resume"},
+	} {
+		m := &model{report: monitor.Report{Server: c.server}}
+		e := monitor.Element{Element: api.Element{Name: "vm1", Kind: api.KindNode, Merge: &api.TreeMerge{State: c.state}}}
+		asked = ""
+		for _, a := range m.actions(&e) {
+			if a.key != "p" {
+				continue
+			}
+			if err := a.do(t.Context(), client, &e, ""); err != nil {
+				t.Error(err)
+			}
+		}
+		if asked != c.want {
+			t.Errorf("server %q, merge %s: %q, want %q", c.server, c.state, asked, c.want)
+		}
 	}
 }

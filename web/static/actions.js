@@ -98,12 +98,13 @@ export function actionsOf(e, server, all) {
   return (names || []).filter((n) => !set[n].possible || set[n].possible(e, all)).map((n) => ({ id: n, label: set[n].label || set[n].ok, ...set[n] }));
 }
 
-// mergeActionsOf are those of a live merge, which only the server of one origin can pause.
+// mergeActionsOf are those of a merge that has begun.
 export function mergeActionsOf(e, server) {
-  if (server === "fleet" || !e.merge) return [];
+  if (!e.merge) return [];
+  const merge = server === "fleet" ? `/v1/nodes/${path(e.merge.node)}/merge` : "/v1/merge";
   switch (e.merge.state) {
-    case "running": return [{ id: "pause", label: "Pause", do: () => send("POST", "/v1/merge/pause") }];
-    case "paused": case "failed": return [{ id: "resume", label: "Resume", do: () => send("POST", "/v1/merge/resume") }];
+    case "running": return [{ id: "pause", label: "Pause", do: () => send("POST", `${merge}/pause`) }];
+    case "paused": case "failed": return [{ id: "resume", label: "Resume", do: () => send("POST", `${merge}/resume`) }];
   }
   return [];
 }

@@ -24,6 +24,7 @@ function stateOf(e) {
   if (e.full) return ["full", "bad"];
   if (e.state === "overflow") return ["overflow", "bad"];
   if (e.merge && e.merge.state === "running") return ["merging", "warn"];
+  if (e.merge && e.merge.state === "paused") return ["merge paused", "warn"];
   if (e.merge && e.merge.state === "failed") return ["merge failed", "bad"];
   return ["", ""];
 }
