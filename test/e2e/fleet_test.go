@@ -84,7 +84,7 @@ const adoptable = 2
 // and writes: the tree is one that there was since the last durable command, every node and checkpoint in it, and the disk, has
 // every byte that was flushed, and every layer passes a check.
 func TestFleetPowerCuts(t *testing.T) {
-	seeds := uint64(13)
+	seeds := uint64(7)
 	if deep {
 		seeds = 60
 	}
