@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"math/rand/v2"
+	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -177,10 +178,13 @@ func TestOfflineCutAfterAnyOperationGoesOn(t *testing.T) {
 	for n := 0; ; n++ {
 		w := newWorld(t, 20, 8)
 		left := n
+		var mu sync.Mutex // a window is copied while the one before is dropped
 		cut := func(op blocktest.Op) error {
 			if op.Kind == blocktest.Read {
 				return nil
 			}
+			mu.Lock()
+			defer mu.Unlock()
 			if left--; left < 0 {
 				return errCut
 			}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -29,10 +30,13 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 		w, other, path := newWorld(t, 20, 8), newWorld(t, 20, 8), sideOrigin(t)
 		before := string(w.origin.Bytes())
 		left := n
+		var mu sync.Mutex // a window is copied while the one before is dropped
 		cut := func(op blocktest.Op) error {
 			if op.Kind == blocktest.Read {
 				return nil
 			}
+			mu.Lock()
+			defer mu.Unlock()
 			if left--; left < 0 {
 				return errCut
 			}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -256,7 +257,10 @@ func TestUndoCutAnywhere(t *testing.T) {
 	undo := power.NewCrash("UNDO", make([]byte, plan.UndoBytes))
 	named, back := false, false
 	images := 0
+	var mu sync.Mutex // a window is copied while the one before is dropped
 	power.Observe(func(op blocktest.Op) {
+		mu.Lock()
+		defer mu.Unlock()
 		for img := range power.Cut().Images(blocktest.Choices{All: 16, Limit: 8, Random: 4, Seed: uint64(images)}) {
 			images++
 			o, c := block.MemoryFrom(img.Disk(origin)), block.MemoryFrom(img.Disk(cow))
