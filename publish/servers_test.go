@@ -5,16 +5,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/johannesboyne/gofakes3"
 	"github.com/johannesboyne/gofakes3/backend/s3mem"
@@ -132,64 +129,16 @@ func TestS3(t *testing.T) {
 	}
 }
 
-// freePort returns the address of a port that nobody listens on.
-func freePort(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
-// start runs a server until the test ends, and returns when it accepts connections.
-func start(t *testing.T, address, program string, args ...string) {
-	t.Helper()
-	path, err := exec.LookPath(program)
-	if err != nil {
-		t.Skipf("SKIPPED: %s is not installed", program)
-	}
-	output, err := os.Create(filepath.Join(t.TempDir(), "output"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer output.Close()
-	c := exec.Command(path, args...)
-	c.Stdout, c.Stderr = output, output
-	if err := c.Start(); err != nil {
-		t.Fatal(err)
-	}
-	ended := make(chan struct{})
-	go func() { c.Wait(); close(ended) }()
-	t.Cleanup(func() { c.Process.Kill(); <-ended })
-	for deadline := time.Now().Add(time.Minute); ; time.Sleep(20 * time.Millisecond) {
-		if conn, err := net.Dial("tcp", address); err == nil {
-			conn.Close()
-			return
-		}
-		select {
-		case <-ended:
-			text, _ := os.ReadFile(output.Name())
-			t.Fatalf("%s: %s", program, text)
-		default:
-		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%s does not listen", program)
-		}
-	}
-}
-
 // startRegistry runs Debian's docker-registry.
 func startRegistry(t *testing.T) string {
 	t.Helper()
-	address, dir := freePort(t), t.TempDir()
+	address, dir := testremote.FreeAddress(t), t.TempDir()
 	config := fmt.Sprintf("version: 0.1\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s}\nlog: {level: error}\n", dir, address)
 	path := filepath.Join(dir, "config.yml")
 	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	start(t, address, "docker-registry", "serve", path)
+	testremote.StartProgram(t, address, "docker-registry", "serve", path)
 	return address
 }
 
@@ -238,7 +187,7 @@ func TestDockerRegistryFaults(t *testing.T) {
 
 // TestNginx reads a file by ranges from nginx.
 func TestNginx(t *testing.T) {
-	address, dir := freePort(t), t.TempDir()
+	address, dir := testremote.FreeAddress(t), t.TempDir()
 	_, _, shown := made(t)
 	if err := os.WriteFile(filepath.Join(dir, "disk.img"), shown, 0o644); err != nil {
 		t.Fatal(err)
@@ -253,7 +202,7 @@ func TestNginx(t *testing.T) {
 	if err := os.WriteFile(path, []byte(config), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	start(t, address, "nginx", "-c", path, "-p", dir, "-e", "stderr")
+	testremote.StartProgram(t, address, "nginx", "-c", path, "-p", dir, "-e", "stderr")
 	c, err := cache.Open(t.TempDir(), cache.Options{})
 	if err != nil {
 		t.Fatal(err)

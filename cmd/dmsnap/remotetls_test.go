@@ -18,44 +18,6 @@ import (
 	"github.com/dmsnap/dmsnap/internal/testremote"
 )
 
-// listening starts a server program and returns when it accepts connections at an address.
-func listening(t *testing.T, address, name string, args ...string) {
-	t.Helper()
-	path, err := exec.LookPath(name)
-	if err != nil {
-		t.Skipf("SKIPPED: %s is not installed", name)
-	}
-	var output bytes.Buffer
-	cmd := exec.Command(path, args...)
-	cmd.Stdout, cmd.Stderr = &output, &output
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cmd.Process.Kill()
-		if cmd.Wait(); t.Failed() {
-			t.Logf("%s: %s", name, &output)
-		}
-	})
-	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if c, err := net.Dial("tcp", address); err == nil {
-			c.Close()
-			return
-		}
-	}
-	t.Fatalf("%s does not listen", name)
-}
-
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().String()
-}
-
 // proxyTo is an HTTP proxy that connects to one address, whatever host it is asked for.
 func proxyTo(t *testing.T, address string) (url string) {
 	t.Helper()
@@ -127,11 +89,11 @@ func TestRemoteTLS(t *testing.T) {
 		}
 	}
 	t.Run("docker-registry", func(t *testing.T) {
-		address, dir := freeAddress(t), t.TempDir()
+		address, dir := testremote.FreeAddress(t), t.TempDir()
 		config := filepath.Join(dir, "config.yml")
 		writeFile(t, config, fmt.Appendf(nil, "version: 0.1\nstorage: {filesystem: {rootdirectory: %s}}\nhttp: {addr: %s, tls: {certificate: %s, key: %s}}\nlog: {level: error}\n",
 			dir, address, at("server-cert"), at("server-key")))
-		listening(t, address, "docker-registry", "serve", config)
+		testremote.StartProgram(t, address, "docker-registry", "serve", config)
 		ref, env := "oci://registry.test/golden/disk:1", []string{"HTTPS_PROXY=" + proxyTo(t, address)}
 		if out, err := with(t, env, "push", k.path["ORIGIN"], ref); err == nil || !strings.Contains(out, "certificate") {
 			t.Errorf("push with an unknown authority: %v, %s", err, out)
@@ -142,7 +104,7 @@ func TestRemoteTLS(t *testing.T) {
 		check(t, ref, env...)
 	})
 	t.Run("nginx", func(t *testing.T) {
-		address, dir := freeAddress(t), t.TempDir()
+		address, dir := testremote.FreeAddress(t), t.TempDir()
 		writeFile(t, filepath.Join(dir, "disk.img"), origin)
 		os.Chmod(dir, 0o755)
 		user := ""
@@ -153,7 +115,7 @@ func TestRemoteTLS(t *testing.T) {
 		writeFile(t, config, fmt.Appendf(nil, `daemon off; master_process off; %s pid %[2]s/pid; error_log stderr; events {} http { access_log off; client_body_temp_path %[2]s/a;
 			proxy_temp_path %[2]s/b; fastcgi_temp_path %[2]s/c; uwsgi_temp_path %[2]s/d; scgi_temp_path %[2]s/e;
 			server { listen %[3]s ssl; ssl_certificate %[4]s; ssl_certificate_key %[5]s; root %[2]s; } }`, user, dir, address, at("server-cert"), at("server-key")))
-		listening(t, address, "nginx", "-c", config, "-p", dir, "-e", "stderr")
+		testremote.StartProgram(t, address, "nginx", "-c", config, "-p", dir, "-e", "stderr")
 		check(t, "https://"+address+"/disk.img")
 		check(t, "https://registry.test/disk.img", "HTTPS_PROXY="+proxyTo(t, address))
 	})
