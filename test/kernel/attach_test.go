@@ -156,7 +156,7 @@ func TestAttach(t *testing.T) {
 func TestAttachKilled(t *testing.T) {
 	k := withDmsnap(t, "32M")
 	write := "set -e; i=$1; while :; do printf %4096d $i > /run/$2.block; dd if=/run/$2.block of=$3 bs=4k seek=$((i % 1000)) oflag=direct conv=fsync 2>/dev/null; " +
-		"echo $i > /run/$2.last; i=$((i+1)); done"
+		"echo $i > /run/$2.new && mv /run/$2.new /run/$2.last; i=$((i+1)); done"
 	last := func(name string) (n int) {
 		fmt.Sscan(k.sh("cat /run/"+name+".last 2>/dev/null || echo -1"), &n)
 		return n

@@ -56,9 +56,11 @@ func TestVhostUser(t *testing.T) {
 	k.sh("dd if=/dev/urandom of=/dev/vdb bs=1M count=8 seek=10 oflag=direct conv=fsync 2>/dev/null")
 	// Many requests at once, and files that are made durable one by one until the end comes.
 	k.sh("mount /dev/vda /run/a && mkdir /run/a/files")
+	// The number is replaced by a rename: a reader sees one or the other, never a file that was truncated and not yet written.
 	k.spawn("load.log", "/bin/sh", "-c", "i=0; while :; do echo $i > /run/a/files/$i && sync /run/a/files/$i /run/a/files && echo $i > "+
-		"/run/last; i=$((i+1)); done")
+		"/run/last.new && mv /run/last.new /run/last; i=$((i+1)); done")
 	time.Sleep(3 * time.Second)
+	k.must(job.Op{Do: job.Until, Argv: []string{"ls", "/run"}, Stdin: "last\n", Seconds: 120})
 	last := strings.TrimSpace(k.sh("cat /run/last"))
 	server.Process.Signal(syscall.SIGKILL)
 	server.Wait()
@@ -157,7 +159,7 @@ func TestVhostUserReconnect(t *testing.T) {
 
 	// Numbered blocks, each written past the cache, while servers come and go.
 	load := k.spawn("load.log", "/bin/sh", "-c", "i=0; while [ ! -e /run/stop ]; do printf '%4096d' $i | dd of=/dev/vda bs=4k seek=$i oflag=direct conv=notrunc 2>/dev/null "+
-		"|| exit 1; i=$((i+1)); echo $i > /run/count; done")
+		"|| exit 1; i=$((i+1)); echo $i > /run/count.new && mv /run/count.new /run/count; done")
 	for range 3 {
 		time.Sleep(2 * time.Second)
 		if err := server.Process.Signal(syscall.SIGTERM); err != nil {
