@@ -151,7 +151,7 @@ func WriteSparse(dst Device, p []byte, off int64, how Sparse) error {
 // the next hole that is worth a call. whole: p is the whole range to write.
 func zeroRun(p []byte, off int64, how Sparse, whole bool) (zero bool, n int64) {
 	size := int64(len(p))
-	if whole && isZero(p) {
+	if whole && IsZero(p) {
 		return true, size
 	}
 	least := int64(1) // IntoZeros: a hole costs nothing
@@ -179,7 +179,7 @@ func zeroRun(p []byte, off int64, how Sparse, whole bool) (zero bool, n int64) {
 func zeroBlocks(p []byte, off int64, how Sparse) (n int64) {
 	for n < int64(len(p)) {
 		k := min(holeBlock-(off+n)%holeBlock, int64(len(p))-n)
-		if k < holeBlock && how != IntoZeros || !isZero(p[n:n+k]) {
+		if k < holeBlock && how != IntoZeros || !IsZero(p[n:n+k]) {
 			break
 		}
 		n += k
@@ -187,7 +187,8 @@ func zeroBlocks(p []byte, off int64, how Sparse) (n int64) {
 	return n
 }
 
-func isZero(p []byte) bool {
+// IsZero reports whether all bytes of p are zero.
+func IsZero(p []byte) bool {
 	for len(p) > 0 {
 		n := min(len(p), len(zeros))
 		if !bytes.Equal(p[:n], zeros[:n]) {

@@ -6,6 +6,7 @@ import (
 	"io"
 	"strconv"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/ondisk"
 )
 
@@ -163,17 +164,8 @@ func (h *hexLines) piece(off int64, p []byte) {
 }
 
 func (h *hexLines) flush() {
-	if h.n > 0 && !allZero(h.b[:h.n]) {
+	if h.n > 0 && !block.IsZero(h.b[:h.n]) {
 		h.emit(h.off, h.b[:h.n], h.count)
 	}
 	h.n, h.count = 0, 0
-}
-
-func allZero(b []byte) bool {
-	for _, c := range b {
-		if c != 0 {
-			return false
-		}
-	}
-	return true
 }

@@ -69,7 +69,7 @@ func (id PageID) validate(b []byte) error {
 		return corrupt("no page of an index")
 	case int(binary.LittleEndian.Uint16(b[8:])) != level || int64(p.count()) != n:
 		return corrupt("%d entries on level %d, where %d on level %d must be", p.count(), binary.LittleEndian.Uint16(b[8:]), n, level)
-	case !isZero(b[16:pageHeader]) || !isZero(b[end:]):
+	case !IsZero(b[16:pageHeader]) || !IsZero(b[end:]):
 		return corrupt("bytes that must be zero")
 	}
 	at := int64(0)
@@ -88,15 +88,6 @@ func (id PageID) validate(b []byte) error {
 		}
 	}
 	return nil
-}
-
-func isZero(p []byte) bool {
-	for _, b := range p {
-		if b != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // A Run is what stands at a byte of the disk.

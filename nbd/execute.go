@@ -1,7 +1,6 @@
 package nbd
 
 import (
-	"bytes"
 	"fmt"
 	"time"
 
@@ -198,17 +197,13 @@ func (t *task) alike(at int) (end int, hole bool) {
 	}
 	for end = at; end < len(b); {
 		next := min(end+zeroUnit, len(b))
-		zero := isZero(b[end:next])
+		zero := block.IsZero(b[end:next])
 		if end > at && zero != hole {
 			break
 		}
 		end, hole = next, zero
 	}
 	return end, hole
-}
-
-func isZero(b []byte) bool {
-	return b[0] == 0 && bytes.Equal(b[1:], b[:len(b)-1])
 }
 
 // maxDescriptors bounds the block status of one context in one reply.

@@ -329,6 +329,3 @@ func parseLast(b []byte) (c Count, sum []byte) {
 func isCut(err error) bool { return err == io.EOF || err == io.ErrUnexpectedEOF }
 
 var zeros [Block]byte
-
-// isZero reports whether a block, or a part of one, has nothing but zeros.
-func isZero(p []byte) bool { return bytes.Equal(p, zeros[:len(p)]) }

@@ -276,7 +276,7 @@ func (e *examined) compare(off, n int64, has, fresh, old []byte) {
 	case bytes.Equal(has, is):
 		e.present += n
 		return
-	case old == nil && isZero(has), old != nil && digestOfOne(has) == digest(old):
+	case old == nil && block.IsZero(has), old != nil && digestOfOne(has) == digest(old):
 	case isTorn(has, is, old):
 		e.repaired += n
 	default:
@@ -301,7 +301,7 @@ func isTorn(has, is, old []byte) bool {
 	for at := 0; at < len(has); at += sector {
 		end := min(at+sector, len(has))
 		if s := has[at:end]; !bytes.Equal(s, is[at:end]) {
-			if old == nil && !isZero(s) ||
+			if old == nil && !block.IsZero(s) ||
 				old != nil && sumOfSector(s) != binary.LittleEndian.Uint32(old[digestLength+at/sector*4:]) {
 				return false
 			}
@@ -435,7 +435,7 @@ func (a *applier) mustBeZero(off, n int64) error {
 					return fmt.Errorf("read %d bytes of the target at byte %d: %w", len(b), off, err)
 				}
 				for at := 0; at < len(b); at += Block {
-					if p := b[at:min(at+Block, len(b))]; !isZero(p) {
+					if p := b[at:min(at+Block, len(b))]; !block.IsZero(p) {
 						return &MismatchError{off + int64(at)}
 					}
 				}

@@ -238,10 +238,10 @@ func (s *sender) pack(job []span) (*packet, error) {
 				was = old[at : at+n]
 			}
 			var flags uint32
-			if isZero(is) {
+			if block.IsZero(is) {
 				flags |= newZeros
 			}
-			if s.old == nil || isZero(was) {
+			if s.old == nil || block.IsZero(was) {
 				flags |= oldZeros
 			}
 			if flags == newZeros|oldZeros || s.o.DropUnchanged && string(is) == string(was) {

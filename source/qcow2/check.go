@@ -116,7 +116,7 @@ func (c *checker) entries(t table, width int, what string, do func(n int64, word
 			return err
 		}
 		for in := 0; in < len(page) && at+int64(in) < bytes; in += width {
-			if b := page[in : in+width]; !isZero(b) {
+			if b := page[in : in+width]; !block.IsZero(b) {
 				if err := do((at+int64(in))/int64(width), b); err != nil {
 					return err
 				}
@@ -124,15 +124,6 @@ func (c *checker) entries(t table, width int, what string, do func(n int64, word
 		}
 	}
 	return nil
-}
-
-func isZero(b []byte) bool {
-	for _, v := range b {
-		if v != 0 {
-			return false
-		}
-	}
-	return true
 }
 
 // use counts references to the clusters of n bytes at off.

@@ -6,6 +6,8 @@ import (
 	"maps"
 	"math"
 	"slices"
+
+	"github.com/dmsnap/dmsnap/block"
 )
 
 // counts has a number for each cluster of a file, most of which are 0.
@@ -148,7 +150,7 @@ func (c *checker) findUnused() error {
 			if err != nil {
 				return err
 			}
-			if isZero(page) {
+			if block.IsZero(page) {
 				continue
 			}
 			for bit := int64(0); bit < size*8 && cluster < c.clusters; bit, cluster = bit+1<<order, cluster+1 {
