@@ -124,7 +124,7 @@ bench-registry: release ## disks in a registry on this machine (Debian's docker-
 .PHONY: bench-fleet
 bench-fleet: ## forks, checkpoints, memory and starts of a fleet of 1,000 nodes, and sealed layers; a part of bench without ARGS
 	$(GO) test -run '^$$' -bench 'ForkAndCheckpoint|BaseWrite' -benchtime 1000x ./fleet
-	$(GO) test -run '^$$' -bench CheckpointUnderLoad -benchtime 250x ./fleet
+	$(GO) test -run '^$$' -bench CheckpointUnderLoad -benchtime 100x ./fleet
 	$(GO) test -run '^$$' -bench Start -benchtime 3x ./fleet
 	$(GO) test -run '^$$' -bench Read ./source/stack
 	$(GO) test -run '^$$' -bench IndexMemory -benchtime 1x ./source/stack

@@ -3,7 +3,6 @@ package fleet
 import (
 	"context"
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"runtime"
@@ -11,8 +10,6 @@ import (
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -86,64 +83,6 @@ func BenchmarkForkAndCheckpoint(b *testing.B) {
 			percentiles(b, took)
 		})
 	}
-}
-
-// BenchmarkCheckpointUnderLoad reports the longest request of four clients that write 4 KiB at random places of a disk of
-// 256 MiB, over NBD, while a checkpoint is made ten times a second.
-func BenchmarkCheckpointUnderLoad(b *testing.B) {
-	const size, clients = 256 << 20, 4
-	f := newFleet(b, Options{})
-	f.addSparse("base", size, false)
-	f.fork("base", "vm")
-	stop := make(chan struct{})
-	var writers sync.WaitGroup
-	var sealing atomic.Bool
-	var mu sync.Mutex
-	var beside, during []time.Duration
-	for k := range clients {
-		dev := f.dial("vm")
-		writers.Go(func() {
-			r := rand.New(rand.NewPCG(1, uint64(k)))
-			p := make([]byte, 4096)
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				begin, before := time.Now(), sealing.Load()
-				if _, err := dev.WriteAt(p, r.Int64N(size/4096)*4096); err != nil {
-					b.Error(err)
-					return
-				}
-				took, in := time.Since(begin), before || sealing.Load()
-				mu.Lock()
-				if in {
-					during = append(during, took)
-				} else {
-					beside = append(beside, took)
-				}
-				mu.Unlock()
-			}
-		})
-	}
-	var pauses []time.Duration
-	for i := 0; b.Loop(); i++ {
-		time.Sleep(100 * time.Millisecond)
-		sealing.Store(true)
-		c, err := f.Checkpoint(context.Background(), api.CheckpointRequest{Nodes: []string{"vm"}, Name: fmt.Sprint("c", i)})
-		if err != nil {
-			b.Fatal(err)
-		}
-		sealing.Store(false)
-		pauses = append(pauses, time.Duration(c.PauseSeconds*1e9))
-	}
-	close(stop)
-	writers.Wait()
-	percentiles(b, pauses)
-	b.ReportMetric(float64(len(beside)+len(during))/b.Elapsed().Seconds(), "writes/s")
-	b.ReportMetric(float64(slices.Max(during).Microseconds()), "longest-write-in-checkpoint-µs")
-	b.ReportMetric(float64(slices.Max(beside).Microseconds()), "longest-write-beside-µs")
 }
 
 // addSparse adds a disk that is one hole.
