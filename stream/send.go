@@ -8,87 +8,9 @@ import (
 	"hash"
 	"io"
 	"iter"
-	"runtime"
-	"sync"
-
-	"github.com/klauspost/compress/zstd"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/diff"
-	"github.com/dmsnap/dmsnap/store"
 )
-
-// A Source is what can be sent: two devices, and where they may differ.
-type Source struct {
-	kind     Kind
-	old, new block.Device // old is nil for a whole disk
-	changed  func() iter.Seq2[diff.Extent, error]
-}
-
-// Between is what the view of one store has and that of another has not. Both are of one origin; a nil store stands for
-// the origin itself. Nothing may write to the devices while the source is used, nor close them. Errors are those of
-// diff.Between.
-func Between(origin block.Device, old, new *store.Store) (*Source, error) {
-	d, err := diff.Between(origin, old, new)
-	if err != nil {
-		return nil, err
-	}
-	was, is := d.Views()
-	return &Source{Delta, was, is, func() iter.Seq2[diff.Extent, error] {
-		return func(yield func(diff.Extent, error) bool) {
-			for e := range d.Extents() {
-				if !yield(e, nil) {
-					return
-				}
-			}
-		}
-	}}, nil
-}
-
-// Of is what new has and old has not, of two devices of one size: they may differ where changed says so, by the lowest bit of
-// the flags of extents, as an NBD server does in a context of changed blocks. It may stop early, but not before the first byte.
-// Nothing may write to the devices while the source is used.
-func Of(old, new block.Device, changed func(off, n int64) ([]block.Extent, error)) *Source {
-	return &Source{Delta, old, new, func() iter.Seq2[diff.Extent, error] {
-		return extentsOf(new.Size(), changed, func(e block.Extent) bool { return e.Flags&1 != 0 })
-	}}
-}
-
-// extentsOf yields those of a disk's extents that are wanted.
-func extentsOf(size int64, extents func(off, n int64) ([]block.Extent, error), wanted func(block.Extent) bool) iter.Seq2[diff.Extent, error] {
-	return func(yield func(diff.Extent, error) bool) {
-		for off := int64(0); off < size; {
-			list, err := extents(off, size-off)
-			if err == nil && len(list) == 0 {
-				err = fmt.Errorf("no extents at byte %d", off)
-			}
-			if err != nil {
-				yield(diff.Extent{}, err)
-				return
-			}
-			for _, e := range list {
-				if wanted(e) && !yield(diff.Extent{Off: off, Length: e.Length}, nil) {
-					return
-				}
-				off += e.Length
-			}
-		}
-	}
-}
-
-// Whole is a disk as it is. Nothing may write to it while the source is used.
-func Whole(dev block.Device) *Source {
-	return &Source{Disk, nil, dev, func() iter.Seq2[diff.Extent, error] {
-		return extentsOf(dev.Size(), func(off, n int64) ([]block.Extent, error) { return block.Extents(dev, off, n) },
-			func(e block.Extent) bool { return e.Flags&block.ReadsZero == 0 })
-	}}
-}
-
-// Kind says what is sent.
-func (s *Source) Kind() Kind { return s.kind }
-
-// Size returns the size of the disk in bytes.
-func (s *Source) Size() int64 { return s.new.Size() }
 
 // SendOptions are what a sender may choose.
 type SendOptions struct {
@@ -187,23 +109,6 @@ type packet struct {
 	count        Count
 	reached      int64
 	buffers      [2]*[maxData]byte // that packed may be in; given up when it was written
-}
-
-// buffers are for data of one frame each. That of many small frames is not kept in them.
-var buffers = sync.Pool{New: func() any { return new([maxData]byte) }}
-
-// buffer returns n ≤ maxData bytes, whose content is anything; recycle gives them up.
-func buffer(n int) []byte {
-	if n <= maxData/2 {
-		return make([]byte, n)
-	}
-	return buffers.Get().(*[maxData]byte)[:n]
-}
-
-func recycle(b []byte) {
-	if cap(b) == maxData {
-		buffers.Put((*[maxData]byte)(b[:maxData]))
-	}
 }
 
 // pack reads the spans of one frame and makes it. Several run at once.
@@ -319,98 +224,4 @@ func (s *sender) write(head, packed []byte) error {
 	}
 	_, err := s.w.Write(packed)
 	return err
-}
-
-// encoder and decoder are made once; both are safe for concurrent use.
-var encoder = sync.OnceValue(func() *zstd.Encoder {
-	e, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderCRC(false))
-	if err != nil {
-		panic(err) // the options are constants
-	}
-	return e
-})
-
-var decoder = sync.OnceValue(func() *zstd.Decoder {
-	d, err := zstd.NewReader(nil, zstd.WithDecoderMaxMemory(2*maxData), zstd.WithDecoderConcurrency(0))
-	if err != nil {
-		panic(err)
-	}
-	return d
-})
-
-// inOrder does work on jobs, several at once, and hands the results to done in the order of the jobs. It returns the
-// first error of jobs, work or done, in that order of jobs, or ctx's cause. No work is under way then; jobs may still be
-// asked for a job whose work will not begin.
-func inOrder[J, R any](ctx context.Context, jobs iter.Seq2[J, error], work func(J) (R, error), done func(R) error) error {
-	type result struct {
-		r   R
-		err error
-	}
-	// The channel holds the futures of work that is under way or finished: its capacity bounds both.
-	futures, stop := make(chan chan result, min(runtime.GOMAXPROCS(0), 8)), make(chan struct{})
-	var (
-		running sync.WaitGroup
-		mu      sync.Mutex // for stopped, and for adding to running
-		stopped bool
-	)
-	begin := func(j J, future chan result) {
-		mu.Lock()
-		defer mu.Unlock()
-		if stopped {
-			return
-		}
-		running.Go(func() {
-			r, err := work(j)
-			future <- result{r, err}
-		})
-	}
-	go func() {
-		defer close(futures)
-		for j, err := range jobs {
-			future := make(chan result, 1)
-			if err != nil {
-				future <- result{err: err}
-			} else {
-				begin(j, future)
-			}
-			select {
-			case futures <- future:
-			case <-stop:
-				return
-			}
-			if err != nil {
-				return
-			}
-		}
-	}()
-	defer func() {
-		mu.Lock()
-		stopped = true
-		mu.Unlock()
-		close(stop)
-		running.Wait()
-	}()
-	for {
-		var future chan result
-		select {
-		case f, more := <-futures:
-			if !more {
-				return nil
-			}
-			future = f
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-		select {
-		case r := <-future:
-			if r.err != nil {
-				return r.err
-			}
-			if err := done(r.r); err != nil {
-				return err
-			}
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
-	}
 }

@@ -1,0 +1,169 @@
+package stream
+
+import (
+	"errors"
+	"fmt"
+
+	"github.com/dmsnap/dmsnap/block"
+)
+
+// An applier applies the frames of one stream to a target.
+type applier struct {
+	kind   Kind
+	size   int64
+	target block.Device // nil: there is none
+	o      ApplyOptions
+	dry    bool // write nothing, and count what differs
+
+	result   Applied
+	end      int64       // byte of the disk behind the last record that was compared
+	next     int64       // byte of the disk behind the last record that was written
+	held     []*examined // compared, and not written: the beginning of the stream
+	compared int64       // bytes of the disk in held
+	writing  bool        // held is written
+}
+
+func (r *Reader) newApplier(target block.Device, o ApplyOptions) *applier {
+	return &applier{
+		kind: r.header.Kind, size: r.header.Size, target: target, o: o, end: r.header.From, next: r.header.From,
+		result: Applied{Reached: r.header.From, FirstWrong: -1},
+	}
+}
+
+// collect takes the examined frames in order. The first are held until they were all compared.
+func (a *applier) collect(e *examined) error {
+	if len(e.records) == 0 {
+		return nil
+	}
+	first := e.records[0].off
+	if first < a.end {
+		return &FormatError{e.at, fmt.Sprintf("the record at byte %d of the disk is not behind the one before", first)}
+	}
+	if e.wrong >= 0 {
+		if a.result.FirstWrong < 0 {
+			a.result.FirstWrong = e.wrong
+		}
+		if !a.dry && !a.o.Force {
+			return &MismatchError{e.wrong}
+		}
+	}
+	for _, r := range e.records {
+		if err := a.judgeGap(a.end, r.off); err != nil {
+			return err
+		}
+		a.end = r.off + r.length
+	}
+	if a.dry || a.writing {
+		return a.finish(e)
+	}
+	a.held = append(a.held, e)
+	if a.compared += a.end - first; a.compared < a.o.CompareFirst {
+		return nil
+	}
+	return a.writeHeld()
+}
+
+// judgeGap compares what is in no record, from byte off to byte end, with zeros: of a whole disk it must be.
+func (a *applier) judgeGap(off, end int64) error {
+	if a.kind != Disk || off == end || a.target == nil || a.o.Force {
+		return nil
+	}
+	err := a.mustBeZero(off, end-off)
+	var wrong *MismatchError
+	if !a.dry || !errors.As(err, &wrong) {
+		return err
+	}
+	if a.result.Differs += end - off; a.result.FirstWrong < 0 {
+		a.result.FirstWrong = wrong.Off
+	}
+	return nil
+}
+
+// writeHeld writes what was held, and from then on nothing is held.
+func (a *applier) writeHeld() error {
+	a.writing = true
+	for _, e := range a.held {
+		if err := a.finish(e); err != nil {
+			return err
+		}
+	}
+	a.held = nil
+	return nil
+}
+
+// finish writes what a frame changes.
+func (a *applier) finish(e *examined) error {
+	write := e.write
+	for _, r := range e.records {
+		if err := a.zeroGap(r.off); err != nil {
+			return err
+		}
+		end := r.off + r.length
+		for ; !a.dry && len(write) > 0 && write[0].off < end; write = write[1:] {
+			if err := a.put(write[0]); err != nil {
+				return err
+			}
+		}
+		a.next = end
+	}
+	recycle(e.data)
+	a.result.Count.add(e.count)
+	a.result.Present += e.present
+	a.result.Repaired += e.repaired
+	a.result.Differs += e.differs
+	a.result.Reached = a.next
+	if a.o.Progress != nil {
+		a.o.Progress(a.next)
+	}
+	return nil
+}
+
+func (a *applier) put(p piece) error {
+	var err error
+	if p.data == nil {
+		err = block.Zero(a.target, p.off, p.length, 0)
+	} else {
+		_, err = a.target.WriteAt(p.data, p.off)
+	}
+	if err != nil {
+		return fmt.Errorf("write %d bytes of the target at byte %d: %w", p.length, p.off, err)
+	}
+	a.result.Written += p.length
+	return nil
+}
+
+// zeroGap writes zeros up to byte end, where a whole disk has no record and the target may hold anything.
+func (a *applier) zeroGap(end int64) error {
+	if a.kind != Disk || !a.o.Force || end == a.next {
+		return nil
+	}
+	return a.put(piece{off: a.next, length: end - a.next})
+}
+
+// mustBeZero returns a *MismatchError for a byte that is not zero.
+func (a *applier) mustBeZero(off, n int64) error {
+	buffer := make([]byte, min(n, maxData))
+	for n > 0 {
+		extents, err := block.Extents(a.target, off, n)
+		if err != nil {
+			return err
+		}
+		for _, e := range extents {
+			for e.Flags&block.ReadsZero == 0 && e.Length > 0 {
+				b := buffer[:min(e.Length, maxData)]
+				if _, err := a.target.ReadAt(b, off); err != nil {
+					return fmt.Errorf("read %d bytes of the target at byte %d: %w", len(b), off, err)
+				}
+				for at := 0; at < len(b); at += Block {
+					if p := b[at:min(at+Block, len(b))]; !block.IsZero(p) {
+						return &MismatchError{off + int64(at)}
+					}
+				}
+				k := int64(len(b))
+				off, n, e.Length = off+k, n-k, e.Length-k
+			}
+			off, n = off+e.Length, n-e.Length
+		}
+	}
+	return nil
+}
