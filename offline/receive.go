@@ -81,7 +81,7 @@ func (r ReceiveResult) WriteText(w io.Writer) (err error) {
 // A call that was interrupted is repeated: what has the new bytes already is skipped. Errors: *stream.MismatchError, with all
 // before it applied; ErrNoTarget; those of package stream, of newfile's outputs and of opening. The result is valid with an error.
 func Receive(ctx context.Context, in io.Reader, target string, o ReceiveOptions) (ReceiveResult, error) {
-	from, err := stream.NewReader(bufio.NewReaderSize(in, 1<<20))
+	from, err := stream.NewReader(bufio.NewReaderSize(in, 64<<10)) // what is longer is read in place
 	if err != nil {
 		return ReceiveResult{}, err
 	}

@@ -86,7 +86,21 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 	return done, nil
 }
 
-// viewPieces bounds the pieces that one call of Extents looks at.
+// BeginRead begins to read a range from the devices that hold it; see [block.EarlyReader].
+func (v *View) BeginRead(off, n int64) {
+	if block.CheckRange("read", off, n, v.size) != nil {
+		return
+	}
+	for pieces := 0; n > 0 && pieces < viewPieces; pieces++ {
+		dev, at, follow, _ := v.Place(off, n)
+		if dev != nil {
+			block.BeginRead(dev, at, follow)
+		}
+		off, n = off+follow, n-follow
+	}
+}
+
+// viewPieces bounds the pieces that one call of Extents or BeginRead looks at.
 const viewPieces = 64
 
 // Extents reports the holes of the devices that hold each piece; see [block.Extenter].

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -115,5 +116,49 @@ func TestView(t *testing.T) {
 		if _, err := stored.ReadAt(make([]byte, size), 0); err == nil {
 			t.Error("what is not stored is read without an origin")
 		}
+	}
+}
+
+// begunReads notes what is begun to be read.
+type begunReads struct {
+	block.Forward
+	ranges []block.Range
+}
+
+func (d *begunReads) BeginRead(off, n int64) {
+	d.ranges = append(d.ranges, block.Range{Off: off, Length: n})
+}
+
+// A View begins to read each piece where it is.
+func TestViewBeginsReads(t *testing.T) {
+	l := ondisk.Layout{ChunkSectors: 8}
+	origin, cow := &begunReads{Forward: block.NewForward(block.NewMemory(64 << 10))}, &begunReads{Forward: block.NewForward(block.NewMemory(1 << 20))}
+	st, err := store.Create(cow, l, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	res, err := st.Reserve(3, 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := l.COWOffset(res.New)
+	if err := res.Commit(); err != nil {
+		t.Fatal(err)
+	}
+	if err := st.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	v, err := store.NewView(origin, st)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cow.ranges = nil
+	v.BeginRead(8192, 12288)
+	v.BeginRead(60<<10, 8192) // past the end: nothing
+	if want := []block.Range{{Off: 8192, Length: 4096}, {Off: 16384, Length: 4096}}; !slices.Equal(origin.ranges, want) {
+		t.Errorf("of the origin %v, want %v", origin.ranges, want)
+	}
+	if want := []block.Range{{Off: at, Length: 4096}}; !slices.Equal(cow.ranges, want) {
+		t.Errorf("of the COW device %v, want %v", cow.ranges, want)
 	}
 }

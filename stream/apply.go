@@ -3,9 +3,13 @@ package stream
 import (
 	"errors"
 	"fmt"
+	"iter"
 
 	"github.com/dmsnap/dmsnap/block"
 )
+
+// flushFrom is how many written bytes are worth a call to begin their flush.
+const flushFrom = 8 << 20
 
 // An applier applies the frames of one stream to a target.
 type applier struct {
@@ -21,12 +25,34 @@ type applier struct {
 	held     []*examined // compared, and not written: the beginning of the stream
 	compared int64       // bytes of the disk in held
 	writing  bool        // held is written
+
+	begun int64 // byte of the disk before which the disk was told to write
+	since int64 // bytes that were written since
 }
 
 func (r *Reader) newApplier(target block.Device, o ApplyOptions) *applier {
 	return &applier{
 		kind: r.header.Kind, size: r.header.Size, target: target, o: o, end: r.header.From, next: r.header.From,
 		result: Applied{Reached: r.header.From, FirstWrong: -1},
+	}
+}
+
+// ahead lets the target read what frames are compared with while the ones before are.
+func (a *applier) ahead(frames iter.Seq2[*frame, error]) iter.Seq2[*frame, error] {
+	if a.target == nil {
+		return frames
+	}
+	return func(yield func(*frame, error) bool) {
+		for f, err := range frames {
+			if err == nil {
+				for r := range f.runs() {
+					block.BeginRead(a.target, r.off, r.length)
+				}
+			}
+			if !yield(f, err) {
+				return
+			}
+		}
 	}
 }
 
@@ -106,6 +132,7 @@ func (a *applier) finish(e *examined) error {
 		}
 		a.next = end
 	}
+	a.beginFlush()
 	recycle(e.data)
 	a.result.Count.add(e.count)
 	a.result.Present += e.present
@@ -129,7 +156,16 @@ func (a *applier) put(p piece) error {
 		return fmt.Errorf("write %d bytes of the target at byte %d: %w", p.length, p.off, err)
 	}
 	a.result.Written += p.length
+	a.since += p.length
 	return nil
+}
+
+// beginFlush lets the disk write while further frames are compared, so that little is left for the flush at the end.
+func (a *applier) beginFlush() {
+	if a.since >= flushFrom {
+		block.BeginFlush(a.target, a.begun, a.next-a.begun)
+		a.begun, a.since = a.next, 0
+	}
 }
 
 // zeroGap writes zeros up to byte end, where a whole disk has no record and the target may hold anything.

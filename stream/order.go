@@ -7,6 +7,12 @@ import (
 	"sync"
 )
 
+// workers is how many frames are digested and packed at once.
+func workers() int { return min(runtime.GOMAXPROCS(0), 8) }
+
+// waiting is how many more frames than that are under way: they wait for the disk meanwhile.
+const waiting = 4
+
 // inOrder does work on jobs, several at once, and hands the results to done in the order of the jobs. It returns the
 // first error of jobs, work or done, in that order of jobs, or ctx's cause. No work is under way then; jobs may still be
 // asked for a job whose work will not begin.
@@ -16,7 +22,7 @@ func inOrder[J, R any](ctx context.Context, jobs iter.Seq2[J, error], work func(
 		err error
 	}
 	// The channel holds the futures of work that is under way or finished: its capacity bounds both.
-	futures, stop := make(chan chan result, min(runtime.GOMAXPROCS(0), 8)), make(chan struct{})
+	futures, stop := make(chan chan result, workers()+waiting), make(chan struct{})
 	var (
 		running sync.WaitGroup
 		mu      sync.Mutex // for stopped, and for adding to running

@@ -81,7 +81,7 @@ func (r *Reader) Apply(ctx context.Context, target block.Device, o ApplyOptions)
 	if a.o.CompareFirst == 0 {
 		a.o.CompareFirst = DefaultCompareFirst
 	}
-	err := inOrder(ctx, r.frames(), a.examine, a.collect)
+	err := inOrder(ctx, a.ahead(r.frames()), a.examine, a.collect)
 	if err == nil {
 		err = a.judgeGap(a.end, r.header.Size)
 	}
@@ -109,7 +109,7 @@ func (r *Reader) Check(ctx context.Context, target block.Device, progress func(r
 	}
 	a := r.newApplier(target, ApplyOptions{Progress: progress})
 	a.dry = true
-	err := inOrder(ctx, r.frames(), a.examine, a.collect)
+	err := inOrder(ctx, a.ahead(r.frames()), a.examine, a.collect)
 	if err == nil {
 		err = a.judgeGap(a.end, r.header.Size)
 	}
@@ -145,22 +145,37 @@ func (r *Reader) frames() iter.Seq2[*frame, error] {
 	}
 }
 
+// runs yields the records as the heads of a frame say, without digests; its examination checks them.
+func (f *frame) runs() iter.Seq[record] {
+	return func(yield func(record) bool) {
+		for b := f.heads; len(b) >= recordFixed; {
+			r := record{
+				off:    int64(binary.LittleEndian.Uint64(b)),
+				length: int64(binary.LittleEndian.Uint32(b[8:])),
+				flags:  binary.LittleEndian.Uint32(b[12:]),
+			}
+			if !yield(r) {
+				return
+			}
+			n := int64(recordFixed)
+			n += r.length / Block * int64(digestsLength(r.flags, Block))
+			if r.length%Block != 0 {
+				n += int64(digestsLength(r.flags, r.length%Block))
+			}
+			b = b[min(n, int64(len(b))):]
+		}
+	}
+}
+
 // counted returns what the heads of a frame say, which its examination checks.
 func (f *frame) counted() (c Count) {
-	for b := f.heads; len(b) >= recordFixed; {
-		length, flags := int64(binary.LittleEndian.Uint32(b[8:])), binary.LittleEndian.Uint32(b[12:])
+	for r := range f.runs() {
 		c.Records++
-		if flags&newZeros != 0 {
-			c.Zero += length
+		if r.flags&newZeros != 0 {
+			c.Zero += r.length
 		} else {
-			c.Data += length
+			c.Data += r.length
 		}
-		n := int64(recordFixed)
-		n += length / Block * int64(digestsLength(flags, Block))
-		if length%Block != 0 {
-			n += int64(digestsLength(flags, length%Block))
-		}
-		b = b[min(n, int64(len(b))):]
 	}
 	return c
 }

@@ -10,6 +10,7 @@ import (
 	"iter"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
 // SendOptions are what a sender may choose.
@@ -82,6 +83,7 @@ func (s *sender) jobs(ctx context.Context, start int64) iter.Seq2[[]span, error]
 			end := min((e.Off+e.Length+Block-1)/Block*Block, size)
 			for off := max(next, e.Off/Block*Block); off < end; {
 				n := min(end-off, room)
+				s.beginRead(off, n)
 				if k := len(job) - 1; k >= 0 && job[k].off+job[k].length == off {
 					job[k].length += n
 				} else {
@@ -103,87 +105,121 @@ func (s *sender) jobs(ctx context.Context, start int64) iter.Seq2[[]span, error]
 	}
 }
 
+// beginRead lets the disks read a range while the frames before it are made.
+func (s *sender) beginRead(off, n int64) {
+	block.BeginRead(s.new, off, n)
+	if s.old != nil {
+		block.BeginRead(s.old, off, n)
+	}
+}
+
 // A packet is a frame and what is in it.
 type packet struct {
 	head, packed []byte
 	count        Count
 	reached      int64
-	buffers      [2]*[maxData]byte // that packed may be in; given up when it was written
 }
 
 // pack reads the spans of one frame and makes it. Several run at once.
 func (s *sender) pack(job []span) (*packet, error) {
-	p := &packet{buffers: [2]*[maxData]byte{buffers.Get().(*[maxData]byte), buffers.Get().(*[maxData]byte)}}
-	free, old := p.buffers[0][:], p.buffers[1][:]
-	data := free[:0] // what is sent of what was read, in place
-	var heads []byte
-	var r record // what is being collected
-	end := func() {
-		if r.length > 0 {
-			heads = appendRecord(heads, r)
-			p.count.Records++
-		}
-		r = record{}
-	}
-	for _, j := range job {
-		fresh := free[:j.length]
-		free = free[j.length:]
-		if err := block.ReadSparse(s.new, fresh, j.off); err != nil {
-			return nil, fmt.Errorf("read %d bytes at byte %d: %w", j.length, j.off, err)
-		}
-		if s.old != nil {
-			if err := block.ReadSparse(s.old, old[:j.length], j.off); err != nil {
-				return nil, fmt.Errorf("read the %d bytes at byte %d as they were: %w", j.length, j.off, err)
+	last := job[len(job)-1]
+	p := &packet{reached: last.off + last.length}
+	data := frameBuffer()
+	b := blocks{data: data[:0], drop: s.o.DropUnchanged}
+	err := scratch.With(maxData, func(old []byte) error {
+		free := data
+		for _, j := range job {
+			fresh := free[:j.length]
+			free = free[j.length:]
+			if err := block.ReadSparse(s.new, fresh, j.off); err != nil {
+				return fmt.Errorf("read %d bytes at byte %d: %w", j.length, j.off, err)
 			}
-		}
-		for at := int64(0); at < j.length; at += Block {
-			n := min(Block, j.length-at)
-			is, was := fresh[at:at+n], zeros[:n]
-			if s.old != nil {
-				was = old[at : at+n]
-			}
-			var flags uint32
-			if block.IsZero(is) {
-				flags |= newZeros
-			}
-			if s.old == nil || block.IsZero(was) {
-				flags |= oldZeros
-			}
-			if flags == newZeros|oldZeros || s.o.DropUnchanged && string(is) == string(was) {
-				end()
+			if s.old == nil {
+				b.add(j.off, fresh, nil)
 				continue
 			}
-			if r.length == 0 || r.flags != flags || r.off+r.length != j.off+at {
-				end()
-				r = record{off: j.off + at, flags: flags}
+			if err := block.ReadSparse(s.old, old[:j.length], j.off); err != nil {
+				return fmt.Errorf("read the %d bytes at byte %d as they were: %w", j.length, j.off, err)
 			}
-			r.length += n
-			if flags&newZeros == 0 {
-				d := digestOfOne(is)
-				r.digests = append(r.digests, d[:]...)
-				data = append(data, is...)
-				p.count.Data += n
-			} else {
-				p.count.Zero += n
-			}
-			if flags&oldZeros == 0 {
-				r.digests = appendOld(r.digests, was)
-			}
+			b.add(j.off, fresh, old[:j.length])
 		}
-		p.reached = j.off + j.length
+		return nil
+	})
+	b.end()
+	if err != nil || len(b.heads) == 0 {
+		recycle(data)
+		return p, err
 	}
-	end()
-	if len(heads) == 0 {
-		return p, nil
+	f := frame{kind: kindRecords, length: uint32(len(b.data)), heads: b.heads, packed: b.data}
+	if !s.o.Plain {
+		f.pack()
 	}
-	f := frame{kind: kindRecords, length: uint32(len(data)), heads: heads, packed: data}
-	if !s.o.Plain && len(data) > 0 {
-		if packed := encoder().EncodeAll(data, old[:0]); len(packed) < len(data) {
-			f.packing, f.packed = packedZstd, packed
-		}
-	}
-	p.head, p.packed = f.appendHead(nil), f.packed
+	p.head, p.packed, p.count = f.appendHead(nil), f.packed, b.count
 	return p, nil
+}
+
+// blocks are those of a frame that is being made.
+type blocks struct {
+	drop  bool   // leave out blocks that are the same
+	data  []byte // what is sent of what was read
+	heads []byte
+	count Count
+	last  record // the blocks that were added last, of which the head is not yet complete
+}
+
+// add adds the blocks of a span, except those that need not be sent. was are the old bytes, nil: zeros. is may be in the
+// memory behind data.
+func (b *blocks) add(off int64, is, was []byte) {
+	for len(is) > 0 {
+		n := min(Block, len(is))
+		if was == nil {
+			b.addOne(off, is[:n], zeros[:n])
+		} else {
+			b.addOne(off, is[:n], was[:n])
+			was = was[n:]
+		}
+		is, off = is[n:], off+int64(n)
+	}
+}
+
+// addOne adds one block.
+func (b *blocks) addOne(off int64, is, was []byte) {
+	var flags uint32
+	if block.IsZero(is) {
+		flags |= newZeros
+	}
+	if block.IsZero(was) {
+		flags |= oldZeros
+	}
+	if flags == newZeros|oldZeros || b.drop && string(is) == string(was) {
+		return
+	}
+	if r := b.last; r.length == 0 || r.flags != flags || r.off+r.length != off {
+		b.end()
+		b.last = record{off: off, flags: flags, digests: r.digests[:0]}
+	}
+	n := int64(len(is))
+	b.last.length += n
+	if flags&newZeros == 0 {
+		d := digestOfOne(is)
+		b.last.digests = append(b.last.digests, d[:]...)
+		b.data = append(b.data, is...)
+		b.count.Data += n
+	} else {
+		b.count.Zero += n
+	}
+	if flags&oldZeros == 0 {
+		b.last.digests = appendOld(b.last.digests, was)
+	}
+}
+
+// end completes the head of the last record.
+func (b *blocks) end() {
+	if b.last.length > 0 {
+		b.heads = appendRecord(b.heads, b.last)
+		b.count.Records++
+		b.last.length = 0
+	}
 }
 
 // appendOld appends the digest of old bytes, and the sums of their sectors.
@@ -203,9 +239,7 @@ func (s *sender) put(p *packet) error {
 		if err := s.write(p.head, p.packed); err != nil {
 			return err
 		}
-	}
-	for _, b := range p.buffers {
-		buffers.Put(b)
+		recycle(p.packed)
 	}
 	if s.o.Progress != nil {
 		s.o.Progress(p.reached)
