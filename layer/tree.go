@@ -100,6 +100,9 @@ type Run struct {
 // Leaves is the number of leaves, which are the first pages.
 func (t *Tree) Leaves() int64 { return t.levels[0] }
 
+// FirstPages returns the number of the first page of each level, leaves first: all of them lead to the first entry.
+func (t *Tree) FirstPages() []int64 { return t.starts }
+
 // Find returns the entry with the byte at off of the disk, or the hole there.
 func (t *Tree) Find(off int64, load Load) (Run, error) {
 	top := len(t.levels) - 1

@@ -156,6 +156,9 @@ func noSnapshot(name string) error {
 
 var errReadOnly = refuse(api.CodeReadOnly, "the server is read-only")
 
+// firstRead is what clients read first, a superblock or a table of partitions, in bytes.
+const firstRead = 4096
+
 // Open opens the disk at path, which may be an address (package source/address), as an origin without snapshots. It is
 // open for reading, and locked against writers, until ExportOrigin or StartMerge opens it for writing: many servers may
 // share one base. The caller closes the server.
@@ -214,6 +217,7 @@ func Open(path string, o Options) (*Server, error) {
 		s.addressed = cmp.Or(d.Snapshot, s.name)
 	}
 	s.half.Store(half)
+	block.BeginRead(d.Dev, 0, min(d.Dev.Size(), firstRead)) // while stores are attached
 	return s, nil
 }
 

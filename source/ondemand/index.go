@@ -21,6 +21,7 @@ type index struct {
 
 	mu     sync.RWMutex
 	pages  map[int64][]byte // verified
+	start  map[int64][]byte // pages that lead to the start of the disk, not verified
 	top    []byte           // pages from first on, not verified
 	ahead  []byte           // leaves that were received and are not verified
 	from   int64            // number of the first of them
@@ -43,7 +44,8 @@ func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*
 	if err != nil {
 		return nil, err
 	}
-	i := &index{d: d, tree: tree, remote: d.repo.Blob(x.Blob), cache: kept, leaves: tree.Leaves(), pages: map[int64][]byte{}}
+	i := &index{d: d, tree: tree, remote: d.repo.Blob(x.Blob), cache: kept, leaves: tree.Leaves(), pages: map[int64][]byte{},
+		start: map[int64][]byte{}}
 	if i.root() >= smallIndex {
 		i.first = i.root() - 1 // which leads to the end of the disk: programs that look for signatures read that, too
 	}
@@ -87,7 +89,38 @@ func (x *index) cached(id layer.PageID, b []byte) bool {
 	return x.cache.Read(b, id.Number, 0, len(b), id.Digest) && id.Check(b) == nil
 }
 
-// fetch receives a page: with the root some that stand before it, and with leaves in order some that follow.
+// receiveStart begins to receive the pages below the root that lead to the start of the disk, which is read first as a rule: they follow each
+// other in the tree, but can be requested side by side. A failure is that of the request that needs the page.
+func (x *index) receiveStart(ctx context.Context) (wait func()) {
+	var running sync.WaitGroup
+	for _, number := range x.tree.FirstPages() {
+		if number >= x.first {
+			break // it comes with the root
+		}
+		running.Go(func() {
+			b := make([]byte, layer.PageBytes)
+			if x.receive(ctx, b, number) != nil {
+				return
+			}
+			x.mu.Lock()
+			defer x.mu.Unlock()
+			x.start[number] = b
+		})
+	}
+	return running.Wait
+}
+
+// receive makes one request for pages from a number on.
+func (x *index) receive(ctx context.Context, pages []byte, number int64) error {
+	if err := x.remote.ReadRange(ctx, pages, number*layer.PageBytes); err != nil {
+		return err
+	}
+	x.d.requests.Add(1)
+	x.d.received.Add(int64(len(pages)))
+	return nil
+}
+
+// fetch receives a page: with the root those that lead to the start and to the end of the disk, and with leaves in order some that follow.
 func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
 	release, err := x.cache.Claim(ctx, id.Number, 1)
 	if err != nil {
@@ -104,15 +137,16 @@ func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
 	}
 	for n := 1; ; n++ {
 		from, count := id.Number, x.together(id.Number)
+		wait := func() {}
 		if id.Number == x.root() {
 			from, count = x.first, x.root()-x.first+1
+			wait = x.receiveStart(ctx)
 		}
 		pages := make([]byte, count*layer.PageBytes)
-		if err = x.remote.ReadRange(ctx, pages, from*layer.PageBytes); err != nil {
+		err := x.receive(ctx, pages, from)
+		if wait(); err != nil {
 			return nil, err
 		}
-		x.d.requests.Add(1)
-		x.d.received.Add(int64(len(pages)))
 		copy(b, pages[(id.Number-from)*layer.PageBytes:])
 		if err = id.Check(b); err == nil {
 			x.keep(id.Number, pages)
@@ -132,6 +166,8 @@ func (x *index) received(id layer.PageID, b []byte) bool {
 	from, pages := x.from, x.ahead
 	if id.Number >= x.first && x.top != nil {
 		from, pages = x.first, x.top
+	} else if x.start[id.Number] != nil {
+		from, pages = id.Number, x.start[id.Number]
 	}
 	at := (id.Number - from) * layer.PageBytes
 	if at < 0 || at >= int64(len(pages)) {

@@ -6,11 +6,14 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -161,6 +164,69 @@ func TestDevice(t *testing.T) {
 	blocktest.RunReadOnly(t, func(t *testing.T) block.Device { return file })
 	if err := readSome(t, file, g.content, 500, 2); err != nil {
 		t.Error(err)
+	}
+}
+
+// The first read of a disk: the manifest has the description, and the pages of the index that lead there are requested side by side. A
+// manifest with another description is not believed.
+func TestFirstRead(t *testing.T) {
+	base := block.NewMemory(600 * layer.UnitBytes) // more than a small index
+	for unit := range int64(600) {
+		write(t, base, []byte{1 + byte(unit)}, unit*layer.UnitBytes)
+	}
+	registry := testremote.NewRegistry()
+	direct := "oci://" + testremote.Start(t, registry) + "/golden/disk:1"
+	repo, err := remote.Open(direct, remote.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pushed, err := publish.Push(context.Background(), repo, base, nil, publish.Options{Temp: t.TempDir()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := repo.Description(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	desc, err := layer.ParseDescription(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, changed := range []bool{false, true} {
+		var asked atomic.Bool
+		both := make(chan struct{}, 1)
+		between := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			switch {
+			case changed && strings.Contains(r.URL.Path, "/manifests/"):
+				answer := httptest.NewRecorder()
+				registry.ServeHTTP(answer, r)
+				w.Header().Set("Content-Type", answer.Header().Get("Content-Type"))
+				w.Write(bytes.Replace(answer.Body.Bytes(), []byte(`"data":"`), []byte(`"data":"YWJj`), 1))
+				return
+			case strings.HasSuffix(r.URL.Path, pushed.Digest.String()):
+				asked.Store(true)
+			case strings.HasSuffix(r.URL.Path, desc.Index.Digest.String()): // the first two wait for each other
+				select {
+				case both <- struct{}{}:
+				case <-both:
+				}
+				for deadline := time.Now().Add(10 * time.Second); len(both) > 0; time.Sleep(time.Millisecond) {
+					if time.Now().After(deadline) {
+						t.Error("pages of the index were requested one after the other")
+						<-both
+					}
+				}
+			}
+			registry.ServeHTTP(w, r)
+		})
+		d := open(t, "oci://"+testremote.Start(t, between)+"/golden/disk:1", ondemand.Options{})
+		var p [1]byte
+		if _, err := d.ReadAt(p[:], 0); err != nil || p[0] != 1 {
+			t.Errorf("%v, byte %d", err, p[0])
+		}
+		if asked.Load() != changed {
+			t.Errorf("changed %v: the description was requested: %v", changed, asked.Load())
+		}
 	}
 }
 
