@@ -529,3 +529,36 @@ func TestVanishedDisk(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestVersion is another one after each change that alerts depend on, and the same after a read.
+func TestVersion(t *testing.T) {
+	f := newFleet(t, Options{})
+	last := f.Version()
+	changed := func(want bool, what string) {
+		t.Helper()
+		if v := f.Version(); (v != last) != want {
+			t.Errorf("%s: %+v after %+v", what, v, last)
+		} else {
+			last = v
+		}
+	}
+	f.fork("golden", "vm")
+	changed(true, "fork")
+	readAll(t, f.nodes["vm"].dev)
+	changed(false, "read")
+	put(t, f.nodes["vm"].dev, 0, "written")
+	changed(true, "write")
+	f.checkpoint("a", "vm")
+	changed(true, "checkpoint")
+	f.fork("golden", "other")
+	put(t, f.nodes["other"].dev, 0, "written")
+	changed(true, "another node")
+	if err := f.Drop(t.Context(), "other"); err != nil {
+		t.Fatal(err)
+	}
+	changed(true, "drop")
+	errFlush := errors.New("flush failed")
+	f.nodes["vm"].dev.failed.Store(&errFlush)
+	changed(true, "failed flush")
+	f.nodes["vm"].dev.failed.Store(nil)
+}

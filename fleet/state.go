@@ -217,10 +217,16 @@ func (s *state) checkpoint(title string) *layerRecord { return s.Layers[s.titles
 
 // parentTitle is the name of the checkpoint or disk on which a layer lies.
 func (s *state) parentTitle(l *layerRecord) string {
-	if p := s.Layers[l.Parent]; p != nil && !p.Preserve {
-		return p.title()
+	if s.onDisk(l) {
+		return l.Disk
 	}
-	return l.Disk
+	return s.Layers[l.Parent].title()
+}
+
+// onDisk reports whether a layer lies on its disk, and not on a checkpoint.
+func (s *state) onDisk(l *layerRecord) bool {
+	p := s.Layers[l.Parent]
+	return p == nil || p.Preserve
 }
 
 // ancestors returns the layers below one, from its parent to the bottom.

@@ -22,6 +22,30 @@ func (f *Fleet) Tree() api.Tree {
 	return t
 }
 
+// A Version is that of a tree; versions are compared with ==.
+type Version struct {
+	seq, changes, failed uint64
+	broken               bool
+}
+
+// Version is another one after the tree has changed, or what nodes hold, or they failed; what is read of them, and who is
+// connected, has no influence. It takes much less time than Tree.
+func (f *Fleet) Version() Version {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	v := Version{seq: f.state.Seq, broken: f.broken != nil}
+	for _, n := range f.nodes { // the same ones as long as seq is the same
+		if n.dev == nil {
+			continue
+		}
+		v.changes += n.dev.changes.Load()
+		if n.dev.failed.Load() != nil {
+			v.failed++
+		}
+	}
+	return v
+}
+
 // tree is Tree without the sizes of files, and the layer of each element.
 func (f *Fleet) tree() (api.Tree, []*layer) {
 	f.mu.Lock()
@@ -201,7 +225,7 @@ func (f *Fleet) diskStatus(r *diskRecord) api.Disk {
 		case l.Disk != r.Name:
 		case l.Preserve:
 			d.PreserveBytes += f.layers[l.ID].allocated()
-		case f.state.parentTitle(l) == r.Name:
+		case f.state.onDisk(l):
 			d.Children++
 		}
 	}

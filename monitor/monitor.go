@@ -112,6 +112,20 @@ func (s *Sampler) Step(now time.Time, t api.Tree) Report {
 	return r
 }
 
+// Same says that at the time now the tree is what it was at the last step, false: some element was filling then, so that its rate
+// has changed.
+func (s *Sampler) Same(now time.Time) bool {
+	for _, v := range s.elements {
+		if v.rates.FillBytes != 0 {
+			return false
+		}
+	}
+	for _, v := range s.elements {
+		v.fill.Same(now)
+	}
+	return true
+}
+
 // count computes the rates of requests from what was counted until now, and seconds ago.
 func (v *series) count(seconds float64, a *api.Activity) {
 	if a == nil {

@@ -10,15 +10,17 @@ import (
 
 // A Watcher makes reports of a server again and again, for several readers.
 type Watcher struct {
-	tree   func() (api.Tree, error)
-	alert  func(Alert)
-	events <-chan struct{}
-	every  time.Duration
-	seldom time.Duration // without subscribers
+	tree    func() (api.Tree, error)
+	version func() any
+	alert   func(Alert)
+	events  <-chan struct{}
+	every   time.Duration
+	seldom  time.Duration // without subscribers
 
-	stepping sync.Mutex // sampler and alerts
+	stepping sync.Mutex // sampler, alerts and seen
 	sampler  Sampler
 	alerts   Alerts
+	seen     any // the version of the last report, nil: none
 
 	mu      sync.Mutex
 	latest  Report
@@ -31,6 +33,10 @@ type Watcher struct {
 type WatchOptions struct {
 	Thresholds Thresholds
 	Alert      func(Alert) // called for each alert, from one goroutine at a time; nil: none. It must not block.
+
+	// Version is called before a report is made that nobody reads. As long as what it returns is equal to what it was before the
+	// last one, and nothing filled then, the tree has changed in nothing that alerts depend on, and none is made. nil: it is not known.
+	Version func() any
 
 	// Events has a report made at once, whose alerts are delivered, instead of with the next one: something happened. Of a
 	// flood, one in a second is. nil: there are none.
@@ -56,7 +62,7 @@ func NewWatcher(tree func() (api.Tree, error), o WatchOptions) *Watcher {
 	if o.Alert == nil {
 		o.Alert = func(Alert) {}
 	}
-	return &Watcher{tree: tree, alert: o.Alert, events: o.Events, every: time.Second, seldom: 5 * time.Second, alerts: Alerts{Thresholds: o.Thresholds},
+	return &Watcher{tree: tree, version: o.Version, alert: o.Alert, events: o.Events, every: time.Second, seldom: 5 * time.Second, alerts: Alerts{Thresholds: o.Thresholds},
 		readers: map[chan struct{}]bool{}, wake: make(chan struct{}, 1)}
 }
 
@@ -64,6 +70,11 @@ func NewWatcher(tree func() (api.Tree, error), o WatchOptions) *Watcher {
 func (w *Watcher) Step(now time.Time) error {
 	w.stepping.Lock()
 	defer w.stepping.Unlock()
+	w.seen = nil
+	var version any
+	if w.version != nil {
+		version = w.version()
+	}
 	t, err := w.tree()
 	if err != nil {
 		w.mu.Lock()
@@ -76,11 +87,19 @@ func (w *Watcher) Step(now time.Time) error {
 	for _, a := range w.alerts.Step(r) {
 		w.alert(a)
 	}
+	w.seen = version
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.latest, w.err = r, nil
 	w.publish()
 	return nil
+}
+
+// idle reports whether a report would say what the last one said: nothing changed since, and nothing filled then.
+func (w *Watcher) idle(now time.Time) bool {
+	w.stepping.Lock()
+	defer w.stepping.Unlock()
+	return w.seen != nil && w.version() == w.seen && w.sampler.Same(now)
 }
 
 // publish tells the readers that there is a new report. mu is held.
@@ -112,7 +131,7 @@ func (w *Watcher) Recent(age time.Duration) (Report, error) {
 }
 
 // Subscribe returns a channel that gets a value after each report, unless one is waiting there; end ends that. While
-// there are subscribers, reports are made each second, otherwise every 5 seconds.
+// there are subscribers, reports are made each second, otherwise every 5 seconds or as WatchOptions.Version says.
 func (w *Watcher) Subscribe() (reports <-chan struct{}, end func()) {
 	c := make(chan struct{}, 1)
 	w.mu.Lock()
@@ -144,11 +163,14 @@ func (w *Watcher) Run(ctx context.Context) {
 		}
 	}
 	var event time.Time // of the last report for one
+	read := true
 	for ctx.Err() == nil {
-		w.Step(time.Now()) // readers see the error
+		if now := time.Now(); read || !w.idle(now) {
+			w.Step(now) // readers see the error
+		}
 		w.mu.Lock()
 		pause := w.seldom
-		if len(w.readers) > 0 {
+		if read = len(w.readers) > 0; read {
 			pause = w.every
 		}
 		w.mu.Unlock()
@@ -156,6 +178,7 @@ func (w *Watcher) Run(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 		case <-w.wake:
+			read = true
 			rest(min(w.every, leastStep)) // rates need some time between two reports
 		case <-w.events:
 			rest(time.Until(event.Add(w.every)))

@@ -77,6 +77,53 @@ func TestWatcherRuns(t *testing.T) {
 	<-done
 }
 
+// Without readers no report is made of a tree that stays the same, unless something was filling.
+func TestNoReportsOfWhatStaysTheSame(t *testing.T) {
+	noFileSystems(t)
+	var sectors, version, asked, steps atomic.Uint64
+	w := NewWatcher(func() (api.Tree, error) {
+		steps.Add(1)
+		return node(sectors.Load()), nil
+	}, WatchOptions{Version: func() any {
+		asked.Add(1)
+		return version.Load()
+	}})
+	w.every, w.seldom = time.Millisecond, time.Millisecond
+	ctx, stop := context.WithCancel(t.Context())
+	done := make(chan struct{})
+	go func() { defer close(done); w.Run(ctx) }()
+	defer func() { stop(); <-done }()
+	limit := time.Now().Add(30 * time.Second)
+	until := func(n *atomic.Uint64, least uint64) {
+		t.Helper()
+		for ; n.Load() < least; time.Sleep(time.Millisecond) {
+			if time.Now().After(limit) {
+				t.Fatalf("%d after 30 seconds, want %d", n.Load(), least)
+			}
+		}
+	}
+	until(&asked, 20)
+	if n := steps.Load(); n != 1 {
+		t.Errorf("%d reports of a tree that stays the same", n)
+	}
+	sectors.Store(1000)
+	version.Add(1)
+	until(&steps, 10) // since it was filling in the last one
+	if r, _ := w.Latest(); r.Find("vm1").Figures.SectorsAllocated != 1000 || r.Find("vm1").Rates.FillBytes == 0 {
+		t.Errorf("%+v", r.Find("vm1"))
+	}
+	sectors.Store(0) // a new window, which grows no more
+	version.Add(1)
+	n := uint64(0)
+	for now := steps.Load(); now != n; now = steps.Load() {
+		n = now
+		until(&asked, asked.Load()+20)
+	}
+	_, end := w.Subscribe()
+	until(&steps, n+5)
+	end()
+}
+
 // An event has a report made at once, and one when what follows from it is to be seen. A flood of events has few made.
 func TestEventsAreReportedAtOnce(t *testing.T) {
 	noFileSystems(t)

@@ -57,6 +57,13 @@ func (w *Window) Add(at time.Time, value float64) {
 	w.samples = w.samples[:copy(w.samples, w.samples[first:])]
 }
 
+// Same adds the last sample once more.
+func (w *Window) Same(at time.Time) {
+	if n := len(w.samples); n > 0 {
+		w.Add(at, w.samples[n-1].value)
+	}
+}
+
 // Rate returns the growth for each second, and the time that it was measured over: 0 and 0 with fewer than two samples.
 func (w *Window) Rate() (perSecond float64, over time.Duration) {
 	if len(w.samples) < 2 {

@@ -73,7 +73,7 @@ func serve(t *testing.T) *api.Client {
 	}
 	config := daemon.Config{Dir: filepath.Join(dir, "fleet"), Control: filepath.Join(dir, "c"), Socket: filepath.Join(dir, "s"), AllowPaths: []string{dir}, Group: -1}
 	ready, served := make(chan struct{}), make(chan error, 1)
-	config.Beside = func(context.Context, func() (api.Tree, error), http.Handler) (func() error, error) {
+	config.Beside = func(context.Context, *daemon.Daemon, http.Handler) (func() error, error) {
 		close(ready)
 		return func() error { return nil }, nil
 	}

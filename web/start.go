@@ -19,6 +19,7 @@ import (
 // Config is what operators get of a server: a page, metrics and notifications.
 type Config struct {
 	Tree       func() (api.Tree, error)
+	Version    func() any   // of the tree; see monitor.WatchOptions
 	API        http.Handler // see Options
 	Listener   net.Listener // of the page and the metrics; nil: there are none. Start's Wait closes it
 	Hosts      []string     // see Options
@@ -46,7 +47,7 @@ func Start(ctx context.Context, c Config) (*Running, error) {
 		return nil, err
 	}
 	r := &Running{notifier: n}
-	w := monitor.NewWatcher(c.Tree, monitor.WatchOptions{Thresholds: c.Thresholds, Events: c.Events, Alert: func(a monitor.Alert) { n.Send(a.Event()) }})
+	w := monitor.NewWatcher(c.Tree, monitor.WatchOptions{Version: c.Version, Thresholds: c.Thresholds, Events: c.Events, Alert: func(a monitor.Alert) { n.Send(a.Event()) }})
 	if c.Listener != nil {
 		o := Options{Token: NewToken(), API: c.API, Watcher: w, Hosts: c.Hosts}
 		if c.Metrics != nil {

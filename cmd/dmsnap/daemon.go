@@ -21,6 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source"
+	"github.com/dmsnap/dmsnap/web"
 )
 
 // daemonOptions are the options of daemon.
@@ -123,8 +124,8 @@ func (o *daemonOptions) run(ctx context.Context, reload <-chan struct{}, stdout,
 	}
 	defer closeListeners(page)
 	if o.operator.watched() {
-		o.Beside = func(ctx context.Context, tree func() (api.Tree, error), control http.Handler) (func() error, error) {
-			return o.operator.start(ctx, page, tree, control, log, stdout)
+		o.Beside = func(ctx context.Context, d *daemon.Daemon, control http.Handler) (func() error, error) {
+			return o.operator.start(ctx, page, web.Config{Tree: func() (api.Tree, error) { return d.Tree(), nil }, Version: func() any { return d.Version() }, API: control}, log, stdout)
 		}
 	}
 	if o.Passed, err = server.PassedListeners(); err != nil {

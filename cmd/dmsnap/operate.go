@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"slices"
 	"time"
 
@@ -17,7 +16,6 @@ import (
 	"github.com/dmsnap/dmsnap/monitor"
 	"github.com/dmsnap/dmsnap/notify"
 	"github.com/dmsnap/dmsnap/server"
-	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/web"
 )
 
@@ -79,13 +77,15 @@ func (o *operatorFlags) listen() (net.Listener, error) {
 	return l, nil
 }
 
-// start begins what o asks for, until ctx ends, and prints the URL of the page. wait is called then.
-func (o *operatorFlags) start(ctx context.Context, l net.Listener, tree func() (api.Tree, error), control http.Handler, log serverLog, stdout io.Writer) (wait func() error, err error) {
+// start begins what o asks for, of the server in c, until ctx ends, and prints the URL of the page. wait is called then.
+func (o *operatorFlags) start(ctx context.Context, l net.Listener, c web.Config, log serverLog, stdout io.Writer) (wait func() error, err error) {
 	if !o.watched() {
 		return func() error { return nil }, nil
 	}
 	o.notify.Log = log.line
-	r, err := web.Start(ctx, web.Config{Tree: tree, API: control, Listener: l, Hosts: o.hosts, Metrics: metrics.Handler, Thresholds: o.thresholds, Notify: o.notify, Events: o.events})
+	c.Listener, c.Hosts, c.Metrics = l, o.hosts, metrics.Handler
+	c.Thresholds, c.Notify, c.Events = o.thresholds, o.notify, o.events
+	r, err := web.Start(ctx, c)
 	if err != nil {
 		return nil, err
 	}

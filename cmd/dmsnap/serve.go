@@ -27,6 +27,7 @@ import (
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/web"
 )
 
 // serveOptions are the options of serve.
@@ -260,7 +261,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if st.Origin.URI != "" || st.Origin.File != "" {
 		printExport(&text, st.Origin.Name, st.Origin.URI, st.Origin.VhostUser, st.Origin.File)
 	}
-	watched, err := o.operator.start(ctx, page, func() (api.Tree, error) { return s.Tree(), nil }, s.Handler(), log, &text)
+	watched, err := o.operator.start(ctx, page, web.Config{Tree: func() (api.Tree, error) { return s.Tree(), nil }, API: s.Handler()}, log, &text)
 	if err != nil {
 		closeListeners(page)
 		stop()

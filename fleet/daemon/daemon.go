@@ -54,6 +54,7 @@ type Fleet interface {
 	TakeBackMerge(ctx context.Context, node string) (api.Disk, error)
 	Adopt(context.Context, api.AdoptRequest) (api.Element, error)
 	Tree() api.Tree
+	Version() fleet.Version
 	Element(name string) (api.Element, error)
 	Table(node string) (api.Table, error)
 	Layers(name string) (api.Layers, error)
@@ -193,6 +194,9 @@ func (d *Daemon) Tree() api.Tree {
 	}
 	return t
 }
+
+// Version is that of the fleet.
+func (d *Daemon) Version() fleet.Version { return d.fleet.Version() }
 
 // refuse returns an error with a code.
 func refuse(code api.Code, format string, args ...any) error {

@@ -106,6 +106,7 @@ func (f *fakeFleet) Merge(_ context.Context, node string) (api.TreeMerge, error)
 func (f *fakeFleet) Adopt(_ context.Context, q api.AdoptRequest) (api.Element, error) {
 	return api.Element{Name: q.Node, Kind: api.KindNode, File: q.COW}, nil
 }
+func (f *fakeFleet) Version() fleet.Version { return fleet.Version{} }
 func (f *fakeFleet) Tree() api.Tree {
 	f.mu.Lock()
 	defer f.mu.Unlock()

@@ -14,7 +14,6 @@ import (
 	"github.com/dmsnap/dmsnap/fleet"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
-	"github.com/dmsnap/dmsnap/server/api"
 )
 
 // Config is where and how a fleet is served by a program of its own.
@@ -35,7 +34,7 @@ type Config struct {
 
 	// Beside begins what runs beside the daemon until ctx ends, a page for example, when clients can connect; wait waits for
 	// its end. Requests to control have all rights. nil: nothing.
-	Beside func(ctx context.Context, tree func() (api.Tree, error), control http.Handler) (wait func() error, err error)
+	Beside func(ctx context.Context, d *Daemon, control http.Handler) (wait func() error, err error)
 }
 
 // ShutdownTimeout bounds how long requests in flight are answered for when a daemon ends.
@@ -116,7 +115,7 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 		all := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			d.Handler().ServeHTTP(w, r.WithContext(WithRights(r.Context(), RightAdmin)))
 		})
-		wait, err := c.Beside(ctx, func() (api.Tree, error) { return d.Tree(), nil }, all)
+		wait, err := c.Beside(ctx, d, all)
 		if err != nil {
 			for _, l := range append(listeners, control) {
 				l.Close()

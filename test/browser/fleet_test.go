@@ -34,8 +34,8 @@ func serveFleet(t *testing.T) disk {
 	}
 	ready := make(chan string, 1)
 	config := daemon.Config{Dir: filepath.Join(dir, "fleet"), Socket: filepath.Join(dir, "nbd.sock"), Control: filepath.Join(dir, "control.sock"), AllowPaths: []string{dir}, Group: -1}
-	config.Beside = func(ctx context.Context, tree func() (api.Tree, error), control http.Handler) (func() error, error) {
-		r, err := web.Start(ctx, web.Config{Tree: tree, API: control, Listener: l, Metrics: metrics.Handler})
+	config.Beside = func(ctx context.Context, d *daemon.Daemon, control http.Handler) (func() error, error) {
+		r, err := web.Start(ctx, web.Config{Tree: func() (api.Tree, error) { return d.Tree(), nil }, API: control, Listener: l, Metrics: metrics.Handler})
 		if err != nil {
 			return nil, err
 		}
