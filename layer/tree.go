@@ -140,18 +140,27 @@ func (t *Tree) Find(off int64, load Load) (Run, error) {
 // Entries returns the entries in ascending order. An error ends it.
 func (t *Tree) Entries(load Load) iter.Seq2[Entry, error] {
 	return func(yield func(Entry, error) bool) {
+		var leaf page
 		for off := int64(0); off < t.size; {
-			run, err := t.Find(off, load)
-			switch {
-			case err != nil:
+			run, err := t.Find(off, func(id PageID) (b []byte, err error) {
+				b, err = load(id)
+				leaf = b
+				return b, err
+			})
+			if err != nil {
 				yield(Entry{}, err)
 				return
-			case run.Hole:
+			}
+			if run.Hole {
 				off = run.Until
-			case !yield(run.Entry, nil):
-				return
-			default:
-				off = run.End()
+				continue
+			}
+			for i := leaf.last(off, leafEntry); i < leaf.count(); i++ { // the rest of the leaf
+				e := leaf.entry(i)
+				if !yield(e, nil) {
+					return
+				}
+				off = e.End()
 			}
 		}
 	}

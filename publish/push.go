@@ -3,8 +3,8 @@
 //	p, err := publish.Push(ctx, repository, publish.Base(disk), stores, publish.Options{})
 //	files, err := publish.Pull(ctx, remoteDisk, dir, publish.Options{Cache: c})
 //
-// Push makes a layer of the base and of each store, each over the one before, in temporary files; then it writes the blobs that the
-// repository does not have, and the reference last. A push that ended early is repeated. Pull makes a raw image of the base and a
+// Push makes a layer of the base and of each store, each over the one before, in temporary files; it writes the blobs that the
+// repository does not have while it makes the next layer, and the reference last. A push that ended early is repeated. Pull makes a raw image of the base and a
 // store of each following layer.
 //
 // # Guarantees
@@ -23,6 +23,8 @@ import (
 	"io"
 	"iter"
 	"os"
+	"sync"
+	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/layer"
@@ -56,10 +58,19 @@ type pushing struct {
 	size   int64
 	desc   layer.Description
 	merged func(yield func(layer.Entry, error) bool) // entries of desc.Index
-	blobs  []spooled
+	above  *spooled                                  // index of all layers together; nil: there is one layer
 	files  []*os.File
 	pushed Pushed
+
+	ctx     context.Context // ends with the first upload that fails
+	fail    context.CancelCauseFunc
+	uploads sync.WaitGroup
+	slots   chan struct{} // uploads at a time
+	written atomic.Int64
 }
+
+// mostUploads is how many blobs are written at the same time.
+const mostUploads = 3
 
 // spooled is a blob that the repository must have: in a file, or in another repository.
 type spooled struct {
@@ -114,20 +125,24 @@ type upper interface {
 }
 
 func push(ctx context.Context, to remote.Repository, base block.Device, upper []upper, o Options) (Pushed, error) {
-	p := &pushing{o: o, to: to, size: base.Size(), desc: layer.Description{Version: layer.Version, Size: base.Size()}}
+	p := &pushing{o: o, to: to, size: base.Size(), desc: layer.Description{Version: layer.Version, Size: base.Size()}, slots: make(chan struct{}, mostUploads)}
+	p.ctx, p.fail = context.WithCancelCause(ctx)
 	defer p.close()
-	if err := p.base(ctx, base); err != nil {
+	if err := p.base(base); err != nil {
 		return Pushed{}, err
 	}
 	for _, u := range upper {
-		if err := p.over(ctx, u); err != nil {
+		if err := p.over(u); err != nil {
 			return Pushed{}, err
 		}
 	}
-	return p.upload(ctx)
+	return p.end()
 }
 
+// close ends uploads that are under way.
 func (p *pushing) close() {
+	p.fail(nil)
+	p.uploads.Wait()
 	for _, f := range p.files {
 		f.Close()
 	}
@@ -144,32 +159,30 @@ func (p *pushing) spool() (*os.File, error) {
 }
 
 // base adds the first layer, or those of a disk that is made of layers.
-func (p *pushing) base(ctx context.Context, base block.Device) error {
+func (p *pushing) base(base block.Device) error {
 	d, is := base.(*ondemand.Disk)
 	if !is || d.Description() == nil {
-		return p.add(ctx, 0, produceDevice(base, p.o.Progress))
+		return p.add(0, produceDevice(base, p.o.Progress))
 	}
 	was := d.Description()
 	p.desc.Index, p.desc.Layers, p.merged = was.Index, append(p.desc.Layers, was.Layers...), d.Entries()
 	for _, l := range was.Layers {
-		p.blobs = append(p.blobs, spooled{l.Data, layer.MediaData, nil, d.Repository()}, spooled{l.Index.Blob, layer.MediaIndex, nil, d.Repository()})
+		p.upload(spooled{l.Data, layer.MediaData, nil, d.Repository()})
+		p.upload(spooled{l.Index.Blob, layer.MediaIndex, nil, d.Repository()})
 	}
 	if len(was.Layers) > 1 {
-		p.blobs = append(p.blobs, spooled{was.Index.Blob, layer.MediaIndex, nil, d.Repository()})
+		p.above = &spooled{was.Index.Blob, layer.MediaIndex, nil, d.Repository()}
 	}
 	return nil
 }
 
 // over adds a layer over those so far.
-func (p *pushing) over(ctx context.Context, u upper) error {
+func (p *pushing) over(u upper) error {
 	number, lower := len(p.desc.Layers), p.merged
 	if number == layer.MaxLayers {
 		return fmt.Errorf("more than %d layers: push what the snapshot shows as a new base", layer.MaxLayers)
 	}
-	if number > 1 { // the index of the layers so far is replaced
-		p.blobs = p.blobs[:len(p.blobs)-1]
-	}
-	if err := p.add(ctx, u.chunkSectors(), u.produce(p.size, p.o.Progress)); err != nil {
+	if err := p.add(u.chunkSectors(), u.produce(p.size, p.o.Progress)); err != nil {
 		return err
 	}
 	f, err := p.spool()
@@ -183,13 +196,13 @@ func (p *pushing) over(ctx context.Context, u upper) error {
 	if p.desc.Index, err = w.Close(); err != nil {
 		return err
 	}
-	p.blobs = append(p.blobs, spooled{p.desc.Index.Blob, layer.MediaIndex, f, nil})
+	p.above = &spooled{p.desc.Index.Blob, layer.MediaIndex, f, nil}
 	p.merged, err = entriesOf(f, p.desc.Index, p.size, p.desc.Layers)
 	return err
 }
 
-// add makes a layer and adds it; p.merged are its own entries then.
-func (p *pushing) add(ctx context.Context, chunkSectors uint32, produce func(emit func(layer.Unit) error) error) error {
+// add makes a layer, adds it, and begins to upload it; p.merged are its own entries then.
+func (p *pushing) add(chunkSectors uint32, produce func(emit func(layer.Unit) error) error) error {
 	data, err := p.spool()
 	if err != nil {
 		return err
@@ -198,13 +211,14 @@ func (p *pushing) add(ctx context.Context, chunkSectors uint32, produce func(emi
 	if err != nil {
 		return err
 	}
-	l, err := layer.Write(ctx, data, index, p.size, produce)
+	l, err := layer.Write(p.ctx, data, index, p.size, produce)
 	if err != nil {
 		return err
 	}
 	l.ChunkSectors = chunkSectors
 	p.desc.Index, p.desc.Layers = l.Index, append(p.desc.Layers, l)
-	p.blobs = append(p.blobs, spooled{l.Data, layer.MediaData, data, nil}, spooled{l.Index.Blob, layer.MediaIndex, index, nil})
+	p.upload(spooled{l.Data, layer.MediaData, data, nil})
+	p.upload(spooled{l.Index.Blob, layer.MediaIndex, index, nil})
 	p.pushed.NewLayers++
 	p.merged, err = entriesOf(index, l.Index, p.size, []layer.Layer{l})
 	return err
@@ -235,20 +249,37 @@ func entriesOf(f io.ReaderAt, x layer.Index, size int64, layers []layer.Layer) (
 	}), nil
 }
 
-// upload writes what the repository does not have.
-func (p *pushing) upload(ctx context.Context) (Pushed, error) {
+// upload begins to write a blob, unless the repository has it.
+func (p *pushing) upload(b spooled) {
+	p.uploads.Go(func() {
+		select {
+		case p.slots <- struct{}{}:
+			defer func() { <-p.slots }()
+		case <-p.ctx.Done():
+			return
+		}
+		if err := p.put(p.ctx, b); err != nil {
+			p.fail(err)
+		}
+	})
+}
+
+// end waits until the repository has all blobs, and makes the reference name the disk.
+func (p *pushing) end() (Pushed, error) {
 	text, err := p.desc.Encode()
 	if err != nil {
 		return Pushed{}, err
 	}
-	for _, b := range p.blobs {
-		if err := p.put(ctx, b); err != nil {
-			return Pushed{}, err
-		}
+	if p.above != nil {
+		p.upload(*p.above)
 	}
-	if err := p.to.PutDescription(ctx, &p.desc); err != nil {
+	if p.uploads.Wait(); p.ctx.Err() != nil {
+		return Pushed{}, context.Cause(p.ctx)
+	}
+	if err := p.to.PutDescription(p.ctx, &p.desc); err != nil {
 		return Pushed{}, err
 	}
+	p.pushed.Written = p.written.Load()
 	p.pushed.Reference, p.pushed.Digest, p.pushed.Size, p.pushed.Layers = p.to.Name(), layer.DigestOf(text), p.size, len(p.desc.Layers)
 	return p.pushed, nil
 }
@@ -267,7 +298,7 @@ func (p *pushing) put(ctx context.Context, b spooled) error {
 	if err := p.to.Put(ctx, b.Blob, b.media, content); err != nil {
 		return err
 	}
-	p.pushed.Written += b.Size
+	p.written.Add(b.Size)
 	return nil
 }
 

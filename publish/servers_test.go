@@ -5,12 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
 	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	"github.com/johannesboyne/gofakes3"
@@ -108,6 +110,32 @@ func roundTrip(t *testing.T, ref string) {
 	}
 	if _, err := ondemand.Open(context.Background(), ref+"-missing", ondemand.Options{Cache: c}); !errors.Is(err, remote.ErrNotFound) {
 		t.Error(err)
+	}
+}
+
+// A blob that is refused ends a push with the reason, also while others are written, and the reference names nothing.
+func TestPushRefused(t *testing.T) {
+	base, st, _ := made(t)
+	for refused := range int32(5) { // two layers, each with an index, and the index of both
+		registry := testremote.NewRegistry()
+		var puts atomic.Int32
+		address := testremote.Start(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodPut && puts.Add(1) == refused+1 {
+				w.WriteHeader(http.StatusForbidden)
+				return
+			}
+			registry.ServeHTTP(w, r)
+		}))
+		repo, err := remote.Open(address+"/golden/disk:1", remote.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := publish.Push(context.Background(), repo, base, []*store.Store{st}, publish.Options{Temp: t.TempDir()}); !errors.Is(err, remote.ErrDenied) {
+			t.Errorf("blob %d: %v", refused, err)
+		}
+		if _, err := repo.Description(context.Background()); !errors.Is(err, remote.ErrNotFound) {
+			t.Errorf("blob %d: the reference: %v", refused, err)
+		}
 	}
 }
 

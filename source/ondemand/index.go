@@ -32,7 +32,8 @@ type index struct {
 const (
 	mostPages  = 4096 // 16 MiB
 	aheadPages = 32
-	smallIndex = 8 // pages; it is received as a whole
+	mostAhead  = 256 // for who reads all of it
+	smallIndex = 8   // pages; it is received as a whole
 )
 
 func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*index, error) {
@@ -184,7 +185,10 @@ func (x *index) together(number int64) int64 {
 	if number >= x.leaves || number != x.last+1 || x.streak < 1 {
 		return 1
 	}
-	return min(aheadPages, x.leaves-number)
+	if x.streak < 3 {
+		return min(aheadPages, x.leaves-number)
+	}
+	return min(mostAhead, x.leaves-number)
 }
 
 // keep remembers which pages were received.
