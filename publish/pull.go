@@ -72,7 +72,7 @@ func (f *File) pull(ctx context.Context, d *ondemand.Disk, n int, o Options) err
 		return context.Cause(ctx)
 	}
 	if !f.Store {
-		return newfile.Write(f.Path, newfile.Options{}, func(file *os.File) error {
+		return newfile.Write(f.Path, newfile.Options{RemoveLeft: true}, func(file *os.File) error {
 			dev, err := newfile.Device(file, d.Size())
 			if err != nil {
 				return err
@@ -88,7 +88,7 @@ func (f *File) pull(ctx context.Context, d *ondemand.Disk, n int, o Options) err
 	if err != nil {
 		return err
 	}
-	return newfile.WriteDevice(f.Path, newfile.Options{}, size, func(dev *block.File) error {
+	return newfile.WriteDevice(f.Path, newfile.Options{RemoveLeft: true}, size, func(dev *block.File) error {
 		return fillStore(dev, l, from, progress)
 	})
 }

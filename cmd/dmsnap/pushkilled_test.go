@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"math/rand/v2"
 	"net/http"
 	"os"
 	"os/exec"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/internal/testremote"
@@ -75,7 +77,37 @@ func (k *killer) atEach(t *testing.T, prepare, check func(), args ...string) {
 	}
 }
 
-// Push and pull are killed at each of their requests. The reference names the old disk or the new one, whole; the folder has whole files
+// atRandom runs a command that is killed at a random moment, also between requests.
+func (k *killer) atRandom(t *testing.T, prepare, check func(), args ...string) {
+	t.Helper()
+	rounds := 3
+	switch {
+	case os.Getenv("DMSNAP_DEEP") != "":
+		rounds = 200
+	case testing.Short():
+		rounds = 1
+	}
+	prepare()
+	began := time.Now()
+	mustRun(t, args...)
+	took := time.Since(began)
+	for n := 0; n < rounds && !t.Failed(); n++ {
+		prepare()
+		c := exec.Command(program(t), args...)
+		if err := c.Start(); err != nil {
+			t.Fatal(err)
+		}
+		after := rand.N(took)
+		time.Sleep(after)
+		c.Process.Kill()
+		c.Wait()
+		if check(); t.Failed() {
+			t.Errorf("%s was killed after %v", args[0], after)
+		}
+	}
+}
+
+// Push and pull are killed at each of their requests, and at random moments. The reference names the old disk or the new one, whole; the folder has whole files
 // and temporary ones; and the repeated command completes it.
 func TestPushAndPullKilled(t *testing.T) {
 	k := newKit(t)
@@ -91,19 +123,22 @@ func TestPushAndPullKilled(t *testing.T) {
 		return readFile(t, path)
 	}
 	push := []string{"push", k.path["ORIGIN"], k.path["COW"], ref}
-	kills.atEach(t, func() {
+	empty := func() {
 		kills.mu.Lock()
 		kills.next = testremote.NewRegistry()
 		kills.mu.Unlock()
 		mustRun(t, "push", old, ref)
-	}, func() {
+	}
+	pushed := func() {
 		if got := shows(); !bytes.Equal(got, want) && !bytes.Equal(got, before) {
 			t.Error("the reference names a disk that is neither the old one nor the new one")
 		}
 		if mustRun(t, push...); !bytes.Equal(shows(), want) {
 			t.Error("the repeated push is not complete")
 		}
-	}, push...)
+	}
+	kills.atEach(t, empty, pushed, push...)
+	kills.atRandom(t, empty, pushed, push...)
 
 	folder, whole := filepath.Join(t.TempDir(), "images"), t.TempDir()
 	names := strings.Fields(mustRun(t, "pull", ref, whole, "--cache-dir", t.TempDir()))
@@ -113,10 +148,11 @@ func TestPushAndPullKilled(t *testing.T) {
 		}
 	}
 	pull := []string{"pull", ref, folder, "--cache-dir", cache}
-	kills.atEach(t, func() {
+	nothing := func() {
 		os.RemoveAll(folder)
 		os.RemoveAll(cache)
-	}, func() {
+	}
+	pulled := func() {
 		found, err := os.ReadDir(folder)
 		if err != nil && !os.IsNotExist(err) {
 			t.Error(err)
@@ -131,5 +167,10 @@ func TestPushAndPullKilled(t *testing.T) {
 			same(filepath.Base(name))
 		}
 		checkStores(t, filepath.Join(folder, "*.cow"))
-	}, pull...)
+		if left, err := filepath.Glob(filepath.Join(folder, ".*")); err != nil || len(left) > 0 {
+			t.Errorf("%q is left, %v", left, err)
+		}
+	}
+	kills.atEach(t, nothing, pulled, pull...)
+	kills.atRandom(t, nothing, pulled, pull...)
 }

@@ -15,6 +15,8 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +31,8 @@ type Options struct {
 	Replace bool
 	// Inputs are files that are never replaced: what the output is made of, or other outputs.
 	Inputs []string
+	// RemoveLeft removes temporary files for the same target first that calls with this option left when their process was killed.
+	RemoveLeft bool
 }
 
 // ErrNotRegular reports a target that exists and is not a regular file.
@@ -42,9 +46,10 @@ const nameBytes = 200
 
 // A target is the file that is going to have the name.
 type target struct {
-	path string // of the file itself, not of a symbolic link to it
-	info os.FileInfo
-	old  *block.File // locked; nil where nothing is replaced
+	path  string // of the file itself, not of a symbolic link to it
+	info  os.FileInfo
+	old   *block.File // locked; nil where nothing is replaced
+	inUse *os.File    // locked; nil where RemoveLeft is not wanted
 }
 
 // Check returns the error that Write would return before it writes: for callers that have long work to do first.
@@ -69,7 +74,11 @@ func Write(path string, o Options, fill func(*os.File) error) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, t.close()) }()
-	f, err := t.temporary()
+	create := t.temporary
+	if o.RemoveLeft {
+		create = t.onlyTemporary
+	}
+	f, err := create()
 	if err != nil {
 		return err
 	}
@@ -157,18 +166,36 @@ func (o Options) open(path string) (*target, error) {
 	return &target{path: at, info: info, old: old}, nil
 }
 
-// close gives the lock back.
+// close gives the locks back.
 func (t *target) close() error {
+	if t.inUse != nil {
+		t.inUse.Close()
+	}
 	if t.old == nil {
 		return nil
 	}
 	return t.old.Close()
 }
 
+const suffix = ".part"
+
+// prefix is what the name of the temporary file begins with; digits follow, and the suffix.
+func (t *target) prefix() string {
+	name := filepath.Base(t.path)
+	return "." + name[:min(len(name), nameBytes)] + "."
+}
+
+// isTemporary reports whether a name is one that temporary makes.
+func (t *target) isTemporary(name string) bool {
+	rest, begins := strings.CutPrefix(name, t.prefix())
+	digits, ends := strings.CutSuffix(rest, suffix)
+	_, err := strconv.ParseUint(digits, 10, 64)
+	return begins && ends && err == nil
+}
+
 // temporary makes the file that is filled, for its owner only, beside the target.
 func (t *target) temporary() (*os.File, error) {
-	name := filepath.Base(t.path)
-	f, err := os.CreateTemp(filepath.Dir(t.path), "."+name[:min(len(name), nameBytes)]+".*.part")
+	f, err := os.CreateTemp(filepath.Dir(t.path), t.prefix()+"*"+suffix)
 	if err != nil {
 		return nil, err
 	}

@@ -81,6 +81,37 @@ func TestWrite(t *testing.T) {
 	wantFiles(t, dir, "out", "second", long, "long")
 }
 
+// What killed processes left is removed, and nothing else: neither what another call fills now, nor other names and kinds of files.
+func TestRemoveLeft(t *testing.T) {
+	dir := t.TempDir()
+	out := filepath.Join(dir, "out")
+	for _, name := range []string{".out.12.part", ".out.3.part", ".out.x.part", ".out..part", ".outer.12.part", "out.12.part", ".out.12.partial"} {
+		write(t, filepath.Join(dir, name), name)
+	}
+	if err := errors.Join(os.Chmod(filepath.Join(dir, ".out.3.part"), 0o400), os.Mkdir(filepath.Join(dir, ".out.4.part"), 0o700),
+		os.Symlink("out", filepath.Join(dir, ".out.5.part"))); err != nil {
+		t.Fatal(err)
+	}
+	err := Write(out, Options{RemoveLeft: true}, func(f *os.File) error {
+		write(t, filepath.Join(dir, ".out.6.part"), "left")
+		if err := Write(out, Options{RemoveLeft: true}, text("the second one")); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Stat(f.Name()); err != nil {
+			t.Error(err)
+		}
+		return text("the first one")(f)
+	})
+	if !errors.Is(err, fs.ErrExist) {
+		t.Error(err)
+	}
+	if err := errors.Join(os.Remove(filepath.Join(dir, ".out.4.part")), os.Remove(filepath.Join(dir, ".out.5.part"))); err != nil {
+		t.Error(err)
+	}
+	wantFiles(t, dir, ".out..part", ".out..part", ".out.12.partial", ".out.12.partial", ".out.x.part", ".out.x.part", ".outer.12.part", ".outer.12.part",
+		"out", "the second one", "out.12.part", "out.12.part")
+}
+
 func TestWriteDevice(t *testing.T) {
 	out := filepath.Join(t.TempDir(), "out")
 	err := WriteDevice(out, Options{}, 4096, func(f *block.File) error {
