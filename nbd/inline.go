@@ -24,7 +24,7 @@ type inlineState struct {
 
 	// Only the reader uses:
 	waiting  int // replies that are held back
-	together together
+	together inline.Together
 
 	watchdog *inline.Watchdog
 }

@@ -32,35 +32,9 @@ func (b *batch) free() {
 	batches.Put(b)
 }
 
-// together says when READs are executed together on a connection: after a batch of which some had to be left, not for a while,
-// which grows as long as that happens. The device may have no such ability, or its bytes are not in memory.
-type together struct {
-	pause int // READs to execute one by one before the next batch
-	last  int // the last pause
-}
-
-const (
-	leastPause = 64
-	mostPause  = 4096
-)
-
-// ended records whether all READs of a batch were done.
-func (x *together) ended(whole bool) {
-	if whole {
-		x.last = 0
-	} else {
-		x.last = min(max(leastPause, 2*x.last), mostPause)
-	}
-	x.pause = x.last
-}
-
 // mayReadTogether reports whether a READ is to be executed together with the requests after it.
 func (c *conn) mayReadTogether() bool {
-	if x := &c.inline.together; x.pause > 0 {
-		x.pause--
-		return false
-	}
-	return c.nextIsShortRead()
+	return c.inline.together.May() && c.nextIsShortRead()
 }
 
 // nextIsShortRead reports whether the next request is in the buffer, and is a READ that will be executed inline and does not
@@ -100,7 +74,7 @@ func (c *conn) readTogether(t *task) (kept, more bool) {
 		c.inline.reads.Took(time.Since(began) / time.Duration(done))
 	}
 	if kept = c.inline.watchdog.Disarm(mark); kept {
-		c.inline.together.ended(done == len(b.tasks))
+		c.inline.together.Ended(done == len(b.tasks))
 		c.inline.waiting += done
 	}
 	for i, t := range b.tasks {

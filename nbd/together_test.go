@@ -2,7 +2,6 @@ package nbd_test
 
 import (
 	"bytes"
-	"sync/atomic"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -11,46 +10,17 @@ import (
 	"github.com/dmsnap/dmsnap/nbd/wire"
 )
 
-// cachedDevice has all of its bytes in memory but those from cold on, for which ReadAt waits until free is closed.
-type cachedDevice struct {
-	*block.Memory
-	cold     int64
-	free     chan struct{}
-	together atomic.Int64 // reads that came with others
-	waiting  atomic.Int64 // calls of ReadAt that have waited
-}
-
-func (d *cachedDevice) ReadCached(reads []block.Read) (done int) {
-	d.together.Add(int64(len(reads)))
-	for i := range reads {
-		if r := &reads[i]; r.Off < d.cold {
-			d.Memory.ReadAt(r.P, r.Off)
-			r.Done = true
-			done++
-		}
-	}
-	return done
-}
-
-func (d *cachedDevice) ReadAt(p []byte, off int64) (int, error) {
-	if off >= d.cold {
-		d.waiting.Add(1)
-		<-d.free
-	}
-	return d.Memory.ReadAt(p, off)
-}
-
 const cachedSize = 1 << 20
 
 // together serves a device, sends READs of 512 bytes at these offsets in one piece after many quick ones, and has check receive the
 // replies. It does so until the READs were executed together: a machine that was slow a moment ago has them executed one by one.
-func together(t *testing.T, cold int64, offs []uint64, check func(d *cachedDevice, p *peer, content []byte)) {
+func together(t *testing.T, cold int64, offs []uint64, check func(d *blocktest.Cold, p *peer, content []byte)) {
 	one := func(cookie, off uint64) []byte {
 		return wire.Request{Magic: wire.MagicRequest, Command: wire.CmdRead, Cookie: cookie, Offset: off, Length: 512}.Append(nil)
 	}
 	for range 100 {
 		content := blocktest.Pattern(cachedSize, 4)
-		d := &cachedDevice{Memory: block.MemoryFrom(content), cold: cold, free: make(chan struct{})}
+		d := &blocktest.Cold{Memory: block.MemoryFrom(content), From: cold, Free: make(chan struct{})}
 		_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: d})
 		p := begin(t, uri("x"), false)
 		for i := range uint64(200) {
@@ -65,7 +35,7 @@ func together(t *testing.T, cold int64, offs []uint64, check func(d *cachedDevic
 		p.write(piece)
 		check(d, p, content)
 		p.nc.Close()
-		if d.together.Load() >= int64(len(offs))/2 {
+		if d.Together.Load() >= int64(len(offs))/2 {
 			return
 		}
 	}
@@ -79,7 +49,7 @@ func TestReadsTogether(t *testing.T) {
 		offs[i] = uint64(i) * 20_000
 	}
 	offs[7] = cachedSize - 100
-	together(t, cachedSize, offs, func(d *cachedDevice, p *peer, content []byte) {
+	together(t, cachedSize, offs, func(d *blocktest.Cold, p *peer, content []byte) {
 		left := map[uint64]bool{}
 		for i := range offs {
 			left[1000+uint64(i)] = true
@@ -103,7 +73,7 @@ func TestReadsTogether(t *testing.T) {
 func TestReadsTogetherLeaveSlowOnes(t *testing.T) {
 	offs := []uint64{0, 512, cachedSize / 2, 1024, cachedSize - 512, 2048}
 	slow := map[uint64]bool{1002: true, 1004: true}
-	together(t, cachedSize/2, offs, func(d *cachedDevice, p *peer, content []byte) {
+	together(t, cachedSize/2, offs, func(d *blocktest.Cold, p *peer, content []byte) {
 		for range len(offs) - len(slow) {
 			cookie := p.anySimple()
 			if off := offs[cookie-1000]; slow[cookie] || !bytes.Equal(p.read(512), content[off:off+512]) {
@@ -112,15 +82,15 @@ func TestReadsTogetherLeaveSlowOnes(t *testing.T) {
 		}
 		p.request(wire.CmdCache, 0, 5000, 0, 1)
 		p.simple(5000, 0)
-		close(d.free)
+		close(d.Free)
 		for range slow {
 			cookie := p.anySimple()
 			if off := offs[cookie-1000]; !slow[cookie] || !bytes.Equal(p.read(512), content[off:off+512]) {
 				t.Fatalf("reply to %d, or with other bytes", cookie)
 			}
 		}
-		if d.waiting.Load() != int64(len(slow)) {
-			t.Errorf("%d reads had to wait", d.waiting.Load())
+		if d.Waiting.Load() != int64(len(slow)) {
+			t.Errorf("%d reads had to wait", d.Waiting.Load())
 		}
 	})
 }

@@ -230,10 +230,12 @@ func (f *frontend) put(at, i int, addr uint64, n uint32, flags, next uint16) {
 	copy(f.mem[at+16*i:], le(addr, n, flags, next))
 }
 
-// offer makes a head available and kicks. The caller holds mu.
-func (f *frontend) offer(head uint16) {
-	binary.LittleEndian.PutUint16(f.mem[availAt+4+2*int(f.avail%size):], head)
-	f.avail++
+// offer makes heads available and kicks. The caller holds mu.
+func (f *frontend) offer(heads ...uint16) {
+	for _, head := range heads {
+		binary.LittleEndian.PutUint16(f.mem[availAt+4+2*int(f.avail%size):], head)
+		f.avail++
+	}
 	atomic.StoreUint32(f.u32(availAt), uint32(f.avail)<<16)
 	unix.Write(f.kick, le(uint64(1)))
 }
@@ -255,20 +257,41 @@ func (f *frontend) poll() {
 
 var errGone = errors.New("the back-end is gone")
 
+// A request is in the ring, or about to be.
+type request struct {
+	head uint16
+	done chan struct{}
+}
+
 // do executes a request through an indirect table and returns its status. data is read from or written to.
 func (f *frontend) do(kind uint32, sector uint64, data []byte, write bool) (status byte, err error) {
 	f.mu.Lock()
+	r, err := f.prepare(kind, sector, data, write)
+	if err == nil {
+		f.offer(r.head)
+	}
+	f.mu.Unlock()
+	if err != nil {
+		return 0, err
+	}
+	if write {
+		data = nil
+	}
+	return f.wait(r, data)
+}
+
+// prepare takes a free head, when there is one, for a request. The caller holds mu.
+func (f *frontend) prepare(kind uint32, sector uint64, data []byte, write bool) (request, error) {
 	for len(f.free) == 0 && !f.dead.Load() {
 		f.cond.Wait()
 	}
 	if f.dead.Load() {
-		f.mu.Unlock()
-		return 0, errGone
+		return request{}, errGone
 	}
 	head := f.free[len(f.free)-1]
 	f.free = f.free[:len(f.free)-1]
-	done := make(chan struct{})
-	f.waiting[head] = done
+	r := request{head, make(chan struct{})}
+	f.waiting[head] = r.done
 	h, d, tab := headAt+64*int(head), dataAt+slot*int(head), tableAt+64*int(head)
 	copy(f.mem[h:], le(kind, uint32(16388), sector))
 	f.mem[h+32] = 0xff
@@ -286,19 +309,19 @@ func (f *frontend) do(kind uint32, sector uint64, data []byte, write bool) (stat
 	}
 	f.put(tab, n-1, gpa+uint64(h)+32, 1, 2, 0)
 	f.put(descOff, int(head), gpa+uint64(tab), uint32(16*n), 4, 0)
-	f.offer(head)
-	f.mu.Unlock()
+	return r, nil
+}
 
+// wait waits for the status of a request, and copies what it has read to data.
+func (f *frontend) wait(r request, data []byte) (status byte, err error) {
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		f.poll()
 		select {
-		case <-done:
-			if !write {
-				copy(data, f.mem[d:])
-			}
-			status = f.mem[h+32]
+		case <-r.done:
+			copy(data, f.mem[dataAt+slot*int(r.head):])
+			status = f.mem[headAt+64*int(r.head)+32]
 			f.mu.Lock()
-			f.free = append(f.free, head)
+			f.free = append(f.free, r.head)
 			f.cond.Signal()
 			f.mu.Unlock()
 			return status, nil

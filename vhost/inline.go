@@ -1,6 +1,7 @@
 package vhost
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
@@ -9,6 +10,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/inline"
 )
 
@@ -23,6 +25,7 @@ const (
 type inlineState struct {
 	reads, writes inline.Trial
 	watchdog      *inline.Watchdog
+	together      inline.Together // only the goroutine that fetches uses it
 }
 
 // awake counts the goroutines that fetch and do not wait for a kick. Requests are executed inline only while they are no more than
@@ -49,8 +52,15 @@ func (h *inlineState) trial(c *chain) *inline.Trial {
 type fetcher struct {
 	q       *queue
 	c       *chain // of the request that is looked at; nil at first
-	piece   []byte // for the data of a quick request; nil at first
+	piece   []byte // for the data of quick requests; nil at first
 	pending bool   // c is a request that was fetched and is not executed, since it may take long
+
+	// Quick reads that follow each other are executed together (block.CacheReader), as far as their bytes are in memory. Those
+	// whose bytes are not get a goroutine each.
+	group []*chain     // fetched and not executed
+	reads []block.Read // of group: their data, in piece
+	used  int          // bytes of piece that reads have
+	left  []*chain     // requests that are to be executed by a goroutine each
 
 	armed bool // the watchdog is, with mark
 	mark  uint64
@@ -58,14 +68,16 @@ type fetcher struct {
 
 // release gives up the memory.
 func (f *fetcher) release() {
-	if f.c != nil {
-		f.c.release()
+	for _, c := range append(append(f.group, f.left...), f.c) {
+		if c != nil {
+			c.release()
+		}
 	}
 }
 
 // loop executes what the driver makes available until the queue is stopped. kept is false when another goroutine fetches now.
 func (f *fetcher) loop() (kept bool, err error) {
-	q, b := f.q, make([]byte, 8)
+	q := f.q
 	for {
 		more, kept, err := f.fetch()
 		if !kept || err != nil {
@@ -80,15 +92,42 @@ func (f *fetcher) loop() (kept bool, err error) {
 			continue
 		}
 		awake.Add(-1)
-		_, err = q.kick.Read(b)
+		err = q.waitKick()
 		awake.Add(1)
-		if err != nil && !errors.Is(err, os.ErrDeadlineExceeded) {
-			if errors.Is(err, io.EOF) {
-				return true, errors.New("the kick descriptor was closed")
-			}
+		switch {
+		case err == nil || errors.Is(err, os.ErrDeadlineExceeded):
+		case err == errFault:
+			return true, err
+		case errors.Is(err, io.EOF):
+			return true, errors.New("the kick descriptor was closed")
+		default:
 			return true, fmt.Errorf("kick: %w", err)
 		}
 	}
+}
+
+// waitKick waits until the driver kicks, or has made requests available.
+//
+// An eventfd is not read: each kick is an event of its own for the runtime's poller, whatever the counter is. The race considered: waiting
+// begins by forgetting the events that came before, so the ring is looked at once more after that.
+func (q *queue) waitKick() error {
+	if q.kickFD == nil {
+		var b [8]byte
+		_, err := q.kick.Read(b[:])
+		return err
+	}
+	var fault error
+	waited := false
+	err := q.kickFD.Read(func(uintptr) bool {
+		if waited {
+			return true
+		}
+		waited = true
+		var idx uint16
+		fault = guard(q.shared, func() { idx = load16(q.avail, 2) })
+		return fault != nil || idx != q.lastAvail
+	})
+	return cmp.Or(fault, err)
 }
 
 // fetch takes all available requests, and executes or starts them. It reports more when there may be others, and not
@@ -101,23 +140,23 @@ func (f *fetcher) fetch() (more, kept bool, err error) {
 	}
 	f.lookAtMemory()
 	for idx != q.lastAvail {
-		// A request that turns out to take long must find a place, and nobody else takes one.
-		if len(q.room) == cap(q.room) {
-			select {
-			case q.room <- struct{}{}:
-				<-q.room
-			case <-q.stop:
-				return false, true, nil
-			}
+		if !q.waitRoom() {
+			return false, true, nil
 		}
-		if kept, err := f.batch(idx); !kept || err != nil {
+		kept, err := f.batch(idx)
+		if err == errFault {
 			return false, kept, err
 		}
 		if f.pending {
-			q.room <- struct{}{}
-			q.run(f.c)
-			f.pending, f.c = false, nil
+			f.left, f.pending, f.c = append(f.left, f.c), false, nil
 			f.lookAtMemory()
+		}
+		for _, c := range f.left {
+			q.run(c)
+		}
+		f.left = f.left[:0]
+		if !kept || err != nil {
+			return false, kept, err
 		}
 	}
 	idx, err = q.armKick()
@@ -154,48 +193,133 @@ func (f *fetcher) batch(idx uint16) (kept bool, err error) {
 
 // executeBatch is batch, under guard and without the signal.
 func (f *fetcher) executeBatch(idx uint16) (kept bool, err error) {
-	q, c := f.q, f.c
-	began := time.Now()
+	q := f.q
 	for n := 0; n < quickBatch && q.lastAvail != idx; n++ {
 		head := load16(q.avail, 4+2*int(q.lastAvail&(q.n-1)))
-		if err := q.begin(head); err != nil {
-			return true, err
+		if err = q.begin(head); err != nil {
+			break
 		}
 		q.lastAvail++
-		c.clear()
-		if err := q.parse(c, head); err != nil {
-			return true, err
+		f.c.clear()
+		if err = q.parse(f.c, head); err != nil {
+			break
 		}
-		t := q.inline.trial(c)
+		t := q.inline.trial(f.c)
 		if t == nil || !t.Passed() || awake.Load() > processors {
 			f.pending = true
-			return true, nil
+			break
 		}
 		if f.piece == nil {
 			f.piece = make([]byte, quickBytes)
 		}
-		f.mark, f.armed = q.inline.watchdog.Arm(), true
-		written, ok := q.s.execute(c, f.piece)
-		kept := q.inline.watchdog.Disarm(f.mark)
-		f.armed = false
-		if !ok && kept { // it has to wait for space
-			f.pending = true
-			return true, nil
+		off, room := f.readsAlong(t)
+		if room == 0 || f.used+room > len(f.piece) {
+			if !f.readTogether() {
+				f.pending = true
+				return false, nil
+			}
 		}
-		if !ok {
-			written, ok = q.s.execute(c, nil)
+		if room > 0 {
+			f.hold(off, room)
+			continue
 		}
-		now := time.Now()
-		t.Took(now.Sub(began))
-		began = now
-		if ok {
-			q.push(head, written)
-		}
-		if !kept {
-			return false, nil
+		kept, f.pending = f.executeQuick(f.c, t)
+		if !kept || f.pending {
+			return kept, nil
 		}
 	}
-	return true, nil
+	return f.readTogether(), err
+}
+
+// executeQuick executes a request inline. It was not executed when it waits for space.
+func (f *fetcher) executeQuick(c *chain, t *inline.Trial) (kept, waits bool) {
+	q := f.q
+	began := time.Now()
+	f.mark, f.armed = q.inline.watchdog.Arm(), true
+	written, ok := q.s.execute(c, f.piece)
+	kept = q.inline.watchdog.Disarm(f.mark)
+	f.armed = false
+	if !ok && kept {
+		return true, true
+	}
+	if !ok {
+		written, ok = q.s.execute(c, nil)
+	}
+	t.Took(time.Since(began))
+	if ok {
+		q.push(c.head, written)
+	}
+	return kept, false
+}
+
+// readsAlong returns the place and the length of the quick request c when it is a legal read that is to be executed with others, else 0, 0.
+func (f *fetcher) readsAlong(t *inline.Trial) (off int64, n int) {
+	q := f.q
+	if t != &q.inline.reads || len(f.group) == 0 && !q.inline.together.May() {
+		return 0, 0
+	}
+	off, n, ok := q.s.plainRead(f.c)
+	if !ok {
+		return 0, 0
+	}
+	return off, n
+}
+
+// hold adds the read c, of n bytes at off, to those that are executed together.
+func (f *fetcher) hold(off int64, n int) {
+	f.group = append(f.group, f.c)
+	f.reads = append(f.reads, block.Read{P: f.piece[f.used:][:n:n], Off: off})
+	f.used += n
+	f.c = newChain(f.c.table.acquire())
+}
+
+// readTogether executes the reads that are held, or leaves them to goroutines.
+func (f *fetcher) readTogether() (kept bool) {
+	q := f.q
+	kept = true
+	switch len(f.group) {
+	case 0:
+		return true
+	case 1:
+		var waits bool
+		kept, waits = f.executeQuick(f.group[0], &q.inline.reads)
+		f.reads[0].Done = !waits
+	default:
+		kept = f.readGroup()
+	}
+	for i, c := range f.group {
+		if f.reads[i].Done {
+			c.release()
+		} else {
+			f.left = append(f.left, c)
+		}
+		f.group[i] = nil // a fault releases the others
+	}
+	clear(f.reads)
+	f.group, f.reads, f.used = f.group[:0], f.reads[:0], 0
+	return kept
+}
+
+// readGroup executes those of several reads whose bytes are in memory.
+func (f *fetcher) readGroup() (kept bool) {
+	q := f.q
+	began := time.Now()
+	f.mark, f.armed = q.inline.watchdog.Arm(), true
+	done := block.ReadCached(q.s.export.Device, f.reads)
+	kept = q.inline.watchdog.Disarm(f.mark)
+	f.armed = false
+	if done > 0 {
+		q.inline.reads.Took(time.Since(began) / time.Duration(done))
+	}
+	if kept {
+		q.inline.together.Ended(done == len(f.group))
+	}
+	for i, c := range f.group {
+		if r := f.reads[i]; r.Done {
+			q.push(c.head, q.s.answerRead(c, r.P))
+		}
+	}
+	return kept
 }
 
 // overdue starts another goroutine that fetches, since the one that does executes a request for too long.

@@ -73,10 +73,16 @@ func (s *session) execute(c *chain, piece []byte) (written uint32, ok bool) {
 		return 0, true // there is nowhere to put a status
 	}
 	data, err := s.executeHeader(c, in-1, piece)
-	status := byte(statusOK)
-	switch {
-	case err == errAbandoned || err == errWaits:
+	if err == errAbandoned || err == errWaits {
 		return 0, false
+	}
+	return s.answer(c, data, err), true
+}
+
+// answer writes the status of a request of which data bytes were written, and returns the number of bytes for the used element.
+func (s *session) answer(c *chain, data uint64, err error) (written uint32) {
+	status, in := byte(statusOK), c.inBytes
+	switch {
 	case errors.Is(err, errUnsupported):
 		status = statusUnsupp
 	case err != nil:
@@ -87,13 +93,27 @@ func (s *session) execute(c *chain, piece []byte) (written uint32, ok bool) {
 		data = 0
 	}
 	c.status[0] = status
-	if !c.in.write(c.table, in-1, c.status[:]) {
-		return 0, true
+	if c.in.write(c.table, in-1, c.status[:]) && data == in-1 && in <= 1<<31 {
+		return uint32(in)
 	}
-	if data == in-1 && in <= 1<<31 {
-		return uint32(in), true
+	return 0 // an underestimate is allowed (§6.2)
+}
+
+// plainRead returns the place and the length of a request that was found to have the buffers of a read, if it is a legal one.
+func (s *session) plainRead(c *chain) (off int64, n int, ok bool) {
+	if !c.out.read(c.table, 0, c.header[:]) || binary.LittleEndian.Uint32(c.header[0:]) != reqIn {
+		return 0, 0, false
 	}
-	return 0, true // an underestimate is allowed (§6.2)
+	sector, room := binary.LittleEndian.Uint64(c.header[8:]), c.inBytes-1
+	return int64(sector * block.SectorSize), int(room), s.legal(sector, room)
+}
+
+// answerRead completes a read whose bytes are p.
+func (s *session) answerRead(c *chain, p []byte) (written uint32) {
+	if !c.in.write(c.table, 0, p) {
+		return s.answer(c, 0, errInvalid)
+	}
+	return s.answer(c, uint64(len(p)), nil)
 }
 
 // executeHeader reads the request's header and executes it. room is the number of writable bytes before the status. It
@@ -129,7 +149,7 @@ func (s *session) executeHeader(c *chain, room uint64, piece []byte) (written ui
 
 // transfer reads or writes n bytes at a sector: at once with piece, see execute, or piece by piece.
 func (s *session) transfer(c *chain, sector, n uint64, write bool, piece []byte) error {
-	if n == 0 || n > 1<<32 || n%uint64(s.blockSize) != 0 || !s.inside(sector, n/block.SectorSize) {
+	if !s.legal(sector, n) {
 		return errInvalid
 	}
 	if write && s.export.ReadOnly {
@@ -238,6 +258,11 @@ func (s *session) ranges(c *chain, kind uint32, payload uint64) error {
 		}
 		return err
 	})
+}
+
+// legal reports whether n bytes at a sector can be read, and written unless the device is read-only.
+func (s *session) legal(sector, n uint64) bool {
+	return n > 0 && n <= 1<<32 && n%uint64(s.blockSize) == 0 && s.inside(sector, n/block.SectorSize)
 }
 
 // inside reports whether count sectors from sector on are in the device.

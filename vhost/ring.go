@@ -8,6 +8,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -85,6 +86,20 @@ func checkSignal(fd int) error {
 	return errors.New("a notification descriptor is no eventfd, socket or pipe")
 }
 
+// eventFD returns the descriptor of an eventfd, nil for others.
+func eventFD(f *os.File) syscall.RawConn {
+	c, err := f.SyscallConn()
+	if err != nil {
+		return nil
+	}
+	var st unix.Stat_t
+	c.Control(func(fd uintptr) { err = unix.Fstat(int(fd), &st) })
+	if err != nil || st.Mode&unix.S_IFMT != 0 {
+		return nil
+	}
+	return c
+}
+
 // A queue is a running ring. One goroutine at a time fetches requests (a fetcher), and executes those that are quick (inline.go);
 // each of the others is executed by its own goroutine.
 type queue struct {
@@ -95,6 +110,7 @@ type queue struct {
 	shared func(addr uintptr) bool // whether an address is memory of the front-end: the ring's, the in-flight area, or guest memory now
 	n      uint16
 	kick   *os.File
+	kickFD syscall.RawConn // of kick, when it is an eventfd
 	call   *signal
 	err    *signal
 
@@ -106,7 +122,7 @@ type queue struct {
 	fetching sync.WaitGroup // the goroutine that fetches
 	inline   inlineState
 	requests sync.WaitGroup // the goroutines that execute requests, those that fetch or did among them
-	room     chan struct{}  // a token for each request that has a goroutine of its own
+	room     chan struct{}  // a token for each request that has a goroutine of its own, see run
 
 	lastAvail uint16 // of the fetching goroutine while it runs
 
@@ -164,6 +180,7 @@ func newQueue(s *session, index int, r *ring, area []byte) (q *queue, resume []u
 
 // start begins to serve the queue, at first what was in flight.
 func (q *queue) start(resume []uint16) {
+	q.kickFD = eventFD(q.kick)
 	q.kick.SetReadDeadline(time.Time{})
 	q.fetching.Add(1)
 	q.requests.Add(1)
@@ -252,9 +269,7 @@ func (q *queue) armKick() (idx uint16, err error) {
 // resume starts what was in flight when an earlier back-end ended.
 func (q *queue) resume(heads []uint16) error {
 	for _, head := range heads {
-		select {
-		case q.room <- struct{}{}:
-		case <-q.stop:
+		if !q.waitRoom() {
 			return nil // still marked in the in-flight area
 		}
 		c := newChain(q.s.currentTable())
@@ -269,7 +284,6 @@ func (q *queue) resume(heads []uint16) error {
 			err = fault
 		}
 		if err != nil {
-			<-q.room
 			c.release()
 			return err
 		}
@@ -385,10 +399,35 @@ func (q *queue) parse(c *chain, head uint16) error {
 	return err
 }
 
-// run executes a request on its own goroutine. The caller has put a token into room.
+// waitRoom waits until fewer requests than room has places have goroutines of their own. It reports false when the queue is stopped.
+func (q *queue) waitRoom() bool {
+	if len(q.room) < cap(q.room) {
+		return true
+	}
+	select {
+	case q.room <- struct{}{}:
+		<-q.room
+		return true
+	case <-q.stop:
+		return false
+	}
+}
+
+// run executes a request on its own goroutine. It never waits: the last ones of a batch have no place in room when waitRoom found
+// fewer than they are.
 func (q *queue) run(c *chain) {
+	place := false
+	select {
+	case q.room <- struct{}{}:
+		place = true
+	default:
+	}
 	q.requests.Go(func() {
-		defer func() { <-q.room }()
+		defer func() {
+			if place {
+				<-q.room
+			}
+		}()
 		defer c.release()
 		fault := guard(q.s.shared(q.table, c.table), func() {
 			began := time.Now()
