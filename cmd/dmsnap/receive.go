@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/offline"
+	"github.com/dmsnap/dmsnap/stream"
 )
 
 type receiveOptions struct {
@@ -109,6 +110,9 @@ func (o *receiveOptions) run(c *cobra.Command, args []string) (err error) {
 	opts.Progress = bar.show
 	got, err := offline.Receive(ctx, in, target, opts)
 	bar.end()
+	if errors.As(err, new(*stream.MismatchError)) && got.Kind == stream.Disk && o.undo == "" && o.cow == "" {
+		err = fmt.Errorf("%w; the stream of a whole disk wants a target that reads as zeros, --force writes it over anything", err)
+	}
 	switch err = withOutputAdvice(advise(err)); {
 	case errors.Is(err, offline.ErrNoTarget):
 		return fmt.Errorf("--undo: %w", err)

@@ -122,7 +122,7 @@ func TestReceiveRefuses(t *testing.T) {
 		{"receive delta disk.img", "neither the bytes that the stream replaces nor those that it brings"},
 		{"receive delta disk.img --undo new", "neither the bytes"},
 		{"receive delta --origin disk.img --cow new", "neither the bytes"},
-		{"receive whole copy.img", "neither the bytes"},
+		{"receive whole copy.img", "--force writes it over anything"},
 		{"receive delta short.img", "1048576 bytes, the disk has 4194304"},
 		{"receive delta new", "no such file"},
 		{"receive disk.img copy.img", "it is no stream of dmsnap"},

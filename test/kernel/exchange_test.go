@@ -127,8 +127,15 @@ func exchange(t *testing.T, st stage, oursFirst bool) {
 		}
 		k.clear()
 	}
-	th := newTheirs(k, st.s, &b)
-	o, err := newOurs(st.s, b, snapshot.SyncAlways, k.number)
+	handedOver(t, k, st.s, b)
+}
+
+// handedOver is told what both sides have before they load a store: they must agree on it, and on all that is done to it
+// afterwards.
+func handedOver(t *testing.T, k *kernel, s script, b images) {
+	t.Helper()
+	th := newTheirs(k, s, &b)
+	o, err := newOurs(s, b, snapshot.SyncAlways, k.number)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -141,20 +148,20 @@ func exchange(t *testing.T, st stage, oursFirst bool) {
 	}
 	check("loaded", th.look("ok"), "ok")
 	done := 0
-	for _, s := range afterwards(st.s) {
-		s, ok := o.fit(s)
+	for _, next := range afterwards(s) {
+		next, ok := o.fit(next)
 		if !ok {
 			continue
 		}
-		want := th.step(s)
-		outcome, err := o.do(s)
+		want := th.step(next)
+		outcome, err := o.do(next)
 		if err != nil {
 			t.Fatal(err)
 		}
-		check(s.String(), want, outcome)
+		check(next.String(), want, outcome)
 		done++
 	}
-	tally.add(func(c *counts) { c.exchanged++; c.operations += done + len(st.s.steps); c.observations += done + 1 })
+	tally.add(func(c *counts) { c.exchanged++; c.operations += done + len(s.steps); c.observations += done + 1 })
 }
 
 // mergeSome merges so many runs and leaves the rest.
