@@ -2,12 +2,14 @@ package stream_test
 
 import (
 	"bytes"
+	"errors"
 	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -130,8 +132,61 @@ func (l *peerLab) reset() {
 	}
 }
 
-// BenchmarkPeers moves a tenth of a disk, in runs of 64 KiB, to a copy of it, by dmsnap and by others; files are in the page cache,
-// and what is written is durable at the end. MB/s is of what changed.
+// cold drops files from the page cache.
+func (l *peerLab) cold(names ...string) {
+	for _, name := range names {
+		dev := l.open(name, false)
+		if err := errors.Join(dev.Flush(), dev.DropCache(0, dev.Size()), dev.Close()); err != nil {
+			l.b.Fatal(err)
+		}
+	}
+}
+
+// read reads what changed, of each of the files, so many runs at once.
+func (l *peerLab) read(atOnce int, names ...string) {
+	var readers sync.WaitGroup
+	for _, name := range names {
+		dev := l.open(name, true)
+		defer dev.Close()
+		for first := range atOnce {
+			readers.Go(func() {
+				p := make([]byte, peerRun)
+				for i := first; i < len(l.ranges); i += atOnce {
+					if _, err := dev.ReadAt(p, l.ranges[i].Off); err != nil {
+						l.b.Error(err)
+						return
+					}
+				}
+			})
+		}
+		if atOnce == 1 {
+			readers.Wait()
+		}
+	}
+	readers.Wait()
+}
+
+// replace does what no receiver can do without: it reads the old bytes and the stream, and writes the new ones durably.
+func (l *peerLab) replace(delta string) {
+	from, to := l.open(delta, true), l.open("copy.img", false)
+	defer from.Close()
+	defer to.Close()
+	p := make([]byte, peerRun)
+	for i, r := range l.ranges {
+		_, oldErr := to.ReadAt(p, r.Off)
+		_, newErr := from.ReadAt(p, int64(i)*peerRun)
+		_, err := to.WriteAt(p, r.Off)
+		if err := errors.Join(oldErr, newErr, err); err != nil {
+			l.b.Fatal(err)
+		}
+	}
+	if err := to.Flush(); err != nil {
+		l.b.Fatal(err)
+	}
+}
+
+// BenchmarkPeers moves a tenth of a disk, in runs of 64 KiB, to a copy of it, by dmsnap and by others: from the page cache, and
+// from the disk. What is written is durable at the end. MB/s is of what changed.
 func BenchmarkPeers(b *testing.B) {
 	for _, tool := range []string{"qemu-img", "rsync", "zstd", "go"} {
 		if _, err := exec.LookPath(tool); err != nil {
@@ -140,76 +195,57 @@ func BenchmarkPeers(b *testing.B) {
 	}
 	l := newPeerLab(b)
 	bin, disk, cow, copied, delta := l.path("dmsnap"), l.path("disk.img"), l.path("disk.cow"), l.path("copy.img"), l.path("delta")
-	run := func(name string, reset bool, f func() int64) {
+	run := func(name string, prepare func(), f func() int64) {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(l.changed)
 			peak := int64(0)
 			for b.Loop() {
-				if reset {
-					b.StopTimer()
-					l.reset()
-					b.StartTimer()
-				}
+				b.StopTimer()
+				prepare()
+				b.StartTimer()
 				peak = max(peak, f())
 			}
 			b.ReportMetric(float64(peak)/(1<<20), "MiB-peak")
 		})
 	}
-	buffer := make([]byte, peerRun)
-	read := func(name string) func() int64 {
-		return func() int64 {
-			dev := l.open(name, true)
-			defer dev.Close()
-			for _, r := range l.ranges {
-				if _, err := dev.ReadAt(buffer, r.Off); err != nil {
-					b.Fatal(err)
-				}
-			}
-			return 0
-		}
+	floor := func(f func()) func() int64 { return func() int64 { f(); return 0 } }
+	program := func(name string, args ...string) func() int64 { return func() int64 { return l.must(name, args...) } }
+	pipe := func(args string) func() int64 {
+		return program("sh", "-c", bin+" send "+disk+" "+cow+" "+args+" | cat >/dev/null")
 	}
-	run("floor/read the new", false, read("new.img"))
-	run("floor/read the old and the new", false, func() int64 { return read("new.img")() + read("disk.img")() })
-	run("send/plain", false, func() int64 { return l.must(bin, "send", disk, cow, "--no-compress", "--force", "-o", delta) })
-	run("send/plain to a pipe", false, func() int64 {
-		return l.must("sh", "-c", bin+" send "+disk+" "+cow+" --no-compress | cat >/dev/null")
-	})
-	run("send/zstd to a pipe", false, func() int64 { return l.must("sh", "-c", bin+" send "+disk+" "+cow+" | cat >/dev/null") })
-	run("send/qemu-img convert of an overlay", false, func() int64 {
-		return l.must("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", disk, "-F", "raw", l.path("overlay.qcow2"), l.path("out.qcow2"))
-	})
-	run("send/zstd of the whole", false, func() int64 { return l.must("zstd", "-q", "-1", "-T0", "-f", l.path("new.img"), "-o", "/dev/null") })
-	l.must(bin, "send", disk, cow, "--no-compress", "--force", "-o", delta)
-	run("floor/read the old, write the new, flush", true, func() int64 {
-		from, to := l.open("new.img", true), l.open("copy.img", false)
-		defer from.Close()
-		defer to.Close()
-		for _, r := range l.ranges {
-			for _, step := range []func() (int, error){
-				func() (int, error) { return to.ReadAt(buffer, r.Off) },
-				func() (int, error) { return from.ReadAt(buffer, r.Off) },
-				func() (int, error) { return to.WriteAt(buffer, r.Off) },
-			} {
-				if _, err := step(); err != nil {
-					b.Fatal(err)
-				}
-			}
-		}
-		if err := to.Flush(); err != nil {
-			b.Fatal(err)
-		}
-		return 0
-	})
-	run("receive/plain", true, func() int64 { return l.must(bin, "receive", delta, copied) })
-	l.must("cmp", l.path("new.img"), copied)
-	run("receive/rsync --inplace", true, func() int64 {
-		return l.must("rsync", "--inplace", "--no-whole-file", "--fsync", l.path("new.img"), copied)
-	})
-	run("receive/qemu-img commit of an overlay", true, func() int64 {
+
+	for _, from := range []struct {
+		name    string
+		prepare func()
+	}{
+		{"send from the cache/", func() { l.read(1, "new.img", "disk.img") }},
+		{"send from the disk/", func() { l.cold("new.img", "disk.img", "disk.cow") }},
+	} {
+		run(from.name+"floor: read the old and the new", from.prepare, floor(func() { l.read(1, "new.img", "disk.img") }))
+		run(from.name+"floor: read 16 runs of each at once", from.prepare, floor(func() { l.read(16, "new.img", "disk.img") }))
+		run(from.name+"plain to a pipe", from.prepare, pipe("--no-compress"))
+		run(from.name+"zstd to a pipe", from.prepare, pipe(""))
+		run(from.name+"plain, durable", from.prepare, program(bin, "send", disk, cow, "--no-compress", "--force", "-o", delta))
+		run(from.name+"qemu-img convert of an overlay", from.prepare,
+			program("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", disk, "-F", "raw", l.path("overlay.qcow2"), l.path("out.qcow2")))
+		run(from.name+"zstd of the whole", from.prepare, program("zstd", "-q", "-1", "-T0", "-f", l.path("new.img"), "-o", "/dev/null"))
+	}
+	for _, from := range []struct {
+		name    string
+		prepare func()
+	}{
+		{"receive in the cache/", l.reset},
+		{"receive from the disk/", func() { l.reset(); l.cold("copy.img", "new.img", "delta") }},
+	} {
+		run(from.name+"floor: read the old, write the new, flush", from.prepare, floor(func() { l.replace("delta") }))
+		run(from.name+"plain", from.prepare, program(bin, "receive", delta, copied))
+		l.must("cmp", l.path("new.img"), copied)
+		run(from.name+"rsync --inplace", from.prepare, program("rsync", "--inplace", "--no-whole-file", "--fsync", l.path("new.img"), copied))
 		l.must("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", copied, l.path("overlay.qcow2"))
-		return l.must("qemu-img", "commit", "-q", "-d", "-f", "qcow2", l.path("overlay.qcow2"))
-	})
-	l.must("cmp", l.path("new.img"), copied)
+		run(from.name+"qemu-img commit of an overlay", from.prepare, program("qemu-img", "commit", "-q", "-d", "-f", "qcow2", l.path("overlay.qcow2")))
+		l.must("cmp", l.path("new.img"), copied)
+		l.must("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", disk, l.path("overlay.qcow2"))
+	}
 	info, err := os.Stat(delta)
 	if err != nil {
 		b.Fatal(err)
