@@ -6,6 +6,7 @@ import (
 	"iter"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/scratch"
 )
 
 // flushFrom is how many written bytes are worth a call to begin their flush.
@@ -23,7 +24,7 @@ type applier struct {
 	end      int64       // byte of the disk behind the last record that was compared
 	next     int64       // byte of the disk behind the last record that was written
 	held     []*examined // compared, and not written: the beginning of the stream
-	compared int64       // bytes of the disk in held
+	compared int64       // bytes of the disk in the records of held
 	writing  bool        // held is written
 
 	begun int64 // byte of the disk before which the disk was told to write
@@ -83,7 +84,7 @@ func (a *applier) collect(e *examined) error {
 		return a.finish(e)
 	}
 	a.held = append(a.held, e)
-	if a.compared += a.end - first; a.compared < a.o.CompareFirst {
+	if a.compared += e.count.Data + e.count.Zero; a.compared < a.o.CompareFirst {
 		return nil
 	}
 	return a.writeHeld()
@@ -178,28 +179,38 @@ func (a *applier) zeroGap(end int64) error {
 
 // mustBeZero returns a *MismatchError for a byte that is not zero.
 func (a *applier) mustBeZero(off, n int64) error {
-	buffer := make([]byte, min(n, maxData))
 	for n > 0 {
 		extents, err := block.Extents(a.target, off, n)
 		if err != nil {
 			return err
 		}
 		for _, e := range extents {
-			for e.Flags&block.ReadsZero == 0 && e.Length > 0 {
-				b := buffer[:min(e.Length, maxData)]
-				if _, err := a.target.ReadAt(b, off); err != nil {
-					return fmt.Errorf("read %d bytes of the target at byte %d: %w", len(b), off, err)
+			if e.Flags&block.ReadsZero == 0 {
+				if err := a.readsZero(off, e.Length); err != nil {
+					return err
 				}
-				for at := 0; at < len(b); at += Block {
-					if p := b[at:min(at+Block, len(b))]; !block.IsZero(p) {
-						return &MismatchError{off + int64(at)}
-					}
-				}
-				k := int64(len(b))
-				off, n, e.Length = off+k, n-k, e.Length-k
 			}
 			off, n = off+e.Length, n-e.Length
 		}
 	}
 	return nil
+}
+
+// readsZero reads a range, and returns a *MismatchError for a byte that is not zero.
+func (a *applier) readsZero(off, n int64) error {
+	return scratch.With(maxData, func(buffer []byte) error {
+		for n > 0 {
+			b := buffer[:min(n, maxData)]
+			if _, err := a.target.ReadAt(b, off); err != nil {
+				return fmt.Errorf("read %d bytes of the target at byte %d: %w", len(b), off, err)
+			}
+			for at := 0; at < len(b); at += Block {
+				if p := b[at:min(at+Block, len(b))]; !block.IsZero(p) {
+					return &MismatchError{off + int64(at)}
+				}
+			}
+			off, n = off+int64(len(b)), n-int64(len(b))
+		}
+		return nil
+	})
 }

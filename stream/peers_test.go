@@ -195,7 +195,7 @@ func BenchmarkPeers(b *testing.B) {
 	}
 	l := newPeerLab(b)
 	bin, disk, cow, copied, delta := l.path("dmsnap"), l.path("disk.img"), l.path("disk.cow"), l.path("copy.img"), l.path("delta")
-	run := func(name string, prepare func(), f func() int64) {
+	run := func(name string, prepare func(), f func() int64, afterwards ...func()) {
 		b.Run(name, func(b *testing.B) {
 			b.SetBytes(l.changed)
 			peak := int64(0)
@@ -204,6 +204,9 @@ func BenchmarkPeers(b *testing.B) {
 				prepare()
 				b.StartTimer()
 				peak = max(peak, f())
+			}
+			for _, f := range afterwards {
+				f()
 			}
 			b.ReportMetric(float64(peak)/(1<<20), "MiB-peak")
 		})
@@ -230,6 +233,8 @@ func BenchmarkPeers(b *testing.B) {
 			program("qemu-img", "convert", "-f", "qcow2", "-O", "qcow2", "-B", disk, "-F", "raw", l.path("overlay.qcow2"), l.path("out.qcow2")))
 		run(from.name+"zstd of the whole", from.prepare, program("zstd", "-q", "-1", "-T0", "-f", l.path("new.img"), "-o", "/dev/null"))
 	}
+	l.must(bin, "send", disk, cow, "--no-compress", "--force", "-o", delta)
+	same := func() { l.must("cmp", l.path("new.img"), copied) }
 	for _, from := range []struct {
 		name    string
 		prepare func()
@@ -238,12 +243,10 @@ func BenchmarkPeers(b *testing.B) {
 		{"receive from the disk/", func() { l.reset(); l.cold("copy.img", "new.img", "delta") }},
 	} {
 		run(from.name+"floor: read the old, write the new, flush", from.prepare, floor(func() { l.replace("delta") }))
-		run(from.name+"plain", from.prepare, program(bin, "receive", delta, copied))
-		l.must("cmp", l.path("new.img"), copied)
-		run(from.name+"rsync --inplace", from.prepare, program("rsync", "--inplace", "--no-whole-file", "--fsync", l.path("new.img"), copied))
+		run(from.name+"plain", from.prepare, program(bin, "receive", delta, copied), same)
+		run(from.name+"rsync --inplace", from.prepare, program("rsync", "--inplace", "--no-whole-file", "--fsync", l.path("new.img"), copied), same)
 		l.must("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", copied, l.path("overlay.qcow2"))
-		run(from.name+"qemu-img commit of an overlay", from.prepare, program("qemu-img", "commit", "-q", "-d", "-f", "qcow2", l.path("overlay.qcow2")))
-		l.must("cmp", l.path("new.img"), copied)
+		run(from.name+"qemu-img commit of an overlay", from.prepare, program("qemu-img", "commit", "-q", "-d", "-f", "qcow2", l.path("overlay.qcow2")), same)
 		l.must("qemu-img", "rebase", "-u", "-f", "qcow2", "-F", "raw", "-b", disk, l.path("overlay.qcow2"))
 	}
 	info, err := os.Stat(delta)

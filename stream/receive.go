@@ -42,8 +42,8 @@ func (r *Reader) Header() Header { return r.header }
 
 // ApplyOptions are what a receiver may choose.
 type ApplyOptions struct {
-	// CompareFirst is how many bytes of the disk are compared with the target before the first is written; 0 is DefaultCompareFirst.
-	// They are held in memory.
+	// CompareFirst is how many bytes in records of the stream are compared with the target before the first is written;
+	// 0 is DefaultCompareFirst. They are held in memory.
 	CompareFirst int64
 	// Force writes the new bytes whatever the target holds, and for a whole disk zeros where the stream has none.
 	Force bool

@@ -330,6 +330,34 @@ func TestWrongTarget(t *testing.T) {
 	}
 }
 
+// What is compared before anything is written is counted in bytes of records, however far apart they are.
+func TestWrongTargetFarApart(t *testing.T) {
+	const size, step, run = 512 << 20, 16 << 20, 64 << 10
+	old, new := block.NewMemory(size), block.NewMemory(size)
+	for off := int64(0); off < size; off += step {
+		if _, err := new.WriteAt(blocktest.Pattern(run, uint64(off)), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := sent(t, stream.Of(old, new, func(off, n int64) ([]block.Extent, error) {
+		if at := off % step; at >= run {
+			return []block.Extent{{Length: min(n, step-at)}}, nil
+		}
+		return []block.Extent{{Length: run, Flags: 1}}, nil
+	}), stream.SendOptions{Plain: true})
+	if len(s) < size/step*run {
+		t.Fatalf("a stream of %d bytes", len(s))
+	}
+	if _, err := old.WriteAt([]byte{1}, size-step); err != nil {
+		t.Fatal(err)
+	}
+	var mismatch *stream.MismatchError
+	got, err := apply(old, s, stream.ApplyOptions{})
+	if !errors.As(err, &mismatch) || mismatch.Off != size-step || got.Written != 0 {
+		t.Errorf("%v, %d bytes were written", err, got.Written)
+	}
+}
+
 // A whole disk goes to zeros only, also behind its last record.
 func TestWholeDiskWantsZeros(t *testing.T) {
 	size := int64(1 << 20)
