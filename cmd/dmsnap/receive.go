@@ -29,7 +29,7 @@ func newReceive() *cobra.Command {
 		Long: `Write STREAM, a file that dmsnap send wrote, to TARGET, a raw image or a block device; "-" is standard input. TARGET
 must be what the stream was made for, a copy of the disk as it was. Each block is compared first: it is written where
 TARGET has the old bytes, skipped where it has the new ones, and refused, with its place, where it has neither. The
-first 32 MiB are compared before anything is written; with --verify-first all of a STREAM that is a file.
+first 32 MiB of changed bytes are compared before anything is written; with --verify-first all of a STREAM that is a file.
 
 A receive that was interrupted is simply repeated. With --undo FILE the old bytes are kept in a new store FILE, a
 snapshot of TARGET: dmsnap merge TARGET FILE takes the receive back.
