@@ -82,7 +82,7 @@ type killing struct {
 	t        *testing.T
 	r        *rand.Rand
 	model    *model.Tree
-	blank    string // the file of the disk
+	blank    string // the file of the first disk
 	names    int
 	kills    int
 	rolled   map[string]uint64 // line of the last rollback of each node
@@ -136,7 +136,9 @@ func (k *killing) watch() {
 	k.appended = func(c *change) {
 		dir := filepath.Join(testhost.ShortDir(k.t), "k")
 		copyDirectory(k.t, k.dir, dir)
-		copyFile(k.t, k.blank, filepath.Join(dir, "blank.img"))
+		for _, d := range k.state.Disks {
+			copyFile(k.t, d.Source, filepath.Join(dir, filepath.Base(d.Source)))
+		}
 		k.kills++
 		if k.kills%3 == 0 {
 			k.cutPower(dir)
@@ -147,10 +149,10 @@ func (k *killing) watch() {
 	}
 }
 
-// copiedDisk are the options of a copy, which has a disk of its own.
-func copiedDisk(dir string) Options {
-	return Options{Open: func(_ string, o cowfile.OriginOptions) (cowfile.Origin, error) {
-		return cowfile.OpenRaw(filepath.Join(dir, "blank.img"), o)
+// copiedDisks are the options of a copy, which has disks of its own.
+func copiedDisks(dir string) Options {
+	return Options{Open: func(path string, o cowfile.OriginOptions) (cowfile.Origin, error) {
+		return cowfile.OpenRaw(filepath.Join(dir, filepath.Base(path)), o)
 	}}
 }
 
@@ -173,7 +175,7 @@ func (k *killing) cutPower(dir string) {
 	if err := os.Truncate(log, int64(size)); err != nil {
 		k.t.Error(err)
 	}
-	f, err := Open(dir, copiedDisk(dir))
+	f, err := Open(dir, copiedDisks(dir))
 	if err != nil {
 		k.t.Errorf("after a loss of power at line %d: %v", synced, err)
 		return
@@ -182,7 +184,7 @@ func (k *killing) cutPower(dir string) {
 		if n.err != nil || k.state.Nodes[name] == nil || !k.model.Has(name) || name == k.changing || k.rolled[name] >= synced {
 			continue
 		}
-		got := make([]byte, testSize)
+		got := make([]byte, n.dev.Size())
 		if _, err := n.dev.ReadAt(got, 0); err != nil {
 			k.t.Error(err)
 		} else if err := k.model.Allows(name, got); err != nil {
@@ -200,7 +202,7 @@ func (k *killing) cutPower(dir string) {
 
 // look opens what a kill left. Locks of the killed fleet are held, so that it must not end the goroutine.
 func (k *killing) look(dir string, c *change) {
-	f, err := Open(dir, copiedDisk(dir))
+	f, err := Open(dir, copiedDisks(dir))
 	if err != nil {
 		k.t.Errorf("after line %d (%s): %v", c.Seq, c.Op, err)
 		return
@@ -214,7 +216,10 @@ func (k *killing) look(dir string, c *change) {
 			k.t.Errorf("after line %d (%s): %d files of %d layers", c.Seq, c.Op, len(files), len(f.state.Layers))
 		}
 	}()
-	merging := k.state.Disks["blank"].Merging != "" // then the copy goes on with it
+	merging := false // then the copy goes on with it
+	for _, d := range k.state.Disks {
+		merging = merging || d.Merging != ""
+	}
 	if got, want := slices.Sorted(maps.Keys(f.state.Layers)), slices.Sorted(maps.Keys(k.state.Layers)); !merging && !slices.Equal(got, want) {
 		k.t.Errorf("after line %d (%s): layers %v, want %v", c.Seq, c.Op, got, want)
 		return
@@ -227,7 +232,7 @@ func (k *killing) look(dir string, c *change) {
 		if !k.model.Has(name) || name == k.changing {
 			continue // it is being made
 		}
-		got := make([]byte, testSize)
+		got := make([]byte, n.dev.Size())
 		if _, err := n.dev.ReadAt(got, 0); err != nil {
 			k.t.Error(err)
 		}
@@ -238,7 +243,7 @@ func (k *killing) look(dir string, c *change) {
 }
 
 func (k *killing) nodes() []string {
-	return slices.DeleteFunc(k.model.Names(), func(n string) bool { return strings.Contains(n, "@") || n == "blank" })
+	return slices.DeleteFunc(k.model.Names(), func(n string) bool { return strings.Contains(n, "@") || k.state.Disks[n] != nil })
 }
 
 func (k *killing) name() string {
@@ -264,9 +269,9 @@ func (k *killing) step() {
 	ctx := k.t.Context()
 	name := nodes[k.r.IntN(len(nodes))]
 	dev := k.Fleet.nodes[name].dev
-	b := k.r.IntN(testSize / model.Block)
+	b := k.r.IntN(k.model.Blocks(name))
 	off := int64(b) * model.Block
-	switch n := k.r.IntN(36); {
+	switch n := k.r.IntN(42); {
 	case n < 10:
 		k.must(dev.WriteAt(k.model.Write(name, b), off))
 	case n < 12:
@@ -291,11 +296,16 @@ func (k *killing) step() {
 	case n < 30:
 		k.checkpointsRandom()
 	case n < 32:
-		k.changing = "blank"
+		disk := k.Fleet.nodes[name].disk.name
+		if k.model.Blocks(name) < k.model.Blocks(disk) {
+			if _, err := k.Merge(ctx, name); err == nil {
+				k.t.Fatalf("node %s was merged into a longer disk", name)
+			}
+			return
+		}
 		k.merge(name)
-		k.changing = ""
-		k.model.Copy(name, "blank")
-		k.model.Flush("blank")
+		k.model.Copy(name, disk)
+		k.model.Flush(disk)
 	case n == 32 && k.adopts:
 		k.adoptNew()
 	case n == 33:
@@ -307,14 +317,75 @@ func (k *killing) step() {
 		for _, name := range nodes {
 			k.model.Flush(name)
 		}
+	case n < 37 && n > 33:
+		k.must(nil, dev.Discard(off, model.Block))
+		got := make([]byte, model.Block)
+		k.must(dev.ReadAt(got, off))
+		k.must(nil, k.model.Trim(name, b, got))
+	case n == 37:
+		k.exportRandom()
+	case n == 38:
+		k.addDisk()
+	case n == 39:
+		k.removeDisk()
 	}
 }
 
+// forkRandom forks something, at times with a larger size.
 func (k *killing) forkRandom() {
 	from := k.model.Names()
 	source, name := from[k.r.IntN(len(from))], k.name()
-	k.must(k.Fork(k.t.Context(), api.ForkRequest{From: source, Name: name}))
+	q := api.ForkRequest{From: source, Name: name}
+	blocks := k.model.Blocks(source)
+	if blocks < 2*testSize/model.Block && k.r.IntN(3) == 0 {
+		blocks += 1 + k.r.IntN(40)
+		q.Size = int64(blocks) * model.Block
+	}
+	k.must(k.Fork(k.t.Context(), q))
 	k.model.Copy(source, name)
+	k.model.Extend(name, blocks)
+}
+
+// exportRandom reads something as dmsnap export does: over NBD, from a node of its own.
+func (k *killing) exportRandom() {
+	from := k.model.Names()
+	source, name := from[k.r.IntN(len(from))], "export."+k.name()
+	k.must(k.Fork(k.t.Context(), api.ForkRequest{From: source, Name: name}))
+	c := k.dial(name)
+	k.must(nil, k.model.Shows(source, readAll(k.t, c)))
+	k.must(nil, c.Close())
+	k.must(nil, k.Drop(k.t.Context(), name))
+}
+
+// addDisk adds a disk with zeros, unless there are enough.
+func (k *killing) addDisk() {
+	if len(k.state.Disks) > 3 {
+		return
+	}
+	name, blocks := k.name(), 1+k.r.IntN(testSize/model.Block)
+	path := filepath.Join(filepath.Dir(k.blank), name+".img")
+	k.must(nil, os.WriteFile(path, make([]byte, blocks*model.Block), 0o600))
+	k.must(k.AddDisk(k.t.Context(), api.AddDiskRequest{Name: name, Source: path, Raw: true}))
+	k.model.Add(name, blocks)
+}
+
+// removeDisk removes a disk, or has that refused when something lies on it.
+func (k *killing) removeDisk() {
+	for _, r := range sorted(k.state.Disks) {
+		if r.Name == "blank" {
+			continue
+		}
+		used := slices.ContainsFunc(k.Tree().Elements, func(e api.Element) bool { return e.Disk == r.Name && e.Kind != api.KindDisk })
+		err := k.RemoveDisk(k.t.Context(), r.Name)
+		if used != (codeOf(err) == api.CodeHasChildren) || !used && err != nil {
+			k.t.Fatalf("remove disk %s, which is used (%v): %v", r.Name, used, err)
+		}
+		if !used {
+			k.model.Drop(r.Name)
+			k.must(nil, os.Remove(r.Source))
+		}
+		return
+	}
 }
 
 // adoptNew adopts a new store.
@@ -364,7 +435,9 @@ func (k *killing) rollbackRandom(name string) {
 		k.changing = name
 		k.must(k.Rollback(k.t.Context(), api.RollbackRequest{Node: name, Checkpoint: e.Name}))
 		k.changing = ""
+		blocks := k.model.Blocks(name) // the node keeps its size
 		k.model.Copy(e.Name, name)
+		k.model.Extend(name, blocks)
 		k.rolled[name] = k.state.Seq
 		return
 	}

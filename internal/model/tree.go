@@ -15,7 +15,6 @@ const Block = 4096
 // the last number that was flushed, and all later ones.
 type Tree struct {
 	elements map[string]*numbered
-	blocks   int
 	last     uint64 // number
 }
 
@@ -27,8 +26,18 @@ type numbered struct {
 
 // NewTree returns a tree of one disk with zeros.
 func NewTree(disk string, blocks int) *Tree {
-	return &Tree{map[string]*numbered{disk: {make([]uint64, blocks), make([][]uint64, blocks)}}, blocks, 0}
+	t := &Tree{elements: map[string]*numbered{}}
+	t.Add(disk, blocks)
+	return t
 }
+
+// Add makes another disk with zeros.
+func (t *Tree) Add(disk string, blocks int) {
+	t.elements[disk] = &numbered{make([]uint64, blocks), make([][]uint64, blocks)}
+}
+
+// Blocks is the size of an element in blocks.
+func (t *Tree) Blocks(name string) int { return len(t.elements[name].now) }
 
 // Names returns the names of all elements, sorted.
 func (t *Tree) Names() []string { return slices.Sorted(maps.Keys(t.elements)) }
@@ -43,6 +52,14 @@ func (t *Tree) Copy(from, name string) {
 	t.elements[name] = &numbered{slices.Clone(e.now), slices.Clone(e.may)}
 }
 
+// Extend gives an element a larger size: what is new of it reads as zeros.
+func (t *Tree) Extend(name string, blocks int) {
+	e := t.elements[name]
+	more := blocks - len(e.now)
+	e.now = append(e.now, make([]uint64, more)...)
+	e.may = append(e.may, make([][]uint64, more)...)
+}
+
 // Drop removes an element, if there is one.
 func (t *Tree) Drop(name string) { delete(t.elements, name) }
 
@@ -55,6 +72,16 @@ func (t *Tree) Write(name string, block int) []byte {
 
 // Zero makes a block read as zeros.
 func (t *Tree) Zero(name string, block int) { t.set(name, block, 0) }
+
+// Trim takes over what an element shows of a block after it was trimmed: zeros, or what it had.
+func (t *Tree) Trim(name string, block int, got []byte) error {
+	n := binary.LittleEndian.Uint64(got)
+	if was := t.elements[name].now[block]; n != 0 && n != was || !slices.Equal(got, Stamp(n)) {
+		return fmt.Errorf("%s: block %d has %d after it was trimmed, want zeros or %d", name, block, n, was)
+	}
+	t.set(name, block, n)
+	return nil
+}
 
 func (t *Tree) set(name string, block int, n uint64) {
 	e := t.elements[name]
@@ -76,10 +103,10 @@ func (t *Tree) Allows(name string, got []byte) error { return t.compare(name, go
 
 func (t *Tree) compare(name string, got []byte, crashed bool) error {
 	e := t.elements[name]
-	if e == nil || len(got) != t.blocks*Block {
-		return fmt.Errorf("%s: %d bytes, want those of an element with %d", name, len(got), t.blocks*Block)
+	if e == nil || len(got) != len(e.now)*Block {
+		return fmt.Errorf("%s: %d bytes, which are not those of an element", name, len(got))
 	}
-	for b := range t.blocks {
+	for b := range e.now {
 		p := got[b*Block : (b+1)*Block]
 		n := binary.LittleEndian.Uint64(p)
 		if whole := slices.Equal(p, Stamp(n)); !whole || n != e.now[b] && !(crashed && slices.Contains(e.may[b], n)) {
