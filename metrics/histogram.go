@@ -1,7 +1,7 @@
 package metrics
 
 import (
-	dto "github.com/prometheus/client_model/go"
+	"strconv"
 
 	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/monitor"
@@ -10,6 +10,7 @@ import (
 
 // histograms are those of a disk: the sums of its elements'.
 type histograms struct {
+	disk                                                string // the label
 	reads, writes, flushes, syncs, owner, reader, merge histogram
 }
 
@@ -29,13 +30,11 @@ func (h *histograms) add(e *monitor.Element) {
 
 // A histogram is a sum of api.Latency.
 type histogram struct {
-	count   uint64
 	seconds float64
 	buckets [latency.Buckets]uint64
 }
 
 func (h *histogram) add(l api.Latency) {
-	h.count += l.Count
 	h.seconds += l.Seconds
 	i := 0
 	for _, b := range l.Buckets { // ascending; the last one may have no bound
@@ -46,22 +45,23 @@ func (h *histogram) add(l api.Latency) {
 	}
 }
 
-// bounds are the upper bounds of the buckets in seconds, without the last bucket, which has none.
-var bounds = func() (list [latency.Buckets - 1]float64) {
+// bounds are the upper bounds of the buckets in seconds, without the last bucket, which has none; boundLabels are the labels of all.
+var bounds, boundLabels = func() (list [latency.Buckets - 1]float64, labels [latency.Buckets]string) {
 	for i := range list {
 		list[i] = latency.Bound(i).Seconds()
+		labels[i] = label("le", strconv.FormatFloat(list[i], 'g', -1, 64))
 	}
-	return list
+	labels[latency.Buckets-1] = label("le", "+Inf")
+	return list, labels
 }()
 
 // histogram adds a histogram.
-func (c collection) histogram(m metric, h histogram, labels ...*dto.LabelPair) {
-	buckets := make([]*dto.Bucket, len(bounds))
+func (t *text) histogram(f family, h *histogram, labels string) {
 	sum := uint64(0)
-	for i := range bounds {
-		sum += h.buckets[i]
-		buckets[i] = &dto.Bucket{UpperBound: &bounds[i], CumulativeCount: new(sum)}
+	for i, n := range h.buckets {
+		sum += n
+		t.sample(f.name, "_bucket", labels, boundLabels[i], float64(sum))
 	}
-	c[m].Metric = append(c[m].Metric, &dto.Metric{Label: labels, Histogram: &dto.Histogram{
-		SampleCount: new(sum + h.buckets[latency.Buckets-1]), SampleSum: &h.seconds, Bucket: buckets}})
+	t.sample(f.name, "_sum", labels, "", h.seconds)
+	t.sample(f.name, "_count", labels, "", float64(sum))
 }

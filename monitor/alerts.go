@@ -73,10 +73,12 @@ func (a *Alerts) Step(r Report) []Alert {
 	}
 	var news []Alert
 	still := map[string]bool{}
-	on := func(is, stays bool, alert Alert) {
+	// An alert that is begins, and one that is not goes on if it has begun. Most elements have none, so that a text is made
+	// only of one that may be.
+	on := func(is bool, alert Alert) {
 		key := alert.Key()
 		_, before := a.firing[key]
-		if !is && !(before && stays) {
+		if !is && !before {
 			return
 		}
 		still[key] = true
@@ -87,8 +89,10 @@ func (a *Alerts) Step(r Report) []Alert {
 		a.firing[key] = alert
 		news = append(news, alert)
 	}
-	once := func(is bool, alert Alert) { on(is, false, alert) }
-	once(r.Error != "", Alert{Kind: AlertRefused, Severity: critical, Message: "changes are refused: " + r.Error})
+	once := func(alert Alert) { on(true, alert) }
+	if r.Error != "" {
+		once(Alert{Kind: AlertRefused, Severity: critical, Message: "changes are refused: " + r.Error})
+	}
 	for i := range r.Elements {
 		a.judge(&r.Elements[i], on, once)
 	}
@@ -110,7 +114,7 @@ func (a *Alerts) Step(r Report) []Alert {
 }
 
 // judge looks at one element.
-func (a *Alerts) judge(e *Element, on func(is, stays bool, alert Alert), once func(is bool, alert Alert)) {
+func (a *Alerts) judge(e *Element, on func(is bool, alert Alert), once func(alert Alert)) {
 	base := Alert{Disk: e.Disk, Name: e.Name}
 	with := func(kind AlertKind, severity, format string, args ...any) Alert {
 		alert := base
@@ -125,36 +129,46 @@ func (a *Alerts) judge(e *Element, on func(is, stays bool, alert Alert), once fu
 			thresholds = []float64{80, 90, 95}
 		}
 		for _, t := range thresholds {
+			if f.Percent < t-fillMargin {
+				continue
+			}
 			alert := with(AlertFill, warning, "the COW device is %.1f %% full", f.Percent)
 			if t >= 95 {
 				alert.Severity = critical
 			}
 			alert.Value, alert.Threshold = f.Percent, t
-			on(f.Percent >= t, f.Percent >= t-fillMargin, alert)
+			on(f.Percent >= t, alert)
 		}
-		if limit := a.timeToFull(); limit > 0 {
-			alert := with(AlertTimeToFull, warning, "")
-			alert.Threshold = limit.Seconds()
-			left := e.Rates.SecondsToFull
-			if left != nil {
-				alert.Value = *left
-				alert.Message = fmt.Sprintf("%s: the COW device is full in %s at the rate of the last %s", e.Name,
-					Duration(*left), Duration(e.Rates.WindowSeconds))
-			}
-			on(left != nil && *left < limit.Seconds(), left != nil && *left < limit.Seconds()*timeMargin, alert)
+		limit, left := a.timeToFull(), e.Rates.SecondsToFull
+		if limit > 0 && left != nil && *left < limit.Seconds()*timeMargin {
+			alert := with(AlertTimeToFull, warning, "the COW device is full in %s at the rate of the last %s",
+				Duration(*left), Duration(e.Rates.WindowSeconds))
+			alert.Value, alert.Threshold = *left, limit.Seconds()
+			on(*left < limit.Seconds(), alert)
 		}
 		invalid := f.State == api.StateInvalid
-		once(f.Full && !invalid, with(AlertFull, critical, "the COW device is full: writes that need space fail or wait"))
-		once(invalid, with(AlertInvalid, critical, "the snapshot is invalid: its content is lost"))
-		once(f.State == api.StateMergeFailed, with(AlertMergeFailed, critical, "the merge failed: %s", f.Error))
+		if f.Full && !invalid {
+			once(with(AlertFull, critical, "the COW device is full: writes that need space fail or wait"))
+		}
+		if invalid {
+			once(with(AlertInvalid, critical, "the snapshot is invalid: its content is lost"))
+		}
+		if f.State == api.StateMergeFailed {
+			once(with(AlertMergeFailed, critical, "the merge failed: %s", f.Error))
+		}
 		if f.Error != "" && !invalid && f.State != api.StateMergeFailed {
 			failed, reason = true, f.Error
 		}
 	}
-	once(failed, with(AlertFailed, critical, "failed: %s", reason))
-	if m := e.Merge; m != nil {
-		once(m.State == api.MergeDone, with(AlertMergeDone, info, "the merge of %s is done", m.Node))
-		once(m.State == api.MergeFailed, with(AlertMergeFailed, critical, "the merge of %s failed: %s", m.Node, m.Error))
+	if failed {
+		once(with(AlertFailed, critical, "failed: %s", reason))
+	}
+	switch m := e.Merge; {
+	case m == nil:
+	case m.State == api.MergeDone:
+		once(with(AlertMergeDone, info, "the merge of %s is done", m.Node))
+	case m.State == api.MergeFailed:
+		once(with(AlertMergeFailed, critical, "the merge of %s failed: %s", m.Node, m.Error))
 	}
 }
 
