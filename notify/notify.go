@@ -10,6 +10,8 @@
 //   - A waiting event is replaced by a later one of the same key: a server that was away gets the latest state.
 //   - A delivery that fails is repeated after 1 second, then 2, 4 and so on up to a minute, and given up after 15 minutes.
 //     Each attempt ends after 10 seconds, whatever the other side does.
+//   - The URL and the program have a queue each, and between the attempts of one event others are delivered: what one of them always
+//     refuses delays nothing else.
 //   - No part of the URL but its scheme and host is logged: the rest may be a secret.
 package notify
 
@@ -24,6 +26,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -123,7 +126,8 @@ func (n *Notifier) Close() {
 	n.done.Wait()
 }
 
-// A sink is one destination with its queue.
+// A sink is one destination with its queue. Each has its own, so that one that fails does not delay the other; and an event that is
+// refused is tried again later, after others, so that it does not delay them either.
 type sink struct {
 	name string
 	limits
@@ -132,110 +136,133 @@ type sink struct {
 	wake    chan struct{}
 
 	mu      sync.Mutex
-	queue   []Event
-	busy    bool // an event is being delivered
-	dropped int  // since the last event was taken
+	queue   []*waiting // the oldest first
+	busy    *waiting   // is being delivered, and not in the queue
+	dropped int        // since the last event was taken
 }
 
+// waiting is an event that was not delivered yet.
+type waiting struct {
+	Event
+	attempts int
+	began    time.Time // of the first attempt
+	due      time.Time // of the next one
+	pause    time.Duration
+}
+
+// add queues an event, in the place of one of the same key.
 func (s *sink) add(e Event) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for i := range s.queue {
-		if s.queue[i].Key == e.Key {
-			s.queue[i] = e
-			return
+	w := &waiting{Event: e, pause: s.first}
+	if i := s.find(w.Key); i >= 0 {
+		s.queue[i] = w
+	} else {
+		if len(s.queue) == s.limits.queue {
+			s.queue = s.queue[1:]
+			s.dropped++
 		}
+		s.queue = append(s.queue, w)
 	}
-	if len(s.queue) == s.limits.queue {
-		s.queue = s.queue[1:]
-		s.dropped++
-	}
-	s.queue = append(s.queue, e)
 	select {
 	case s.wake <- struct{}{}:
 	default:
 	}
 }
 
+// again queues an event that failed before all others, as it is older; it is dropped when there is no space. mu is held.
+func (s *sink) again(w *waiting) {
+	if len(s.queue) == s.limits.queue {
+		s.dropped++
+		return
+	}
+	w.due = time.Now().Add(w.pause)
+	w.pause = min(2*w.pause, s.longest)
+	s.queue = slices.Insert(s.queue, 0, w)
+}
+
+// find returns the place of a key in the queue, or -1. mu is held.
+func (s *sink) find(key string) int {
+	return slices.IndexFunc(s.queue, func(w *waiting) bool { return w.Key == key })
+}
+
 func (s *sink) idle() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return len(s.queue) == 0 && !s.busy
+	return len(s.queue) == 0 && s.busy == nil
 }
 
-// next takes the first event, and says how many were dropped before it.
-func (s *sink) next() (e Event, dropped int, ok bool) {
+// next takes the event that is due and had the fewest attempts: a new one does not wait for those that fail. Without one it returns
+// when the first will be due, zero: none. dropped is how many were dropped since the last call that took one.
+func (s *sink) next(now time.Time) (w *waiting, dropped int, due time.Time) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.busy = len(s.queue) > 0; !s.busy {
-		return e, 0, false
+	best := -1
+	for i, w := range s.queue {
+		switch {
+		case w.due.After(now):
+			if due.IsZero() || w.due.Before(due) {
+				due = w.due
+			}
+		case best < 0 || w.attempts < s.queue[best].attempts:
+			best = i
+		}
 	}
-	e, s.queue = s.queue[0], s.queue[1:]
+	if best < 0 {
+		return nil, 0, due
+	}
+	s.busy = s.queue[best]
+	s.queue = slices.Delete(s.queue, best, best+1)
 	dropped, s.dropped = s.dropped, 0
-	return e, dropped, true
+	return s.busy, dropped, time.Time{}
 }
 
 func (s *sink) loop(ctx context.Context) {
-	for {
-		e, dropped, ok := s.next()
-		if !ok {
-			select {
-			case <-ctx.Done():
-				return
-			case <-s.wake:
-				continue
-			}
-		}
+	for ctx.Err() == nil {
+		w, dropped, due := s.next(time.Now())
 		if dropped > 0 {
 			s.log(fmt.Sprintf("%s: %d notifications were dropped: too many are waiting", s.name, dropped))
 		}
-		s.try(ctx, e)
-		if ctx.Err() != nil {
-			return
+		if w != nil {
+			s.try(ctx, w)
+			continue
 		}
-	}
-}
-
-// try delivers an event, or gives it up.
-func (s *sink) try(ctx context.Context, e Event) {
-	pause, began := s.first, time.Now()
-	for attempt := 1; ; attempt++ {
-		one, cancel := context.WithTimeout(ctx, s.attempt)
-		err := s.deliver(one, e)
-		cancel()
-		if err == nil || ctx.Err() != nil {
-			return
-		}
-		if time.Since(began)+pause > s.giveUp {
-			s.log(fmt.Sprintf("%s: a notification (%s) is given up after %d attempts: %v", s.name, e.Key, attempt, err))
-			return
-		}
-		if attempt == 1 {
-			s.log(fmt.Sprintf("%s: a notification (%s) is repeated: %v", s.name, e.Key, err))
+		var timer <-chan time.Time // nil: nothing waits
+		if !due.IsZero() {
+			timer = time.After(time.Until(due))
 		}
 		select {
 		case <-ctx.Done():
-			return
-		case <-time.After(pause):
-		}
-		pause = min(2*pause, s.longest)
-		if later, ok := s.takeKey(e.Key); ok { // what changed meanwhile is delivered instead
-			e = later
+		case <-s.wake:
+		case <-timer:
 		}
 	}
 }
 
-// takeKey takes the waiting event of a key.
-func (s *sink) takeKey(key string) (Event, bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for i, e := range s.queue {
-		if e.Key == key {
-			s.queue = append(s.queue[:i:i], s.queue[i+1:]...)
-			return e, true
-		}
+// try makes one attempt to deliver an event. One that fails is queued again, unless a later one of its key waits, or it is given up.
+func (s *sink) try(ctx context.Context, w *waiting) {
+	if w.attempts == 0 {
+		w.began = time.Now()
 	}
-	return Event{}, false
+	w.attempts++
+	one, cancel := context.WithTimeout(ctx, s.attempt)
+	err := s.deliver(one, w.Event)
+	cancel()
+	s.mu.Lock()
+	s.busy = nil
+	later := s.find(w.Key) >= 0
+	givenUp := err != nil && !later && time.Since(w.began)+w.pause > s.giveUp
+	if err != nil && !later && !givenUp {
+		s.again(w)
+	}
+	s.mu.Unlock()
+	switch {
+	case err == nil || ctx.Err() != nil:
+	case givenUp:
+		s.log(fmt.Sprintf("%s: a notification (%s) is given up after %d attempts: %v", s.name, w.Key, w.attempts, err))
+	case w.attempts == 1:
+		s.log(fmt.Sprintf("%s: a notification (%s) is repeated: %v", s.name, w.Key, err))
+	}
 }
 
 // post sends an event. Its errors do not contain the URL.

@@ -167,6 +167,36 @@ func TestLatestStateIsDelivered(t *testing.T) {
 	fail.Store(false)
 }
 
+// An event that a receiver always refuses delays no other event, of that receiver or of the other one.
+func TestRefusedEventDelaysNothing(t *testing.T) {
+	limits := short
+	limits.first, limits.longest = time.Hour, time.Hour // whoever waits for another attempt waits too long
+	limits.giveUp = 24 * time.Hour
+	refuse := func(body string) bool { return strings.Contains(body, `"n":1`) }
+	v := newReceiver(t, nil)
+	v.answer = func(n int, w http.ResponseWriter, r *http.Request) {
+		if r := v.received(); refuse(r[len(r)-1]) {
+			w.WriteHeader(400)
+		}
+	}
+	out := filepath.Join(t.TempDir(), "out")
+	n, err := newNotifier(Options{URL: v.URL, Command: `echo "$NUMBER" >>` + out}, limits)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	for i := range 3 {
+		n.Send(event(fmt.Sprint("key", i), i+1))
+	}
+	until(t, "what the URL accepts", func() bool { return len(v.received()) == 3 })
+	until(t, "what the command gets", func() bool { b, _ := os.ReadFile(out); return strings.Count(string(b), "\n") == 3 })
+	if got := strings.Join(v.received(), ""); got != `{"n":1}{"n":2}{"n":3}` {
+		t.Errorf("received %s", got)
+	}
+	n.Send(event("key0", 4)) // the later state of what was refused is not delayed either
+	until(t, "the later event", func() bool { return len(v.received()) == 4 })
+}
+
 func TestGivenUp(t *testing.T) {
 	v := newReceiver(t, func(n int, w http.ResponseWriter, r *http.Request) { w.WriteHeader(404) })
 	var l logged
