@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"slices"
 	"sync/atomic"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -213,9 +214,11 @@ func (m *treeMerge) sealTop(ctx context.Context) (chain *stack.Chain, left uint6
 	}
 	defer release()
 	if left = m.node.dev.view.Load().top.store.Len(); left > 0 {
-		if err := f.sealUnnamed(m.node, "merge pass"); err != nil {
+		pause, err := f.sealUnnamed(m.node, "merge pass")
+		if err != nil {
 			return nil, 0, err
 		}
+		m.node.mergeWaits.Add(pause)
 	}
 	return m.node.dev.view.Load().chain, left, nil
 }
@@ -309,9 +312,10 @@ func (m *treeMerge) finish(ctx context.Context) error {
 	}
 	defer release()
 	dev := m.node.dev
-	dev.gate.Lock()
+	closed, waited := lockGates([]*changeGate{&dev.gate})
 	old, err := m.finishLocked(ctx)
 	dev.gate.Unlock()
+	m.node.mergeWaits.Add(max(waited, time.Since(closed)))
 	if old != nil {
 		old.origin.RetryPaused()
 		old.unpin()

@@ -49,6 +49,10 @@ func TestPausedMerge(t *testing.T) {
 			t.Errorf("resume: %+v, %v", m, err)
 		}
 		f.waitMerged("golden")
+		e, err := f.Element("vm")
+		if err != nil || e.Counters == nil || e.Counters.MergeWaits.Count < 2 || e.Counters.MergeWaits.Seconds <= 0 { // for a pass, and for the end
+			t.Errorf("waits for the merge: %+v, %v", e.Counters, err)
+		}
 		if _, err := f.ResumeMerge(t.Context(), "vm"); codeOf(err) != api.CodeNoMerge {
 			t.Errorf("resume of a merge that is complete: %v", err)
 		}

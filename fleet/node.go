@@ -10,6 +10,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -26,6 +27,8 @@ type node struct {
 
 	observed atomic.Pointer[activity.Device] // what is exported; nil: it is not observed
 	busy     string                          // the operation that uses it; Fleet.mu is held
+
+	mergeWaits latency.Recorder // how long changes waited for its merges, each time
 }
 
 // snapshotOptions are those of the tops of nodes over a disk.

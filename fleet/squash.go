@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"time"
 
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -92,7 +93,7 @@ func (f *Fleet) beginSquash(ctx context.Context, name string) (*squash, error) {
 		return nil, nil
 	}
 	if written {
-		if err := f.sealUnnamed(n, "squash"); err != nil {
+		if _, err := f.sealUnnamed(n, "squash"); err != nil {
 			return nil, err
 		}
 	}
@@ -103,14 +104,13 @@ func (f *Fleet) beginSquash(ctx context.Context, name string) (*squash, error) {
 	return s, nil
 }
 
-// sealUnnamed makes the top of a node an unnamed checkpoint. ops is held.
-func (f *Fleet) sealUnnamed(n *node, op string) error {
+// sealUnnamed makes the top of a node an unnamed checkpoint. pause is as of sealAll. ops is held.
+func (f *Fleet) sealUnnamed(n *node, op string) (pause time.Duration, err error) {
 	s, err := f.prepareSeal(n)
 	if err != nil {
-		return err
+		return 0, err
 	}
-	_, err = f.sealAll([]*seal{s}, f.newChange(op), "", nil)
-	return err
+	return f.sealAll([]*seal{s}, f.newChange(op), "", nil)
 }
 
 func (s *squash) prepare() (err error) {

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 
-	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -169,7 +168,7 @@ func (f *Fleet) nodeElement(r *nodeRecord, depth int) api.Element {
 	}
 	defer v.unpin()
 	g := figures.Of(v.snap.Status())
-	c := figures.Counters(v.snap.Counters(), latency.Histogram{})
+	c := figures.Counters(v.snap.Counters(), n.mergeWaits.Histogram())
 	e.Figures, e.Counters, e.Activity = &g, &c, figures.Activity(n.observed.Load())
 	if g.Error != "" && e.Error == "" {
 		e.State, e.Error = stateOf(errors.New(g.Error))

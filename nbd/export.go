@@ -74,8 +74,8 @@ func (e *export) failed(s *Server, r wire.Request, err error) {
 		return
 	}
 	s.log.Event(slog.LevelError,
-		fmt.Sprintf("export %q: command %d on %d bytes at byte %d: %v", e.Name, r.Command, r.Length, r.Offset, err),
-		"request failed", err, slog.String("export", e.Name), slog.Int("command", int(r.Command)),
+		fmt.Sprintf("export %q: %v of %d bytes at byte %d: %v", e.Name, r.Command, r.Length, r.Offset, err),
+		"request failed", err, slog.String("export", e.Name), slog.String("command", r.Command.String()),
 		slog.Uint64("offset", r.Offset), slog.Uint64("length", uint64(r.Length)))
 }
 

@@ -93,7 +93,7 @@ func (c *conn) validate(r wire.Request) (wire.Errno, string) {
 		return wire.EINVAL, fmt.Sprintf("unknown command %d", r.Command)
 	}
 	if r.Flags&^known != 0 {
-		return wire.EINVAL, fmt.Sprintf("flags 0x%x don't go with command %d", uint16(r.Flags&^known), r.Command)
+		return wire.EINVAL, fmt.Sprintf("flags 0x%x don't go with %v", uint16(r.Flags&^known), r.Command)
 	}
 	if changes && (e.ReadOnly || c.readOnly) {
 		return wire.EPERM, "export is read-only"

@@ -278,6 +278,9 @@ func TestDeviceErrors(t *testing.T) {
 		if c.want == wire.EIO && (len(log) != 6 || !strings.Contains(log[0], c.err.Error())) {
 			t.Errorf("log: %q, want a line for each command that failed", log)
 		}
+		if all := strings.Join(log, "\n"); c.want == wire.EIO && !(strings.Contains(all, "trim of 512 bytes at byte 0") && strings.Contains(all, "write zeroes of")) {
+			t.Errorf("log: %q, want the names of commands", log)
+		}
 		mu.Unlock()
 	}
 }

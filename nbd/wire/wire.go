@@ -14,7 +14,10 @@
 // what is encoded decodes to the same value.
 package wire
 
-import "encoding/binary"
+import (
+	"encoding/binary"
+	"fmt"
+)
 
 // The magic numbers.
 const (
@@ -110,6 +113,16 @@ const (
 	CmdWriteZeroes Command = 6 // NBD_CMD_WRITE_ZEROES
 	CmdBlockStatus Command = 7 // NBD_CMD_BLOCK_STATUS
 )
+
+var commandNames = [...]string{"read", "write", "disconnect", "flush", "trim", "cache", "write zeroes", "block status"}
+
+// String returns the command's name, as "read", or "command N" of one that the protocol does not have.
+func (c Command) String() string {
+	if int(c) < len(commandNames) {
+		return commandNames[c]
+	}
+	return fmt.Sprintf("command %d", uint16(c))
+}
 
 // CommandFlags refine a command.
 type CommandFlags uint16
