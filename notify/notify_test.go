@@ -170,7 +170,7 @@ func TestLatestStateIsDelivered(t *testing.T) {
 // An event that a receiver always refuses delays no other event, of that receiver or of the other one.
 func TestRefusedEventDelaysNothing(t *testing.T) {
 	limits := short
-	limits.first, limits.longest = time.Hour, time.Hour // whoever waits for another attempt waits too long
+	limits.first, limits.longest = time.Hour, time.Hour // what waits for another attempt waits too long
 	limits.giveUp = 24 * time.Hour
 	refuse := func(body string) bool { return strings.Contains(body, `"n":1`) }
 	v := newReceiver(t, nil)
