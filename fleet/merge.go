@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/stack"
 	"github.com/dmsnap/dmsnap/store"
@@ -132,7 +133,7 @@ func (f *Fleet) canMerge(n *node, top *layerRecord) error {
 	case d.Merging != "" && d.Merging != n.name:
 		return refuse(api.CodeAlreadyMerging, "node %q is being merged into disk %q", d.Merging, d.Name)
 	case f.disks[d.Name].exported != nil && c.Connections > 0:
-		return refuse(api.CodeInUse, "disk %q has %d clients, beneath which its content would change", d.Name, c.Connections)
+		return refuse(api.CodeInUse, "disk %q is used by %s, beneath which its content would change", d.Name, text.Count(uint64(c.Connections), "client"))
 	case top.Size < d.Size:
 		return refuse(api.CodeBadRequest, "node %q has %d bytes, and disk %q has %d, and is not made shorter", n.name, top.Size, d.Name, d.Size)
 	}

@@ -273,7 +273,7 @@ func (f *Fleet) dropRecord(name string) (gone *node, err error) {
 	case f.state.checkpoint(name) != nil:
 		r := f.state.checkpoint(name)
 		if n := f.state.kids[r.ID]; n > 0 {
-			return nil, refuse(api.CodeHasChildren, "checkpoint %q has %d children", name, n)
+			return nil, refuse(api.CodeHasChildren, "checkpoint %q has children: %d", name, n)
 		}
 		c.DropLayers = append([]uint64{r.ID}, f.state.orphans(r.Parent)...)
 		e.Disk = r.Disk

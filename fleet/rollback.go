@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -36,7 +37,7 @@ func (f *Fleet) rollback(ctx context.Context, q api.RollbackRequest) (*node, err
 		return nil, err
 	}
 	if c, _ := f.nbd.Counters(n.name); c.Connections > 0 && !q.Force {
-		return nil, refuse(api.CodeInUse, "node %q has %d clients: force disconnects them", n.name, c.Connections)
+		return nil, refuse(api.CodeInUse, "node %q is used by %s; force disconnects clients", n.name, text.Count(uint64(c.Connections), "client"))
 	}
 	t, err := f.makeTop(n, b, size)
 	if err != nil {

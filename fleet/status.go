@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"errors"
 
-	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/server/figures"
@@ -181,7 +180,7 @@ func (f *Fleet) uri(name string) string {
 	if f.uriBase == nil {
 		return ""
 	}
-	return nbd.ExportURI(f.uriBase, name, f.opts.NBD.TLS != nil && f.opts.NBD.RequireTLS)
+	return f.opts.NBD.URI(f.uriBase, name)
 }
 
 // Disk returns one disk.

@@ -141,6 +141,11 @@ func escape(s string) string {
 	return string(b)
 }
 
+// URI is ExportURI for a listener of a server with these options: with TLS where clients there have to start it.
+func (o *Options) URI(l net.Addr, name string) string {
+	return ExportURI(l, name, o.TLS != nil && o.RequireTLS && !(o.PlainUnix && l.Network() == "unix"))
+}
+
 // ExportURI returns the URI of an export on a listener. The path of a unix socket is made absolute: the client may work in
 // another directory.
 func ExportURI(l net.Addr, name string, tls bool) string {

@@ -5,7 +5,6 @@ import (
 	"unicode/utf8"
 
 	"github.com/dmsnap/dmsnap/latency"
-	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/server/figures"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -16,7 +15,7 @@ func (s *Server) uri(name string) string {
 	if s.addr == nil {
 		return ""
 	}
-	return nbd.ExportURI(s.addr, name, s.opts.NBD.TLS != nil && s.opts.NBD.RequireTLS)
+	return s.opts.NBD.URI(s.addr, name)
 }
 
 // Status returns everything that is served. URIs are those of the listener that Start got; "" before.

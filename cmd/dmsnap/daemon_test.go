@@ -267,6 +267,7 @@ func TestDaemonAccess(t *testing.T) {
 	}
 	mustRun(t, "fork", "base", "vm1", "--control", d.control)
 	dmsnap("fork", "base", "vm2", "--control", d.control).wantRefused(t, "policy allows 1")
+	mustRun(t, "export", "vm1", filepath.Join(t.TempDir(), "out"), "--control", d.control) // over the unix socket, which has no TLS
 	config, err := source.LoadTLS(dir)
 	if err != nil {
 		t.Fatal(err)

@@ -116,7 +116,7 @@ what it had. A disk with nodes or checkpoints can't be removed. Its source is ne
 		case api.Disk:
 			return textTo(c).Disk(r)
 		}
-		return printDropped(c, reply.(dropped))
+		return printf(c, "%s removed\n", printable(reply.(dropped).Name))
 	})
 	f := c.Flags()
 	f.StringVar(&q.Format, "format", "", "with add: raw or qcow2 (default: it is found out)")
@@ -192,11 +192,7 @@ checkpoints stay. It is refused while clients are connected; --force disconnects
 		Args:    cobra.ExactArgs(2),
 	}, func(ctx context.Context, ctl *api.Client, args []string) (api.Element, error) {
 		q.Node, q.Checkpoint = args[0], args[1]
-		e, err := ctl.Rollback(ctx, q)
-		if api.HasCode(err, api.CodeInUse) && !q.Force {
-			err = fmt.Errorf("%w; --force disconnects them", err)
-		}
-		return e, err
+		return ctl.Rollback(ctx, q)
 	}, printElement)
 	c.Flags().BoolVar(&q.Force, "force", false, "disconnect the clients of NODE")
 	c.Flags().BoolVar(&q.Durable, "durable", false, "wait until it is on the disk")

@@ -12,7 +12,6 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/fleet"
-	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
 )
 
@@ -85,8 +84,7 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 		return err
 	}
 	for _, l := range listeners {
-		uri := nbd.ExportURI(l.Addr(), "", c.Certificates != "" && l.Addr().Network() != "unix")
-		options.URIs = append(options.URIs, uri)
+		options.URIs = append(options.URIs, o.NBD.URI(l.Addr(), ""))
 	}
 	d, err := New(f, options)
 	if err != nil {
