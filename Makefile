@@ -74,9 +74,9 @@ check-format:
 
 # The race detector sleeps a second at the end of every process, unless told otherwise; many tests start processes.
 .PHONY: race
-race: ## the tests under the race detector, but those of the page in a browser (needs a C compiler)
+race: ## the tests under the race detector, but those of the page in a browser and of the tree (needs a C compiler)
 	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
-	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m -ldflags='-s -w' $(RACEFLAGS) $$($(GO) list $(TESTED) | grep -v /test/browser)
+	 GORACE=atexit_sleep_ms=10 $(GO) test -race -timeout 20m -ldflags='-s -w' $(RACEFLAGS) $$($(GO) list $(TESTED) | grep -v -e /test/browser -e 'dmsnap/dmsnap$$')
 
 .PHONY: race-short
 race-short: ## the same without the long random tests: what CI has time for

@@ -260,10 +260,7 @@ func judge(t *testing.T, d *diff.Diff, a, b []byte) {
 
 // The stores of a real kernel: what Verified calls changed is where the snapshot's view differs.
 func TestKernelStores(t *testing.T) {
-	cases, err := kernelcase.All()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cases := kernelcase.All(t)
 	seen := 0
 	for _, c := range cases {
 		// The second series repeats the first with other chunk sizes and seeds; images take time to unpack.

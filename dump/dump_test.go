@@ -122,10 +122,7 @@ func TestBothWays(t *testing.T) {
 
 // TestKernelCases: a kernel's stores, with their data, byte for byte; packed too.
 func TestKernelCases(t *testing.T) {
-	cases, err := kernelcase.All()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cases := kernelcase.All(t)
 	for _, c := range cases {
 		if c.Header == nil {
 			continue

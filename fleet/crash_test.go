@@ -92,13 +92,13 @@ type killing struct {
 
 // TestKill copies the directory after every line of the journal, opens the copy, and compares the tree and the content.
 func TestKill(t *testing.T) {
-	// Every line is one of the test's own goroutine.
-	every := settleEvery
-	t.Cleanup(func() { settleEvery = every }) // after the fleet was closed
-	settleEvery = time.Hour
+	withoutSettling(t) // every line is one of the test's own goroutine
 	k := newKilling(t, 3)
 	k.watch()
 	steps := 80
+	if testing.Short() {
+		steps = 24
+	}
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		steps = 2000
 	}
@@ -111,6 +111,13 @@ func TestKill(t *testing.T) {
 	k.mu.Lock()
 	k.appended = nil
 	k.mu.Unlock()
+}
+
+// withoutSettling keeps the fleets that are made after it from making their state durable on their own.
+func withoutSettling(t *testing.T) {
+	every := settleEvery
+	t.Cleanup(func() { settleEvery = every }) // after the fleet was closed
+	settleEvery = time.Hour
 }
 
 // newKilling makes a fleet of one disk with zeros.

@@ -532,6 +532,7 @@ func TestVanishedDisk(t *testing.T) {
 
 // TestVersion is another one after each change that alerts depend on, and the same after a read.
 func TestVersion(t *testing.T) {
+	withoutSettling(t)
 	f := newFleet(t, Options{})
 	last := f.Version()
 	changed := func(want bool, what string) {

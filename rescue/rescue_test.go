@@ -222,10 +222,7 @@ func TestLive(t *testing.T) {
 }
 
 func TestKernelCases(t *testing.T) {
-	cases, err := kernelcase.All()
-	if err != nil {
-		t.Fatal(err)
-	}
+	cases := kernelcase.All(t)
 	invalid := 0
 	for _, c := range cases {
 		if c.Store == "N" {
