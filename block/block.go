@@ -67,6 +67,10 @@ var ErrReadOnly = errors.New("device is read-only")
 // the kernel) in a way that excludes the requested use.
 var ErrInUse = errors.New("already in use")
 
+// ErrUnavailable reports a read of what a server did not deliver. The device may be used on, and a later read may succeed: a snapshot over it stays
+// valid.
+var ErrUnavailable = errors.New("not delivered by the server")
+
 // ErrNotFast reports that a range can't be zeroed any faster than by writing zeros (see [OnlyFast]).
 var ErrNotFast = errors.New("no fast way to write zeros")
 

@@ -90,6 +90,12 @@ func (f *Fleet) openDisk(r *diskRecord) *disk {
 	return d
 }
 
+// isFetched reports whether reads of the disk may wait for a server. What was read once is kept on this host.
+func (d *disk) isFetched() bool {
+	file, is := d.file.(interface{ IsFetched() bool })
+	return is && file.IsFetched()
+}
+
 // setFile makes the disk usable.
 func (d *disk) setFile(file cowfile.Origin) {
 	d.file, d.ground = file, newGround(firstBytes(file, d.size))
@@ -124,13 +130,21 @@ func (f *Fleet) AddDisk(ctx context.Context, q api.AddDiskRequest) (api.Disk, er
 	if err != nil {
 		return api.Disk{}, err
 	}
-	defer release()
-	if err := f.free(q.Name); err != nil {
-		return api.Disk{}, err
-	}
-	file, err := f.openSource(q.Source, q.Format, q.Raw)
+	err = f.free(q.Name)
+	release()
 	if err != nil {
 		return api.Disk{}, err
+	}
+	file, err := f.openSource(q.Source, q.Format, q.Raw) // other operations go on: it may wait for a server
+	if err != nil {
+		return api.Disk{}, err
+	}
+	if release, err = f.acquire(ctx); err != nil {
+		return api.Disk{}, errors.Join(err, file.Close())
+	}
+	defer release()
+	if err := f.free(q.Name); err != nil {
+		return api.Disk{}, errors.Join(err, file.Close())
 	}
 	c := f.newChange("add disk")
 	r := diskRecord{Name: q.Name, Source: q.Source, Format: file.Format(), Raw: q.Raw, Size: file.Size(), Created: c.Time}

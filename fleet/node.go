@@ -118,7 +118,7 @@ func (f *Fleet) newView(name string, b base, top *layer, size int64) (*view, err
 	if size > b.chain.Size() {
 		below = stack.New(b.chain, size)
 	}
-	v := &view{origin: snapshot.NewOrigin(below), chain: b.chain, top: top, below: b.layers}
+	v := &view{origin: snapshot.NewOrigin(below), chain: b.chain, top: top, below: b.layers, fetched: b.disk.isFetched()}
 	opts := f.snapshotOptions(name, b.disk)
 	var err error
 	if top.store == nil { // it was there before the fleet was opened

@@ -18,6 +18,7 @@ type view struct {
 	chain   *stack.Chain // below the top
 	top     *layer
 	below   []*layer // the sealed ones, bottom-up, without preserve layers
+	fetched bool     // the base is one that is fetched from a server
 	clean   atomic.Bool
 	release func(*view) // called once, when nothing uses it any more
 }
@@ -149,8 +150,24 @@ func (d *nodeDevice) changeNow(do func(*snapshot.Snapshot) error) error {
 	return err
 }
 
+// fetch is Snapshot.Fetch, before a change is in flight.
+func (d *nodeDevice) fetch(off, n int64) error {
+	v := d.pin()
+	if v == nil {
+		return fs.ErrClosed
+	}
+	defer v.unpin()
+	if !v.fetched {
+		return nil
+	}
+	return v.snap.Fetch(off, n)
+}
+
 // WriteAt writes to the node's top.
 func (d *nodeDevice) WriteAt(p []byte, off int64) (int, error) {
+	if err := d.fetch(off, int64(len(p))); err != nil {
+		return 0, err
+	}
 	if err := d.change(false, writeOf(p, off)); err != nil {
 		return 0, err
 	}
@@ -159,6 +176,9 @@ func (d *nodeDevice) WriteAt(p []byte, off int64) (int, error) {
 
 // WriteDurableAt is WriteAt, durable when it returns.
 func (d *nodeDevice) WriteDurableAt(p []byte, off int64) error {
+	if err := d.fetch(off, int64(len(p))); err != nil {
+		return err
+	}
 	return d.change(true, writeOf(p, off))
 }
 
@@ -171,6 +191,9 @@ func writeOf(p []byte, off int64) func(*snapshot.Snapshot) error {
 
 // ZeroAt makes a range read as zeros.
 func (d *nodeDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
+	if err := d.fetch(off, n); err != nil {
+		return err
+	}
 	return d.change(false, func(s *snapshot.Snapshot) error { return s.ZeroAt(off, n, flags) })
 }
 

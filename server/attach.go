@@ -254,6 +254,9 @@ func (s *Server) setDefault() {
 // attachDevice makes the snapshot on an open COW device and exports it.
 func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error) {
 	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow, Size: a.size}
+	if file, is := s.file.(interface{ IsFetched() bool }); is {
+		opts.Fetched = file.IsFetched()
+	}
 	if a.fixed {
 		opts.Grow = snapshot.Growth{}
 	}

@@ -122,7 +122,32 @@ func (s *Snapshot) change(op string, pl payload, off, n int64) error {
 	if err := block.CheckRange(op, off, n, s.size); err != nil {
 		return err
 	}
+	if s.opts.Fetched {
+		if err := s.Fetch(off, n); err != nil {
+			return err
+		}
+	}
 	return s.origin.changing(func() error { return s.changeNow(pl, off, n) })
+}
+
+// Fetch reads the chunks of which a change of n bytes at off keeps a part. Over an origin that is fetched from a server the change does
+// not wait for that then: flushes and checkpoints wait for changes that are in flight.
+func (s *Snapshot) Fetch(off, n int64) error {
+	if err := block.CheckRange("write", off, n, s.size); err != nil {
+		return err
+	}
+	chunk, last := s.store.Layout().ChunkBytes(), int64(-1)
+	for _, edge := range [2]int64{off, off + n} {
+		from := edge - edge%chunk
+		if from == edge || from == last {
+			continue
+		}
+		last = from
+		if _, err := s.ReadAt(make([]byte, min(chunk, s.size-from)), from); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // changeNow applies pl, as far as there is space. Doing it again does no harm. Like a request to the origin, a long one
@@ -190,6 +215,10 @@ func (s *Snapshot) changePiece(pl payload, off, n int64) (int64, error) {
 		if none := s.noRoom(err); none != nil {
 			r.Cancel()
 			return 0, none
+		}
+		if errors.Is(err, block.ErrUnavailable) { // only this request fails: the snapshot shows what it did
+			r.Cancel()
+			return 0, err
 		}
 		return 0, s.invalidate(reasonIO, err)
 	}

@@ -37,6 +37,8 @@ type Options struct {
 	FullPolicy func() FullPolicy
 	Grow       Growth
 	Size       int64 // of the snapshot in bytes, a multiple of 512; 0: the origin's
+	// Fetched: reads of the origin may wait for a server, and what was read once does not. Changes call Fetch first.
+	Fetched bool
 
 	// Notify is called when something happens that no request reports. It may be called from any
 	// goroutine, inside requests, and must neither block nor call back.

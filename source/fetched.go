@@ -53,6 +53,9 @@ func (d *Disk) Fetched() *ondemand.Disk {
 	return d.fetched
 }
 
+// IsFetched reports whether what is read is fetched from a server and kept in a cache.
+func (d *Disk) IsFetched() bool { return d.fetched != nil }
+
 // openFetched opens a disk that is fetched as it is read.
 func (d *Disk) openFetched(name string, o Options) (block.Device, error) {
 	d.onlyRead = fetchedKind

@@ -8,7 +8,7 @@
 //
 //   - What is read was verified: by the digests of package layer, or, of a file on a web server, by its entity tag. A disk stays
 //     the one that was opened, wherever its reference points later.
-//   - A read that needs the server ends within the timeout of remote.Options. Reads hold no lock while they wait, except that others which need
+//   - A read that needs the server ends within the timeout of remote.Options; one that fails is block.ErrUnavailable. Reads hold no lock while they wait, except that others which need
 //     the same unit of 64 KiB wait for it, too.
 //   - A unit is fetched once for all readers of the cache. Reads in order are fetched ahead, several requests at a time.
 //   - A reference that was opened before can be opened while the server gives no answer; what is in the cache can be read.

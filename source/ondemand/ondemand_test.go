@@ -311,17 +311,22 @@ func TestHungServerBlocksNothing(t *testing.T) {
 	if _, err := d.ReadAt(p, 0); err != nil {
 		t.Fatal(err)
 	}
-	snap, err := snapshot.NewOrigin(d).Attach(block.NewMemory(8<<20), snapshot.Options{ChunkSectors: 8})
+	snap, err := snapshot.NewOrigin(d).Attach(block.NewMemory(8<<20), snapshot.Options{ChunkSectors: 8, Fetched: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer snap.Close()
 	g.faults.Set(testremote.Hang, 1)
-	hung := make(chan error, 1)
+	hung := make(chan error, 2)
 	go func() {
 		_, err := snap.ReadAt(make([]byte, 1<<20), 4<<20)
 		hung <- err
 	}()
+	go func() { // it needs the rest of its chunk
+		_, err := snap.WriteAt(p[:512], 2<<20)
+		hung <- err
+	}()
+	time.Sleep(100 * time.Millisecond) // for both to begin
 	done := make(chan error, 1)
 	go func() {
 		_, err := snap.WriteAt(p, 8192)
@@ -335,10 +340,21 @@ func TestHungServerBlocksNothing(t *testing.T) {
 			t.Error(err)
 		}
 	case err := <-hung:
-		t.Errorf("the read ended first: %v", err)
+		t.Errorf("a request without an answer ended first: %v", err)
+		hung <- err
 	}
-	if err := <-hung; err == nil {
-		t.Error("a read without an answer succeeded")
+	for range 2 {
+		if err := <-hung; !errors.Is(err, block.ErrUnavailable) {
+			t.Errorf("a request without an answer: %v", err)
+		}
+	}
+	g.faults.Set("", 0) // the snapshot stays valid
+	if _, err := snap.WriteAt(p[:512], 2<<20); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, 4096)
+	if _, err := snap.ReadAt(got, 2<<20); err != nil || !bytes.Equal(got[512:], g.content[2<<20+512:2<<20+4096]) || !bytes.Equal(got[:512], p[:512]) {
+		t.Errorf("%v, or other bytes", err)
 	}
 }
 

@@ -60,7 +60,7 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	for rest, at := p, off; len(rest) > 0; {
 		part, err := d.find(at, r)
 		if err != nil {
-			return 0, err
+			return 0, unavailable{err}
 		}
 		to := rest[:min(part.n, int64(len(rest)))]
 		rest, at = rest[len(to):], at+int64(len(to))
@@ -79,10 +79,16 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 		return len(p), nil
 	}
 	if err := d.fetchAll(r.context(), missing); err != nil {
-		return 0, err
+		return 0, unavailable{err}
 	}
 	return len(p), nil
 }
+
+// unavailable is the error of a read that needs the server: it is block.ErrUnavailable, too.
+type unavailable struct{ error }
+
+func (u unavailable) Unwrap() error        { return u.error }
+func (u unavailable) Is(target error) bool { return target == block.ErrUnavailable }
 
 // readVerified reads a range within one unit that was read before.
 func (d *Disk) readVerified(p []byte, off int64) bool {
