@@ -110,7 +110,7 @@ func (l *peerLab) must(name string, args ...string) int64 {
 	if err := c.Run(); err != nil {
 		l.b.Fatalf("%s %q: %v\n%s", name, args, err, &said)
 	}
-	return c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss << 10
+	return int64(c.ProcessState.SysUsage().(*syscall.Rusage).Maxrss) << 10
 }
 
 // reset makes copy.img what disk.img is.
