@@ -195,6 +195,7 @@ func TestDaemonProcess(t *testing.T) {
 	call("fork", "vm1", "vm3")
 	call("policy", "base", "keep-last=5")
 	dmsnap(append([]string{"drop", "vm1@one"}, ctl...)...).wantRefused(t, "vm1@one", "children")
+	dmsnap(append([]string{"drop", "base"}, ctl...)...).wantRefused(t, "it is a disk")
 	dmsnap(append([]string{"disk", "add", "secret", "/etc/passwd"}, ctl...)...).wantRefused(t, "/etc/passwd", "not below")
 	dmsnap(d.args...).wantRefused(t, "another daemon", d.dir)
 	before := d.tree(t)

@@ -19,7 +19,11 @@ func (d *Daemon) element(name string, kind api.Kind) (api.Element, error) {
 		if kind == api.KindCheckpoint {
 			code = api.CodeNoSuchCheckpoint
 		}
-		return api.Element{}, refuse(code, "there is no %s %q", kind, name)
+		what := ""
+		if err == nil {
+			what = fmt.Sprintf(": it is a %s", e.Kind)
+		}
+		return api.Element{}, refuse(code, "there is no %s %q%s", kind, name, what)
 	}
 	return e, nil
 }
