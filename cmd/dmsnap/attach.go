@@ -11,6 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/internal/eventlog"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/nbdkernel"
+	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/source"
 )
 
@@ -86,6 +87,7 @@ func (o *attachOptions) run(c *cobra.Command, args []string) error {
 		}
 		return show(d)
 	}
+	_ = server.BecomeIOFlusher() // where it is permitted
 	log, endLog := eventlog.Writer(c.ErrOrStderr(), "dmsnap: ")
 	defer endLog()
 	o.Log = log

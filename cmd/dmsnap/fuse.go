@@ -9,6 +9,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/dmsnap/dmsnap/fuse"
+	"github.com/dmsnap/dmsnap/server"
 )
 
 // fuseFlags are the options of serve about files.
@@ -66,6 +67,7 @@ func (m mounted) close() error {
 func (o *fuseFlags) mount(log func(string)) (m mounted, err error) {
 	opts, err := o.options(log)
 	if err == nil && o.dir != "" {
+		_ = server.BecomeIOFlusher() // where it is permitted
 		m.Server, err = fuse.Mount(o.dir, opts)
 	}
 	if err != nil {

@@ -36,6 +36,7 @@ type serveOptions struct {
 	control        string
 	vhostUser      string
 	fuse           fuseFlags
+	ioFlusher      bool
 	operator       operatorFlags
 	filesOnly      bool // of mount: no NBD server, and the end of the mount is the end
 	exportOrigin   bool
@@ -129,6 +130,7 @@ With --control PATH a running server accepts commands: see status, snapshot, dro
 	f.Var(&o.tls, "tls", "with --tls-certificates: require TLS of every client, or allow it")
 	f.UintVar(&o.maxConnections, "max-connections", 0, "maximum number of client connections (default: no limit)")
 	f.DurationVar(&o.idleTimeout, "idle-timeout", 0, "disconnect clients without a request for this long, e.g. 10m (default: never)")
+	f.BoolVar(&o.ioFlusher, "io-flusher", false, "the exports are block devices of this host: never wait for dirty pages to be written when memory is allocated; requires CAP_SYS_RESOURCE, and --fuse does it where it is permitted")
 	c.MarkFlagsMutuallyExclusive("socket", "listen")
 	return c
 }
@@ -202,6 +204,11 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	if err := o.operator.check(); err != nil {
 		return err
+	}
+	if o.ioFlusher {
+		if err := server.BecomeIOFlusher(); err != nil {
+			return err
+		}
 	}
 	log := o.operator.openLog(stderr)
 	defer log.end()
