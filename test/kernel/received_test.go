@@ -42,11 +42,11 @@ func TestReceivedStores(t *testing.T) {
 	}
 }
 
-// deltaOver writes to a snapshot of base, and returns the stream of it with what the snapshot shows.
-func deltaOver(t *testing.T, base *block.Memory) (delta *bytes.Buffer, want []byte) {
+// writtenOver writes to a snapshot of base, and returns its store with what the snapshot shows.
+func writtenOver(t *testing.T, base *block.Memory, chunk uint32) (st *store.Store, want []byte) {
 	t.Helper()
 	cow := block.NewMemory(8 << 20)
-	snap, err := snapshot.NewOrigin(base).Attach(cow, snapshot.Options{ChunkSectors: 16})
+	snap, err := snapshot.NewOrigin(base).Attach(cow, snapshot.Options{ChunkSectors: chunk})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -66,10 +66,16 @@ func deltaOver(t *testing.T, base *block.Memory) (delta *bytes.Buffer, want []by
 	if err := snap.Close(); err != nil {
 		t.Fatal(err)
 	}
-	st, err := store.OpenToRead(cow)
-	if err != nil {
+	if st, err = store.OpenToRead(cow); err != nil {
 		t.Fatal(err)
 	}
+	return st, want
+}
+
+// deltaOver is writtenOver with the stream of the store.
+func deltaOver(t *testing.T, base *block.Memory) (delta *bytes.Buffer, want []byte) {
+	t.Helper()
+	st, want := writtenOver(t, base, 16)
 	from, err := stream.Between(base, nil, st)
 	if err != nil {
 		t.Fatal(err)
