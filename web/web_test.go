@@ -262,3 +262,63 @@ func Example() {
 	// 200
 	// 403
 }
+
+// TestEveryRouteAsksForTheToken asks for each path of the page and of the API of a daemon and of a server without the token, from a foreign
+// host, and from a page of another origin: the API is never reached.
+func TestEveryRouteAsksForTheToken(t *testing.T) {
+	var d struct {
+		Paths map[string]map[string]json.RawMessage
+	}
+	b, err := os.ReadFile("../fleet/daemon/openapi.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, &d); err != nil || len(d.Paths) < 20 {
+		t.Fatalf("%d paths, %v", len(d.Paths), err)
+	}
+	var reached atomic.Int64
+	h := Handler(Options{Token: token, API: http.HandlerFunc(func(http.ResponseWriter, *http.Request) { reached.Add(1) }),
+		Metrics: http.HandlerFunc(func(http.ResponseWriter, *http.Request) {}),
+		Watcher: monitor.NewWatcher(func() (api.Tree, error) { return api.Tree{}, nil }, monitor.WatchOptions{})})
+	ask := func(method, path, host, from string, header http.Header) int {
+		q := httptest.NewRequest(strings.ToUpper(method), "http://"+host+path, nil)
+		q.RemoteAddr = from
+		q.Header = header
+		w := httptest.NewRecorder()
+		h.ServeHTTP(w, q)
+		return w.Code
+	}
+	check := func(method, path string) {
+		path = strings.NewReplacer("{", "", "}", "").Replace(path)
+		bearer := http.Header{"Authorization": {"Bearer " + token}}
+		foreign := http.Header{"Authorization": {"Bearer " + token}, "Origin": {"http://evil.example"}}
+		for name, got := range map[string]int{
+			"without the token":    ask(method, path, "127.0.0.1:8080", "127.0.0.1:5", http.Header{}),
+			"of a foreign host":    ask(method, path, "evil.example", "127.0.0.1:5", bearer),
+			"from a foreign page":  ask(method, path, "127.0.0.1:8080", "127.0.0.1:5", foreign),
+			"from elsewhere":       ask(method, path, "10.0.0.1:8080", "10.0.0.9:5", http.Header{}),
+			"with an empty bearer": ask(method, path, "127.0.0.1:8080", "127.0.0.1:5", http.Header{"Authorization": {"Bearer "}}),
+		} {
+			loopbackMetrics := path == "/metrics" && method == "get" && (name == "without the token" || name == "with an empty bearer")
+			if refused := got == http.StatusUnauthorized || got == http.StatusForbidden; refused == loopbackMetrics {
+				t.Errorf("%s %s %s: %d", method, path, name, got)
+			}
+		}
+	}
+	for path, methods := range d.Paths {
+		for method := range methods {
+			check(method, path)
+		}
+	}
+	for _, path := range []string{"/", "/live", "/static/page.js", "/static/none", "/none", "/v1", "/v1/", "/v1/snapshots", "/v1/merge", "/metrics", "/metrics/", "//v1/tree", "/static/../v1/tree", "/debug/pprof/"} {
+		for _, method := range []string{"get", "head", "post", "put", "delete", "options"} {
+			if path == "/metrics" && method == "head" {
+				continue
+			}
+			check(method, path)
+		}
+	}
+	if n := reached.Load(); n > 0 {
+		t.Errorf("the API was reached %d times", n)
+	}
+}

@@ -11,6 +11,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/chromedp"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -108,6 +109,16 @@ func (p *page) picture(name string) {
 	}
 }
 
+// dark sets the colours that the user prefers.
+func (p *page) dark(dark bool) {
+	p.t.Helper()
+	value := map[bool]string{false: "light", true: "dark"}[dark]
+	p.do(chromedp.Func(func(ctx context.Context, _ *chromedp.Target) error {
+		_, err := chromedp.Call(ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: value}}})
+		return err
+	}))
+}
+
 // eval returns the value of an expression.
 func eval[T any](p *page, expression string) T {
 	p.t.Helper()
@@ -141,6 +152,7 @@ func (p *page) keys(keys string) { p.t.Helper(); p.do(chromedp.KeyEvent(keys)) }
 type disk struct {
 	*server.Server
 	dir, url string
+	client   *api.Client // of a fleet
 }
 
 // serve serves an origin of 64 MiB with the snapshot vm1.
@@ -194,7 +206,7 @@ func serve(t *testing.T) disk {
 			checkStore(t, path)
 		}
 	})
-	return disk{s, dir, r.URL}
+	return disk{Server: s, dir: dir, url: r.URL}
 }
 
 // dial connects a client to an export.

@@ -19,13 +19,16 @@ import (
 	"github.com/dmsnap/dmsnap/web"
 )
 
-// serveFleet serves a fleet with the disk golden, of 16 MiB, with a page.
-func serveFleet(t *testing.T) disk {
+// serveFleet serves a fleet with the disk golden, of size bytes, with a page.
+func serveFleet(t *testing.T, size int64) disk {
 	t.Helper()
 	dir := testhost.ShortDir(t)
 	d := disk{dir: dir}
 	golden := filepath.Join(dir, "golden.img")
-	if err := os.WriteFile(golden, make([]byte, 16<<20), 0o600); err != nil {
+	if err := os.WriteFile(golden, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(golden, size); err != nil {
 		t.Fatal(err)
 	}
 	l, err := server.ListenTCP("127.0.0.1:0")
@@ -61,7 +64,8 @@ func serveFleet(t *testing.T) disk {
 		served <- nil
 		t.Fatal(err)
 	}
-	if _, err := api.NewClient(config.Control).AddDisk(t.Context(), api.AddDiskRequest{Name: "golden", Source: golden, Raw: true}); err != nil {
+	d.client = api.NewClient(config.Control)
+	if _, err := d.client.AddDisk(t.Context(), api.AddDiskRequest{Name: "golden", Source: golden, Raw: true}); err != nil {
 		t.Fatal(err)
 	}
 	return d
@@ -72,7 +76,7 @@ func TestFleet(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")
 	}
-	d := serveFleet(t)
+	d := serveFleet(t, 16<<20)
 	p := open(t, d.url)
 	act := func(name, action string, fields ...string) {
 		t.Helper()

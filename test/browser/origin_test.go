@@ -2,12 +2,10 @@ package browser_test
 
 import (
 	"bytes"
-	"context"
 	"path/filepath"
 	"strings"
 	"testing"
 
-	"github.com/chromedp/cdproto/emulation"
 	"github.com/chromedp/chromedp"
 	"github.com/chromedp/chromedp/kb"
 
@@ -100,14 +98,10 @@ func TestOrigin(t *testing.T) {
 		t.Error("it is served still")
 	}
 
-	dark := chromedp.Func(func(ctx context.Context, _ *chromedp.Target) error {
-		_, err := chromedp.Call(ctx, emulation.SetEmulatedMedia, emulation.SetEmulatedMediaParams{Features: []*emulation.MediaFeature{{Name: "prefers-color-scheme", Value: "dark"}}})
-		return err
-	})
 	// Dark, and narrow: nothing is wider than the window.
-	p.do(dark)
+	p.dark(true)
 	p.picture("page-dark")
-	p.do(chromedp.EmulateViewport(400, 800))
-	p.until("document.documentElement.scrollWidth <= 400")
+	p.do(chromedp.EmulateViewport(360, 740))
+	p.until("document.documentElement.scrollWidth <= 360")
 	p.picture("page-narrow")
 }

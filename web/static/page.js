@@ -46,7 +46,7 @@ function makeRow(name) {
     reads: make("td", { className: "number wide" }), writes: make("td", { className: "number wide" }), full: make("td", { className: "number" }),
   };
   const c = r.cells_;
-  r.append(make("td", {}, c.name, c.kind, " ", c.state), c.size, make("td", {}, make("div", { className: "fill" }, c.meter, c.percent)), c.reads, c.writes, c.full);
+  r.append(make("td", {}, c.name, " ", c.state, c.kind), /* what matters most is cut off last */ c.size, make("td", {}, make("div", { className: "fill" }, c.meter, c.percent)), c.reads, c.writes, c.full);
   for (const d of r.children) d.setAttribute("role", "gridcell");
   rows.set(name, r);
   return r;
@@ -71,6 +71,24 @@ function updateRow(e) {
   set(c.writes, rate(e.rates.written_bytes));
   set(c.full, duration(e.rates.seconds_to_full));
   c.full.className = "number" + (e.rates.seconds_to_full < 3600 ? " warn" : "");
+}
+
+// Rows whose elements have changed are brought up to date a few at a time: the page answers in between.
+const stale = new Set();
+let refreshing = 0;
+function refresh(name) {
+  stale.add(name);
+  if (!refreshing) refreshing = setTimeout(refreshSome);
+}
+
+function refreshSome() {
+  const until = performance.now() + 6;
+  for (const name of stale) {
+    stale.delete(name);
+    if (rows.has(name) && elements.has(name)) updateRow(elements.get(name));
+    if (performance.now() > until) break;
+  }
+  refreshing = stale.size ? setTimeout(refreshSome, 16) : 0;
 }
 
 // Parents come before their children; children of one parent stay together.
@@ -99,8 +117,8 @@ function arrange() {
   let at = body.firstElementChild;
   for (const name of list) {
     const r = rows.get(name) || makeRow(name);
+    if (!r.ariaLevel) updateRow(elements.get(name)); else refresh(name);
     if (r === at) at = at.nextElementSibling; else body.insertBefore(r, at);
-    updateRow(elements.get(name));
   }
   $("empty").hidden = list.length > 0;
   if (selected && !elements.has(selected)) select("");
@@ -144,7 +162,10 @@ $("rows").addEventListener("keydown", (ev) => {
 });
 $("rows").addEventListener("click", (ev) => {
   const r = ev.target.closest("tr");
-  if (r) { focusRow(r); select(r.dataset.name); }
+  if (!r) return;
+  focusRow(r);
+  select(r.dataset.name);
+  if (innerWidth <= 960) $("details").scrollIntoView(); // it is below the tree
 });
 $("find").addEventListener("input", filter);
 
@@ -343,7 +364,7 @@ function receive(u) {
     for (const name of [...elements.keys()]) if (!present.has(name)) elements.delete(name);
     arrange();
   } else {
-    for (const e of u.elements || []) if (rows.has(e.name)) updateRow(e);
+    for (const e of u.elements || []) refresh(e.name);
   }
   summary();
   showDetails();
