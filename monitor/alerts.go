@@ -166,9 +166,9 @@ func (a *Alerts) judge(e *Element, on func(is bool, alert Alert), once func(aler
 	switch m := e.Merge; {
 	case m == nil:
 	case m.State == api.MergeDone:
-		once(with(AlertMergeDone, info, "the merge of %s is done", m.Node))
+		once(with(AlertMergeDone, info, "the merge into %s is done", m.Disk))
 	case m.State == api.MergeFailed:
-		once(with(AlertMergeFailed, critical, "the merge of %s failed: %s", m.Node, m.Error))
+		once(with(AlertMergeFailed, critical, "the merge into %s failed: %s", m.Disk, m.Error))
 	}
 }
 

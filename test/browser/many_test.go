@@ -4,6 +4,8 @@ import (
 	"context"
 	"fmt"
 	"net/http"
+	"slices"
+	"strings"
 	"sync/atomic"
 	"testing"
 
@@ -49,6 +51,11 @@ func TestThousandNodes(t *testing.T) {
 	p.until("document.querySelectorAll('#rows tr').length === 1001")
 	before := eval[string](p, "document.querySelector('#rows tr:last-child').textContent")
 	p.until(fmt.Sprintf("document.querySelector('#rows tr:last-child').textContent !== %q", before))
+
+	// Rows that are out of sight are not laid out, but screen readers get them.
+	if !slices.ContainsFunc(p.accessible(), func(a accessible) bool { return a.role == "row" && strings.HasPrefix(a.name, "node-0999") }) {
+		t.Error("the last row is not in the accessibility tree")
+	}
 
 	// While reports come, find one of them by its name and open it.
 	p.do(chromedp.SendKeys("#find", "0777"))

@@ -70,6 +70,9 @@ function updateRow(e) {
   set(c.reads, rate(e.rates.read_bytes));
   set(c.writes, rate(e.rates.written_bytes));
   set(c.full, duration(e.rates.seconds_to_full));
+  // Rows out of sight are not laid out, and would have no name for screen readers.
+  const label = [e.name, c.kind.textContent, word, c.percent.textContent, c.full.textContent && `full in ${c.full.textContent}`].filter(Boolean).join(", ");
+  if (r.ariaLabel !== label) r.ariaLabel = label;
   c.full.className = "number" + (e.rates.seconds_to_full < 3600 ? " warn" : "");
 }
 
