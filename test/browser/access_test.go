@@ -162,7 +162,7 @@ func TestPauseOfAFleetsMerge(t *testing.T) {
 		}
 	}
 	c := d.dial(t, "vm1")
-	for off := int64(0); off < 6<<20; off += 8192 {
+	for off := int64(0); off < 12<<20; off += 8192 {
 		write(t, c, off, 4096)
 	}
 	if err := c.Flush(); err != nil {

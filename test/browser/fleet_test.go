@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/fleet/daemon"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 	"github.com/dmsnap/dmsnap/metrics"
+	"github.com/dmsnap/dmsnap/monitor"
 	"github.com/dmsnap/dmsnap/server"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/web"
@@ -38,7 +39,14 @@ func serveFleet(t *testing.T, size int64) disk {
 	ready := make(chan string, 1)
 	config := daemon.Config{Dir: filepath.Join(dir, "fleet"), Socket: filepath.Join(dir, "nbd.sock"), Control: filepath.Join(dir, "control.sock"), AllowPaths: []string{dir}, Group: -1}
 	config.Beside = func(ctx context.Context, d *daemon.Daemon, control http.Handler) (func() error, error) {
-		r, err := web.Start(ctx, web.Config{Tree: func() (api.Tree, error) { return d.Tree(), nil }, API: control, Listener: l, Metrics: metrics.Handler})
+		events := monitor.NewEvents() // as when a daemon logs what it did
+		requests := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			control.ServeHTTP(w, r)
+			if r.Method != http.MethodGet {
+				events.Happened()
+			}
+		})
+		r, err := web.Start(ctx, web.Config{Tree: func() (api.Tree, error) { return d.Tree(), nil }, API: requests, Listener: l, Metrics: metrics.Handler, Events: events})
 		if err != nil {
 			return nil, err
 		}
