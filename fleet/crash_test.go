@@ -187,7 +187,10 @@ func (k *killing) cutPower(dir string) {
 		k.t.Errorf("after a loss of power at line %d: %v", synced, err)
 		return
 	}
-	for name, n := range f.nodes {
+	f.mu.Lock() // a merge goes on
+	nodes := maps.Clone(f.nodes)
+	f.mu.Unlock()
+	for name, n := range nodes {
 		if n.err != nil || k.state.Nodes[name] == nil || !k.model.Has(name) || name == k.changing || k.rolled[name] >= synced {
 			continue
 		}
@@ -227,11 +230,14 @@ func (k *killing) look(dir string, c *change) {
 	for _, d := range k.state.Disks {
 		merging = merging || d.Merging != ""
 	}
-	if got, want := slices.Sorted(maps.Keys(f.state.Layers)), slices.Sorted(maps.Keys(k.state.Layers)); !merging && !slices.Equal(got, want) {
+	f.mu.Lock() // a merge goes on
+	got, nodes := slices.Sorted(maps.Keys(f.state.Layers)), maps.Clone(f.nodes)
+	f.mu.Unlock()
+	if want := slices.Sorted(maps.Keys(k.state.Layers)); !merging && !slices.Equal(got, want) {
 		k.t.Errorf("after line %d (%s): layers %v, want %v", c.Seq, c.Op, got, want)
 		return
 	}
-	for name, n := range f.nodes {
+	for name, n := range nodes {
 		if n.err != nil {
 			k.t.Errorf("after line %d (%s): node %s: %v", c.Seq, c.Op, name, n.err)
 			continue
