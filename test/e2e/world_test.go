@@ -11,6 +11,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dmsnap/dmsnap/test/e2e/faultfs"
 )
 
@@ -428,6 +430,9 @@ func (w *world) stop(how string) {
 					v.doubted = true
 				}
 			}
+			if h.Op == faultfs.Fsync {
+				w.dropCacheOf(h.File)
+			}
 			if h.Op == faultfs.Fsync && how != "cut" {
 				for _, d := range w.devices() {
 					d.flushFailed()
@@ -436,6 +441,21 @@ func (w *world) stop(how string) {
 		}
 	}
 	w.lookAtDisks(how, clean)
+}
+
+// dropCacheOf drops what is cached of the COW file of that name, whose flush failed: a mark that could not be made durable
+// may stand in the cache and not on the disk, and the cache may be dropped at any time.
+func (w *world) dropCacheOf(file string) {
+	for _, v := range w.views {
+		if file != v.name+".cow" {
+			continue
+		}
+		f, err := os.Open(v.cow)
+		w.must(err, "drop the cache")
+		err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		f.Close()
+		w.must(err, "drop the cache")
+	}
 }
 
 // lookAtDisks looks at what is on the disks, by the offline verbs, and takes it over.
