@@ -1,6 +1,7 @@
 package server
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -29,8 +30,16 @@ func CheckSocketPath(path string) error {
 	return err
 }
 
-// umask guards the process's file mode mask.
-var umask sync.Mutex
+// ownerOnly sets the mode of a unix socket before it has a name: bind makes the file with the mode of the socket, less
+// the umask. So the mode is right from the first moment. Setting the umask instead would change the mode of every file and
+// directory that the process makes meanwhile.
+func ownerOnly(_, _ string, c syscall.RawConn) error {
+	var err error
+	if failed := c.Control(func(fd uintptr) { err = syscall.Fchmod(int(fd), 0o600) }); failed != nil {
+		return failed
+	}
+	return err
+}
 
 // ListenUnix listens on a unix socket that its owner alone may connect to (mode 0600). A stale socket, left by a server
 // that was killed, is replaced; anything else at the path is an error. Of several servers that start at the same time
@@ -47,12 +56,8 @@ func ListenUnix(path string) (net.Listener, error) {
 	if err := removeStale(path); err != nil {
 		return nil, err
 	}
-	// The mode must be right from the first moment: a chmod afterwards would leave a gap.
-	umask.Lock()
-	old := syscall.Umask(0o177)
-	l, err := net.Listen("unix", path)
-	syscall.Umask(old)
-	umask.Unlock()
+	config := net.ListenConfig{Control: ownerOnly}
+	l, err := config.Listen(context.Background(), "unix", path)
 	if err != nil {
 		return nil, block.WithPath(path, err)
 	}

@@ -5,6 +5,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -43,6 +44,55 @@ func TestListenUnix(t *testing.T) {
 	}
 	if _, err := ListenUnix("/tmp/" + strings.Repeat("x", 200)); err == nil || !strings.Contains(err.Error(), "107") {
 		t.Errorf("a long path: %v", err)
+	}
+}
+
+// TestListenUnixLeavesTheUmask: what a process makes while it listens has the mode that it asked for. As root a directory
+// that can't be entered is not noticed.
+func TestListenUnixLeavesTheUmask(t *testing.T) {
+	dir := testhost.ShortDir(t)
+	probe := filepath.Join(dir, "probe")
+	if err := os.Mkdir(probe, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	want, err := os.Stat(probe)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				ended <- nil
+				return
+			default:
+			}
+			l, err := ListenUnix(filepath.Join(dir, "s"))
+			if err != nil {
+				ended <- err
+				return
+			}
+			l.Close()
+		}
+	}()
+	for i := range 2000 {
+		made := filepath.Join(dir, strconv.Itoa(i))
+		if err := os.Mkdir(made, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		info, err := os.Stat(made)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if info.Mode() != want.Mode() {
+			t.Errorf("directory %d has mode %v, want %v", i, info.Mode(), want.Mode())
+			break
+		}
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Error(err)
 	}
 }
 
