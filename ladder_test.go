@@ -242,7 +242,7 @@ func TestPageShowsTheLadder(t *testing.T) {
 // files that no other group has, and of those that came later, whose libraries are packages of their own.
 var thin = []verbGroup{
 	{"a disk and its snapshots", nil, 3_740},
-	{"fleets, mounts, kernel devices, streams, registries, operators", []string{"attach.go", "mount.go", "daemon.go", "fleet.go", "operate.go", "top.go", "send.go", "receive.go", "push.go", "pull.go", "cache.go"}, 1_700},
+	{"fleets, mounts, kernel devices, streams, registries, operators", []string{"attach.go", "mount.go", "daemon.go", "fleet.go", "operate.go", "top.go", "send.go", "receive.go", "push.go", "pull.go", "cache.go"}, 1_620},
 }
 
 type verbGroup struct {
