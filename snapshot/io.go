@@ -143,11 +143,24 @@ func (s *Snapshot) Fetch(off, n int64) error {
 			continue
 		}
 		last = from
-		if _, err := s.ReadAt(make([]byte, min(chunk, s.size-from)), from); err != nil {
+		if err := s.readThrough(from, min(chunk, s.size-from)); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// readThrough reads a range, of which a chunk may have 1 GiB, for the sake of reading it.
+func (s *Snapshot) readThrough(off, n int64) error {
+	return scratch.With(min(n, scratch.Most), func(b []byte) error {
+		for ; n > 0; off, n = off+int64(len(b)), n-int64(len(b)) {
+			b = b[:min(n, int64(len(b)))]
+			if _, err := s.ReadAt(b, off); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // changeNow applies pl, as far as there is space. Doing it again does no harm. Like a request to the origin, a long one
