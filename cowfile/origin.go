@@ -33,6 +33,13 @@ type Origin interface {
 	Overlaps(f *block.File) bool
 }
 
+// IsFetched reports whether reads of an origin may wait for a server, which what was read once does not: it has a method of that name
+// that says so.
+func IsFetched(o Origin) bool {
+	f, is := o.(interface{ IsFetched() bool })
+	return is && f.IsFetched()
+}
+
 // OriginOptions say how an origin is opened.
 type OriginOptions struct {
 	block.Options

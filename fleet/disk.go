@@ -90,12 +90,6 @@ func (f *Fleet) openDisk(r *diskRecord) *disk {
 	return d
 }
 
-// isFetched reports whether reads of the disk may wait for a server. What was read once is kept on this host.
-func (d *disk) isFetched() bool {
-	file, is := d.file.(interface{ IsFetched() bool })
-	return is && file.IsFetched()
-}
-
 // setFile makes the disk usable.
 func (d *disk) setFile(file cowfile.Origin) {
 	d.file, d.ground = file, newGround(firstBytes(file, d.size))

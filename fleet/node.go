@@ -10,6 +10,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/latency"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/ondisk"
@@ -118,7 +119,7 @@ func (f *Fleet) newView(name string, b base, top *layer, size int64) (*view, err
 	if size > b.chain.Size() {
 		below = stack.New(b.chain, size)
 	}
-	v := &view{origin: snapshot.NewOrigin(below), chain: b.chain, top: top, below: b.layers, fetched: b.disk.isFetched()}
+	v := &view{origin: snapshot.NewOrigin(below), chain: b.chain, top: top, below: b.layers, fetched: cowfile.IsFetched(b.disk.file)}
 	opts := f.snapshotOptions(name, b.disk)
 	var err error
 	if top.store == nil { // it was there before the fleet was opened

@@ -253,10 +253,8 @@ func (s *Server) setDefault() {
 
 // attachDevice makes the snapshot on an open COW device and exports it.
 func (s *Server) attachDevice(a attachment, cow block.Device) (*attached, error) {
-	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow, Size: a.size}
-	if file, is := s.file.(interface{ IsFetched() bool }); is {
-		opts.Fetched = file.IsFetched()
-	}
+	opts := snapshot.Options{Store: a.store, Sync: s.opts.Sync, OnFull: fullPolicies[s.opts.OnFull], Grow: s.opts.Grow, Size: a.size,
+		Fetched: cowfile.IsFetched(s.file)}
 	if a.fixed {
 		opts.Grow = snapshot.Growth{}
 	}
