@@ -221,38 +221,29 @@ func one(of func(e *monitor.Element) (float64, bool)) []series { return []series
 
 // used is a number of an export that is observed.
 func used(of func(*api.Activity) uint64) func(*monitor.Element) (float64, bool) {
-	return func(e *monitor.Element) (float64, bool) {
-		if e.Activity == nil {
-			return 0, false
-		}
-		return float64(of(e.Activity)), true
-	}
+	return partOf(func(e *monitor.Element) *api.Activity { return e.Activity }, of)
 }
 
 func stored(of func(*api.Figures) float64) func(*monitor.Element) (float64, bool) {
-	return func(e *monitor.Element) (float64, bool) {
-		if e.Figures == nil {
-			return 0, false
-		}
-		return of(e.Figures), true
-	}
+	return partOf(func(e *monitor.Element) *api.Figures { return e.Figures }, of)
 }
 
 func counted(of func(*api.Counters) uint64) func(*monitor.Element) (float64, bool) {
-	return func(e *monitor.Element) (float64, bool) {
-		if e.Counters == nil {
-			return 0, false
-		}
-		return float64(of(e.Counters)), true
-	}
+	return partOf(func(e *monitor.Element) *api.Counters { return e.Counters }, of)
 }
 
 func merged(of func(*api.TreeMerge) float64) func(*monitor.Element) (float64, bool) {
+	return partOf(func(e *monitor.Element) *api.TreeMerge { return e.Merge }, of)
+}
+
+// partOf is a number of a part of elements, which is nil where they have none.
+func partOf[Part any, Number uint64 | float64](part func(*monitor.Element) *Part, of func(*Part) Number) func(*monitor.Element) (float64, bool) {
 	return func(e *monitor.Element) (float64, bool) {
-		if e.Merge == nil {
+		p := part(e)
+		if p == nil {
 			return 0, false
 		}
-		return of(e.Merge), true
+		return float64(of(p)), true
 	}
 }
 
