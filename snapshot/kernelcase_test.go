@@ -16,8 +16,7 @@ import (
 
 func kernelCases(t *testing.T, run func(t *testing.T, c kernelcase.Case)) {
 	t.Helper()
-	cases := kernelcase.All(t)
-	for _, c := range cases {
+	for _, c := range kernelcase.All(t) {
 		t.Run(c.Name, func(t *testing.T) {
 			t.Parallel()
 			run(t, c)

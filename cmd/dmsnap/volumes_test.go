@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/internal/testhost"
 )
 
@@ -64,16 +65,13 @@ func writeSparse(t *testing.T, path string, content []byte) {
 		t.Fatal(err)
 	}
 	defer f.Close()
-	if err := f.Truncate(int64(len(content))); err != nil {
+	dev, err := newfile.Device(f, int64(len(content)))
+	if err != nil {
 		t.Fatal(err)
 	}
-	const piece = 64 << 10
-	for off := 0; off < len(content); off += piece {
-		if p := content[off:min(off+piece, len(content))]; !block.IsZero(p) {
-			if _, err := f.WriteAt(p, int64(off)); err != nil {
-				t.Fatal(err)
-			}
-		}
+	defer dev.Close()
+	if err := block.WriteSparse(dev, content, 0, block.IntoZeros); err != nil {
+		t.Fatal(err)
 	}
 }
 

@@ -75,6 +75,9 @@ func All(t testing.TB) []Case {
 	if err != nil {
 		t.Fatal(err)
 	}
+	if len(dirs) != 24 {
+		t.Fatalf("%d cases, want 24", len(dirs))
+	}
 	var cases []Case
 	for n, d := range dirs {
 		if testing.Short() && n%3 != 0 {
@@ -89,9 +92,6 @@ func All(t testing.TB) []Case {
 			t.Fatalf("%s: %v", d.Name(), err)
 		}
 		cases = append(cases, c)
-	}
-	if len(dirs) != 24 {
-		t.Fatalf("%d cases, want 24", len(dirs))
 	}
 	return cases
 }

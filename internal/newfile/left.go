@@ -47,7 +47,8 @@ func lockTemporary(path string, mode int, kind int16) (*os.File, error) {
 	return f, nil
 }
 
-// removeLeft removes the regular files with names that temporary makes, unless they are locked. A failure is nobody's: it is about space only.
+// removeLeft removes the regular files with names that temporary makes, unless they are locked. Errors are ignored: what is
+// left takes space, and does no other harm.
 func (t *target) removeLeft() {
 	entries, err := os.ReadDir(filepath.Dir(t.path))
 	if err != nil {

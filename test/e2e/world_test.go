@@ -430,10 +430,11 @@ func (w *world) stop(how string) {
 					v.doubted = true
 				}
 			}
-			if h.Op == faultfs.Fsync {
-				w.dropCacheOf(h.File)
+			if h.Op != faultfs.Fsync {
+				continue
 			}
-			if h.Op == faultfs.Fsync && how != "cut" {
+			w.dropCacheOf(h.File)
+			if how != "cut" {
 				for _, d := range w.devices() {
 					d.flushFailed()
 				}
