@@ -16,6 +16,29 @@ type Printer interface {
 	End() error
 }
 
+// Print prints the whole disk: what the stores say differs or, if verified, what does. progress, unless it is nil, is called with
+// the byte that was reached, and the size of the disk. differs reports whether anything does. After an error, which is one of
+// reading, of p, or the cause of ctx, the output is incomplete.
+func (d *Diff) Print(ctx context.Context, p Printer, verified bool, progress func(reached, size int64)) (differs bool, err error) {
+	extents := d.Stored(ctx)
+	if verified {
+		extents = d.Verified(ctx)
+	}
+	for e, err := range extents {
+		if err == nil {
+			differs = differs || e.Class == Changed
+			err = p.Extent(e)
+		}
+		if err != nil {
+			return differs, err
+		}
+		if progress != nil {
+			progress(e.Off+e.Length, d.Size())
+		}
+	}
+	return differs, p.End()
+}
+
 // Stored is Extents in the form of Verified: it reads no data, and ends with the cause of ctx.
 func (d *Diff) Stored(ctx context.Context) iter.Seq2[Extent, error] {
 	return func(yield func(Extent, error) bool) {

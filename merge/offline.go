@@ -39,7 +39,7 @@ type Prepared struct {
 }
 
 // Prepare loads the store on cow, so that a caller who asks for the work first need not load it again to merge. It writes
-// nothing, and refuses what Offline refuses, except for what PlanSiblings does. Until Run or Close nothing else may write
+// nothing, and refuses what Offline refuses, except for what [Prepared.PlanSiblings] does. Until Run or Close nothing else may write
 // to the devices, except to the header's first sector, where labels are.
 func Prepare(origin, cow block.Device) (*Prepared, error) {
 	over := snapshot.NewOrigin(origin)
@@ -53,7 +53,9 @@ func Prepare(origin, cow block.Device) (*Prepared, error) {
 // Work is what Run would do.
 func (p *Prepared) Work() Work { return p.work }
 
-// PlanSiblings is the function of that name.
+// PlanSiblings returns what Run would have siblings preserve, or the error with which it would refuse: what store.Open says of
+// a sibling's COW device; a device that is named twice (snapshot.ErrPairing); ErrSiblingFull. It writes nothing; the devices
+// may be read-only. Space on the file system of a COW file is not looked for: a merge that lacks it stops, with nothing lost.
 func (p *Prepared) PlanSiblings(siblings []Sibling) ([]SiblingWork, error) {
 	return planSiblings(p.over.Device(), p.m, siblings)
 }
@@ -93,7 +95,7 @@ func workOf(st *store.Store, size int64) Work {
 // the work at the beginning.
 //
 // It refuses, with nothing written, what store.Open refuses, an invalid store (store.ErrInvalid), an
-// origin that is smaller than the store's chunks need, and a COW device that is the origin; and what PlanSiblings refuses.
+// origin that is smaller than the store's chunks need, and a COW device that is the origin; and what [Prepared.PlanSiblings] refuses.
 //
 // Other snapshots of the origin show a mixture afterwards, unless they are Options.Siblings: then they show what they did,
 // at every instant. When such a snapshot is lost nevertheless, because its COW device failed, Offline stops after the step under

@@ -34,22 +34,6 @@ type SiblingWork struct {
 // ErrSiblingFull reports a sibling whose COW device has no space for what it would have to preserve.
 var ErrSiblingFull = errors.New("the COW device of another snapshot of the origin has no space for what it has to preserve")
 
-// PlanSiblings returns what Offline would have siblings preserve, or the error with which it would refuse: as Plan; what
-// store.Open says of a sibling's COW device; a device that is named twice (snapshot.ErrPairing); ErrSiblingFull. It writes nothing;
-// the devices may be read-only. Space on the file system of a COW file is not looked for: a merge that lacks it stops, with
-// nothing lost.
-func PlanSiblings(origin, cow block.Device, siblings []Sibling) ([]SiblingWork, error) {
-	if len(siblings) == 0 {
-		return nil, nil
-	}
-	p, err := Prepare(origin, cow)
-	if err != nil {
-		return nil, err
-	}
-	defer p.Close()
-	return p.PlanSiblings(siblings)
-}
-
 func planSiblings(origin block.Device, m *snapshot.Merging, siblings []Sibling) (all []SiblingWork, err error) {
 	for i, s := range siblings {
 		same := func(o Sibling) bool { return block.Same(o.COW, s.COW) }

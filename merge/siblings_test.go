@@ -124,7 +124,7 @@ func (w siblingWorld) on(device func(merge.Sibling) block.Device) []merge.Siblin
 func TestOfflineKeepsSiblings(t *testing.T) {
 	for _, window := range []int64{0, 1, 5 * chunk} {
 		w := newSiblingWorld(t, 200, 120)
-		plan, err := merge.PlanSiblings(w.origin, w.cow, w.siblings)
+		plan, err := planSiblings(w.origin, w.cow, w.siblings)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -333,7 +333,7 @@ func TestSiblingLost(t *testing.T) {
 			if !strings.Contains(err.Error(), "small chunks: ") {
 				t.Errorf("the error does not name the sibling: %v", err)
 			}
-			plan, err := merge.PlanSiblings(w.origin, w.cow, w.siblings)
+			plan, err := planSiblings(w.origin, w.cow, w.siblings)
 			if err != nil || !plan[0].Invalid {
 				t.Errorf("%+v, %v", plan, err)
 			}
@@ -378,7 +378,7 @@ func TestSiblingsRefused(t *testing.T) {
 		if _, err := merge.Offline(t.Context(), origin, cow, merge.Options{Siblings: siblings}); !errors.Is(err, test.want) {
 			t.Errorf("%s: Offline: %v", name, err)
 		}
-		if _, err := merge.PlanSiblings(origin, cow, siblings); !errors.Is(err, test.want) {
+		if _, err := planSiblings(origin, cow, siblings); !errors.Is(err, test.want) {
 			t.Errorf("%s: PlanSiblings: %v", name, err)
 		}
 		for _, op := range log.Ops() {
@@ -400,7 +400,7 @@ func TestSiblingJustFits(t *testing.T) {
 			w := newSiblingWorld(t, 60, 20)
 			w.siblings, w.shown = w.siblings[3:], w.shown[3:]
 			w.siblings[0].COW, w.siblings[0].ChunkSectors = block.NewMemory(size), sectors
-			_, err := merge.PlanSiblings(w.origin, w.cow, w.siblings)
+			_, err := planSiblings(w.origin, w.cow, w.siblings)
 			if errors.Is(err, merge.ErrSiblingFull) && size < 1<<20 {
 				size += int64(sectors-1) * 512
 				continue
@@ -484,4 +484,14 @@ func TestVisibleSiblings(t *testing.T) {
 	if got := merge.VisibleSiblings(w.origin, other, []string{dir}, merge.Sibling{COW: merged}); !slices.Equal(got, []string{path("undo.cow")}) {
 		t.Errorf("an undo store of another merge: %v", got)
 	}
+}
+
+// planSiblings is Prepared.PlanSiblings of the store on cow.
+func planSiblings(origin, cow block.Device, siblings []merge.Sibling) ([]merge.SiblingWork, error) {
+	p, err := merge.Prepare(origin, cow)
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	return p.PlanSiblings(siblings)
 }

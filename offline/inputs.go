@@ -3,7 +3,6 @@ package offline
 import (
 	"errors"
 	"fmt"
-	"io"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
@@ -21,16 +20,7 @@ type mergeInputs struct {
 	originName, cowName string
 	siblings            []merge.Sibling
 	files               []string // that are open: of the origin first, then of COW devices
-	closers             []io.Closer
-}
-
-// Close closes all devices.
-func (in *mergeInputs) Close() error {
-	var errs []error
-	for _, c := range in.closers {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
+	closers
 }
 
 // openMerge opens what names stand for: ORIGIN and COW, or a snapshot volume.
@@ -54,7 +44,7 @@ func openMerge(names []string, o MergeOptions) (in *mergeInputs, err error) {
 	} else if len(names) == 2 {
 		var origin, cow *source.Disk
 		if origin, cow, err = source.OpenPair(names[0], names[1], o.options()); err == nil {
-			in.origin, in.cow, in.closers = origin, cow, []io.Closer{cow, origin}
+			in.origin, in.cow, in.closers = origin, cow, closers{cow, origin}
 			in.cowName, in.files = names[1], append(in.files, names[1])
 		}
 	} else {

@@ -88,7 +88,7 @@ func (r MergeResult) WriteText(w io.Writer) error {
 // origin says so (merge.Begin). A merge that ended early is continued by the same call. After an error before the merge began
 // nothing was changed.
 //
-// Errors: merge.ErrUnfinished; merge.ErrNotUndo; lvm.ErrActive; those of opening, and of merge.Prepare, merge.PlanSiblings and
+// Errors: merge.ErrUnfinished; merge.ErrNotUndo; lvm.ErrActive; those of opening, and of merge.Prepare, merge.Prepared.PlanSiblings and
 // merge.Offline.
 func Merge(ctx context.Context, names []string, o MergeOptions) (MergeResult, error) {
 	in, err := openMerge(names, o)

@@ -1,5 +1,5 @@
 // Package offline changes disks and stores that are not served, by their names: it merges snapshots into their origins, receives
-// streams, imports overlays, compacts stores and takes repairs back.
+// streams, exports snapshots, imports overlays, compacts and repairs stores and takes repairs back.
 //
 //	res, err := offline.Merge(ctx, []string{"disk.img", "disk.cow"}, offline.MergeOptions{Undo: "before.cow"})
 //
@@ -8,6 +8,9 @@
 package offline
 
 import (
+	"errors"
+	"io"
+
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/source"
@@ -25,4 +28,16 @@ func pathsOf(names []string) []string {
 		paths[i] = source.Path(name)
 	}
 	return paths
+}
+
+// closers are closed in order.
+type closers []io.Closer
+
+// Close closes all of them.
+func (cs closers) Close() error {
+	var errs []error
+	for _, c := range cs {
+		errs = append(errs, c.Close())
+	}
+	return errors.Join(errs...)
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"path/filepath"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -33,6 +34,26 @@ type attachment struct {
 	size     int64 // bytes that it shows; 0: the origin's
 	readOnly bool
 	fixed    bool
+}
+
+// Attachment is the request for the snapshot that arg means, [NAME=]PATH of its COW device, with what q says otherwise. Without
+// a NAME it is ExportName(PATH). The text before the first "=" is a NAME unless it has a slash.
+func Attachment(arg string, q api.AttachRequest) api.AttachRequest {
+	name, path, named := strings.Cut(arg, "=")
+	if !named || strings.Contains(name, "/") {
+		name, path = ExportName(arg), arg
+	}
+	q.Name, q.COW = name, path
+	return q
+}
+
+// ExportName is the default name of the snapshot on a path: its last element without the extension. Names of exports are UTF-8.
+func ExportName(path string) string {
+	base := strings.ToValidUTF8(filepath.Base(path), "_")
+	if name := strings.TrimSuffix(base, filepath.Ext(base)); name != "" {
+		return name
+	}
+	return base
 }
 
 // readAttach checks a request.

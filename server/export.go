@@ -3,6 +3,8 @@ package server
 import (
 	"context"
 	"errors"
+	"fmt"
+	"os"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/nbd"
@@ -95,4 +97,19 @@ func newVhost(o Options) *vhost.Server {
 		return nil
 	}
 	return vhost.NewServer(o.VhostUser, vhost.Options{Log: o.Log, Logger: o.Logger})
+}
+
+// checkVhost refuses what is no directory for the sockets of vhost-user.
+func checkVhost(path string) error {
+	if path == "" {
+		return nil
+	}
+	info, err := os.Stat(path)
+	if err == nil && !info.IsDir() {
+		err = fmt.Errorf("%s is not a folder", path)
+	}
+	if err != nil {
+		return fmt.Errorf("vhost-user: %w", err)
+	}
+	return nil
 }

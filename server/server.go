@@ -168,6 +168,9 @@ func Open(path string, o Options) (*Server, error) {
 	if _, known := fullPolicies[o.OnFull]; !known {
 		return nil, fmt.Errorf("unknown policy for a full COW device: %q", o.OnFull)
 	}
+	if err := checkVhost(o.VhostUser); err != nil {
+		return nil, err
+	}
 	if o.Logger != nil {
 		o.Logger = o.Logger.With("disk", path)
 	}

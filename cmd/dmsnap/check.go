@@ -9,6 +9,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/internal/text"
 )
 
@@ -133,10 +134,10 @@ func (o *checkOptions) run(c *cobra.Command, path string) error {
 	defer cow.Close()
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "check")
-	opts.Progress = bar.show
+	bar := progress.New(c.ErrOrStderr(), "check")
+	opts.Progress = bar.Show
 	r, err := inspect.Check(ctx, cow, opts, o.liveRead && block.HasWriter(fileOf(path)))
-	bar.end()
+	bar.End()
 	if err != nil {
 		return about(path, err)
 	}

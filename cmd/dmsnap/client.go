@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -53,9 +54,9 @@ func (l *liveMerge) run(c *cobra.Command, args []string, asJSON bool) error {
 		return err
 	}
 	if l.wait {
-		bar := newProgress(c.ErrOrStderr(), "merge")
-		m, err = ctl.WaitForMerge(ctx, m, func(m api.Merge) { bar.show(m.MergedBytes, m.TotalBytes) })
-		bar.end()
+		bar := progress.New(c.ErrOrStderr(), "merge")
+		m, err = ctl.WaitForMerge(ctx, m, func(m api.Merge) { bar.Show(m.MergedBytes, m.TotalBytes) })
+		bar.End()
 		if err != nil {
 			return continues(err, "server")
 		}

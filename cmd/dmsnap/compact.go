@@ -8,6 +8,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/compact"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
@@ -90,10 +91,10 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	}
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "compact")
+	bar := progress.New(c.ErrOrStderr(), "compact")
 	res, err := offline.Compact(ctx, path, out, offline.CompactOptions{Origin: o.origin, Source: from, DropUnchanged: o.dropUnchanged,
-		ChunkSectors: sectors, Force: o.force, Progress: bar.show})
-	bar.end()
+		ChunkSectors: sectors, Force: o.force, Progress: bar.Show})
+	bar.End()
 	if err != nil {
 		return helpCompact(err)
 	}
@@ -122,9 +123,9 @@ func helpCompact(err error) error {
 func (o *compactOptions) punchFile(c *cobra.Command, path string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "punch")
-	res, err := offline.Punch(ctx, path, bar.show)
-	bar.end()
+	bar := progress.New(c.ErrOrStderr(), "punch")
+	res, err := offline.Punch(ctx, path, bar.Show)
+	bar.End()
 	if err != nil {
 		return helpCompact(err)
 	}

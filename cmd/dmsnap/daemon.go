@@ -122,7 +122,7 @@ func (o *daemonOptions) run(ctx context.Context, reload <-chan struct{}, stdout,
 	if err != nil {
 		return err
 	}
-	defer closeListeners(page)
+	defer server.CloseListeners(page)
 	if o.operator.watched() {
 		o.Beside = func(ctx context.Context, d *daemon.Daemon, control http.Handler) (func() error, error) {
 			return o.operator.start(ctx, page, web.Config{Tree: func() (api.Tree, error) { return d.Tree(), nil }, Version: func() any { return d.Version() }, API: control}, log, stdout)

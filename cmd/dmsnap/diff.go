@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/diff"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/store"
 )
 
@@ -115,10 +116,10 @@ func (o *diffOptions) run(c *cobra.Command, args []string) (err error) {
 	ctx, stop := untilSignal()
 	defer stop()
 	barOn := c.ErrOrStderr()
-	if _, lines := terminalOf(c.OutOrStdout()); lines {
+	if _, lines := progress.Terminal(c.OutOrStdout()); lines {
 		barOn = io.Discard // the ranges go by on the same screen
 	}
-	return o.print(ctx, c.OutOrStdout(), d, newProgress(barOn, "diff"))
+	return o.print(ctx, c.OutOrStdout(), d, progress.New(barOn, "diff"))
 }
 
 func diffOf(origin block.Device, stores []*store.Store) (*diff.Diff, error) {
@@ -129,29 +130,15 @@ func diffOf(origin block.Device, stores []*store.Store) (*diff.Diff, error) {
 }
 
 // print hands the extents to the printer and returns errNo when something differs.
-func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, bar *progressBar) error {
+func (o *diffOptions) print(ctx context.Context, out io.Writer, d *diff.Diff, bar *progress.Bar) error {
 	w := bufio.NewWriterSize(out, 64<<10)
 	p, err := o.printer(w, d.Size())
 	if err != nil {
 		return err
 	}
-	extents := d.Stored(ctx)
-	defer bar.end()
-	if o.verify {
-		extents = d.Verified(ctx)
-	}
-	differs := false
-	for e, err := range extents {
-		if err == nil {
-			differs = differs || e.Class == diff.Changed
-			err = p.Extent(e)
-			bar.show(e.Off+e.Length, d.Size())
-		}
-		if err != nil {
-			return errors.Join(err, w.Flush())
-		}
-	}
-	if err := errors.Join(p.End(), w.Flush()); err != nil {
+	differs, err := d.Print(ctx, p, o.verify, bar.Show)
+	bar.End()
+	if err = errors.Join(err, w.Flush()); err != nil {
 		return err
 	}
 	if differs {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"fmt"
 
 	"github.com/spf13/cobra"
 
@@ -23,7 +24,11 @@ content that it had before.`,
 		Example: `  dmsnap drop --control ctl.sock vm1`,
 		Args:    cobra.ExactArgs(1),
 	}, func(ctx context.Context, ctl *api.Client, args []string) (dropped, error) {
-		return dropped{args[0]}, dropElement(ctx, ctl, args[0], force)
+		err := ctl.DropElement(ctx, args[0], force)
+		if api.HasCode(err, api.CodeMerging) {
+			err = fmt.Errorf("%w; --force takes it back", err)
+		}
+		return dropped{args[0]}, err
 	}, printDropped)
 	c.Flags().BoolVar(&force, "force", false, "take back a merge of the node NAME that is not complete")
 	return c

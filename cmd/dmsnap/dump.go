@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/dump"
+	"github.com/dmsnap/dmsnap/internal/progress"
 )
 
 type dumpOptions struct {
@@ -97,10 +98,10 @@ func (o *dumpOptions) run(c *cobra.Command, path string) error {
 	defer cow.Close()
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "dump")
-	defer bar.end()
+	bar := progress.New(c.ErrOrStderr(), "dump")
+	defer bar.End()
 	write := func(w io.Writer) error {
-		return form(ctx, w, cow, dump.Options{ChunkSectors: sectors, Data: o.data, Progress: bar.show})
+		return form(ctx, w, cow, dump.Options{ChunkSectors: sectors, Data: o.data, Progress: bar.Show})
 	}
 	if o.out == standardOutput {
 		return about(path, write(c.OutOrStdout()))

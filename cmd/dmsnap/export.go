@@ -1,18 +1,16 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/ondisk"
-	"github.com/dmsnap/dmsnap/source"
-	"github.com/dmsnap/dmsnap/store"
+	"github.com/dmsnap/dmsnap/internal/progress"
+	"github.com/dmsnap/dmsnap/offline"
+	"github.com/dmsnap/dmsnap/source/lvm"
 )
 
 func newExport() *cobra.Command {
@@ -46,7 +44,8 @@ An invalid snapshot is refused.`,
 		Args: cobra.RangeArgs(2, 3),
 		RunE: func(c *cobra.Command, args []string) (err error) {
 			inputs, output := args[:len(args)-1], args[len(args)-1]
-			if err := format.check(output); err != nil {
+			o, err := format.options(output)
+			if err != nil {
 				return err
 			}
 			if output == standardOutput {
@@ -63,25 +62,16 @@ An invalid snapshot is refused.`,
 				}
 				defer done()
 			}
-			from, err := disk.openExported(inputs, format.backing != "")
-			if err != nil {
+			if o.Source, err = disk.options(block.Options{}); err != nil {
 				return err
 			}
-			defer func() { err = errors.Join(err, from.close()) }()
-			bar := newProgress(c.ErrOrStderr(), "export")
-			defer bar.end()
-			if format.format == "qcow2" {
-				return format.write(ctx, inputs, output, force, from, bar)
-			}
 			if output == standardOutput {
-				return writeImageToStandardOutput(ctx, c, inputs, from.Size(), func(out block.Device) error {
-					return copyImage(ctx, out, from, bar)
-				})
+				o.To = c.OutOrStdout()
 			}
-			err = writeOutputDevice(output, force, inputs, from.Size(), func(out *block.File) error {
-				return copyImage(ctx, out, from, bar)
-			})
-			return imageAdvice(err, "dmsnap export "+strings.Join(inputs, " ")+" -")
+			bar := progress.New(c.ErrOrStderr(), "export")
+			defer bar.End()
+			o.Force, o.Progress = force, bar.Show
+			return adviseExport(offline.Export(ctx, inputs, output, o), inputs)
 		},
 	}
 	c.Flags().BoolVar(&force, "force", false, "replace OUT if it exists")
@@ -91,71 +81,13 @@ An invalid snapshot is refused.`,
 	return c
 }
 
-// An exportSource is what export writes.
-type exportSource struct {
-	block.Device
-	origin openDisk // of a snapshot; nil: there is none
-	close  func() error
-}
-
-// openExported opens what export writes: of an origin and a COW the snapshot, or a part of a disk. overlay says that an
-// address has to be that of a snapshot volume.
-func (d *diskFlags) openExported(inputs []string, overlay bool) (x exportSource, err error) {
+// adviseExport adds what to do about an error of export.
+func adviseExport(err error, inputs []string) error {
 	switch {
-	case len(inputs) == 2:
-		return d.openSnapshot(inputs[0], inputs[1])
-	case overlay:
-		sides, err := d.openSides(inputs, false)
-		if err != nil {
-			return x, fmt.Errorf("--backing: %w", err)
-		}
-		return snapshotOf(sides.Origin, sides.COWs[0], sides.Names[0], sides)
+	case errors.Is(err, offline.ErrWholeDisk):
+		return fmt.Errorf("%w: ORIGIN COW OUT are required, or the address of a part of a disk (%[2]s#p1, %[2]s#VG/LV)", err, inputs[0])
+	case errors.Is(err, offline.ErrNoOverlay), errors.Is(err, lvm.ErrNoSnapshot):
+		return fmt.Errorf("--backing: %w: a snapshot is required, ORIGIN COW or the address of a snapshot volume", err)
 	}
-	dev, err := d.open(inputs[0], block.Options{ReadOnly: true})
-	if err != nil {
-		return x, err
-	}
-	if source.IsFile(inputs[0]) && dev.Format() == ondisk.RawFormat {
-		return x, errors.Join(fmt.Errorf("%[1]s is a raw disk as a whole: ORIGIN COW OUT are required, or the address of a part of a disk (%[1]s#p1, %[1]s#VG/LV)", inputs[0]), dev.Close())
-	}
-	return exportSource{dev, nil, dev.Close}, nil
-}
-
-// openSnapshot opens the view of a snapshot. A snapshot that can't be read completely is refused.
-func (d *diskFlags) openSnapshot(originName, cowName string) (exportSource, error) {
-	origin, cow, both, err := d.openPair(originName, cowName, block.Options{ReadOnly: true})
-	if err != nil {
-		return exportSource{}, err
-	}
-	return snapshotOf(origin, cow, cowName, both)
-}
-
-// snapshotOf returns the view of a store over its origin, which both closes.
-func snapshotOf(origin, cow openDisk, cowName string, both io.Closer) (exportSource, error) {
-	view, err := viewOf(origin, cow)
-	if err != nil {
-		return exportSource{}, errors.Join(about(cowName, err), both.Close())
-	}
-	return exportSource{view, origin, both.Close}, nil
-}
-
-func viewOf(origin, cow block.Device) (*store.View, error) {
-	st, err := store.OpenToRead(cow)
-	if err != nil {
-		return nil, err
-	}
-	if err := st.Err(); err != nil {
-		return nil, fmt.Errorf("%w: it was marked so when its COW device was full or failed, and its content is lost", err)
-	}
-	return store.NewView(origin, st)
-}
-
-// copyImage copies a device to out, which reads as zeros or takes what is written in order.
-func copyImage(ctx context.Context, out, from block.Device, bar *progressBar) error {
-	size, done := from.Size(), int64(0)
-	return block.Copy(out, 0, from, 0, size, block.IntoZeros, func(n int64) error {
-		done += n
-		bar.show(done, size)
-		return context.Cause(ctx)
-	})
+	return advise(imageAdvice(withOutputAdvice(err), "dmsnap export "+strings.Join(inputs, " ")+" -"))
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/fleet/daemon"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -278,25 +279,6 @@ func newTable() *cobra.Command {
 	}, func(c *cobra.Command, t api.Table) error { return textTo(c).Table(t) })
 }
 
-// dropElement drops a snapshot of a served origin, or a node or checkpoint of a fleet.
-func dropElement(ctx context.Context, ctl *api.Client, name string, force bool) error {
-	err := ctl.Drop(ctx, name)
-	switch {
-	case !api.HasCode(err, api.CodeNoSuchRequest):
-		return err
-	case strings.Contains(name, "@"):
-		return ctl.DropCheckpoint(ctx, name)
-	case force:
-		if _, err := ctl.TakeBackMerge(ctx, name); err != nil && !api.HasCode(err, api.CodeNoMerge) {
-			return err
-		}
-	}
-	if err = ctl.DropNode(ctx, name); api.HasCode(err, api.CodeMerging) {
-		err = fmt.Errorf("%w; --force takes it back", err)
-	}
-	return err
-}
-
 // mergeNode starts the merge of a node into its disk, and waits for its end if that is asked for. A signal ends the wait,
 // not the merge.
 func (l *liveMerge) mergeNode(ctx context.Context, c *cobra.Command, ctl *api.Client, args []string, asJSON bool) error {
@@ -312,9 +294,9 @@ func (l *liveMerge) mergeNode(ctx context.Context, c *cobra.Command, ctl *api.Cl
 	}
 	m, err := request(ctx, args[0])
 	if err == nil && l.wait {
-		bar := newProgress(c.ErrOrStderr(), "merge")
-		m, err = ctl.WaitForNodeMerge(ctx, m, func(m api.TreeMerge) { bar.show(m.CopiedBytes, m.TotalBytes) })
-		bar.end()
+		bar := progress.New(c.ErrOrStderr(), "merge")
+		m, err = ctl.WaitForNodeMerge(ctx, m, func(m api.TreeMerge) { bar.Show(m.CopiedBytes, m.TotalBytes) })
+		bar.End()
 		err = continues(err, "daemon")
 	}
 	switch {

@@ -11,6 +11,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/internal/progress"
 )
 
 type mapOptions struct {
@@ -139,7 +140,7 @@ func (o *mapOptions) show(c *cobra.Command, m *inspect.Map, inputs []string) err
 // terminal returns how wide maps on w may be, and whether colours are used.
 func (o *mapOptions) terminal(w io.Writer) (columns int, colours bool) {
 	const labels = 14
-	f, ok := terminalOf(w)
+	f, ok := progress.Terminal(w)
 	if ok {
 		if n, _, err := term.GetSize(int(f.Fd())); err == nil {
 			columns = max(16, n-labels)

@@ -7,6 +7,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/offline"
 )
 
@@ -105,28 +106,28 @@ snapshot before it (dmsnap snapshot --create): merging that one restores the ori
 func (o *offlineMerge) run(c *cobra.Command, args []string) error {
 	ctx, stop := untilSignal()
 	defer stop()
-	keep, bar := newProgress(c.ErrOrStderr(), "keep"), newProgress(c.ErrOrStderr(), "merge")
+	keep, bar := progress.New(c.ErrOrStderr(), "keep"), progress.New(c.ErrOrStderr(), "merge")
 	opts := offline.MergeOptions{DryRun: o.dryRun, Force: o.force, Undo: o.undo, Siblings: o.siblings, Raw: o.disk.raw, PVs: o.disk.pvs,
-		UndoProgress: keep.show,
+		UndoProgress: keep.Show,
 		Progress: func(done, total int64) {
-			keep.end()
-			bar.show(done, total)
+			keep.End()
+			bar.Show(done, total)
 		},
 		NoSideFile: func(origin string, err error) {
-			keep.end()
+			keep.End()
 			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, origin)
 		},
 	}
 	if !o.asJSON { // JSON has them in a field
 		opts.Others = func(origin string, paths []string) {
-			keep.end()
+			keep.End()
 			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: if they are snapshots of %s, these are changed by the merge: %s; --sibling COW preserves one\n",
 				origin, strings.Join(paths, ", "))
 		}
 	}
 	res, err := offline.Merge(ctx, args, opts)
-	keep.end()
-	bar.end()
+	keep.End()
+	bar.End()
 	if err != nil {
 		return advise(err)
 	}

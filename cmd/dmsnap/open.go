@@ -3,7 +3,6 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"time"
 
@@ -24,12 +23,6 @@ import (
 
 // about prefixes an error with the path, unless it has it.
 func about(path string, err error) error { return block.WithPath(path, err) }
-
-// openDevice opens a path as a device; the error names the path.
-// Parts of disks are refused: they are not changed in place.
-func openDevice(path string, o block.Options) (*block.File, error) {
-	return source.OpenWhole(path, o)
-}
 
 // An openDisk is a disk that was opened by its name.
 type openDisk = *source.Disk
@@ -108,23 +101,6 @@ func (d *diskFlags) openOrigin(name, cowName string, o block.Options) (openDisk,
 	}
 	disk, err := source.OpenOriginOf(name, cowName, s)
 	return disk, advise(err)
-}
-
-// checkRawDisk refuses a disk whose last bytes are in no sector and, unless raw, one that is known not to be a raw disk.
-func checkRawDisk(path string, dev block.Device, raw bool) error {
-	return advise(about(path, cowfile.OriginOptions{Raw: raw}.Check(dev)))
-}
-
-// openPair opens an origin and a device that holds a store. Both are closed by the closer.
-func (d *diskFlags) openPair(originName, cowName string, o block.Options) (origin, cow openDisk, both io.Closer, err error) {
-	s, err := d.options(o)
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	if origin, cow, err = source.OpenPair(originName, cowName, s); err != nil {
-		return nil, nil, nil, advise(err)
-	}
-	return origin, cow, closers{cow, origin}, nil
 }
 
 // openStore opens a device that holds a store: of a snapshot volume its COW volume. The error names it.

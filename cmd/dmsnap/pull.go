@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/layer"
 	"github.com/dmsnap/dmsnap/publish"
 )
@@ -53,13 +54,13 @@ For a single image of what the disk shows, use dmsnap export REF OUT. To read a 
 			defer cache.Close()
 			ctx, stop := untilSignal()
 			defer stop()
-			bar := newProgress(c.ErrOrStderr(), "pull")
-			defer bar.end()
-			files, err := publish.Pull(ctx, from.Fetched(), args[1], publish.Options{Cache: cache, Progress: bar.show})
+			bar := progress.New(c.ErrOrStderr(), "pull")
+			defer bar.End()
+			files, err := publish.Pull(ctx, from.Fetched(), args[1], publish.Options{Cache: cache, Progress: bar.Show})
 			if err != nil {
 				return err
 			}
-			bar.end()
+			bar.End()
 			if asJSON {
 				return printJSON(c, pulled{from.Fetched().Name(), from.Fetched().ID(), from.Size(), files})
 			}

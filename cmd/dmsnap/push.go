@@ -3,18 +3,18 @@ package main
 import (
 	"context"
 	"errors"
-	"io"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/progress"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/publish"
 	"github.com/dmsnap/dmsnap/served"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/remote"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 // fetchFlags are the flags about registries, object stores and web servers.
@@ -70,18 +70,13 @@ docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its s
 			}
 			ctx, stop := untilSignal()
 			defer stop()
-			push, opened, err := disk.openPushed(ctx, control, args[:len(args)-1])
-			defer func() { err = errors.Join(err, opened.Close()) }()
+			bar := progress.New(c.ErrOrStderr(), "push")
+			defer bar.End()
+			made, err := disk.push(ctx, control, args[:len(args)-1], to, publish.Options{Progress: bar.Show})
 			if err != nil {
 				return err
 			}
-			bar := newProgress(c.ErrOrStderr(), "push")
-			defer bar.end()
-			made, err := push(ctx, to, publish.Options{Progress: bar.show})
-			if err != nil {
-				return err
-			}
-			bar.end()
+			bar.End()
 			if asJSON {
 				return printJSON(c, made)
 			}
@@ -94,79 +89,22 @@ docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its s
 	return c
 }
 
-// openPushed opens what is pushed, and returns what pushes it. What it opened is in the closers, also after an error.
-func (d *diskFlags) openPushed(ctx context.Context, control string, names []string) (func(context.Context, remote.Repository, publish.Options) (publish.Pushed, error), closers, error) {
-	if control == "" {
-		base, stores, opened, err := d.openStack(names)
-		return func(ctx context.Context, to remote.Repository, o publish.Options) (publish.Pushed, error) {
-			return publish.Push(ctx, to, base, stores, o)
-		}, opened, err
-	}
-	if len(names) != 1 {
-		return nil, nil, errors.New("with --control, NODE and REF are required")
-	}
+// push pushes what names, or a node, stand for.
+func (d *diskFlags) push(ctx context.Context, control string, names []string, to remote.Repository, o publish.Options) (made publish.Pushed, err error) {
 	s, err := d.options(block.Options{ReadOnly: true})
-	if err != nil {
-		return nil, nil, err
+	switch {
+	case err != nil:
+		return made, err
+	case control == "":
+		made, err = offline.Push(ctx, names, to, s, o)
+		return made, advise(err)
+	case len(names) != 1:
+		return made, errors.New("with --control, NODE and REF are required")
 	}
 	t, err := served.OpenTree(ctx, api.NewClient(control), names[0], s)
 	if err != nil {
-		return nil, nil, err
+		return made, err
 	}
-	return t.Push, closers{t}, nil
-}
-
-// openStack opens a base, and stores of which each is over the one before. What it opened is in the closers, also after an error.
-func (d *diskFlags) openStack(names []string) (base block.Device, stores []*store.Store, opened closers, err error) {
-	var origin openDisk
-	if len(names) == 1 {
-		origin, err = d.open(names[0], block.Options{ReadOnly: true})
-	} else if err = checkDifferent(names[0], names[1]); err == nil {
-		origin, err = d.openOrigin(names[0], names[1], block.Options{ReadOnly: true})
-	}
-	if err != nil {
-		return nil, nil, nil, err
-	}
-	if opened, base = append(opened, origin), origin; origin.Fetched() != nil {
-		base = origin.Fetched()
-	}
-	if err := checkRawDisk(names[0], origin, true); err != nil { // its size
-		return nil, nil, opened, err
-	}
-	for i, path := range names[1:] {
-		cow, err := d.openStore(path, block.Options{ReadOnly: true})
-		if err != nil {
-			return nil, nil, opened, err
-		}
-		opened = append(opened, cow)
-		if err := checkStore(path, cow); err != nil {
-			return nil, nil, opened, err
-		}
-		if i == 0 && !d.raw {
-			err = source.CheckFormat(origin, path, cow)
-		}
-		var s *store.Store
-		if err == nil {
-			s, err = store.OpenToRead(cow)
-		}
-		if err == nil {
-			err = errors.Join(s.Err(), s.CheckOrigin(origin.Size()))
-		}
-		if err != nil {
-			return nil, nil, opened, about(path, err)
-		}
-		stores = append(stores, s)
-	}
-	return base, stores, opened, nil
-}
-
-// closers closes all, in order.
-type closers []io.Closer
-
-func (cs closers) Close() error {
-	var errs []error
-	for _, c := range cs {
-		errs = append(errs, c.Close())
-	}
-	return errors.Join(errs...)
+	defer func() { err = errors.Join(err, t.Close()) }()
+	return t.Push(ctx, to, o)
 }

@@ -1,21 +1,16 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"os"
-	"path/filepath"
-	"slices"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 
 	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/offline"
-	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/qcow2"
-	"github.com/dmsnap/dmsnap/store"
 )
 
 // imageFormat holds the options of export that say which format OUT has.
@@ -34,58 +29,25 @@ func (o *imageFormat) add(f *pflag.FlagSet) {
 	f.Lookup("compress").NoOptDefVal = qcow2.Deflate.String()
 }
 
-// check refuses options that do not fit together.
-func (o *imageFormat) check(out string) error {
+// options are those of offline.Export; options that do not fit together are refused.
+func (o *imageFormat) options(out string) (e offline.ExportOptions, err error) {
+	e = offline.ExportOptions{QCOW2: o.format == "qcow2", ClusterSize: o.clusterSize.bytes, Compress: o.compress != "", Backing: o.backing}
 	switch {
-	case o.format != "raw" && o.format != "qcow2":
-		return fmt.Errorf("--format %s: must be raw or qcow2", o.format)
-	case o.format == "raw" && (o.backing != "" || o.clusterSize.set || o.compress != ""):
-		return errors.New("--backing, --cluster-size and --compress require --format qcow2")
-	case o.compress != "" && o.compress != qcow2.Deflate.String() && o.compress != qcow2.Zstd.String():
-		return fmt.Errorf("--compress=%s: must be deflate or zstd", o.compress)
-	case o.format == "qcow2" && out == standardOutput:
-		return fmt.Errorf("a qcow2 image is not written in order: %w", newfile.ErrStandardOutput)
+	case !e.QCOW2 && o.format != "raw":
+		return e, fmt.Errorf("--format %s: must be raw or qcow2", o.format)
+	case !e.QCOW2 && (o.backing != "" || o.clusterSize.set || o.compress != ""):
+		return e, errors.New("--backing, --cluster-size and --compress require --format qcow2")
+	case e.QCOW2 && out == standardOutput:
+		return e, fmt.Errorf("a qcow2 image is not written in order: %w", newfile.ErrStandardOutput)
 	}
-	return nil
-}
-
-// write writes the qcow2 image of what is exported. The device of an origin that was opened is named by the first of inputs.
-func (o *imageFormat) write(ctx context.Context, inputs []string, output string, force bool, x exportSource, bar *progressBar) error {
-	from := x.Device
-	e := qcow2.ExportOptions{
-		ClusterSize: o.clusterSize.bytes, Compress: o.compress != "",
-		Progress: func(reached int64) error {
-			bar.show(reached, from.Size())
-			return context.Cause(ctx)
-		},
-	}
-	if o.compress == qcow2.Zstd.String() {
+	switch o.compress {
+	case "", qcow2.Deflate.String():
+	case qcow2.Zstd.String():
 		e.Compression = qcow2.Zstd
+	default:
+		return e, fmt.Errorf("--compress=%s: must be deflate or zstd", o.compress)
 	}
-	if o.backing != "" {
-		snap, isSnapshot := from.(*store.View)
-		if !isSnapshot {
-			return errors.New("--backing: a snapshot is required, ORIGIN COW or the address of a snapshot volume: what an overlay holds is what a COW holds")
-		}
-		base := o.backing
-		if !filepath.IsAbs(base) {
-			base = filepath.Join(filepath.Dir(output), base)
-		}
-		format, err := source.BackingFormat(base, inputs[0], x.origin, snap.Size())
-		if err != nil {
-			return fmt.Errorf("--backing: %w", err)
-		}
-		inputs = append(slices.Clone(inputs), base)
-		e.Backing, e.BackingFormat, e.BackingSize = o.backing, format, snap.Size()
-		e.Stored = func(off, n int64) (bool, int64) {
-			_, _, follow, stored := snap.Place(off, n)
-			return stored, follow
-		}
-		if !o.clusterSize.set {
-			e.ClusterSize = min(snap.Store().Layout().ChunkBytes(), 2<<20)
-		}
-	}
-	return writeOutput(output, force, inputs, func(f *os.File) error { return qcow2.Export(f, from, e) })
+	return e, nil
 }
 
 func newImport() *cobra.Command {
@@ -117,9 +79,9 @@ name when it is complete and durable. An existing file is replaced only with --f
 			}
 			ctx, stop := untilSignal()
 			defer stop()
-			bar := newProgress(c.ErrOrStderr(), "import")
-			res, err := offline.Import(ctx, args[0], args[1], o.origin, offline.ImportOptions{ChunkSectors: sectors, Raw: o.raw, Force: o.force, Progress: bar.show})
-			bar.end()
+			bar := progress.New(c.ErrOrStderr(), "import")
+			res, err := offline.Import(ctx, args[0], args[1], o.origin, offline.ImportOptions{ChunkSectors: sectors, Raw: o.raw, Force: o.force, Progress: bar.Show})
+			bar.End()
 			if err != nil {
 				return advise(withOutputAdvice(err))
 			}

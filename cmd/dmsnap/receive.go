@@ -8,6 +8,7 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/stream"
 )
@@ -106,10 +107,10 @@ func (o *receiveOptions) run(c *cobra.Command, args []string) (err error) {
 	}
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "receive")
-	opts.Progress = bar.show
+	bar := progress.New(c.ErrOrStderr(), "receive")
+	opts.Progress = bar.Show
 	got, err := offline.Receive(ctx, in, target, opts)
-	bar.end()
+	bar.End()
 	if errors.As(err, new(*stream.MismatchError)) && got.Kind == stream.Disk && o.undo == "" && o.cow == "" {
 		err = fmt.Errorf("%w; the stream of a whole disk wants a target that reads as zeros, --force writes it over anything", err)
 	}

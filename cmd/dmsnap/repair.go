@@ -1,15 +1,13 @@
 package main
 
 import (
-	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/repair"
 )
@@ -51,13 +49,10 @@ With --chunk-size, a damaged header is ignored. A store that is marked invalid i
   dmsnap repair damaged.cow --undo-apply damaged.undo`,
 		Args: func(c *cobra.Command, args []string) error { return o.args(args) },
 		RunE: func(c *cobra.Command, args []string) error {
-			switch {
-			case o.undoApply != "":
+			if o.undoApply != "" {
 				return o.takeBack(c, args[0])
-			case o.inPlace:
-				return o.repairInPlace(c, args[0])
 			}
-			return o.repairInto(c, args[0], args[1])
+			return o.repair(c, args)
 		},
 	}
 	f := c.Flags()
@@ -88,70 +83,32 @@ func (o *repairOptions) args(args []string) error {
 	return nil
 }
 
-// plan plans the repair of a store.
-func (o *repairOptions) plan(ctx context.Context, path string, cow block.Device, bar *progressBar) (*repair.Plan, error) {
-	sectors, err := o.chunkSize.orHeader()
-	if err != nil {
-		return nil, err
-	}
-	p, err := repair.NewPlan(ctx, cow, repair.Options{ChunkSectors: sectors, Progress: bar.show})
-	if errors.Is(err, repair.ErrNeedsChunkSize) {
-		err = fmt.Errorf("%w with --chunk-size", err)
-	}
-	return p, about(path, err)
-}
-
-func (o *repairOptions) repairInto(c *cobra.Command, path, out string) error {
+// repair writes a sound copy, or repairs the store itself, which args name.
+func (o *repairOptions) repair(c *cobra.Command, args []string) (err error) {
 	ctx, stop := untilSignal()
 	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "repair")
-	cow, err := o.disk.openStore(path, block.Options{ReadOnly: true})
-	if err != nil {
-		return err
-	}
-	defer cow.Close()
-	p, err := o.plan(ctx, path, cow, bar)
-	if err != nil {
-		return err
-	}
-	err = writeOutputDevice(out, o.force, []string{path}, p.Size(), func(dst *block.File) error {
-		return p.Fresh(ctx, dst)
-	})
-	bar.end()
-	if err != nil {
-		return err
-	}
-	return printReport(c, o.asJSON, p.Result(out, true))
-}
-
-func (o *repairOptions) repairInPlace(c *cobra.Command, path string) error {
-	ctx, stop := untilSignal()
-	defer stop()
-	bar := newProgress(c.ErrOrStderr(), "repair")
-	cow, err := openDevice(path, block.Options{})
-	if err != nil {
-		return err
-	}
-	p, err := o.plan(ctx, path, cow, bar)
-	if err != nil {
-		cow.Close()
-		return err
-	}
+	bar := progress.New(c.ErrOrStderr(), "repair")
 	saved := false
-	changed, err := p.InPlace(ctx, func(write func(io.Writer) error) error {
-		err := writeOutput(o.undo, o.force, []string{path}, func(f *os.File) error { return write(f) })
-		saved = err == nil
-		return err
-	})
-	bar.end()
-	err = about(path, errors.Join(err, cow.Close()))
-	if err != nil && saved {
-		err = fmt.Errorf("%w; to undo the changes: dmsnap repair %s --undo-apply %s", err, path, o.undo)
-	}
-	if err != nil {
+	r := offline.RepairOptions{Force: o.force, Progress: bar.Show, Saved: func() { saved = true }}
+	if r.ChunkSectors, err = o.chunkSize.orHeader(); err != nil {
 		return err
 	}
-	return printReport(c, o.asJSON, p.Result(path, changed))
+	var res repair.Result
+	if o.inPlace {
+		res, err = offline.RepairInPlace(ctx, args[0], o.undo, r)
+	} else if r.Source, err = o.disk.options(block.Options{}); err == nil {
+		res, err = offline.Repair(ctx, args[0], args[1], r)
+	}
+	bar.End()
+	switch {
+	case errors.Is(err, repair.ErrNeedsChunkSize):
+		return fmt.Errorf("%w with --chunk-size", err)
+	case err != nil && saved:
+		return fmt.Errorf("%w; to undo the changes: dmsnap repair %s --undo-apply %s", err, args[0], o.undo)
+	case err != nil:
+		return advise(withOutputAdvice(err))
+	}
+	return printReport(c, o.asJSON, res)
 }
 
 // takeBack applies an undo file.

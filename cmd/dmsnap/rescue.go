@@ -12,6 +12,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/progress"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/lvm"
@@ -71,11 +73,8 @@ it nevertheless, and then only chunks with an exception are certain.`,
 			return nil
 		},
 		RunE: func(c *cobra.Command, args []string) error {
-			switch {
-			case o.inPlace:
-				return o.markValid(c, args[0])
-			case o.revalidate:
-				return o.copyValid(c, args[0], args[1])
+			if o.revalidate {
+				return o.markValid(c, args)
 			}
 			return o.run(c, args)
 		},
@@ -153,11 +152,11 @@ func (o *rescueOptions) run(c *cobra.Command, args []string) (err error) {
 	if o.dryRun {
 		ranges = r.Plan()
 	} else {
-		bar := newProgress(c.ErrOrStderr(), "rescue")
+		bar := progress.New(c.ErrOrStderr(), "rescue")
 		ranges, err = o.writeImage(ctx, c, r, from, func(out block.Device) ([]rescue.Range, error) {
-			return r.Write(ctx, out, func(done int64) { bar.show(done, r.Size()) })
+			return r.Write(ctx, out, func(done int64) { bar.Show(done, r.Size()) })
 		})
-		bar.end()
+		bar.End()
 		if err != nil {
 			return err
 		}
@@ -217,4 +216,25 @@ func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges [
 		return printJSON(c, result)
 	}
 	return result.WriteText(c.OutOrStdout(), cmp.Or(from.out, from.Names[0]), from.inputs[0])
+}
+
+// markValid makes a valid copy of a store, or marks the store itself valid.
+func (o *rescueOptions) markValid(c *cobra.Command, args []string) (err error) {
+	ctx, stop := untilSignal()
+	defer stop()
+	r := offline.RepairOptions{Force: o.force}
+	var res offline.RevalidateResult
+	if o.inPlace {
+		res, err = offline.RevalidateInPlace(ctx, args[0], o.undo, r)
+	} else if r.Source, err = o.disk.options(block.Options{Lock: readingLock(o.liveRead)}); err == nil {
+		res, err = offline.Revalidate(ctx, args[0], args[1], r)
+	}
+	if err != nil {
+		return adviseLive(advise(withOutputAdvice(err)), o.liveRead || o.inPlace)
+	}
+	err = printReport(c, o.asJSON, res)
+	if err == nil && res.Changed && o.inPlace && !o.asJSON {
+		err = printf(c, "to undo this: dmsnap repair %s --undo-apply %s\n", args[0], o.undo)
+	}
+	return err
 }

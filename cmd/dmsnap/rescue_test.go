@@ -9,6 +9,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/inspect"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/rescue"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -89,7 +90,7 @@ func TestRescue(t *testing.T) {
 	if got := digest(inPlace); got != sound {
 		t.Error("in place it is not what the copy is")
 	}
-	if res := mustJSON[revalidated](t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", filepath.Join(p.dir, "none")); res.Changed || res.Kept != 24<<10 {
+	if res := mustJSON[offline.RevalidateResult](t, "rescue", "--revalidate", p.cow, "--in-place", "--undo", filepath.Join(p.dir, "none")); res.Changed || res.Kept != 24<<10 {
 		t.Errorf("a valid store: %+v", res)
 	}
 	mustRun(t, "repair", p.cow, "--undo-apply", undo)

@@ -9,11 +9,10 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/block"
-	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/internal/progress"
+	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/served"
 	"github.com/dmsnap/dmsnap/server/api"
-	"github.com/dmsnap/dmsnap/source"
-	"github.com/dmsnap/dmsnap/store"
 	"github.com/dmsnap/dmsnap/stream"
 )
 
@@ -96,17 +95,17 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	ctx, stop := untilSignal()
 	defer stop()
 	from, opened, err := o.open(ctx, args)
-	defer func() { err = errors.Join(err, opened.Close()) }()
 	if err != nil {
 		return err
 	}
+	defer func() { err = errors.Join(err, opened.Close()) }()
 	res := sendResult{Kind: from.Source.Kind(), Size: from.Source.Size(), Name: from.Name, Since: from.Since}
-	bar := newProgress(c.ErrOrStderr(), "send")
-	defer bar.end()
+	bar := progress.New(c.ErrOrStderr(), "send")
+	defer bar.End()
 	fill := func(w io.Writer) (err error) {
 		res.Count, err = stream.Send(ctx, w, from.Source, stream.SendOptions{
 			DropUnchanged: o.drop, Plain: o.plain, From: o.from.bytes, Complete: from.Check,
-			Progress: func(reached int64) { bar.show(reached, from.Source.Size()) },
+			Progress: func(reached int64) { bar.Show(reached, from.Source.Size()) },
 		})
 		return err
 	}
@@ -118,7 +117,7 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	if err != nil {
 		return err
 	}
-	bar.end()
+	bar.End()
 	switch {
 	case o.json:
 		return printJSON(c, res)
@@ -132,55 +131,16 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	return printf(c, "sent %s and %s of zeros%s, in %s\n", bytesText(res.Data), bytesText(res.Zero), what, plural(uint64(res.Records), "range"))
 }
 
-// open opens what is sent. What it opened is in the closers, also after an error.
-func (o *sendOptions) open(ctx context.Context, args []string) (*served.Disk, closers, error) {
-	if o.control != "" {
-		s, err := o.disk.options(block.Options{})
-		if err != nil {
-			return nil, nil, err
-		}
-		d, err := served.Open(ctx, api.NewClient(o.control), args[0], o.since, s.NBD)
-		if err != nil {
-			return nil, nil, err
-		}
-		return d, closers{d}, nil
-	}
-	if len(args) == 1 {
-		dev, err := o.disk.open(args[0], block.Options{ReadOnly: true})
-		if err != nil {
-			return nil, nil, err
-		}
-		return &served.Disk{Source: stream.Whole(dev)}, closers{dev}, about(args[0], cowfile.CheckSize(dev))
-	}
-	if o.since != "" {
-		if err := checkDifferent(args[0], o.since); err != nil {
-			return nil, nil, err
-		}
-	}
-	origin, err := o.disk.openOrigin(args[0], args[1], block.Options{ReadOnly: true})
+// open opens what is sent.
+func (o *sendOptions) open(ctx context.Context, args []string) (*served.Disk, io.Closer, error) {
+	s, err := o.disk.options(block.Options{})
 	if err != nil {
 		return nil, nil, err
 	}
-	opened := closers{origin}
-	var stores [2]*store.Store // as it was, as it is
-	for i, path := range []string{o.since, args[1]} {
-		if path == "" {
-			continue
-		}
-		cow, err := o.disk.openStore(path, block.Options{ReadOnly: true})
-		if err != nil {
-			return nil, opened, err
-		}
-		opened = append(opened, cow)
-		if err := source.CheckFormat(origin, path, cow); err != nil && !o.disk.raw {
-			return nil, opened, err
-		}
-		view, err := viewOf(origin, cow)
-		if err != nil {
-			return nil, opened, about(path, err)
-		}
-		stores[i] = view.Store()
+	if o.control != "" {
+		d, err := served.Open(ctx, api.NewClient(o.control), args[0], o.since, s.NBD)
+		return d, d, err
 	}
-	from, err := stream.Between(origin, stores[0], stores[1])
-	return &served.Disk{Source: from}, opened, err
+	from, opened, err := offline.OpenChanges(args, o.since, s)
+	return &served.Disk{Source: from}, opened, advise(err)
 }

@@ -6,10 +6,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"net"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -154,25 +152,18 @@ func (o *serveOptions) addStores(c *cobra.Command) {
 }
 
 // attachments reads the [NAME=]COW arguments.
-func (o *serveOptions) attachments(originPath string, args []string) []api.AttachRequest {
-	one := api.AttachRequest{Create: o.create, Force: o.force, ChunkSize: o.chunkSize.bytes, Store: o.store.String()}
+func (o *serveOptions) attachments(originPath string, args []string) (list []api.AttachRequest) {
+	all := api.AttachRequest{Create: o.create, Force: o.force, ChunkSize: o.chunkSize.bytes, Store: o.store.String()}
 	if len(args) == 0 {
-		one.COW = originPath + ".cow"
-		if _, err := os.Lstat(one.COW); o.readOnly && err != nil {
+		cow := originPath + ".cow"
+		if _, err := os.Lstat(cow); o.readOnly && err != nil {
 			return nil
 		}
-		one.Name = exportName(one.COW)
-		one.Create = !o.readOnly
-		return []api.AttachRequest{one}
+		all.Create = !o.readOnly
+		args = []string{cow}
 	}
-	var list []api.AttachRequest
 	for _, arg := range args {
-		name, path, named := strings.Cut(arg, "=")
-		if !named || strings.Contains(name, "/") {
-			name, path = exportName(arg), arg
-		}
-		one.Name, one.COW = name, path
-		list = append(list, one)
+		list = append(list, server.Attachment(arg, all))
 	}
 	return list
 }
@@ -185,15 +176,6 @@ func storesOf(list []api.AttachRequest) (paths []string) {
 		}
 	}
 	return paths
-}
-
-// exportName is the default name of the snapshot on a path.
-func exportName(path string) string {
-	base := strings.ToValidUTF8(filepath.Base(path), "_") // names of exports are UTF-8
-	if name := strings.TrimSuffix(base, filepath.Ext(base)); name != "" {
-		return name
-	}
-	return base
 }
 
 // run serves until ctx ends or a listener fails. A refused serve leaves no file: all checks come first, then the origin
@@ -212,11 +194,8 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	log := o.operator.openLog(stderr)
 	defer log.end()
-	passed, err := server.PassedListeners()
+	at, err := o.listenAt(originPath)
 	if err != nil {
-		return err
-	}
-	if err := o.checkListeners(originPath, passed); err != nil {
 		return err
 	}
 	list := o.attachments(originPath, cows)
@@ -245,13 +224,13 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	if err != nil {
 		return err
 	}
-	l, control, err := o.listeners(originPath, passed)
+	l, control, err := at.Open()
 	if err != nil {
-		closeListeners(page)
+		server.CloseListeners(page)
 		return err
 	}
 	if err := o.attach(s, list, len(cows) > 0); err != nil {
-		closeListeners(l, control, page)
+		server.CloseListeners(l, control, page)
 		return err
 	}
 	ctx, stop := context.WithCancel(ctx)
@@ -270,7 +249,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	}
 	watched, err := o.operator.start(ctx, page, web.Config{Tree: func() (api.Tree, error) { return s.Tree(), nil }, API: s.Handler()}, log, &text)
 	if err != nil {
-		closeListeners(page)
+		server.CloseListeners(page)
 		stop()
 		return errors.Join(err, wait())
 	}
@@ -281,15 +260,6 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 	stdout.Write(text.Bytes()) // who does not read it may still use what is served
 	reportReady(text.Bytes())
 	return wait()
-}
-
-// closeListeners closes those that are not nil.
-func closeListeners(list ...net.Listener) {
-	for _, l := range list {
-		if l != nil {
-			l.Close()
-		}
-	}
 }
 
 // printExport prints where an export is found.
@@ -368,74 +338,18 @@ func (o *serveOptions) attach(s *server.Server, list []api.AttachRequest, explic
 	return advise(err)
 }
 
-// checkListeners checks the addresses before anything is opened.
-func (o *serveOptions) checkListeners(originPath string, passed map[string]net.Listener) error {
-	if passed["nbd"] == nil && !o.filesOnly {
-		if err := o.checkListener(originPath); err != nil {
-			return err
+// listenAt are the addresses, checked before anything is opened.
+func (o *serveOptions) listenAt(originPath string) (l server.Listeners, err error) {
+	l = server.Listeners{Without: o.filesOnly, Socket: o.socket, Listen: o.listen, Control: o.control}
+	if l.Passed, err = server.PassedListeners(); err != nil {
+		return l, err
+	}
+	if l.Socket == "" {
+		if l.Socket = originPath + ".sock"; l.Listen == "" && l.Passed["nbd"] == nil && !l.Without && !source.IsFile(originPath) {
+			return l, fmt.Errorf("%s: --socket or --listen is required with a part of a disk or a URI", originPath)
 		}
 	}
-	if o.vhostUser != "" {
-		if info, err := os.Stat(o.vhostUser); err != nil {
-			return fmt.Errorf("--vhost-user: %w", err)
-		} else if !info.IsDir() {
-			return fmt.Errorf("--vhost-user: %s is not a folder", o.vhostUser)
-		}
-	}
-	if passed["control"] == nil && o.control != "" {
-		return server.CheckSocketPath(o.control)
-	}
-	return nil
-}
-
-func (o *serveOptions) checkListener(originPath string) error {
-	if o.listen == "" && o.socket == "" && !source.IsFile(originPath) {
-		return fmt.Errorf("%s: --socket or --listen is required with a part of a disk or a URI", originPath)
-	}
-	if o.listen == "" {
-		return server.CheckSocketPath(o.socketPath(originPath))
-	}
-	if err := server.CheckTCPAddress(o.listen); err != nil {
-		return fmt.Errorf("--listen: %w", err)
-	}
-	return nil
-}
-
-// socketPath is where the NBD server listens without --listen.
-func (o *serveOptions) socketPath(originPath string) string {
-	if o.socket != "" {
-		return o.socket
-	}
-	return originPath + ".sock"
-}
-
-// listeners returns the sockets that were passed to the process, or listens where o says. control is nil when
-// it was not asked for.
-func (o *serveOptions) listeners(originPath string, passed map[string]net.Listener) (l, control net.Listener, err error) {
-	if l = passed["nbd"]; l == nil && !o.filesOnly {
-		if l, err = o.listener(originPath); err != nil {
-			return nil, nil, err
-		}
-	}
-	if control = passed["control"]; control == nil && o.control != "" {
-		if control, err = server.ListenUnix(o.control); err != nil {
-			closeListeners(l)
-			return nil, nil, err
-		}
-	}
-	return l, control, nil
-}
-
-// listener listens where o says.
-func (o *serveOptions) listener(originPath string) (net.Listener, error) {
-	if o.listen == "" {
-		return server.ListenUnix(o.socketPath(originPath))
-	}
-	l, err := server.ListenTCP(o.listen)
-	if err != nil {
-		return nil, fmt.Errorf("--listen: %w", err)
-	}
-	return l, nil
+	return l, l.Check()
 }
 
 // printable is a name as it is printed.

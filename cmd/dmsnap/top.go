@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/term"
 
+	"github.com/dmsnap/dmsnap/internal/progress"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/top"
 )
@@ -35,7 +36,7 @@ then no terminal is required. With --json it is the report as JSON.`,
 				return fmt.Errorf("--interval %v: must be more than 0", interval)
 			}
 			if !once && !asJSON {
-				if _, ok := terminalOf(c.OutOrStdout()); !ok {
+				if _, ok := progress.Terminal(c.OutOrStdout()); !ok {
 					return errors.New("standard output is not a terminal: use --once")
 				}
 				return top.Run(ctx, client, top.Options{Interval: interval})
@@ -48,7 +49,7 @@ then no terminal is required. With --json it is the report as JSON.`,
 				return printJSON(c, r)
 			}
 			width := 200
-			if f, ok := terminalOf(c.OutOrStdout()); ok {
+			if f, ok := progress.Terminal(c.OutOrStdout()); ok {
 				if n, _, err := term.GetSize(int(f.Fd())); err == nil {
 					width = n
 				}

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -139,6 +140,23 @@ func (c *Client) DropNode(ctx context.Context, name string) error {
 // DropCheckpoint removes a checkpoint and its file.
 func (c *Client) DropCheckpoint(ctx context.Context, name string) error {
 	return c.call(ctx, http.MethodDelete, elementPath("checkpoints", name, ""), nil, &struct{}{})
+}
+
+// DropElement is Drop of a served disk, and of a daemon DropCheckpoint for NODE@NAME, else DropNode. With takeBack a node whose merge
+// failed is dropped, too, once its disk has what it had before; otherwise it is refused with CodeMerging.
+func (c *Client) DropElement(ctx context.Context, name string, takeBack bool) error {
+	err := c.Drop(ctx, name)
+	switch {
+	case !HasCode(err, CodeNoSuchRequest):
+		return err
+	case strings.Contains(name, "@"):
+		return c.DropCheckpoint(ctx, name)
+	case takeBack:
+		if _, err := c.TakeBackMerge(ctx, name); err != nil && !HasCode(err, CodeNoMerge) {
+			return err
+		}
+	}
+	return c.DropNode(ctx, name)
 }
 
 // Adopt makes an existing store the layer of a new node.

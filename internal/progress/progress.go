@@ -1,4 +1,9 @@
-package main
+// Package progress draws how far long work is, on a terminal, as a bar of one line. In a pipe or a file it draws nothing:
+//
+//	bar := progress.New(os.Stderr, "merge")
+//	bar.Show(done, total) // as often as it is known
+//	bar.End()
+package progress
 
 import (
 	"fmt"
@@ -8,10 +13,12 @@ import (
 	"time"
 
 	"golang.org/x/term"
+
+	"github.com/dmsnap/dmsnap/internal/bytesize"
 )
 
-// progressBar shows how far long work is, on a terminal; in a pipe or a file it shows nothing.
-type progressBar struct {
+// A Bar shows how far long work is. Its methods are for one goroutine.
+type Bar struct {
 	w       io.Writer // nil: quiet
 	width   func() int
 	now     func() time.Time
@@ -22,10 +29,10 @@ type progressBar struct {
 	painted bool
 }
 
-// newProgress returns a bar that is drawn on w when that is a terminal.
-func newProgress(w io.Writer, what string) *progressBar {
-	p := &progressBar{what: what, now: time.Now, width: func() int { return 80 }}
-	if f, ok := terminalOf(w); ok {
+// New returns a bar that is drawn on w when that is a terminal.
+func New(w io.Writer, what string) *Bar {
+	p := &Bar{what: what, now: time.Now, width: func() int { return 80 }}
+	if f, ok := Terminal(w); ok {
 		p.w = w
 		p.width = func() int {
 			n, _, err := term.GetSize(int(f.Fd()))
@@ -38,14 +45,14 @@ func newProgress(w io.Writer, what string) *progressBar {
 	return p
 }
 
-// terminalOf returns the terminal that w is, if it is one that understands more than plain text.
-func terminalOf(w io.Writer) (*os.File, bool) {
+// Terminal returns the terminal that w is, if it is one that understands more than plain text.
+func Terminal(w io.Writer) (*os.File, bool) {
 	f, ok := w.(*os.File)
 	return f, ok && term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb"
 }
 
-// show draws the bar for so many bytes of a total, at most ten times a second.
-func (p *progressBar) show(done, total int64) {
+// Show draws the bar for so many bytes of a total, at most ten times a second.
+func (p *Bar) Show(done, total int64) {
 	if p.w == nil {
 		return
 	}
@@ -61,16 +68,16 @@ func (p *progressBar) show(done, total int64) {
 }
 
 // line is the text of the bar: "merge [#####-----] 50.0 %  64 MiB of 128 MiB  32 MiB/s  2s left".
-func (p *progressBar) line(done, total int64, now time.Time) string {
+func (p *Bar) line(done, total int64, now time.Time) string {
 	part := 1.0
 	if total > 0 {
 		part = float64(done) / float64(total)
 	}
-	text := fmt.Sprintf(" %5.1f %%  %s of %s", 100*part, bytesText(done), bytesText(total))
+	text := fmt.Sprintf(" %5.1f %%  %s of %s", 100*part, bytesize.Text(done), bytesize.Text(total))
 	if passed := now.Sub(p.began); passed > 0 && done > p.first {
 		rate := float64(done-p.first) / passed.Seconds()
 		left := time.Duration(float64(total-done) / rate * float64(time.Second))
-		text += fmt.Sprintf("  %s/s  %s left", bytesText(int64(rate)), left.Round(time.Second))
+		text += fmt.Sprintf("  %s/s  %s left", bytesize.Text(int64(rate)), left.Round(time.Second))
 	}
 	room := p.width() - len(p.what) - len(text) - 4
 	if room < 5 {
@@ -81,8 +88,8 @@ func (p *progressBar) line(done, total int64, now time.Time) string {
 	return p.what + " [" + strings.Repeat("#", full) + strings.Repeat("-", room-full) + "]" + text
 }
 
-// end leaves the last line standing.
-func (p *progressBar) end() {
+// End leaves the last line standing.
+func (p *Bar) End() {
 	if p.painted {
 		p.painted = false
 		fmt.Fprintln(p.w)

@@ -16,15 +16,16 @@ import (
 
 const module = "github.com/dmsnap/dmsnap"
 
-// floors is the ladder of ARCHITECTURE.md: a package imports packages of lower floors only, of its own
-// floor none but those listed in sees.
-var floors = map[string]int{
+// levels are those of ARCHITECTURE.md: a package imports packages of lower levels only, of its own
+// level none.
+var levels = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
 	"latency":          0, "notify": 0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/inline": 0, "internal/lines": 0, "internal/text": 0,
 	"layer":         0,
 	"source/remote": 1, "source/cache": 1, "source/ondemand": 2,
-	"block": 1, "ondisk": 1,
+	"internal/progress": 1,
+	"block":             1, "ondisk": 1,
 	"block/blocktest": 2,
 	"writeback":       2, "activity": 2,
 	"internal/chunkmap": 2, "internal/gate": 2,
@@ -52,7 +53,7 @@ var floors = map[string]int{
 // core packages import the standard library and x/sys alone, so that a user of the library gets no more.
 var core = []string{"block", "ondisk", "internal/chunkmap", "internal/gate", "internal/eventlog", "latency", "notify", "activity", "monitor", "writeback", "store", "snapshot", "check", "dump", "diff", "internal/picture", "internal/undo", "repair", "compact", "merge", "nbd", "nbd/wire", "vhost", "image", "cowfile", "server", "server/api", "server/figures", "fleet", "fleet/daemon", "source/mapped", "source/partition", "source/lvm", "source/stack"}
 
-// forbidden: imports that the ladder alone would allow, with the reason.
+// forbidden: imports that the levels alone would allow, with the reason.
 var forbidden = map[[2]string]string{
 	{"nbd", "snapshot"}:        "a transport sees block.Device, whatever is behind it",
 	{"nbd", "store"}:           "a transport sees block.Device, whatever is behind it",
@@ -111,9 +112,9 @@ func imports(t *testing.T) map[string][]string {
 func TestImportsPointDown(t *testing.T) {
 	found := imports(t)
 	for dir, names := range found {
-		floor, ok := floors[dir]
+		level, ok := levels[dir]
 		if !ok {
-			t.Errorf("package %s has no floor: add it to the ladder, here and in ARCHITECTURE.md", dir)
+			t.Errorf("package %s has no level: add it here and in ARCHITECTURE.md", dir)
 			continue
 		}
 		for _, name := range names {
@@ -121,17 +122,17 @@ func TestImportsPointDown(t *testing.T) {
 			if !ours {
 				continue
 			}
-			if floors[to] >= floor {
-				t.Errorf("%s (floor %d) imports %s (floor %d): imports point down", dir, floor, to, floors[to])
+			if levels[to] >= level {
+				t.Errorf("%s (level %d) imports %s (level %d): imports point down", dir, level, to, levels[to])
 			}
 			if why := forbidden[[2]string{dir, to}]; why != "" {
 				t.Errorf("%s imports %s: %s", dir, to, why)
 			}
 		}
 	}
-	for dir := range floors {
+	for dir := range levels {
 		if found[dir] == nil {
-			t.Errorf("the ladder has a package %s, the tree has none", dir)
+			t.Errorf("there is no package %s", dir)
 		}
 	}
 }
@@ -208,30 +209,30 @@ func TestNoGrabBags(t *testing.T) {
 	}
 }
 
-// TestPageShowsTheLadder holds the ladder of ARCHITECTURE.md against floors.
-func TestPageShowsTheLadder(t *testing.T) {
+// TestPageShowsTheLevels holds the levels of ARCHITECTURE.md against those here.
+func TestPageShowsTheLevels(t *testing.T) {
 	page, err := os.ReadFile("ARCHITECTURE.md")
 	if err != nil {
 		t.Fatal(err)
 	}
-	shown, floor := map[string]int{}, -1
-	_, ladder, _ := strings.Cut(string(page), "```\n")
-	ladder, _, _ = strings.Cut(ladder, "```\n")
-	for line := range strings.Lines(ladder) {
+	shown, level := map[string]int{}, -1
+	_, list, _ := strings.Cut(string(page), "```\n")
+	list, _, _ = strings.Cut(list, "```\n")
+	for line := range strings.Lines(list) {
 		if line[0] != ' ' {
-			floor = int(line[0] - '0')
+			level = int(line[0] - '0')
 		}
 		// Names stand before the first gap that no name follows.
 		for _, name := range strings.Fields(line[1:]) {
-			if _, known := floors[name]; !known {
+			if _, known := levels[name]; !known {
 				break
 			}
-			shown[name] = floor
+			shown[name] = level
 		}
 	}
-	for name, floor := range floors {
-		if at, there := shown[name]; there && at != floor {
-			t.Errorf("ARCHITECTURE.md shows %s on floor %d, it is on %d", name, at, floor)
+	for name, level := range levels {
+		if at, there := shown[name]; there && at != level {
+			t.Errorf("ARCHITECTURE.md shows %s on level %d, it is on %d", name, at, level)
 		} else if !there && !strings.Contains(string(page), "`"+name+"`") && name != "." {
 			t.Errorf("ARCHITECTURE.md does not show %s", name)
 		}
@@ -241,8 +242,8 @@ func TestPageShowsTheLadder(t *testing.T) {
 // thin bounds the lines of cmd/dmsnap without tests, by groups of verbs: of those of a disk and its snapshots, which are all
 // files that no other group has, and of those that came later, whose libraries are packages of their own.
 var thin = []verbGroup{
-	{"a disk and its snapshots", nil, 3_740},
-	{"fleets, mounts, kernel devices, streams, registries, operators", []string{"attach.go", "mount.go", "daemon.go", "fleet.go", "operate.go", "top.go", "send.go", "receive.go", "push.go", "pull.go", "cache.go"}, 1_620},
+	{"a disk and its snapshots", nil, 3_340},
+	{"fleets, mounts, kernel devices, streams, registries, operators", []string{"attach.go", "mount.go", "daemon.go", "fleet.go", "operate.go", "top.go", "send.go", "receive.go", "push.go", "pull.go", "cache.go"}, 1_510},
 }
 
 type verbGroup struct {
