@@ -22,8 +22,9 @@ import (
 // extents. Its methods may be called concurrently; each call is a request in flight.
 //
 // The server is not trusted: every length it sends is bounded, data can't land outside the buffer of the read it
-// answers, and a server that violates the protocol is disconnected. All requests fail then, with the reason. Requests
-// are as long as the server accepts. They are not aligned to its block size.
+// answers, and a server that violates the protocol is disconnected. All requests fail then, with the reason, as after any
+// loss of the connection, and are block.ErrUnavailable. Requests are as long as the server accepts. They are not aligned
+// to its block size.
 type Client struct {
 	nc       net.Conn
 	info     Info
@@ -60,7 +61,8 @@ type Info struct {
 }
 
 // A RemoteError is an error reply of the server. It unwraps to the error that the number stands for: block.ErrReadOnly
-// for EPERM, block.ErrNotFast for ENOTSUP, fs.ErrClosed for ESHUTDOWN, else the syscall.Errno.
+// for EPERM, block.ErrNotFast for ENOTSUP, fs.ErrClosed for ESHUTDOWN, which is block.ErrUnavailable, too, else the
+// syscall.Errno.
 type RemoteError struct {
 	Errno   wire.Errno
 	Message string // from the server, may be empty
@@ -72,6 +74,11 @@ func (e *RemoteError) Error() string {
 		s += fmt.Sprintf(" (%q)", e.Message)
 	}
 	return s
+}
+
+// Is reports whether the server refused a request because it ends.
+func (e *RemoteError) Is(target error) bool {
+	return e.Errno == wire.ESHUTDOWN && target == block.ErrUnavailable
 }
 
 func (e *RemoteError) Unwrap() error {

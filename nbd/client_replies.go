@@ -73,11 +73,18 @@ func (c *Client) send(r wire.Request, payload []byte) error {
 	return err
 }
 
+// lostConnection is why a connection ended. What the server did not deliver for it is block.ErrUnavailable, too.
+type lostConnection struct{ error }
+
+func (l lostConnection) Unwrap() error { return l.error }
+
+func (l lostConnection) Is(target error) bool { return target == block.ErrUnavailable }
+
 // fail ends the connection; receive then ends the calls.
 func (c *Client) fail(err error) {
 	c.mu.Lock()
 	if c.err == nil {
-		c.err = err
+		c.err = lostConnection{err}
 	}
 	c.mu.Unlock()
 	c.nc.Close()

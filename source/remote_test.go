@@ -18,11 +18,14 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
+	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/internal/testcerts"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server"
+	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/source/qcow2"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // disk is the content of the disks here: noise, with a hole of 1 MiB.
@@ -258,6 +261,61 @@ func TestRemoteGone(t *testing.T) {
 				if _, err := d.ReadAt(make([]byte, 512), 0); err != nil {
 					t.Errorf("with a server again: %v", err)
 				}
+			}
+		}
+	})
+}
+
+// TestSnapshotOfALostServer: a write to a snapshot that needs the rest of its chunk from a server that is gone fails, and the
+// snapshot stays valid: chunks that are written as a whole need no server, and what failed succeeds when there is one again.
+func TestSnapshotOfALostServer(t *testing.T) {
+	peers(t, func(t *testing.T, p *peer) {
+		for _, bound := range []time.Duration{0, 200 * time.Millisecond} {
+			d := open(t, p.uri(), source.Options{NBD: source.NBDOptions{Reconnect: bound}})
+			cow := block.NewMemory(1 << 20)
+			s, err := snapshot.NewOrigin(d).Attach(cow, snapshot.Options{ChunkSectors: 8})
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := disk()
+			write := func(n int, off int64) error {
+				_, err := s.WriteAt(blocktest.Pattern(n, 1), off)
+				if err == nil {
+					copy(want[off:], blocktest.Pattern(n, 1))
+				}
+				return err
+			}
+			p.kill()
+			os.Remove(p.socket)
+			if err := write(512, 8192); !errors.Is(err, block.ErrUnavailable) {
+				t.Errorf("a part of a chunk: %v", err)
+			}
+			if err := errors.Join(write(4096, 4096), s.Flush()); err != nil {
+				t.Errorf("a whole chunk: %v", err)
+			}
+			p.run()
+			if bound > 0 {
+				if err := errors.Join(write(512, 8192), write(512, 12288)); err != nil {
+					t.Errorf("with a server again: %v", err)
+				}
+			}
+			if err := s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			if r, err := check.Run(t.Context(), cow, check.Options{}); err != nil || len(r.Findings) > 0 {
+				t.Errorf("the store: %v, %+v", err, r)
+			}
+			st, err := store.OpenToRead(cow)
+			if err != nil || st.Err() != nil {
+				t.Fatal(err, st.Err())
+			}
+			view, err := store.NewView(block.MemoryFrom(disk()), st)
+			if err != nil {
+				t.Fatal(err)
+			}
+			got := make([]byte, len(want))
+			if _, err := view.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
+				t.Errorf("the snapshot shows something else, or %v", err)
 			}
 		}
 	})
