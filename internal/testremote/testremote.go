@@ -172,13 +172,24 @@ type Faults struct {
 	kind Fault
 	odds float64
 	rand *rand.Rand
+	done int
+}
+
+// Done returns how many answers were faulty.
+func (f *Faults) Done() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return f.done
 }
 
 // Set makes answers fault with these odds.
 func (f *Faults) Set(kind Fault, odds float64) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.kind, f.odds, f.rand = kind, odds, rand.New(rand.NewPCG(7, uint64(len(kind))))
+	f.kind, f.odds = kind, odds
+	if f.rand == nil {
+		f.rand = rand.New(rand.NewPCG(7, uint64(len(kind))))
+	}
 }
 
 func (f *Faults) next() Fault {
@@ -186,6 +197,9 @@ func (f *Faults) next() Fault {
 	defer f.mu.Unlock()
 	if f.rand == nil || f.rand.Float64() >= f.odds {
 		return ""
+	}
+	if f.kind != "" {
+		f.done++
 	}
 	return f.kind
 }

@@ -134,16 +134,23 @@ func open(t testing.TB, ref string, o ondemand.Options) *ondemand.Disk {
 // readSome reads at random. An error is returned; other bytes than those of want end the test.
 func readSome(t testing.TB, d block.Device, want []byte, n int, seed uint64) error {
 	r := rand.New(rand.NewPCG(seed, 9))
-	p := make([]byte, 128<<10)
 	for range n {
-		off := r.IntN(len(want))
-		b := p[:1+r.IntN(min(len(want)-off, 1<<(8+r.IntN(8))))]
-		if _, err := d.ReadAt(b, int64(off)); err != nil {
+		if err := readOnce(t, d, want, r); err != nil {
 			return err
 		}
-		if !bytes.Equal(b, want[off:off+len(b)]) {
-			t.Fatalf("%d bytes at byte %d are others", len(b), off)
-		}
+	}
+	return nil
+}
+
+// readOnce is one read of readSome.
+func readOnce(t testing.TB, d block.Device, want []byte, r *rand.Rand) error {
+	off := r.IntN(len(want))
+	b := make([]byte, 1+r.IntN(min(len(want)-off, 1<<(8+r.IntN(8)))))
+	if _, err := d.ReadAt(b, int64(off)); err != nil {
+		return err
+	}
+	if !bytes.Equal(b, want[off:off+len(b)]) {
+		t.Fatalf("%d bytes at byte %d are others", len(b), off)
 	}
 	return nil
 }
@@ -232,9 +239,9 @@ func TestFirstRead(t *testing.T) {
 
 // Whatever happens to answers on their way, no byte is wrong, and a read ends in time.
 func TestFaults(t *testing.T) {
-	rounds := uint64(2)
+	least := 2_000 // reads against each fault
 	if os.Getenv("DMSNAP_DEEP") != "" {
-		rounds = 12
+		least = 10_000
 	}
 	for _, fault := range []testremote.Fault{testremote.Cut, testremote.Stall, testremote.Hang, testremote.Busy, testremote.Wrong, testremote.Whole, testremote.Shifted, testremote.Redirect} {
 		t.Run(string(fault), func(t *testing.T) {
@@ -250,8 +257,8 @@ func TestFaults(t *testing.T) {
 				odds, timeout = 0.04, 1500*time.Millisecond
 			}
 			changed := fault == testremote.Wrong || fault == testremote.Shifted
-			dir := t.TempDir()
-			for round := range rounds {
+			dir, reads, failed := t.TempDir(), 0, 0
+			for round := uint64(0); reads < least; round++ {
 				for _, ref := range []string{g.ref, url} {
 					if ref == url && changed {
 						continue // a file has no digests
@@ -260,14 +267,18 @@ func TestFaults(t *testing.T) {
 					d := open(t, ref, ondemand.Options{Cache: c, Remote: remote.Options{Timeout: timeout}})
 					g.faults.Set(fault, odds)
 					fileFaults.Set(fault, odds)
-					for i := range uint64(20) {
+					r := rand.New(rand.NewPCG(round, 9))
+					for range 500 {
 						begun := time.Now()
-						err := readSome(t, d, g.content, 25, round*100+i)
+						err := readOnce(t, d, g.content, r)
+						if reads++; err != nil {
+							failed++
+						}
 						if err != nil && (!slow && !changed || strings.Contains(err.Error(), "s3cr3t")) {
 							t.Error(err)
 						}
-						if took := time.Since(begun); took > 25*timeout+time.Minute {
-							t.Errorf("25 reads took %v", took)
+						if took := time.Since(begun); took > timeout+time.Minute {
+							t.Errorf("a read took %v", took)
 						}
 					}
 					g.faults.Set("", 0)
@@ -279,6 +290,11 @@ func TestFaults(t *testing.T) {
 						t.Error(err)
 					}
 				}
+			}
+			faulty := g.faults.Done() + fileFaults.Done()
+			t.Logf("%d reads, %d of them failed, %d faulty answers", reads, failed, faulty)
+			if faulty == 0 {
+				t.Error("no answer was faulty")
 			}
 		})
 	}
