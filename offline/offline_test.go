@@ -149,6 +149,64 @@ func TestMergeInterrupted(t *testing.T) {
 	}
 }
 
+// TestSecondUndoStoreNotNoted: a merge is continued with another undo store, and killed when that is complete and not in the side file yet.
+// It is no store of the merge then; the same call goes on.
+func TestSecondUndoStoreNotNoted(t *testing.T) {
+	p := newPair(t)
+	first, second := filepath.Join(p.dir, "first.cow"), filepath.Join(p.dir, "second.cow")
+	names, stop := []string{p.origin, p.cow}, errors.New("stopped by the test")
+	origin, cow := open(t, p.origin), open(t, p.cow)
+	writeUndo := func(path string) {
+		work, err := merge.Plan(origin, cow)
+		if err != nil {
+			t.Fatal(err)
+		}
+		undo, err := block.Create(path, work.UndoBytes)
+		if err == nil {
+			err = errors.Join(merge.WriteUndo(t.Context(), origin, cow, undo, merge.Options{}), undo.Close())
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	writeUndo(first)
+	if _, err := merge.Begin(p.origin, p.cow, cow, false); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancelCause(t.Context())
+	_, err := merge.Offline(ctx, origin, cow, merge.Options{Window: 4096, Progress: func(s merge.Progress) {
+		if s.MergedChunks > s.TotalChunks/2 {
+			cancel(stop)
+		}
+	}})
+	if !errors.Is(err, stop) {
+		t.Fatalf("interrupted: %v", err)
+	}
+	writeUndo(second)
+	if err := errors.Join(cow.Close(), origin.Close()); err != nil {
+		t.Fatal(err)
+	}
+	mixture, err := os.ReadFile(p.origin)
+	if err != nil || bytes.Equal(mixture, p.old) || bytes.Equal(mixture, p.shown) {
+		t.Fatalf("the merge was not interrupted midway, or %v", err)
+	}
+	if _, err := offline.Merge(t.Context(), []string{p.origin, second}, offline.MergeOptions{}); !errors.Is(err, merge.ErrUnfinished) {
+		t.Errorf("the undo store that is not noted: %v", err)
+	}
+	wantContent(t, p.origin, mixture)
+
+	if _, err := offline.Merge(t.Context(), names, offline.MergeOptions{Undo: second}); err != nil {
+		t.Fatal(err)
+	}
+	wantContent(t, p.origin, p.shown)
+	if _, err := offline.Merge(t.Context(), []string{p.origin, second}, offline.MergeOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	wantContent(t, p.origin, mixture)
+	checkStore(t, first)
+	checkStore(t, second)
+}
+
 // TestMergeKeepsASibling: another snapshot of the origin shows after the merge what it showed before.
 func TestMergeKeepsASibling(t *testing.T) {
 	p := newPair(t)

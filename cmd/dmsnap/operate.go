@@ -34,7 +34,8 @@ func (o *operatorFlags) add(f *pflag.FlagSet) {
 	f.StringSliceVar(&o.hosts, "http-host", nil, "another name by which browsers reach the page (repeatable)")
 	f.StringVar(&o.notify.URL, "notify", "", "send alerts to this URL, each as a POST of a JSON object")
 	f.StringVar(&o.notify.Command, "notify-exec", "", "run this shell command for each alert, with the JSON object on standard input and DMSNAP_KIND, DMSNAP_NAME, DMSNAP_MESSAGE and others in its environment")
-	f.Float64SliceVar(&o.thresholds.Fill, "notify-fill", []float64{80, 90, 95}, "alert when a COW device is filled to these percentages")
+	f.Float64SliceVar(&o.thresholds.Fill, "notify-fill", []float64{80, 90, 95}, "alert when a COW device is filled to these `PERCENTAGES`")
+	f.Lookup("notify-fill").DefValue = "80,90,95"
 	f.DurationVar(&o.thresholds.TimeToFull, "notify-time", time.Hour, "alert when a COW device will be full within this time at its present rate; 0: never")
 	f.StringVar(&o.logFormat, "log-format", "text", "log lines of text, or json: an object a line")
 }
