@@ -45,7 +45,8 @@ func SnapshotStatus(st *store.Store) snapshot.Status {
 }
 
 // OpenStore loads a store. With written, which says that it has a writer, damage is retried: the store on disk is
-// loadable at every instant, but parts read at different instants may not match.
+// loadable at every instant, but parts read at different instants may not match. It is for reports: what the operating system has
+// cached is believed (block.KeepCache).
 func OpenStore(cow block.Device, written bool) (st *store.Store, err error) {
 	tries := 1
 	if written {
@@ -56,7 +57,7 @@ func OpenStore(cow block.Device, written bool) (st *store.Store, err error) {
 			time.Sleep(20 * time.Millisecond)
 		}
 		var corrupt *ondisk.CorruptError
-		if st, err = store.OpenToRead(cow); !errors.As(err, &corrupt) {
+		if st, err = store.OpenToRead(block.KeepCache(cow)); !errors.As(err, &corrupt) {
 			return st, err
 		}
 		block.Refresh(cow) // it may have grown; after an error the old size is used

@@ -106,7 +106,11 @@ func Merge(ctx context.Context, names []string, o MergeOptions) (MergeResult, er
 }
 
 func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeResult) (merge.Work, error) {
-	prepared, err := merge.Prepare(in.origin, in.cow)
+	cow := in.cow
+	if o.DryRun {
+		cow = block.KeepCache(cow)
+	}
+	prepared, err := merge.Prepare(in.origin, cow)
 	if err != nil {
 		return merge.Work{}, block.WithPath(in.cowName, err)
 	}

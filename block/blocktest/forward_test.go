@@ -43,6 +43,7 @@ func TestForwardPassesOn(t *testing.T) {
 			wrap:    func(dev block.Device) block.Device { return blocktest.NewPageCache(dev, nil).Open() },
 			changes: []string{"ReadCached", "WriteAt", "WriteDurableAt", "WriteLastAt", "BeginFlush", "ZeroAt", "Discard", "Extents", "DropCache"},
 		},
+		"cache is kept": {wrap: block.KeepCache, changes: []string{"DropCache"}},
 		"quota": {
 			wrap:    func(dev block.Device) block.Device { return blocktest.NewQuota(dev, 1<<30, true) },
 			changes: []string{"Allocate", "Discard"},
