@@ -38,7 +38,7 @@ func processRows() []row {
 	}
 }
 
-// openStore times dmsnap status, which loads the whole store as serve does.
+// openStore times dmsnap status, which loads the whole store. (serve drops what is cached of it first.)
 func openStore(n uint64) func(ctx context.Context, l *lab, c contender, round int) (sample, error) {
 	return func(ctx context.Context, l *lab, _ contender, _ int) (sample, error) {
 		_, cow, err := l.bigStore(ctx, n, true)
