@@ -3,6 +3,7 @@ package kernel_test
 import (
 	"encoding/json"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"testing"
@@ -152,7 +153,7 @@ func TestAttach(t *testing.T) {
 }
 
 // TestAttachKilled kills servers to which the kernel speaks by itself. Requests fail and nothing hangs; what was flushed is there, on
-// the device and on the origin's, and the other snapshot is what it was.
+// the device and on the origin's, and the other snapshot is what it was. DMSNAP_DEEP=1 kills a hundred of them.
 func TestAttachKilled(t *testing.T) {
 	k := withDmsnap(t, "32M")
 	write := "set -e; i=$1; while :; do printf %4096d $i > /run/$2.block; dd if=/run/$2.block of=$3 bs=4k seek=$((i % 1000)) oflag=direct conv=fsync 2>/dev/null; " +
@@ -162,6 +163,9 @@ func TestAttachKilled(t *testing.T) {
 		return n
 	}
 	servers := max(1, rounds(t)/3) // a request in flight fails after seconds
+	if os.Getenv("DMSNAP_DEEP") != "" {
+		servers = 100
+	}
 	for range servers {
 		server := k.serveVM()
 		k.sh("/run/dmsnap attach --timeout 5s '" + attachedURI + "' /dev/nbd0 && /run/dmsnap attach --timeout 5s '" + originURI + "' /dev/nbd1")
