@@ -5,7 +5,7 @@
 //	...
 //	err = s.Close()
 //
-// A file has the size of its device, for good: it is read, written, made durable by fsync, punched and zeroed by
+// A file keeps the size of its device: it is read, written, made durable by fsync, punched and zeroed by
 // fallocate, and asked for holes by lseek. Requests go past the page cache, so that what other transports change is seen at once,
 // and a write is with the device when it returns. It is durable after an fsync.
 //
@@ -267,7 +267,7 @@ type export struct {
 	gone  context.Context // ends with the export: what waits fails
 	stop  context.CancelFunc
 
-	mu sync.RWMutex // held for reading by requests, and for writing for good at the end
+	mu sync.RWMutex // held for reading by requests, and for writing from the end on
 }
 
 // end waits for the requests under way; no others begin.

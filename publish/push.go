@@ -1,6 +1,6 @@
 // Package publish pushes disks with their stores to registries and object stores, and pulls them from there.
 //
-//	p, err := publish.Push(ctx, repository, publish.Base(disk), stores, publish.Options{})
+//	p, err := publish.Push(ctx, repository, disk, stores, publish.Options{})
 //	files, err := publish.Pull(ctx, remoteDisk, dir, publish.Options{Cache: c})
 //
 // Push makes a layer of the base and of each store, each over the one before, in temporary files; it writes the blobs that the

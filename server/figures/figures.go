@@ -1,4 +1,9 @@
 // Package figures converts what the engine reports to the types of the control API.
+//
+//	status.Activity = figures.Activity(device) // an *activity.Device
+//
+// Guarantees: nothing is read from a disk, but for the ranges that HeatMap is given a function of; functions may be called while the devices are in use,
+// and each figure is of one moment, not all of the same.
 package figures
 
 import (

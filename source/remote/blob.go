@@ -54,7 +54,7 @@ func (b *Blob) ReadRange(ctx context.Context, p []byte, off int64) error {
 	return nil
 }
 
-// attempts repeats do until it succeeds, fails for good, or the timeout ends. do reports whether it came further: then the next
+// attempts repeats do until it succeeds, fails permanently, or the timeout ends. do reports whether it came further: then the next
 // attempt follows soon.
 func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context) (further bool, err error)) error {
 	ctx, cancel := context.WithTimeout(ctx, timeout)
