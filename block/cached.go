@@ -50,7 +50,7 @@ func ReadAll(dev Device, reads []Read) error {
 
 // ReadCached reads what is in the page cache by asynchronous I/O with RWF_NOWAIT, which for cached bytes is synchronous: many
 // reads are one system call.
-func (f *File) ReadCached(reads []Read) (done int) {
+func (f *File) ReadCached(reads []Read) int {
 	if len(reads) < 2 || f.lacks[cachedReads].Load() || f.enter("read", 0, 0) != nil {
 		return 0
 	}
@@ -62,32 +62,51 @@ func (f *File) ReadCached(reads []Read) (done int) {
 	}
 	defer q.put()
 	size := f.Size()
-	for len(reads) > 0 {
-		n := min(len(reads), queueLength)
-		done += f.readQueued(q, reads[:n], size)
-		reads = reads[n:]
+	done, can := q.execute(reads, func(i int) int {
+		if r := &reads[i]; CheckRange("read", r.Off, int64(len(r.P)), size) != nil {
+			return -1
+		}
+		return f.fd
+	})
+	if !can {
+		f.lacks[cachedReads].Store(true)
 	}
 	return done
 }
 
-// readQueued executes at most queueLength reads by q.
-func (f *File) readQueued(q *queue, reads []Read, size int64) (done int) {
-	q.n = 0
-	for i := range reads {
-		r := &reads[i]
-		if r.Done || len(r.P) == 0 || int64(len(r.P)) > math.MaxInt32 || CheckRange("read", r.Off, int64(len(r.P)), size) != nil {
-			continue
-		}
-		q.read(f.fd, r.P, r.Off, i)
+// ReadCachedFiles is [File.ReadCached] of several files: files has the descriptor of the file of each of the reads, or -1 where it is to be
+// left. can is false where the file system of one of them has no such reads. The caller keeps the files open.
+func ReadCachedFiles(files []int, reads []Read) (done int, can bool) {
+	q := getQueue()
+	if q == nil {
+		return 0, canQueue()
 	}
-	q.run(func(i int, n int64, err error) {
-		switch {
-		case errors.Is(err, unix.EOPNOTSUPP):
-			f.lacks[cachedReads].Store(true)
-		case err == nil && n == int64(len(reads[i].P)):
-			reads[i].Done = true
-			done++
+	defer q.put()
+	return q.execute(reads, func(i int) int { return files[i] })
+}
+
+// execute executes reads by q, each of the file that fd returns, unless that is negative. can is false where one can't be executed so at
+// all.
+func (q *queue) execute(reads []Read, fd func(i int) int) (done int, can bool) {
+	can = true
+	for from := 0; from < len(reads); from += queueLength {
+		q.n = 0
+		for i := from; i < min(from+queueLength, len(reads)); i++ {
+			if r := &reads[i]; !r.Done && len(r.P) > 0 && int64(len(r.P)) <= math.MaxInt32 {
+				if file := fd(i); file >= 0 {
+					q.read(file, r.P, r.Off, i)
+				}
+			}
 		}
-	})
-	return done
+		q.run(func(i int, n int64, err error) {
+			switch {
+			case errors.Is(err, unix.EOPNOTSUPP):
+				can = false
+			case err == nil && n == int64(len(reads[i].P)):
+				reads[i].Done = true
+				done++
+			}
+		})
+	}
+	return done, can
 }

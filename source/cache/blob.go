@@ -133,7 +133,9 @@ func (b *Blob) Read(p []byte, unit int64, at, length int, want layer.Digest) boo
 	}
 	i := unit % SegmentUnits
 	if s.isVerified(i) {
-		return b.readFrom(s, p, i, at)
+		s.use()
+		_, err := s.f.ReadAt(p, b.place(i)+int64(at))
+		return err == nil
 	}
 	record := s.record(i)
 	if record == (layer.Digest{}) || want != (layer.Digest{}) && record != want {
@@ -149,21 +151,35 @@ func (b *Blob) Read(p []byte, unit int64, at, length int, want layer.Digest) boo
 	return true
 }
 
-func (b *Blob) readFrom(s *segment, p []byte, i int64, at int) bool {
+// use is called for each read of what is verified.
+func (s *segment) use() {
 	if s.reads.Add(1)%256 == 0 {
 		s.touch()
 	}
-	_, err := s.f.ReadAt(p, b.place(i)+int64(at))
-	return err == nil
 }
 
 // ReadVerified is Read of a unit that this Blob has verified; false: it has not.
 func (b *Blob) ReadVerified(p []byte, unit int64, at int) bool {
+	f, off := b.Verified(unit, at)
+	if f == nil {
+		return false
+	}
+	_, err := f.ReadAt(p, off)
+	return err == nil
+}
+
+// Verified returns where byte at of the content of a unit is that this Blob has verified: a file, and a byte of it, or nil. The file stays
+// open as long as the caller refers to it, and is not changed there.
+func (b *Blob) Verified(unit int64, at int) (f *os.File, off int64) {
 	b.mu.RLock()
 	s := b.segments[unit/SegmentUnits]
 	b.mu.RUnlock()
 	i := unit % SegmentUnits
-	return s != nil && s.isVerified(i) && b.readFrom(s, p, i, at)
+	if s == nil || !s.isVerified(i) {
+		return nil, 0
+	}
+	s.use()
+	return s.f, b.place(i) + int64(at)
 }
 
 // Has reports whether a unit is there, without looking at its content.

@@ -57,7 +57,8 @@ type Disk struct {
 	desc    *layer.Description // nil: a file
 	repo    remote.Repository
 	index   *index
-	units   *unitTable // nil: a file
+	units   *unitTable  // nil: a file
+	alone   atomic.Bool // reads can't be executed together
 	timeout time.Duration
 	record  func(block.Range)
 	direct  bool     // what is fetched is not kept in the cache, and nothing is fetched ahead

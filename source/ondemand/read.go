@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync"
 	"sync/atomic"
 
@@ -92,12 +93,75 @@ func (u unavailable) Is(target error) bool { return target == block.ErrUnavailab
 
 // readVerified reads a range within one unit that was read before.
 func (d *Disk) readVerified(p []byte, off int64) bool {
-	unit := off / layer.UnitBytes
-	if d.units == nil || (off+int64(len(p))-1)/layer.UnitBytes != unit {
+	f, at := d.verified(off, int64(len(p)))
+	if f == nil {
 		return false
 	}
+	_, err := f.ReadAt(p, at)
+	return err == nil
+}
+
+// verified returns where a range within one unit that was read before is in the cache: a file, and a byte of it, or nil.
+func (d *Disk) verified(off, n int64) (f *os.File, at int64) {
+	unit := off / layer.UnitBytes
+	if d.units == nil || (off+n-1)/layer.UnitBytes != unit {
+		return nil, 0
+	}
 	b := d.units.get(unit)
-	return b != nil && b.cache.ReadVerified(p, unit, int(off-unit*layer.UnitBytes))
+	if b == nil {
+		return nil, 0
+	}
+	return b.cache.Verified(unit, int(off-unit*layer.UnitBytes))
+}
+
+// A gathered is reads of the files of the cache.
+type gathered struct {
+	files []*os.File // keeps them open
+	fds   []int
+	reads []block.Read
+	of    []int // their numbers in the reads of the disk
+}
+
+var gatherings = sync.Pool{New: func() any { return new(gathered) }}
+
+// ReadCached reads ranges of units that were read before, as far as they are in memory; see [block.CacheReader].
+func (d *Disk) ReadCached(reads []block.Read) (done int) {
+	if len(reads) < 2 || d.alone.Load() {
+		return 0
+	}
+	g := gatherings.Get().(*gathered)
+	defer g.put()
+	for i := range reads {
+		r := &reads[i]
+		if r.Done || len(r.P) == 0 || block.CheckRange("read", r.Off, int64(len(r.P)), d.size) != nil {
+			continue
+		}
+		if f, at := d.verified(r.Off, int64(len(r.P))); f != nil {
+			g.files, g.fds, g.of = append(g.files, f), append(g.fds, int(f.Fd())), append(g.of, i)
+			g.reads = append(g.reads, block.Read{P: r.P, Off: at})
+		}
+	}
+	done, can := block.ReadCachedFiles(g.fds, g.reads)
+	if !can {
+		d.alone.Store(true)
+	}
+	for k, i := range g.of {
+		if r := &reads[i]; g.reads[k].Done {
+			r.Done = true
+			if !d.direct {
+				d.ahead.note(r.Off, int64(len(r.P)))
+			}
+		}
+	}
+	return done
+}
+
+// put ends the use of the files.
+func (g *gathered) put() {
+	clear(g.files)
+	clear(g.reads)
+	g.files, g.fds, g.reads, g.of = g.files[:0], g.fds[:0], g.reads[:0], g.of[:0]
+	gatherings.Put(g)
 }
 
 func (d *Disk) recordUnit(unit int64) {
