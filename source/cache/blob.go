@@ -158,16 +158,6 @@ func (s *segment) use() {
 	}
 }
 
-// ReadVerified is Read of a unit that this Blob has verified; false: it has not.
-func (b *Blob) ReadVerified(p []byte, unit int64, at int) bool {
-	f, off := b.Verified(unit, at)
-	if f == nil {
-		return false
-	}
-	_, err := f.ReadAt(p, off)
-	return err == nil
-}
-
 // Verified returns where byte at of the content of a unit is that this Blob has verified: a file, and a byte of it, or nil. The file stays
 // open as long as the caller refers to it, and is not changed there.
 func (b *Blob) Verified(unit int64, at int) (f *os.File, off int64) {
