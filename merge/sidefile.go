@@ -237,7 +237,7 @@ func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.
 
 // merged is a store that is merged: its device, and how the first sector of that is changed, durably.
 type merged struct {
-	block.Device
+	cow    block.Device
 	change func(func(sector []byte)) error
 }
 
@@ -251,7 +251,7 @@ func begin(origin, cowPath string, cow merged, replace bool) (*SideFile, error) 
 	}
 	s, err := ReadSideFile(origin)
 	if s != nil {
-		err = s.Check(cow)
+		err = s.Check(cow.cow)
 	}
 	switch {
 	case err != nil && !(replace && errors.Is(err, ErrUnfinished)):
@@ -272,7 +272,7 @@ func begin(origin, cowPath string, cow merged, replace bool) (*SideFile, error) 
 
 // begin makes s what it is while cow is merged, except for Kept and Undo.
 func (s *SideFile) begin(cowPath string, cow merged) error {
-	merging, undos, err := readIDs(cow)
+	merging, undos, err := readIDs(cow.cow)
 	if err != nil {
 		return err
 	}
@@ -311,7 +311,7 @@ func (m merged) label() (string, error) {
 
 // id returns the id of a store, which it is given if it has none.
 func (m merged) id() (string, error) {
-	id, _, err := readIDs(m)
+	id, _, err := readIDs(m.cow)
 	if err == nil && id == "" {
 		id, err = m.label()
 	}

@@ -53,12 +53,12 @@ func Export(ctx context.Context, names []string, out string, o ExportOptions) (e
 	done := int64(0)
 	progress := func(reached int64) error {
 		if o.Progress != nil {
-			o.Progress(reached, from.Size())
+			o.Progress(reached, from.dev.Size())
 		}
 		return context.Cause(ctx)
 	}
 	fill := func(dst block.Device) error {
-		return block.Copy(dst, 0, from, 0, from.Size(), block.IntoZeros, func(n int64) error {
+		return block.Copy(dst, 0, from.dev, 0, from.dev.Size(), block.IntoZeros, func(n int64) error {
 			done += n
 			return progress(done)
 		})
@@ -67,9 +67,9 @@ func Export(ctx context.Context, names []string, out string, o ExportOptions) (e
 	case o.QCOW2:
 		return from.writeQCOW2(out, names, o, progress)
 	case o.To != nil:
-		return writeInOrder(ctx, o.To, names, from.Size(), fill)
+		return writeInOrder(ctx, o.To, names, from.dev.Size(), fill)
 	}
-	return writeDevice(out, o.Force, names, from.Size(), func(dst *block.File) error { return fill(dst) })
+	return writeDevice(out, o.Force, names, from.dev.Size(), func(dst *block.File) error { return fill(dst) })
 }
 
 // writeInOrder writes an image of a size to w. A file is checked as any other output: it must be no input and not in use.
@@ -83,7 +83,7 @@ func writeInOrder(ctx context.Context, w io.Writer, inputs []string, size int64,
 
 // exported is what an export writes.
 type exported struct {
-	block.Device
+	dev    block.Device
 	origin *source.Disk // of a snapshot; nil: there is none
 	io.Closer
 }
@@ -146,13 +146,13 @@ func (x *exported) writeQCOW2(out string, inputs []string, o ExportOptions, prog
 		inputs = append(slices.Clone(inputs), base)
 	}
 	return newfile.Write(out, newfile.Options{Replace: o.Force, Inputs: pathsOf(inputs)}, func(f *os.File) error {
-		return qcow2.Export(f, x.Device, e)
+		return qcow2.Export(f, x.dev, e)
 	})
 }
 
 // overlay makes e that of an overlay, and returns the path of its backing file. The origin that is open has the name originName.
 func (x *exported) overlay(out, originName string, o ExportOptions, e *qcow2.ExportOptions) (base string, err error) {
-	snap, isSnapshot := x.Device.(*store.View)
+	snap, isSnapshot := x.dev.(*store.View)
 	if !isSnapshot {
 		return "", fmt.Errorf("%s %w", originName, ErrNoOverlay)
 	}

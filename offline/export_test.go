@@ -2,10 +2,12 @@ package offline_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/internal/newfile"
 	"github.com/dmsnap/dmsnap/offline"
@@ -56,6 +58,27 @@ func TestExport(t *testing.T) {
 		t.Error("a refused export left a file")
 	}
 	wantContent(t, p.origin, p.old)
+}
+
+// TestExportOfHoles: holes of the origin are not read, whatever is wrapped around it.
+func TestExportOfHoles(t *testing.T) {
+	p := newPair(t)
+	const size = 1 << 40
+	if err := os.Truncate(p.origin, size); err != nil {
+		t.Fatal(err)
+	}
+	out := filepath.Join(p.dir, "old.img")
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := offline.Export(ctx, []string{p.origin, p.cow}, out, offline.ExportOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	f := open(t, out)
+	defer f.Close()
+	got := make([]byte, len(p.shown))
+	if _, err := f.ReadAt(got, 0); err != nil || f.Size() != size || !bytes.Equal(got, p.shown) {
+		t.Errorf("%d bytes, of which the first are others, or %v", f.Size(), err)
+	}
 }
 
 // TestRevalidate: an invalid store is refused, its copy is valid, and so is the store itself afterwards; the undo file takes that back.
