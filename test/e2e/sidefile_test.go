@@ -159,7 +159,7 @@ func TestKilledMergeIsTakenBack(t *testing.T) {
 		for _, continued := range []bool{false, true} {
 			t.Run(fmt.Sprintf("%s %s, continued %v", call.Op, call.File, continued), func(t *testing.T) {
 				t.Parallel()
-				taken := 0
+				call, taken := call, 0 // the other test changes its own
 				for call.Skip = 0; killedMergeIsTakenBack(t, call, continued, &taken); call.Skip++ {
 				}
 				if call.Skip == 0 || taken == 0 {
