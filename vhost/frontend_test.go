@@ -32,6 +32,7 @@ const (
 	usedAt  = 0x3000
 	tableAt = 0x4000 // indirect tables, 64 bytes each
 	headAt  = 0x8000 // headers and statuses, 64 bytes each
+	longAt  = 0xa000 // an indirect table of up to 256 descriptors
 	dataAt  = 0x10000
 	slot    = 64 << 10 // bytes of data of a request
 	size    = 64       // of the ring
@@ -64,7 +65,12 @@ type frontend struct {
 
 func serve(t testing.TB, dev block.Device, change func(e *vhost.Export)) (s *vhost.Server, path string) {
 	t.Helper()
-	s = vhost.NewServer(testhost.ShortDir(t), vhost.Options{Log: func(line string) { t.Log(line) }})
+	return serveLogged(t, dev, change, func(line string) { t.Log(line) })
+}
+
+func serveLogged(t testing.TB, dev block.Device, change func(e *vhost.Export), log func(line string)) (s *vhost.Server, path string) {
+	t.Helper()
+	s = vhost.NewServer(testhost.ShortDir(t), vhost.Options{Log: log})
 	e := vhost.Export{Name: "a", Device: dev, CanTrim: true}
 	if change != nil {
 		change(&e)

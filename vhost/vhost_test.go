@@ -6,6 +6,8 @@ import (
 	"errors"
 	"net"
 	"os"
+	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -280,28 +282,62 @@ func (e full) Retry() <-chan struct{} {
 	return e.ch
 }
 
-// A driver that breaks the rules loses its ring, not the control socket, and another front-end is served afterwards.
+// stopsRing wants that the back-end signals the error descriptor of a ring, and says why.
+func (f *frontend) stopsRing(errfd int, log <-chan string, says string) {
+	f.t.Helper()
+	fds := []unix.PollFd{{Fd: int32(errfd), Events: unix.POLLIN}}
+	if n, _ := unix.Poll(fds, 10000); n != 1 {
+		f.t.Fatal("the error descriptor was not signalled")
+	}
+	if line := <-log; !strings.Contains(line, "stopped: ") || !strings.Contains(line, says) {
+		f.t.Errorf("%q, want %q", line, says)
+	}
+}
+
+// A driver that breaks the rules loses its ring, not the control socket, and another front-end is served afterwards. Each rule is
+// checked by itself: the reason is that rule's.
 func TestHostileRings(t *testing.T) {
-	for name, attack := range map[string]func(f *frontend){
-		"head outside": func(f *frontend) { f.offer(size) },
-		"index jumps":  func(f *frontend) { f.avail += size + 1; f.offer(0) },
-		"loop": func(f *frontend) {
+	long := func(n int) func(f *frontend) {
+		return func(f *frontend) {
+			for i := range n {
+				f.put(longAt, i, gpa+headAt, 16, 1, uint16(i+1))
+			}
+			f.put(descOff, 0, gpa+longAt, uint32(16*n), 4, 0)
+			f.offer(0)
+		}
+	}
+	for name, c := range map[string]struct {
+		says   string
+		attack func(f *frontend)
+	}{
+		"head outside": {"available descriptor 64 is outside", func(f *frontend) { f.offer(size) }},
+		"index jumps":  {"available index 66 is more than 64 entries after 0", func(f *frontend) { f.avail += size + 1; f.offer(0) }},
+		"loop": {"more than 128 descriptors", func(f *frontend) {
 			f.put(descOff, 0, gpa+headAt, 16, 1, 1)
 			f.put(descOff, 1, gpa+headAt, 16, 1, 0)
 			f.offer(0)
-		},
-		"next outside": func(f *frontend) { f.put(descOff, 0, gpa+headAt, 16, 1, size); f.offer(0) },
-		"nested indirect": func(f *frontend) {
+		}},
+		"next outside":          {"descriptor 64 is outside a table of 64", func(f *frontend) { f.put(descOff, 0, gpa+headAt, 16, 1, size); f.offer(0) }},
+		"next outside of table": {"descriptor 128 is outside a table of 128", long(128)},
+		"nested indirect": {"indirect descriptor where none may be", func(f *frontend) {
 			f.put(descOff, 0, gpa+tableAt, 16, 4, 0)
-			f.put(tableAt, 0, gpa+tableAt, 16, 4, 0)
+			f.put(tableAt, 0, gpa+headAt, 16, 4, 0)
 			f.offer(0)
-		},
-		"huge table":    func(f *frontend) { f.put(descOff, 0, gpa+tableAt, 0xfffffff0, 4, 0); f.offer(0) },
-		"table wraps":   func(f *frontend) { f.put(descOff, 0, 1<<64-16, 32, 4, 0); f.offer(0) },
-		"table outside": func(f *frontend) { f.put(descOff, 0, 0, 32, 4, 0); f.offer(0) },
+		}},
+		"indirect with next": {"indirect descriptor where none may be", func(f *frontend) {
+			f.put(descOff, 0, gpa+tableAt, 16, 5, 1)
+			f.offer(0)
+		}},
+		"long table":    {"indirect table of 2064 bytes", long(129)},
+		"huge table":    {"indirect table of 4294967280 bytes", func(f *frontend) { f.put(descOff, 0, gpa+tableAt, 0xfffffff0, 4, 0); f.offer(0) }},
+		"empty table":   {"indirect table of 0 bytes", func(f *frontend) { f.put(descOff, 0, gpa+tableAt, 0, 4, 0); f.offer(0) }},
+		"odd table":     {"indirect table of 40 bytes", func(f *frontend) { f.put(descOff, 0, gpa+tableAt, 40, 4, 0); f.offer(0) }},
+		"table wraps":   {"is outside of memory", func(f *frontend) { f.put(descOff, 0, 1<<64-16, 32, 4, 0); f.offer(0) }},
+		"table outside": {"is outside of memory", func(f *frontend) { f.put(descOff, 0, 0, 32, 4, 0); f.offer(0) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			_, path := serve(t, block.NewMemory(1<<20), nil)
+			log := make(chan string, 8)
+			_, path := serveLogged(t, block.NewMemory(1<<20), nil, func(line string) { log <- line })
 			f := dial(t, path)
 			f.negotiate(allFeatures)
 			errfd, _ := unix.Eventfd(0, 0)
@@ -309,15 +345,154 @@ func TestHostileRings(t *testing.T) {
 			f.set(14, le(uint64(0)), errfd)
 			f.start(0)
 			f.mu.Lock()
-			attack(f)
+			c.attack(f)
 			f.mu.Unlock()
-			fds := []unix.PollFd{{Fd: int32(errfd), Events: unix.POLLIN}}
-			if n, _ := unix.Poll(fds, 10000); n != 1 {
-				t.Fatal("the error descriptor was not signalled")
-			}
+			f.stopsRing(errfd, log, c.says)
 			f.get(11, le(uint32(0), uint32(0)))
 			f.close()
 			connect(t, path).want(0, 0, 0, make([]byte, 512), false)
+		})
+	}
+}
+
+// Indirect descriptors are for drivers that negotiated them.
+func TestIndirectNotNegotiated(t *testing.T) {
+	log := make(chan string, 8)
+	_, path := serveLogged(t, block.NewMemory(1<<20), nil, func(line string) { log <- line })
+	f := dial(t, path)
+	f.negotiate(allFeatures &^ (1 << 28))
+	errfd, _ := unix.Eventfd(0, 0)
+	defer unix.Close(errfd)
+	f.set(14, le(uint64(0)), errfd)
+	f.start(0)
+	f.mu.Lock()
+	f.put(descOff, 0, gpa+tableAt, 32, 4, 0)
+	f.offer(0)
+	f.mu.Unlock()
+	f.stopsRing(errfd, log, "indirect descriptor where none may be")
+}
+
+// A driver that offers a request again while it is in flight loses its ring; the request is executed once.
+func TestOfferedTwice(t *testing.T) {
+	log := make(chan string, 8)
+	dev := &meanwhile{Forward: block.NewForward(block.NewMemory(1 << 20)), seen: make(chan struct{}), goOn: make(chan struct{})}
+	_, path := serveLogged(t, dev, nil, func(line string) { log <- line })
+	f := dial(t, path)
+	f.negotiate(allFeatures)
+	errfd, _ := unix.Eventfd(0, 0)
+	defer unix.Close(errfd)
+	f.set(14, le(uint64(0)), errfd)
+	f.start(0)
+	f.mu.Lock()
+	r, err := f.prepare(1, 8, blocktest.Pattern(4096, 1), true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.offer(r.head)
+	f.mu.Unlock()
+	<-dev.seen
+	f.mu.Lock()
+	f.offer(r.head)
+	f.mu.Unlock()
+	f.stopsRing(errfd, log, "is made available while it is in flight")
+	close(dev.goOn)
+	f.get(11, le(uint32(0), uint32(0)))
+	if n := dev.calls.Load(); n != 1 {
+		t.Errorf("%d writes", n)
+	}
+}
+
+// A meanwhile is a device that stops its first read or write until goOn can be received from.
+type meanwhile struct {
+	block.Forward
+	calls      atomic.Int32
+	seen, goOn chan struct{}
+}
+
+func (m *meanwhile) stop() {
+	if m.calls.Add(1) == 1 {
+		close(m.seen)
+		<-m.goOn
+	}
+}
+
+func (m *meanwhile) ReadAt(p []byte, off int64) (int, error) {
+	m.stop()
+	return m.Forward.ReadAt(p, off)
+}
+
+func (m *meanwhile) WriteAt(p []byte, off int64) (int, error) {
+	m.stop()
+	return m.Forward.WriteAt(p, off)
+}
+
+// A guest that changes everything about a request while the device executes the first piece of it changes nothing of the request: what
+// was checked is what is used, and data that was taken is not looked at again.
+func TestMemoryChangedMeanwhile(t *testing.T) {
+	const n, disk, other = 2 << 20, 4 << 20, dataAt + 3<<20
+	for _, c := range []struct {
+		name  string
+		write bool
+		table int
+	}{{"write", true, tableAt}, {"read", false, tableAt}, {"write by direct descriptors", true, descOff}, {"read by direct descriptors", false, descOff}} {
+		t.Run(c.name, func(t *testing.T) {
+			mem := block.NewMemory(disk)
+			content, data := blocktest.Pattern(disk, 1), blocktest.Pattern(n, 2)
+			if _, err := mem.WriteAt(content, 0); err != nil {
+				t.Fatal(err)
+			}
+			dev := &meanwhile{Forward: block.NewForward(mem), seen: make(chan struct{}), goOn: make(chan struct{})}
+			_, path := serve(t, dev, nil)
+			f := connect(t, path).frontend
+			kind, flags := uint32(0), uint16(3)
+			if c.write {
+				kind, flags = 1, 1
+				copy(f.mem[dataAt:], data)
+			}
+			f.mu.Lock()
+			copy(f.mem[headAt:], le(kind, uint32(0), uint64(8)))
+			f.mem[headAt+32] = 0xff
+			f.put(c.table, 0, gpa+headAt, 16, 1, 1)
+			f.put(c.table, 1, gpa+dataAt, n, flags, 2)
+			f.put(c.table, 2, gpa+headAt+32, 1, 2, 0)
+			if c.table == tableAt {
+				f.put(descOff, 0, gpa+tableAt, 48, 4, 0)
+			}
+			done := make(chan struct{})
+			f.waiting[0] = done
+			f.offer(0)
+			f.mu.Unlock()
+
+			<-dev.seen // the device has the first piece
+			f.mu.Lock()
+			copy(f.mem[headAt:], le(1-kind, uint32(0), uint64(1<<40)))
+			for _, at := range []int{descOff, tableAt} {
+				f.put(at, 0, gpa+other, 16, 1, 1)
+				f.put(at, 1, gpa+other, 1<<31, flags^2, 0)
+				f.put(at, 2, 1<<63, 1, 2, 0)
+			}
+			clear(f.mem[dataAt:][:1<<20])
+			f.mu.Unlock()
+			close(dev.goOn)
+			f.wait(request{0, done}, nil)
+
+			if status := f.mem[headAt+32]; status != 0 {
+				t.Fatalf("status %d", status)
+			}
+			if !bytes.Equal(f.mem[other:][:4096], make([]byte, 4096)) {
+				t.Error("memory that was no part of the request was changed")
+			}
+			got, want := f.mem[dataAt:][:n], content[4096:][:n]
+			if c.write {
+				copy(content[4096:], data)
+				got, want = make([]byte, disk), content
+				if _, err := mem.ReadAt(got, 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if !bytes.Equal(got, want) {
+				t.Error("other data than those of the request")
+			}
 		})
 	}
 }
