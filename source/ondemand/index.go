@@ -2,9 +2,9 @@ package ondemand
 
 import (
 	"context"
-	"fmt"
 	"sync"
 
+	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/layer"
 	"github.com/dmsnap/dmsnap/source/cache"
 	"github.com/dmsnap/dmsnap/source/remote"
@@ -39,7 +39,7 @@ const (
 func (d *Disk) openIndex(x layer.Index, layers []layer.Layer, c *cache.Cache) (*index, error) {
 	tree, err := layer.NewTree(x, d.size, layers)
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", d.name, err)
+		return nil, block.WithPath(d.name, err)
 	}
 	kept, err := c.Blob(cache.Index, x.Digest, d.name)
 	if err != nil {

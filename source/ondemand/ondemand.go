@@ -192,7 +192,7 @@ func (d *Disk) openLayers(ctx context.Context, name string, o Options) error {
 		return err
 	}
 	if d.desc, err = layer.ParseDescription(text); err != nil {
-		return fmt.Errorf("%s: %w", d.name, err)
+		return block.WithPath(d.name, err)
 	}
 	d.size, d.id = d.desc.Size, layer.DigestOf(text)
 	return d.openIndexed(d.desc.Index, d.desc.Layers, o.Cache)
@@ -216,7 +216,7 @@ func (d *Disk) openIndexed(x layer.Index, layers []layer.Layer, kept *cache.Cach
 		run, err := d.index.tree.Find(off, r.load)
 		switch {
 		case err != nil:
-			return part{}, fmt.Errorf("%s: %w", d.name, err)
+			return part{}, block.WithPath(d.name, err)
 		case run.Hole:
 			return part{n: run.Until - off}, nil
 		case run.Zero():

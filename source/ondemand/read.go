@@ -224,7 +224,7 @@ func (d *Disk) fetch(ctx context.Context, group []wanted) error {
 	if !d.direct {
 		release, err := first.blob.cache.Claim(ctx, first.unit, last.unit-first.unit+1)
 		if err != nil {
-			return fmt.Errorf("%s: %w", d.name, err)
+			return block.WithPath(d.name, err)
 		}
 		defer release()
 	}
@@ -267,7 +267,7 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 	case d.slots <- struct{}{}:
 		defer func() { <-d.slots }()
 	case <-ctx.Done():
-		return fmt.Errorf("%s: %w", d.name, context.Cause(ctx))
+		return block.WithPath(d.name, context.Cause(ctx))
 	}
 	memory := memories.Get().(*received)
 	defer memories.Put(memory)
@@ -293,7 +293,7 @@ func (d *Disk) receive(ctx context.Context, group []wanted) error {
 		} else {
 			var err error
 			if content, err = f.Unpack(memory.content[at:], content); err != nil {
-				return fmt.Errorf("%s: %w", d.name, err)
+				return block.WithPath(d.name, err)
 			}
 		}
 		unit := group[i].unit

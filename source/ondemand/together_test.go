@@ -3,10 +3,14 @@ package ondemand_test
 import (
 	"bytes"
 	"math/rand/v2"
+	"strings"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/testremote"
 	"github.com/dmsnap/dmsnap/source/ondemand"
+	"github.com/dmsnap/dmsnap/source/remote"
 )
 
 // TestReadsTogether: short reads of what was read before are executed together, from memory alone; of what was not, none is.
@@ -74,4 +78,29 @@ func fileOf(t *testing.T, content []byte) block.Device {
 	t.Cleanup(func() { f.Close() })
 	write(t, f, content, 0)
 	return f
+}
+
+// TestErrorsNameTheDiskOnce: a read that fails, of the index or of data, names the disk, and once.
+func TestErrorsNameTheDiskOnce(t *testing.T) {
+	g := push(t, 6)
+	dir := t.TempDir()
+	for _, hung := range []bool{false, true} { // before the disk is opened, which is by the cache then
+		if hung {
+			g.faults.Set(testremote.Hang, 1)
+		}
+		d := open(t, g.ref, ondemand.Options{Cache: openCache(t, dir), Remote: remote.Options{Timeout: 300 * time.Millisecond}})
+		g.faults.Set(testremote.Hang, 1)
+		failed := 0
+		for off := int64(0); off < int64(len(g.content)) && failed < 3; off += 1 << 20 {
+			if _, err := d.ReadAt(make([]byte, 512), off); err != nil {
+				if failed++; strings.Count(err.Error(), g.ref) != 1 {
+					t.Error(err)
+				}
+			}
+		}
+		if failed == 0 {
+			t.Error("no read failed")
+		}
+		g.faults.Set("", 0)
+	}
 }
