@@ -159,8 +159,8 @@ func (o *serveOptions) attachments(originPath string, args []string) (list []api
 		if _, err := os.Lstat(cow); o.readOnly && err != nil {
 			return nil
 		}
-		all.Create = !o.readOnly
-		args = []string{cow}
+		all.Name, all.COW, all.Create = server.ExportName(cow), cow, !o.readOnly
+		return []api.AttachRequest{all}
 	}
 	for _, arg := range args {
 		list = append(list, server.Attachment(arg, all))

@@ -438,3 +438,13 @@ func TestHelpToAFullDisk(t *testing.T) {
 		}
 	}
 }
+
+// TestDefaultCOW: the default COW file is beside the origin, whatever its path has; a "=" names no snapshot.
+func TestDefaultCOW(t *testing.T) {
+	for origin, want := range map[string]string{"disk.img": "disk.img", "a=b.img": "a=b.img", "/x/a=b.img": "a=b.img"} {
+		list := (&serveOptions{}).attachments(origin, nil)
+		if len(list) != 1 || list[0].Name != want || list[0].COW != origin+".cow" || !list[0].Create {
+			t.Errorf("%s: %+v", origin, list)
+		}
+	}
+}
