@@ -282,6 +282,21 @@ func (e full) Retry() <-chan struct{} {
 	return e.ch
 }
 
+// startRing starts a ring for a driver with these features. errfd is signalled when the back-end stops it, and log has the lines of the
+// back-end's log.
+func startRing(t *testing.T, dev block.Device, features uint64) (f *frontend, path string, errfd int, log <-chan string) {
+	t.Helper()
+	lines := make(chan string, 8)
+	_, path = serveLogged(t, dev, nil, func(line string) { lines <- line })
+	f = dial(t, path)
+	f.negotiate(features)
+	errfd, _ = unix.Eventfd(0, 0)
+	t.Cleanup(func() { unix.Close(errfd) })
+	f.set(14, le(uint64(0)), errfd)
+	f.start(0)
+	return f, path, errfd, lines
+}
+
 // stopsRing wants that the back-end signals the error descriptor of a ring, and says why.
 func (f *frontend) stopsRing(errfd int, log <-chan string, says string) {
 	f.t.Helper()
@@ -336,14 +351,7 @@ func TestHostileRings(t *testing.T) {
 		"table outside": {"is outside of memory", func(f *frontend) { f.put(descOff, 0, 0, 32, 4, 0); f.offer(0) }},
 	} {
 		t.Run(name, func(t *testing.T) {
-			log := make(chan string, 8)
-			_, path := serveLogged(t, block.NewMemory(1<<20), nil, func(line string) { log <- line })
-			f := dial(t, path)
-			f.negotiate(allFeatures)
-			errfd, _ := unix.Eventfd(0, 0)
-			defer unix.Close(errfd)
-			f.set(14, le(uint64(0)), errfd)
-			f.start(0)
+			f, path, errfd, log := startRing(t, block.NewMemory(1<<20), allFeatures)
 			f.mu.Lock()
 			c.attack(f)
 			f.mu.Unlock()
@@ -357,14 +365,7 @@ func TestHostileRings(t *testing.T) {
 
 // Indirect descriptors are for drivers that negotiated them.
 func TestIndirectNotNegotiated(t *testing.T) {
-	log := make(chan string, 8)
-	_, path := serveLogged(t, block.NewMemory(1<<20), nil, func(line string) { log <- line })
-	f := dial(t, path)
-	f.negotiate(allFeatures &^ (1 << 28))
-	errfd, _ := unix.Eventfd(0, 0)
-	defer unix.Close(errfd)
-	f.set(14, le(uint64(0)), errfd)
-	f.start(0)
+	f, _, errfd, log := startRing(t, block.NewMemory(1<<20), allFeatures&^(1<<28))
 	f.mu.Lock()
 	f.put(descOff, 0, gpa+tableAt, 32, 4, 0)
 	f.offer(0)
@@ -374,15 +375,8 @@ func TestIndirectNotNegotiated(t *testing.T) {
 
 // A driver that offers a request again while it is in flight loses its ring; the request is executed once.
 func TestOfferedTwice(t *testing.T) {
-	log := make(chan string, 8)
 	dev := &meanwhile{Forward: block.NewForward(block.NewMemory(1 << 20)), seen: make(chan struct{}), goOn: make(chan struct{})}
-	_, path := serveLogged(t, dev, nil, func(line string) { log <- line })
-	f := dial(t, path)
-	f.negotiate(allFeatures)
-	errfd, _ := unix.Eventfd(0, 0)
-	defer unix.Close(errfd)
-	f.set(14, le(uint64(0)), errfd)
-	f.start(0)
+	f, _, errfd, log := startRing(t, dev, allFeatures)
 	f.mu.Lock()
 	r, err := f.prepare(1, 8, blocktest.Pattern(4096, 1), true)
 	if err != nil {
