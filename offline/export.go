@@ -67,18 +67,11 @@ func Export(ctx context.Context, names []string, out string, o ExportOptions) (e
 	case o.QCOW2:
 		return from.writeQCOW2(out, names, o, progress)
 	case o.To != nil:
-		return writeInOrder(ctx, o.To, names, from.dev.Size(), fill)
+		return newfile.WriteTo(o.To, source.Paths(names), func(w io.Writer) error {
+			return newfile.Stream(ctx, w, from.dev.Size(), fill)
+		})
 	}
 	return writeDevice(out, o.Force, names, from.dev.Size(), func(dst *block.File) error { return fill(dst) })
-}
-
-// writeInOrder writes an image of a size to w. A file is checked as any other output: it must be no input and not in use.
-func writeInOrder(ctx context.Context, w io.Writer, inputs []string, size int64, fill func(block.Device) error) error {
-	write := func(w io.Writer) error { return newfile.Stream(ctx, w, size, fill) }
-	if f, ok := w.(*os.File); ok {
-		return newfile.WriteTo(f, pathsOf(inputs), write)
-	}
-	return write(w)
 }
 
 // exported is what an export writes.
@@ -145,7 +138,7 @@ func (x *exported) writeQCOW2(out string, inputs []string, o ExportOptions, prog
 		}
 		inputs = append(slices.Clone(inputs), base)
 	}
-	return newfile.Write(out, newfile.Options{Replace: o.Force, Inputs: pathsOf(inputs)}, func(f *os.File) error {
+	return newfile.Write(out, newfile.Options{Replace: o.Force, Inputs: source.Paths(inputs)}, func(f *os.File) error {
 		return qcow2.Export(f, x.dev, e)
 	})
 }

@@ -18,16 +18,7 @@ import (
 
 // writeDevice makes an output file of a size, which is none of the inputs, and has it filled as a device.
 func writeDevice(path string, replace bool, inputs []string, size int64, fill func(*block.File) error) error {
-	return newfile.WriteDevice(path, newfile.Options{Replace: replace, Inputs: pathsOf(inputs)}, size, fill)
-}
-
-// pathsOf are the files or URIs of names.
-func pathsOf(names []string) []string {
-	paths := make([]string, len(names))
-	for i, name := range names {
-		paths[i] = source.Path(name)
-	}
-	return paths
+	return newfile.WriteDevice(path, newfile.Options{Replace: replace, Inputs: source.Paths(inputs)}, size, fill)
 }
 
 // closers are closed in order.

@@ -63,6 +63,15 @@ func Path(name string) string {
 	return name
 }
 
+// Paths returns the files or the URIs of names.
+func Paths(names []string) []string {
+	paths := make([]string, len(names))
+	for i, name := range names {
+		paths[i] = Path(name)
+	}
+	return paths
+}
+
 // IsFile reports whether a name is that of a file or a block device as a whole.
 func IsFile(name string) bool {
 	a, err := address.Parse(name)

@@ -129,15 +129,6 @@ func (d *diskFlags) openSides(names []string, live bool) (*source.Sides, error) 
 // fileOf is the file or URI of a disk's name.
 func fileOf(name string) string { return source.Path(name) }
 
-// filesOf are the files of names.
-func filesOf(names []string) []string {
-	files := make([]string, len(names))
-	for i, name := range names {
-		files[i] = fileOf(name)
-	}
-	return files
-}
-
 // checkDifferent refuses two names of one disk. Two parts of a disk are different.
 func checkDifferent(originName, cowName string) error {
 	return source.CheckDifferent(originName, cowName)

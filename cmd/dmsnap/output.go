@@ -13,6 +13,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/newfile"
+	"github.com/dmsnap/dmsnap/source"
 )
 
 // standardOutput is the name of standard output, for the verbs that can write to it.
@@ -28,17 +29,17 @@ func withOutputAdvice(err error) error {
 
 // checkOutput makes the checks of writeOutput before there is any work.
 func checkOutput(path string, force bool, inputs []string) error {
-	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}))
+	return withOutputAdvice(newfile.Check(path, newfile.Options{Replace: force, Inputs: source.Paths(inputs)}))
 }
 
 // writeOutput writes the output file of a verb with --force.
 func writeOutput(path string, force bool, inputs []string, fill func(*os.File) error) error {
-	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}, fill))
+	return withOutputAdvice(newfile.Write(path, newfile.Options{Replace: force, Inputs: source.Paths(inputs)}, fill))
 }
 
 // writeOutputDevice is writeOutput for a file that is filled as a device.
 func writeOutputDevice(path string, force bool, inputs []string, size int64, fill func(*block.File) error) error {
-	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: filesOf(inputs)}, size, fill))
+	return withOutputAdvice(newfile.WriteDevice(path, newfile.Options{Replace: force, Inputs: source.Paths(inputs)}, size, fill))
 }
 
 // writePicture has fill write a map to a file or to standard output.
@@ -63,11 +64,7 @@ func imageAdvice(err error, usage string) error {
 func writeStandardOutput(c *cobra.Command, inputs []string, fill func(io.Writer) error) error {
 	out := c.OutOrStdout()
 	c.SetOut(c.ErrOrStderr())
-	f, ok := out.(*os.File)
-	if !ok {
-		return fill(out)
-	}
-	return newfile.WriteTo(f, filesOf(inputs), fill)
+	return newfile.WriteTo(out, source.Paths(inputs), fill)
 }
 
 // checkNoTerminal refuses to write binary data to a terminal.

@@ -88,9 +88,7 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 	}
 	d, err := New(f, options)
 	if err != nil {
-		for _, l := range append(listeners, control) {
-			l.Close()
-		}
+		server.CloseListeners(append(listeners, control)...)
 		return err
 	}
 	ctx, cancel := context.WithCancelCause(ctx)
@@ -115,9 +113,7 @@ func (c Config) Serve(ctx context.Context, reload <-chan struct{}, o fleet.Optio
 		})
 		wait, err := c.Beside(ctx, d, all)
 		if err != nil {
-			for _, l := range append(listeners, control) {
-				l.Close()
-			}
+			server.CloseListeners(append(listeners, control)...)
 			return err
 		}
 		defer func() {
@@ -168,11 +164,7 @@ func orIn(path, dir, name string) string {
 func (c Config) listen() (control net.Listener, list []net.Listener, err error) {
 	defer func() {
 		if err != nil {
-			for _, l := range append(list, control) {
-				if l != nil {
-					l.Close()
-				}
-			}
+			server.CloseListeners(append(list, control)...)
 		}
 	}()
 	mode := c.Mode

@@ -14,9 +14,13 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 )
 
-// WriteTo has fill write an output to an open file, standard output. A file or a block device there is checked as
+// WriteTo has fill write an output to out, which may be standard output. A file or a block device there is checked as
 // any other output: it must be none of the inputs and not in use, and what is written to it is flushed.
-func WriteTo(f *os.File, inputs []string, fill func(io.Writer) error) (err error) {
+func WriteTo(out io.Writer, inputs []string, fill func(io.Writer) error) (err error) {
+	f, isFile := out.(*os.File)
+	if !isFile {
+		return fill(out)
+	}
 	info, err := f.Stat()
 	if err != nil {
 		return err
