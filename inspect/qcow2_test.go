@@ -1,7 +1,9 @@
 package inspect_test
 
 import (
+	"compress/gzip"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -88,17 +90,40 @@ func TestQCOW2(t *testing.T) {
 	}
 }
 
+// luksImage returns an encrypted image that qemu-img 7.2 made, without its keys: making one takes processor time that qemu-img measures, and on some
+// machines it can't.
+func luksImage(t *testing.T) []byte {
+	t.Helper()
+	f, err := os.Open("testdata/luks.qcow2.gz")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	r, err := gzip.NewReader(f)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := io.ReadAll(r)
+	if err != nil || len(b) != 4<<16 {
+		t.Fatal(len(b), err)
+	}
+	return append(b, make([]byte, 32<<16)...)
+}
+
 // TestQCOW2Steps: what is proposed for an image works as it is written: it names the flags for further files, and nothing is
 // proposed for one that is encrypted.
 func TestQCOW2Steps(t *testing.T) {
 	if _, err := exec.LookPath("qemu-img"); err != nil {
 		t.Skip("SKIPPED: no qemu-img (Debian: apt-get install qemu-utils)")
 	}
+	encrypted := luksImage(t)
 	t.Chdir(t.TempDir())
+	if err := os.WriteFile("luks.qcow2", encrypted, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for _, args := range []string{
 		"create -q -f raw base.raw 1M", "create -q -f qcow2 -b base.raw -F raw overlay.qcow2", "create -q -f qcow2 alone.qcow2 1M",
 		"create -q -f qcow2 -o data_file=content data.qcow2 1M",
-		"create -q -f qcow2 --object secret,id=s,data=abc -o encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10 luks.qcow2 1M",
 	} {
 		if out, err := exec.Command("qemu-img", strings.Fields(args)...).CombinedOutput(); err != nil {
 			t.Fatalf("%s: %v, %s", args, err, out)

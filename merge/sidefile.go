@@ -45,6 +45,7 @@ type SideFile struct {
 	path string
 	old  *sideFileBody // before Begin; nil where there was none
 	now  sideFileBody
+	lost []LostUndo
 }
 
 // sideFileBody is the content of a side file.
@@ -53,7 +54,7 @@ type sideFileBody struct {
 	COW   string `json:"cow"`   // the path as it was; for messages only
 	ID    string `json:"id"`    // of COW's MergeLabel
 
-	// Undo are the ids of the undo stores of this merge.
+	// Undo are the undo stores of this merge, in the order in which they were made.
 	Undo []undoStore `json:"undo,omitempty"`
 	// Back is the undo store that is being merged, to revert the merge.
 	Back *takingBack `json:"taking_back,omitempty"`
@@ -63,15 +64,42 @@ type sideFileBody struct {
 	Kept []string `json:"kept,omitempty"`
 }
 
+// undoStore is an undo store of a merge. It has every chunk that the merge has overwritten since it was made, and every one that
+// the merge is going to overwrite, unless After says otherwise.
 type undoStore struct {
-	ID    string `json:"id"`
-	Whole bool   `json:"whole"` // it was made before the merge began
+	ID    string `json:"id"`             // of its UndoLabel
+	Whole bool   `json:"whole"`          // it was made before the merge began
+	Path  string `json:"path,omitempty"` // as it was; where it is looked for when the merge continues
+
+	// After is the id of a later one, made when there was more to merge than this one has: until that one is merged this one
+	// restores a part only.
+	After string `json:"after,omitempty"`
 }
 
 type takingBack struct {
 	COW   string `json:"cow"`
 	ID    string `json:"id"` // of its MergeLabel
 	Whole bool   `json:"whole"`
+	Undo  string `json:"undo,omitempty"` // of its UndoLabel
+	Done  bool   `json:"done,omitempty"` // it is merged, and was not Whole: the origin is still a mixture
+}
+
+// An UndoStore is an undo store that [CheckUndo] has accepted, and its path.
+type UndoStore struct {
+	Path   string
+	Device block.Device
+}
+
+// A LostUndo is an undo store that no longer reverts a merge, since the merge went on with chunks that it does not have. Path is
+// empty where it is not known.
+type LostUndo struct {
+	Path string
+	Err  error // why
+}
+
+// String says it for people.
+func (l LostUndo) String() string {
+	return fmt.Sprintf("undo store %s can't undo this merge any more: %v", l.Path, l.Err)
 }
 
 const sideFileAbout = "dmsnap: a merge into the disk beside this file is not complete. Merge again to continue it."
@@ -159,14 +187,22 @@ func (s *SideFile) COW() string {
 // TakingBack reports whether an undo store is merged to revert an earlier merge.
 func (s *SideFile) TakingBack() bool { return s.now.Back != nil }
 
+// Lost are the undo stores that [SideFile.Continue] or [BeginLive] has found to be of no use from then on.
+func (s *SideFile) Lost() []LostUndo { return s.lost }
+
 // Refuse returns the error for a COW device that does not belong to the merge.
 func (s *SideFile) Refuse() error {
+	if back := s.now.Back; back != nil && back.Done {
+		return fmt.Errorf("%w: that of %s was reverted by %s to where it was when that undo store was made, after it had begun, and %s does not have all of it any more. Merge an undo store that was made before; if the origin was restored by other means, remove %s",
+			ErrUnfinished, s.now.COW, back.COW, s.now.COW, s.path)
+	}
 	return fmt.Errorf("%w: that of %s. Merge that one first, it continues; if this was done by other means, or the origin was replaced, remove %s",
 		ErrUnfinished, s.COW(), s.path)
 }
 
 // Check returns ErrUnfinished for a store that does not belong to the merge: the origin is a mixture for it. The store
-// that is being merged belongs to it, and so do its undo stores and the other snapshots of a live merge.
+// that is being merged belongs to it, and so do the undo stores that revert it and the other snapshots of a live merge. While the
+// merge is reverted, those are the undo store that is being merged and older ones, which have more.
 func (s *SideFile) Check(cow block.Device) error {
 	merging, undos, err := readIDs(cow)
 	if err != nil {
@@ -196,23 +232,30 @@ func readIDs(cow block.Device) (merging, undos string, err error) {
 	return merging, undos, nil
 }
 
-// undoStore finds an undo store of the merge by its id.
+// undoStore finds an undo store, by its id, that reverts the merge as it is.
 func (s *SideFile) undoStore(id string) *undoStore {
-	if i := slices.IndexFunc(s.now.Undo, func(u undoStore) bool { return u.ID == id }); i >= 0 {
-		return &s.now.Undo[i]
+	at := s.findUndo(id)
+	if at < 0 || s.now.Undo[at].After != "" || s.now.Back != nil && at > s.findUndo(s.now.Back.Undo) {
+		return nil
 	}
-	return nil
+	return &s.now.Undo[at]
+}
+
+// findUndo returns where an undo store is in the list, by its id; -1: it is not there.
+func (s *SideFile) findUndo(id string) int {
+	return slices.IndexFunc(s.now.Undo, func(u undoStore) bool { return u.ID == id })
 }
 
 // Begin makes the side file durable, for an offline merge of cow into the origin, with the id in cow's first sector
 // before it. If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing
 // is changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
-// written, and after an undo store of the whole merge was made: a new side file has it from the first moment.
-func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, error) {
+// written. A new side file has the undo store of the merge, which may be nil, from the first moment; where the merge continues,
+// [SideFile.Continue] is called afterwards.
+func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bool) (*SideFile, error) {
 	m := merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}
 	s, err := begin(origin, cowPath, m, replace)
 	if err == nil && s.old == nil {
-		_, err = s.noteUndo(cow)
+		err = s.noteUndo(kept)
 	}
 	if err != nil {
 		return s, err
@@ -222,16 +265,32 @@ func Begin(origin, cowPath string, cow block.Device, replace bool) (*SideFile, e
 
 // BeginLive is Begin for a live merge of a snapshot, and gives ids to the other snapshots of the origin too: they keep
 // what the merge overwrites. One that can't be given an id is left out. It is called while s takes no writes.
+//
+// No undo store of the merge reverts it from then on, since clients write to the origin, unless it is one of the other snapshots;
+// the first sector of the merged COW device says so too.
 func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
 	side, err := begin(origin, cowPath, mergedSnapshot(s), replace)
 	if err != nil {
 		return side, err
 	}
+	if err := endUndo(s.COW(), s.ChangeLabel); err != nil {
+		return side, err
+	}
+	var attached []string // undo stores
 	for _, o := range others {
 		if id, err := mergedSnapshot(o).id(); err == nil {
 			side.now.Kept = append(side.now.Kept, id)
+			_, undos, _ := readIDs(o.COW())
+			attached = append(attached, undos)
 		}
 	}
+	side.now.Undo = slices.DeleteFunc(slices.Clone(side.now.Undo), func(u undoStore) bool {
+		lost := !slices.Contains(attached, u.ID)
+		if lost {
+			side.lost = append(side.lost, LostUndo{u.Path, errors.New("the merge continues while the disk is in use")})
+		}
+		return lost
+	})
 	return side, side.write(origin)
 }
 
@@ -262,15 +321,12 @@ func begin(origin, cowPath string, cow merged, replace bool) (*SideFile, error) 
 		old := s.now
 		s.old = &old
 	}
-	if full, err := filepath.Abs(cowPath); err == nil {
-		cowPath = full
-	}
-	err = s.begin(cowPath, cow)
+	err = s.begin(absolute(cowPath), cow)
 	s.now.Kept = nil
 	return s, err
 }
 
-// begin makes s what it is while cow is merged, except for Kept and Undo.
+// begin makes s what it is while cow is merged, except for Kept.
 func (s *SideFile) begin(cowPath string, cow merged) error {
 	merging, undos, err := readIDs(cow.cow)
 	if err != nil {
@@ -293,7 +349,7 @@ func (s *SideFile) begin(cowPath string, cow merged) error {
 		if err != nil {
 			return err
 		}
-		s.now.Back = &takingBack{COW: cowPath, ID: id, Whole: u.Whole}
+		s.now.Back = &takingBack{COW: cowPath, ID: id, Whole: u.Whole, Undo: u.ID}
 	case s.keeps(merging): // it has the whole of what it shows; what is merged does not matter to it
 		s.now = sideFileBody{About: sideFileAbout, COW: cowPath, ID: merging}
 	default:
@@ -318,28 +374,123 @@ func (m merged) id() (string, error) {
 	return id, err
 }
 
-// Undo records the undo store of cow's merge, durably and before the merge continues, so that it is recognised when it
-// is merged. It does nothing while a merge is reverted: an undo store of that is of no use before it is complete, and
-// then there is no side file.
-func (s *SideFile) Undo(origin string, cow block.Device) error {
-	if noted, err := s.noteUndo(cow); err != nil || !noted {
+// Continue records, durably and before a merge that had begun goes on, which undo stores revert it from then on: kept, which may
+// be nil, and the earlier ones that have every chunk that is left to merge. They are looked for where they were. An earlier one that does
+// not have them is of use again when kept is merged; without kept it is lost (see [SideFile.Lost]). One that can't be looked at, because
+// it is in use or can't be read, is an error, unless force is set.
+//
+// It does nothing while a merge is reverted: an undo store of that is of no use before it is complete, and then there is no side
+// file.
+func (s *SideFile) Continue(origin string, p *Prepared, kept *UndoStore, force bool) error {
+	if s.now.Back != nil || s.old == nil {
+		return nil
+	}
+	after, mine := "", []string{s.now.COW} // files that are open here
+	if kept != nil {
+		mine = append(mine, kept.Path)
+		t, _, err := readLabel(kept.Device)
+		if err != nil {
+			return err
+		}
+		after = hex.EncodeToString(t.ID[:])
+	}
+	earlier := s.now.Undo
+	s.now.Undo = nil
+	for i, u := range slices.Backward(earlier) {
+		lost := error(nil)
+		switch at := slices.IndexFunc(earlier[i+1:], func(later undoStore) bool { return later.ID == u.After }); {
+		case u.ID == after: // CheckUndo has accepted it
+			u.Path = absolute(kept.Path)
+		case u.After == "":
+			var err error
+			if lost, err = p.coveredBy(u, mine); err != nil && !force {
+				return fmt.Errorf("undo store of the merge: %w", block.WithPath(u.Path, err))
+			}
+			lost = errors.Join(lost, err)
+			if lost != nil && after != "" {
+				u.After, lost = after, nil
+			}
+		case at < 0 || s.findUndo(u.After) < 0:
+			lost = errors.New("a later undo store, which is to be merged first, is lost")
+		}
+		if lost != nil {
+			s.lost = append(s.lost, LostUndo{u.Path, lost})
+			continue
+		}
+		s.now.Undo = slices.Insert(s.now.Undo, 0, u)
+	}
+	if err := s.noteUndo(kept); err != nil {
 		return err
 	}
 	return s.write(origin)
 }
 
-// noteUndo is Undo without a write. noted: it is to be written.
-func (s *SideFile) noteUndo(cow block.Device) (noted bool, err error) {
-	t, ok, err := readLabel(cow)
-	if err != nil || !ok || s.now.Back != nil {
-		return false, err
+// coveredBy returns why an undo store does not revert the merge from its present state on, nil: it does. err: that can't be
+// found out. others are the paths of files that are not this one.
+func (p *Prepared) coveredBy(u undoStore, others []string) (lost, err error) {
+	if u.Path == "" {
+		return errors.New("it is not recorded where it is"), nil
 	}
-	id := hex.EncodeToString(t.ID[:])
-	if s.undoStore(id) != nil {
-		return false, nil
+	errOther := errors.New("another file is there")
+	if slices.ContainsFunc(others, func(path string) bool { return sameFile(u.Path, path) }) {
+		return errOther, nil
 	}
-	s.now.Undo = append(slices.Clone(s.now.Undo), undoStore{ID: id, Whole: s.old == nil})
-	return true, nil
+	kept, err := block.Open(u.Path, block.Options{ReadOnly: true})
+	if errors.Is(err, fs.ErrNotExist) {
+		return err, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer kept.Close()
+	t, labelled, err := readLabel(kept)
+	if err != nil {
+		return nil, err
+	}
+	if !labelled || !t.Undo || hex.EncodeToString(t.ID[:]) != u.ID {
+		return errOther, nil
+	}
+	st, err := snapshotStore(kept)
+	if err != nil {
+		return err, nil
+	}
+	if err := checkUndoStore(p.over.Device(), p.m.Store(), st, t); err != nil {
+		return err, nil
+	}
+	return checkCovers(st, p.m.Store()), nil
+}
+
+// sameFile reports whether two paths lead to the same file.
+func sameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
+// noteUndo adds an undo store that CheckUndo has accepted.
+func (s *SideFile) noteUndo(kept *UndoStore) error {
+	if kept == nil {
+		return nil
+	}
+	t, _, err := readLabel(kept.Device)
+	if err != nil {
+		return err
+	}
+	if id := hex.EncodeToString(t.ID[:]); s.findUndo(id) < 0 {
+		s.now.Undo = append(s.now.Undo, undoStore{ID: id, Whole: s.old == nil, Path: absolute(kept.Path)})
+	}
+	return nil
+}
+
+// absolute is a path that does not depend on the working directory.
+func absolute(path string) string {
+	if full, err := filepath.Abs(path); err == nil {
+		return full
+	}
+	return path
 }
 
 // write makes the side file durable, with the permissions of the origin.
@@ -359,6 +510,9 @@ func (s *SideFile) write(origin string) error {
 		_, err := f.Write(append(b, '\n'))
 		return err
 	})
+	if s.old != nil { // that one would stay, and say what is not so any more
+		return err
+	}
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.ENAMETOOLONG) || block.IsNoSpace(err) {
 		err = fmt.Errorf("%w: %w", ErrNoSideFile, err)
 	}
@@ -374,24 +528,21 @@ func (s *SideFile) Cancel(origin string) error {
 	return s.write(origin)
 }
 
-// End removes the side file, durably, when the merge of cow is complete and durable. It stays after the merge of an
-// undo store that was made when the merge had already begun: the origin is as it was when that undo store was made.
-func (s *SideFile) End(origin string, cow block.Device) error {
-	merging, undos, err := readIDs(cow)
-	if err != nil {
-		return err
+// End removes the side file, durably, when the merge is complete and durable. It stays after the merge of an undo store that was
+// made when the merge had already begun: the origin is as it was when that undo store was made, and from there older ones restore
+// the rest. The store that was merged first does not continue then: it does not have what was reverted.
+func (s *SideFile) End(origin string) error {
+	back := s.now.Back
+	if back == nil || back.Whole {
+		return s.remove()
 	}
-	whole := true
-	if u := s.undoStore(undos); u != nil {
-		whole = u.Whole
-	} else if s.now.Back != nil && merging == s.now.Back.ID {
-		whole = s.now.Back.Whole
+	back.Done = true
+	for i := range s.now.Undo {
+		if s.now.Undo[i].After == back.Undo {
+			s.now.Undo[i].After = ""
+		}
 	}
-	if !whole {
-		s.now.Back = nil
-		return s.write(origin)
-	}
-	return s.remove()
+	return s.write(origin)
 }
 
 func (s *SideFile) remove() error {

@@ -48,12 +48,12 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 			return nil
 		}
 		offline := func(origin, cow block.Device) error {
-			s, err := merge.Begin(path, "cow", cow, false)
+			s, err := merge.Begin(path, "cow", cow, nil, false)
 			if err != nil {
 				return err
 			}
 			_, err = merge.Offline(t.Context(), origin, cow, merge.Options{Window: 4 * chunk,
-				Completed: func() error { return s.End(path, cow) }})
+				Completed: func() error { return s.End(path) }})
 			return err
 		}
 		err := offline(blocktest.NewFaulty(w.origin, func(op blocktest.Op) error { op.Device = "origin"; return cut(op) }), blocktest.NewFaulty(w.cow, cut))
@@ -77,7 +77,7 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 			if err := half.Check(other.cow); !errors.Is(err, merge.ErrUnfinished) {
 				t.Fatalf("another store: %v", err)
 			}
-			if _, err := merge.Begin(path, "other", other.cow, false); !errors.Is(err, merge.ErrUnfinished) {
+			if _, err := merge.Begin(path, "other", other.cow, nil, false); !errors.Is(err, merge.ErrUnfinished) {
 				t.Fatalf("another store: %v", err)
 			}
 		}
@@ -96,7 +96,7 @@ func TestNoSideFileOfADevice(t *testing.T) {
 	if s, err := merge.ReadSideFile("/dev/null"); s != nil || err != nil {
 		t.Errorf("%v, %v", s, err)
 	}
-	if _, err := merge.Begin("/dev/null", "cow", newWorld(t, 20, 8).cow, false); !errors.Is(err, merge.ErrNoSideFile) {
+	if _, err := merge.Begin("/dev/null", "cow", newWorld(t, 20, 8).cow, nil, false); !errors.Is(err, merge.ErrNoSideFile) {
 		t.Errorf("%v", err)
 	}
 }

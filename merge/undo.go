@@ -136,14 +136,25 @@ func checkLabels(origin block.Device, from, st *store.Store) error {
 		return err
 	case !labelled || cows.ID != mine.ID:
 		return errors.New("it was made by another merge")
+	}
+	if err := checkUndoStore(origin, from, st, mine); err != nil {
+		return err
+	}
+	if cows.Merged && from.Len() > 0 {
+		return errors.New("its merge is complete, or went on while the disk was in use; there were new writes since")
+	}
+	return nil
+}
+
+// checkUndoStore compares an undo store with its label, and with a merge.
+func checkUndoStore(origin block.Device, from, st *store.Store, mine ondisk.UndoLabel) error {
+	switch {
 	case from.Layout() != st.Layout():
 		return fmt.Errorf("its chunks are of %d sectors, those to be merged of %d", st.Layout().ChunkSectors, from.Layout().ChunkSectors)
 	case mine.OriginSize != origin.Size():
 		return fmt.Errorf("it is of an origin of %d bytes, this one has %d", mine.OriginSize, origin.Size())
 	case mine.Merged || st.Len() != mine.Exceptions:
 		return fmt.Errorf("it was merged itself, in part or wholly: %d of %d chunks are left", st.Len(), mine.Exceptions)
-	case cows.Merged && from.Len() > 0:
-		return errors.New("its merge is complete; there were new writes since")
 	}
 	return nil
 }
@@ -162,15 +173,21 @@ func checkCovers(undo, from *store.Store) error {
 	return nil
 }
 
-// finishLabel records in a merged store that its merge is complete: later exceptions in it have no undo store.
+// finishLabel records in a merged store that its merge is complete.
 func finishLabel(m *snapshot.Merging) error {
 	dev := m.Store().Device()
-	t, ok, err := readLabel(dev)
+	return endUndo(dev, func(change func([]byte)) error { return undo.ChangeFirst(dev, change) })
+}
+
+// endUndo records in a merged store that its undo store has not what is overwritten from now on. change changes the store's first
+// sector.
+func endUndo(cow block.Device, change func(func([]byte)) error) error {
+	t, ok, err := readLabel(cow)
 	if err != nil || !ok {
 		return err
 	}
 	t.Merged = true // written again even if it is set: it may have been read from the cache only
-	return undo.ChangeFirst(dev, t.Encode)
+	return change(t.Encode)
 }
 
 // readLabel reads the label that a merged store and its undo store share.

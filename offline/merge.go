@@ -24,9 +24,11 @@ type MergeOptions struct {
 	PVs      []string // further disks with physical volumes of the volume group
 
 	// Others is called, before anything is written, with stores that may be other snapshots of the origin and are not
-	// preserved. NoSideFile is called when nothing but the store will show that an interrupted merge is incomplete.
+	// preserved. NoSideFile is called when nothing but the store will show that an interrupted merge is incomplete. UndoLost is called
+	// with an undo store of an earlier part of this merge, which does not have what is overwritten from now on.
 	Others     func(origin string, paths []string)
 	NoSideFile func(origin string, err error)
+	UndoLost   func(merge.LostUndo)
 	// UndoProgress and Progress are called with bytes done and in total, of the undo store and of the merge.
 	UndoProgress, Progress func(done, total int64)
 }
@@ -132,14 +134,15 @@ func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeRes
 	}
 	var begun *merge.SideFile
 	if half != nil {
-		// An undo store is known by a label that making an undo store of its own replaces: it is noted before.
+		// An undo store that is merged is known by a label that making an undo store of its own replaces: it is noted before.
 		if err := o.checkUndo(in); err != nil {
 			return work, err
 		}
-		if begun, err = o.begin(in); err != nil {
+		if begun, err = o.begin(in, nil); err != nil {
 			return work, err
 		}
 	}
+	var undo *merge.UndoStore
 	if o.Undo != "" {
 		kept, err := o.keep(ctx, in, work.UndoBytes)
 		if err != nil {
@@ -149,18 +152,19 @@ func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeRes
 			return work, err
 		}
 		defer kept.Close() // nothing is written to it
+		undo = &merge.UndoStore{Path: o.Undo, Device: kept}
 	}
 	if half == nil && work.Chunks > 0 {
-		if begun, err = o.begin(in); err != nil {
+		if begun, err = o.begin(in, undo); err != nil {
 			return work, err
 		}
 	}
 	var completed func() error
 	if begun != nil {
-		if err := begun.Undo(in.files[0], in.cow); err != nil {
-			return work, block.WithPath(in.files[0], err)
+		if err := o.continueUndo(in, begun, prepared, undo); err != nil {
+			return work, errors.Join(err, begun.Cancel(in.files[0]))
 		}
-		completed = func() error { return block.WithPath(in.files[0], begun.End(in.files[0], in.cow)) }
+		completed = func() error { return block.WithPath(in.files[0], begun.End(in.files[0])) }
 	}
 	o.sayOthers(res)
 	err = prepared.Run(ctx, merge.Options{Siblings: in.siblings, Completed: completed, Progress: report(o.Progress)})
@@ -191,9 +195,22 @@ func (o *MergeOptions) sideFile(originPath string, cow block.Device) (*merge.Sid
 	return half, err
 }
 
-// begin writes the side file, or returns nil if none can be made.
-func (o *MergeOptions) begin(in *mergeInputs) (*merge.SideFile, error) {
-	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, o.Force)
+// continueUndo records in the side file of a merge that had begun which undo stores revert it from now on.
+func (o *MergeOptions) continueUndo(in *mergeInputs, begun *merge.SideFile, prepared *merge.Prepared, undo *merge.UndoStore) error {
+	if err := begun.Continue(in.files[0], prepared, undo, o.Force); err != nil {
+		return err
+	}
+	for _, l := range begun.Lost() {
+		if o.UndoLost != nil {
+			o.UndoLost(l)
+		}
+	}
+	return nil
+}
+
+// begin writes the side file, or returns nil if none can be made. undo is nil, or the undo store of a merge that begins.
+func (o *MergeOptions) begin(in *mergeInputs, undo *merge.UndoStore) (*merge.SideFile, error) {
+	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, undo, o.Force)
 	if errors.Is(err, merge.ErrNoSideFile) {
 		if o.NoSideFile != nil {
 			o.NoSideFile(in.originName, err)

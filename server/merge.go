@@ -81,15 +81,12 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 		return api.Merge{}, err
 	}
 	opts := s.opts.Merge
-	if side == nil && s.half.Load() != nil && s.half.Load().Check(v.cow) == nil {
-		side = s.half.Load() // it could not be brought up to date
-	}
 	if side != nil {
 		s.half.Store(side)
 	}
 	opts.Completed = func() (err error) {
 		if side != nil {
-			err = s.endSideFile(side, v.cow)
+			err = s.endSideFile(side)
 		}
 		err = errors.Join(err, completed(s.opts.Merge))
 		s.logMerge(v.name, "done", err)
@@ -124,19 +121,25 @@ func (s *Server) beginSideFile(v *attached) (*merge.SideFile, error) {
 	}
 	var side *merge.SideFile
 	err := fmt.Errorf("%w: it is a part of a disk", merge.ErrNoSideFile) // the file would be that of all parts
-	if s.address.Plain() {
+	if half := s.half.Load(); s.address.Plain() || half != nil && half.Check(v.cow) == nil {
 		side, err = merge.BeginLive(s.address.Path, v.path, v.snap, others, s.opts.Force || v.force)
 	}
 	if errors.Is(err, merge.ErrNoSideFile) {
 		s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v: %s", v.name, err, noSideFile), noSideFile, err, slog.String("snapshot", v.name))
 		return nil, nil
 	}
+	if err == nil {
+		for _, l := range side.Lost() {
+			s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v", v.name, l), "an undo store can't undo this merge any more", l.Err,
+				slog.String("snapshot", v.name), slog.String("undo", l.Path))
+		}
+	}
 	return side, err
 }
 
-// endSideFile removes the side file when the merge of cow is complete.
-func (s *Server) endSideFile(side *merge.SideFile, cow block.Device) error {
-	if err := side.End(s.address.Path, cow); err != nil {
+// endSideFile removes the side file when its merge is complete.
+func (s *Server) endSideFile(side *merge.SideFile) error {
+	if err := side.End(s.address.Path); err != nil {
 		return err
 	}
 	now, err := merge.ReadSideFile(s.address.Path)

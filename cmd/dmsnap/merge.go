@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/dmsnap/dmsnap/internal/progress"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/offline"
 )
 
@@ -116,6 +117,10 @@ func (o *offlineMerge) run(c *cobra.Command, args []string) error {
 		NoSideFile: func(origin string, err error) {
 			keep.End()
 			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v: if this merge is interrupted, nothing but the store shows that %s is a mixture\n", err, origin)
+		},
+		UndoLost: func(l merge.LostUndo) {
+			keep.End()
+			fmt.Fprintf(c.ErrOrStderr(), "dmsnap: warning: %v\n", l)
 		},
 	}
 	if !o.asJSON { // JSON has them in a field
