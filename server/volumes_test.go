@@ -10,11 +10,13 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
@@ -371,4 +373,84 @@ func TestPartition(t *testing.T) {
 	}
 	wantOthersUntouched(t, before, after, "p1")
 	pair{cow: path + ".cow"}.check(t)
+}
+
+// TestLiveMergeOfAPartition: a live merge goes on with an offline one of a partition, whose side file is beside the disk, and takes its undo
+// store from that before clients write.
+func TestLiveMergeOfAPartition(t *testing.T) {
+	path, _ := lvmImage(t, "gpt")
+	cowPath, undoPath := path+".cow", path+".undo"
+	open := func(o Options) *Server {
+		s, err := Open(path+"#p1", o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.Attach(api.AttachRequest{Name: "a", COW: cowPath, Create: o.Merge.Progress == nil}); err != nil {
+			t.Fatal(err)
+		}
+		return s
+	}
+	s := open(Options{})
+	dev, err := s.Device("a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	writeAt(t, dev, "merged", 4096)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	var files []*block.File
+	for _, path := range []string{path, cowPath} {
+		f, err := block.Open(path, block.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		files = append(files, f)
+	}
+	disk, cow := files[0], files[1]
+	part := parts(t, disk, "p1")[0]
+	undo, err := block.Create(undoPath, 1<<20)
+	if err == nil {
+		err = merge.WriteUndo(t.Context(), part, cow, undo, merge.Options{})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err = merge.Begin(path, cowPath, cow, &merge.UndoStore{Path: undoPath, Device: undo}, false); err != nil {
+		t.Fatal(err)
+	}
+	accepted := func() bool {
+		half, err := merge.ReadSideFile(path)
+		if err != nil || half == nil {
+			t.Fatal(half, err)
+		}
+		return half.Check(undo) == nil
+	}
+	if !accepted() {
+		t.Fatal("the undo store is not accepted")
+	}
+	if err := errors.Join(cow.Close(), disk.Close()); err != nil {
+		t.Fatal(err)
+	}
+	looked := false
+	s = open(Options{Merge: merge.Options{Progress: func(merge.Progress) {
+		if !looked && accepted() {
+			t.Error("the undo store is accepted during the live merge")
+		}
+		looked = true
+	}}})
+	if _, err := s.StartMerge("a"); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := s.Merge(t.Context(), time.Minute); err != nil || m.State != api.MergeDone {
+		t.Fatalf("%+v, %v", m, err)
+	}
+	if err := errors.Join(s.Close(), undo.Close()); err != nil || !looked {
+		t.Fatal(err, looked)
+	}
+	if half, err := merge.ReadSideFile(path); half != nil || err != nil {
+		t.Errorf("the side file is %v, %v", half, err)
+	}
+	pair{cow: cowPath}.check(t)
+	pair{cow: undoPath}.check(t)
 }
