@@ -61,8 +61,9 @@ type Header struct {
 type Merging struct {
 	SideFile   string `json:"side_file"`
 	COW        string `json:"cow"`
-	TakingBack bool   `json:"taking_back"`     // COW is the undo store of an earlier merge
-	Error      string `json:"error,omitempty"` // why the side file can't be read
+	TakingBack bool   `json:"taking_back"`       // COW is the undo store of an earlier merge
+	InPart     bool   `json:"in_part,omitempty"` // COW is merged, and was made when that merge had begun: an older undo store reverts the rest
+	Error      string `json:"error,omitempty"`   // why the side file can't be read
 }
 
 // Beside is a store that was found by a name made from that of the disk.
@@ -119,7 +120,7 @@ func mergeInto(path string) *Merging {
 	case half == nil: // or the origin can't be found again
 		return nil
 	}
-	return &Merging{SideFile: half.Path(), COW: half.COW(), TakingBack: half.TakingBack()}
+	return &Merging{SideFile: half.Path(), COW: half.COW(), TakingBack: half.TakingBack(), InPart: half.InPart()}
 }
 
 // originBeside finds the file that a store's name is made from: disk.img for disk.img.cow or disk.cow.

@@ -66,6 +66,9 @@ func (p TextWriter) inspection(t io.Writer, i *Inspection) {
 	}
 	if m := i.Merging; m != nil && m.Error != "" {
 		fmt.Fprintf(t, "  merging\t%s\n", text.Name(m.Error))
+	} else if m != nil && m.InPart {
+		fmt.Fprintf(t, "  merging\ta merge was reverted in part, by the undo store %s (%s): this disk is a mixture, and an older undo store reverts the rest\n",
+			text.Name(m.COW), text.Name(m.SideFile))
 	} else if m != nil {
 		fmt.Fprintf(t, "  merging\ta merge of %s is not complete (%s): this disk alone is a mixture\n", text.Name(m.COW), text.Name(m.SideFile))
 	}

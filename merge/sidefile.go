@@ -187,12 +187,16 @@ func (s *SideFile) COW() string {
 // TakingBack reports whether an undo store is merged to revert an earlier merge.
 func (s *SideFile) TakingBack() bool { return s.now.Back != nil }
 
+// InPart reports whether the merge was reverted to a state after its beginning, by an undo store that is merged: older undo stores
+// revert the rest, and nothing continues it.
+func (s *SideFile) InPart() bool { return s.now.Back != nil && s.now.Back.Done }
+
 // Lost are the undo stores that [SideFile.Continue] or [BeginLive] has found to be of no use from then on.
 func (s *SideFile) Lost() []LostUndo { return s.lost }
 
 // Refuse returns the error for a COW device that does not belong to the merge.
 func (s *SideFile) Refuse() error {
-	if back := s.now.Back; back != nil && back.Done {
+	if back := s.now.Back; s.InPart() {
 		return fmt.Errorf("%w: that of %s was reverted by %s to where it was when that undo store was made, after it had begun, and %s does not have all of it any more. Merge an undo store that was made before; if the origin was restored by other means, remove %s",
 			ErrUnfinished, s.now.COW, back.COW, s.now.COW, s.path)
 	}

@@ -12,6 +12,7 @@ import (
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/inspect"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/offline"
 	"github.com/dmsnap/dmsnap/snapshot"
@@ -133,6 +134,13 @@ func TestUndoStoreThatLacksChunks(t *testing.T) {
 			p.merge(t, later, offline.MergeOptions{})
 			wantContent(t, p.origin, mixture)
 			p.wantSideFile(t, true)
+			r, err := inspect.Disks(t.Context(), []string{p.origin}, inspect.Options{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if m := r.Images[0].Merging; m == nil || !m.InPart || m.COW != later {
+				t.Errorf("inspect: %+v", m)
+			}
 			p.wantRefused(t, p.cow) // what was reverted it does not have any more
 			p.merge(t, undo, offline.MergeOptions{})
 			wantContent(t, p.origin, p.old)

@@ -137,6 +137,21 @@ func TestKilledMergeTakenBack(t *testing.T) {
 	}
 }
 
+// A merge that goes on says which undo store does not revert it any more.
+func TestMergeSaysWhichUndoStoreIsLost(t *testing.T) {
+	p, shown := bigPair(t)
+	undo := filepath.Join(p.dir, "undo.cow")
+	halfMerged(t, p, "--undo", undo)
+	if err := os.Remove(undo); err != nil {
+		t.Fatal(err)
+	}
+	if o := dmsnap("merge", p.origin, p.cow); o.status != exitDone || !strings.Contains(o.stderr, "warning: undo store "+undo+" can't undo this merge any more") {
+		t.Errorf("status %d, %s", o.status, o.stderr)
+	}
+	wantContent(t, p.origin, shown)
+	mustRun(t, "check", p.cow, "--origin", p.origin)
+}
+
 // A side file that is damaged refuses, and can be overridden.
 func TestSideFileDamaged(t *testing.T) {
 	p := newPair(t)
