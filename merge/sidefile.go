@@ -256,10 +256,12 @@ func (s *SideFile) findUndo(id string) int {
 // written. A new side file has the undo store of the merge, which may be nil, from the first moment; where the merge continues,
 // [SideFile.Continue] is called afterwards.
 func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bool) (*SideFile, error) {
-	m := merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}
+	m := mergedDevice(cow)
 	s, err := begin(origin, cowPath, m, replace)
 	if err == nil && s.old == nil {
-		err = s.noteUndo(kept)
+		if err = s.noteUndo(kept); err == nil {
+			err = s.endUnlisted(m)
+		}
 	}
 	if err != nil {
 		return s, err
@@ -277,7 +279,7 @@ func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.
 	if err != nil {
 		return side, err
 	}
-	if err := endUndo(s.COW(), s.ChangeLabel); err != nil {
+	if err := endUndo(mergedSnapshot(s)); err != nil {
 		return side, err
 	}
 	var attached []string // undo stores
@@ -302,6 +304,10 @@ func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.
 type merged struct {
 	cow    block.Device
 	change func(func(sector []byte)) error
+}
+
+func mergedDevice(cow block.Device) merged {
+	return merged{cow, func(change func([]byte)) error { return undo.ChangeFirst(cow, change) }}
 }
 
 func mergedSnapshot(s *snapshot.Snapshot) merged { return merged{s.COW(), s.ChangeLabel} }
@@ -426,7 +432,20 @@ func (s *SideFile) Continue(origin string, p *Prepared, kept *UndoStore, force b
 	if err := s.noteUndo(kept); err != nil {
 		return err
 	}
+	if err := s.endUnlisted(mergedDevice(p.m.Store().Device())); err != nil {
+		return err
+	}
 	return s.write(origin)
+}
+
+// endUnlisted records in the merged store that the merge goes on without the undo store that was made for it, if the side file does not
+// list that: later it would be accepted again, when what it does not have was merged.
+func (s *SideFile) endUnlisted(m merged) error {
+	t, ok, err := readLabel(m.cow)
+	if err != nil || !ok || t.Undo || s.findUndo(hex.EncodeToString(t.ID[:])) >= 0 {
+		return err
+	}
+	return endUndo(m)
 }
 
 // coveredBy returns why an undo store does not revert the merge from its present state on, nil: it does. err: that can't be

@@ -141,7 +141,7 @@ func checkLabels(origin block.Device, from, st *store.Store) error {
 		return err
 	}
 	if cows.Merged && from.Len() > 0 {
-		return errors.New("its merge is complete, or went on while the disk was in use; there were new writes since")
+		return errors.New("its merge is complete, or went on without it; there may be new writes since")
 	}
 	return nil
 }
@@ -175,19 +175,26 @@ func checkCovers(undo, from *store.Store) error {
 
 // finishLabel records in a merged store that its merge is complete.
 func finishLabel(m *snapshot.Merging) error {
-	dev := m.Store().Device()
-	return endUndo(dev, func(change func([]byte)) error { return undo.ChangeFirst(dev, change) })
+	return endUndo(mergedDevice(m.Store().Device()))
 }
 
-// endUndo records in a merged store that its undo store has not what is overwritten from now on. change changes the store's first
-// sector.
-func endUndo(cow block.Device, change func(func([]byte)) error) error {
+// EndUndo records in a store that is merged, durably, that the merge goes on without the undo store that was made for it: [CheckUndo]
+// refuses that from then on. It does nothing where none was made.
+func EndUndo(cow block.Device) error {
 	t, ok, err := readLabel(cow)
+	if err != nil || !ok || t.Undo { // an undo store that is merged itself
+		return err
+	}
+	return endUndo(mergedDevice(cow))
+}
+
+func endUndo(m merged) error {
+	t, ok, err := readLabel(m.cow)
 	if err != nil || !ok {
 		return err
 	}
 	t.Merged = true // written again even if it is set: it may have been read from the cache only
-	return change(t.Encode)
+	return m.change(t.Encode)
 }
 
 // readLabel reads the label that a merged store and its undo store share.

@@ -440,7 +440,7 @@ func TestCheckUndoRefuses(t *testing.T) {
 			write(t, s, []byte("anew"), 0)
 			s.Close()
 			return u
-		}, "there were new writes since"},
+		}, "there may be new writes"},
 		"an older one of this merge": {func(t *testing.T, w *undoWorld, u *block.Memory) *block.Memory {
 			w.undoStore(t)
 			return u

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -148,11 +149,42 @@ func TestUndoStoreThatLacksChunks(t *testing.T) {
 			if len(lost) != 1 || lost[0].Path != undo {
 				t.Errorf("lost: %v", lost)
 			}
+			// What it does not have is merged by now; that it has what is left does not make it the merge's again.
+			if _, err := offline.Merge(t.Context(), []string{p.origin, p.cow}, offline.MergeOptions{Undo: undo}); !errors.Is(err, merge.ErrNotUndo) {
+				t.Errorf("named again: %v", err)
+			}
 			p.merge(t, p.cow, offline.MergeOptions{})
 			wantContent(t, p.origin, p.shown)
 		}
 		p.wantSideFile(t, false)
 	}
+}
+
+// TestUndoStoreWithoutASideFile: where there is no side file, too, an undo store that a merge went on without is not accepted again.
+func TestUndoStoreWithoutASideFile(t *testing.T) {
+	p := newPair(t)
+	long := filepath.Join(p.dir, strings.Repeat("n", 250)) // too long for a suffix
+	if err := os.Rename(p.origin, long); err != nil {
+		t.Fatal(err)
+	}
+	p.origin = long
+	undo := filepath.Join(p.dir, "undo.cow")
+	if err := p.mergePart(t, p.cow, 50, offline.MergeOptions{Undo: undo}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := offline.Merge(t.Context(), []string{p.origin, p.cow}, offline.MergeOptions{DryRun: true, Undo: undo}); err != nil {
+		t.Errorf("the same again: %v", err)
+	}
+	p.write(t, p.cow, newChunk, []byte("anew"))
+	if err := p.mergePart(t, p.cow, 20, offline.MergeOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := offline.Merge(t.Context(), []string{p.origin, p.cow}, offline.MergeOptions{Undo: undo}); !errors.Is(err, merge.ErrNotUndo) {
+		t.Errorf("named again: %v", err)
+	}
+	copy(p.shown[newChunk:], "anew")
+	p.merge(t, p.cow, offline.MergeOptions{})
+	wantContent(t, p.origin, p.shown)
 }
 
 // TestUndoStoreSomewhereElse: where an undo store is not found when the merge goes on, it is lost, and named by --undo it is not.
