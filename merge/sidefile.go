@@ -254,13 +254,21 @@ func (s *SideFile) findUndo(id string) int {
 // before it. If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing
 // is changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
 // written. A new side file has the undo store of the merge, which may be nil, from the first moment; where the merge continues,
-// [SideFile.Continue] is called afterwards.
+// [SideFile.Continue] is called afterwards. Also where no side file can be made, the first sector of cow says from then on whether
+// the merge goes on without the undo store that was made for it: [CheckUndo] refuses that later.
 func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bool) (*SideFile, error) {
 	m := mergedDevice(cow)
 	s, err := begin(origin, cowPath, m, replace)
-	if err == nil && s.old == nil {
-		if err = s.noteUndo(kept); err == nil {
-			err = s.endUnlisted(m)
+	none := errors.Is(err, ErrNoSideFile)
+	if none {
+		s = &SideFile{}
+	}
+	if (err == nil || none) && s.old == nil {
+		if noted := s.noteUndo(kept); noted != nil {
+			return s, noted
+		}
+		if ended := s.endUnlisted(m); ended != nil {
+			return s, ended
 		}
 	}
 	if err != nil {
@@ -276,10 +284,12 @@ func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bo
 // the first sector of the merged COW device says so too.
 func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
 	side, err := begin(origin, cowPath, mergedSnapshot(s), replace)
-	if err != nil {
-		return side, err
+	if err == nil || errors.Is(err, ErrNoSideFile) {
+		if ended := EndUndo(s); ended != nil {
+			return side, ended
+		}
 	}
-	if err := endUndo(mergedSnapshot(s)); err != nil {
+	if err != nil {
 		return side, err
 	}
 	var attached []string // undo stores

@@ -2,6 +2,7 @@ package merge_test
 
 import (
 	"errors"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"sync"
@@ -10,6 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/snapshot"
 )
 
 // sideOrigin is a file that side files are made beside; what it holds is of no matter to them.
@@ -91,12 +93,19 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 	}
 }
 
-// An origin that is no regular file has no side file.
+// An origin that is no regular file has no side file. An undo store that the merge goes on without is known by the merged store.
 func TestNoSideFileOfADevice(t *testing.T) {
 	if s, err := merge.ReadSideFile("/dev/null"); s != nil || err != nil {
 		t.Errorf("%v, %v", s, err)
 	}
-	if _, err := merge.Begin("/dev/null", "cow", newWorld(t, 20, 8).cow, nil, false); !errors.Is(err, merge.ErrNoSideFile) {
-		t.Errorf("%v", err)
+	w := newUndoWorld(t, rand.New(rand.NewPCG(1, 1)), 700, 8, 20, snapshot.Persistent)
+	undo := w.undoStore(t)
+	for _, kept := range []*merge.UndoStore{{Path: "undo", Device: undo}, nil} {
+		if _, err := merge.Begin("/dev/null", "cow", w.cow, kept, false); !errors.Is(err, merge.ErrNoSideFile) {
+			t.Errorf("%v", err)
+		}
+		if err := merge.CheckUndo(w.origin, w.cow, undo); errors.Is(err, merge.ErrNotUndo) != (kept == nil) {
+			t.Errorf("with the undo store %v: %v", kept, err)
+		}
 	}
 }

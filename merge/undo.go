@@ -178,15 +178,9 @@ func finishLabel(m *snapshot.Merging) error {
 	return endUndo(mergedDevice(m.Store().Device()))
 }
 
-// EndUndo records in a store that is merged, durably, that the merge goes on without the undo store that was made for it: [CheckUndo]
-// refuses that from then on. It does nothing where none was made.
-func EndUndo(cow block.Device) error {
-	t, ok, err := readLabel(cow)
-	if err != nil || !ok || t.Undo { // an undo store that is merged itself
-		return err
-	}
-	return endUndo(mergedDevice(cow))
-}
+// EndUndo records in the store of a snapshot, durably, that the snapshot is merged without the undo store that was made for it:
+// [CheckUndo] refuses that from then on. It does nothing where none was made. [BeginLive] calls it.
+func EndUndo(s *snapshot.Snapshot) error { return endUndo(mergedSnapshot(s)) }
 
 func endUndo(m merged) error {
 	t, ok, err := readLabel(m.cow)

@@ -166,11 +166,6 @@ func (o *MergeOptions) merge(ctx context.Context, in *mergeInputs, res *MergeRes
 		}
 		completed = func() error { return block.WithPath(in.files[0], begun.End(in.files[0])) }
 	}
-	if begun == nil && undo == nil && work.Chunks > 0 { // there is no side file to say so
-		if err := merge.EndUndo(in.cow); err != nil {
-			return work, block.WithPath(in.cowName, err)
-		}
-	}
 	o.sayOthers(res)
 	err = prepared.Run(ctx, merge.Options{Siblings: in.siblings, Completed: completed, Progress: report(o.Progress)})
 	if err != nil && ctx.Err() != nil {

@@ -123,6 +123,8 @@ func (s *Server) beginSideFile(v *attached) (*merge.SideFile, error) {
 	err := fmt.Errorf("%w: it is a part of a disk", merge.ErrNoSideFile) // the file would be that of all parts
 	if half := s.half.Load(); s.address.Plain() || half != nil && half.Check(v.cow) == nil {
 		side, err = merge.BeginLive(s.address.Path, v.path, v.snap, others, s.opts.Force || v.force)
+	} else if ended := merge.EndUndo(v.snap); ended != nil {
+		return nil, ended
 	}
 	if errors.Is(err, merge.ErrNoSideFile) {
 		s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v: %s", v.name, err, noSideFile), noSideFile, err, slog.String("snapshot", v.name))

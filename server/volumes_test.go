@@ -390,24 +390,32 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 		}
 		return s
 	}
-	s := open(Options{})
-	dev, err := s.Device("a")
-	if err != nil {
-		t.Fatal(err)
-	}
-	writeAt(t, dev, "merged", 4096)
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	var files []*block.File
-	for _, path := range []string{path, cowPath} {
-		f, err := block.Open(path, block.Options{})
+	write := func(text string, o Options) {
+		s := open(o)
+		dev, err := s.Device("a")
 		if err != nil {
 			t.Fatal(err)
 		}
-		files = append(files, f)
+		writeAt(t, dev, text, 4096)
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
 	}
-	disk, cow := files[0], files[1]
+	mergeLive := func(o Options) {
+		s := open(o)
+		if _, err := s.StartMerge("a"); err != nil {
+			t.Fatal(err)
+		}
+		if m, err := s.Merge(t.Context(), time.Minute); err != nil || m.State != api.MergeDone {
+			t.Fatalf("%+v, %v", m, err)
+		}
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again := Options{Merge: merge.Options{Progress: func(merge.Progress) {}}}
+	write("merged", Options{})
+	disk, cow := openTwo(t, path, cowPath)
 	part := parts(t, disk, "p1")[0]
 	undo, err := block.Create(undoPath, 1<<20)
 	if err == nil {
@@ -433,24 +441,51 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 		t.Fatal(err)
 	}
 	looked := false
-	s = open(Options{Merge: merge.Options{Progress: func(merge.Progress) {
+	mergeLive(Options{Merge: merge.Options{Progress: func(merge.Progress) {
 		if !looked && accepted() {
 			t.Error("the undo store is accepted during the live merge")
 		}
 		looked = true
 	}}})
-	if _, err := s.StartMerge("a"); err != nil {
-		t.Fatal(err)
-	}
-	if m, err := s.Merge(t.Context(), time.Minute); err != nil || m.State != api.MergeDone {
-		t.Fatalf("%+v, %v", m, err)
-	}
-	if err := errors.Join(s.Close(), undo.Close()); err != nil || !looked {
-		t.Fatal(err, looked)
+	if !looked {
+		t.Error("the merge had no progress")
 	}
 	if half, err := merge.ReadSideFile(path); half != nil || err != nil {
 		t.Errorf("the side file is %v, %v", half, err)
 	}
 	pair{cow: cowPath}.check(t)
+
+	// The same where there is no side file: none is made for a partition.
+	write("again", again)
+	disk, cow = openTwo(t, path, cowPath)
+	part = parts(t, disk, "p1")[0]
+	if err := merge.WriteUndo(t.Context(), part, cow, undo, merge.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(merge.CheckUndo(part, cow, undo), cow.Close(), disk.Close()); err != nil {
+		t.Fatal(err)
+	}
+	mergeLive(again)
+	write("and again", again)
+	disk, cow = openTwo(t, path, cowPath)
+	if err := merge.CheckUndo(parts(t, disk, "p1")[0], cow, undo); !errors.Is(err, merge.ErrNotUndo) {
+		t.Errorf("the undo store of an earlier merge: %v", err)
+	}
+	if err := errors.Join(cow.Close(), disk.Close(), undo.Close()); err != nil {
+		t.Fatal(err)
+	}
 	pair{cow: undoPath}.check(t)
+}
+
+// openTwo opens a disk and a COW file.
+func openTwo(t *testing.T, path, cowPath string) (disk, cow *block.File) {
+	t.Helper()
+	disk, err := block.Open(path, block.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cow, err = block.Open(cowPath, block.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	return disk, cow
 }
