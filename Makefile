@@ -100,7 +100,7 @@ test-kernel-qemu: ## another kernel, with two CPUs, in qemu: slower (DMSNAP_KERN
 
 .PHONY: deep
 deep: ## the random and crash tests for longer than a commit waits
-	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./source/... ./internal/... ./vhost ./cmd/dmsnap ./test/interop
+	DMSNAP_DEEP=1 $(GO) test -count=1 -timeout 2h ./store ./snapshot ./merge ./offline ./source/... ./internal/... ./vhost ./cmd/dmsnap ./test/interop
 	FUZZTIME=$${FUZZTIME:-3m} FUZZDIR=./source $(MAKE) fuzz
 	DMSNAP_DEEP=1 DMSNAP_E2E_TIME=$${DMSNAP_E2E_TIME:-2h} $(GO) test -count=1 -timeout 5h -v ./test/e2e/...
 

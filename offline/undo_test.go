@@ -672,6 +672,9 @@ func TestRandomMergesAndUndoStores(t *testing.T) {
 	if testing.Short() {
 		seeds = 40
 	}
+	if os.Getenv("DMSNAP_DEEP") != "" {
+		seeds = 4000
+	}
 	ended := map[string]int{}
 	for seed := range uint64(seeds) {
 		dir := t.TempDir()
