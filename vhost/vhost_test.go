@@ -640,3 +640,71 @@ func TestCloseSparesSocketsOfOthers(t *testing.T) {
 		t.Errorf("the other server's socket: %v", err)
 	}
 }
+
+// TestHeadersAndStatuses: a header that is too short fails its request, without a byte for a status nothing is done, and an identification is
+// no longer than the buffer.
+func TestHeadersAndStatuses(t *testing.T) {
+	mem := block.MemoryFrom(blocktest.Pattern(1<<20, 1))
+	_, path := serve(t, mem, nil)
+	c := connect(t, path)
+	const d = 0 // head
+	request := func(kind uint32, sector uint64, descriptors ...[]byte) (status byte) {
+		t.Helper()
+		copy(c.mem[headAt:], le(kind, uint32(0), sector))
+		c.mem[headAt+32] = 0xff
+		for i, b := range descriptors {
+			copy(c.mem[tableAt+16*i:], b)
+		}
+		c.put(descOff, d, gpa+tableAt, uint32(16*len(descriptors)), 4, 0)
+		done := make(chan struct{})
+		c.mu.Lock()
+		c.waiting[d] = done
+		c.offer(d)
+		c.mu.Unlock()
+		for end := time.Now().Add(20 * time.Second); ; c.poll() {
+			select {
+			case <-done:
+				return c.mem[headAt+32]
+			default:
+			}
+			if time.Now().After(end) {
+				t.Fatal("no completion in 20 s")
+			}
+		}
+	}
+	head, status := descriptor(gpa+headAt, 16, 1, 1), descriptor(gpa+headAt+32, 1, 2, 0)
+	data := func(n uint32, flags uint16) []byte { return descriptor(gpa+dataAt, n, flags|1, 2) }
+	want := func(what string, got, want byte) {
+		t.Helper()
+		if got != want {
+			t.Errorf("%s: status %d, not %d", what, got, want)
+		}
+	}
+	before := mem.Bytes()
+	want("a write", request(1, 8, head, data(512, 0), status), 0)
+	if bytes.Equal(mem.Bytes(), before) {
+		t.Error("a write changed nothing")
+	}
+	before = mem.Bytes()
+	want("a header of 15 bytes", request(1, 8, descriptor(gpa+headAt, 15, 1, 1), status), 1)
+	want("a flush with a header of 8 bytes", request(4, 0, descriptor(gpa+headAt, 8, 1, 1), status), 1)
+	want("no header", request(1, 8, descriptor(gpa+headAt+32, 1, 2, 0)), 1)
+	want("a write without a status", request(1, 16, head, descriptor(gpa+dataAt, 512, 0, 0)), 0xff)
+	if !bytes.Equal(mem.Bytes(), before) {
+		t.Error("a request without a header or a status changed the disk")
+	}
+	copy(c.mem[dataAt:], "....................")
+	want("an identification of 4 bytes", request(8, 0, head, data(4, 2), status), 0)
+	if got := string(c.mem[dataAt:][:6]); got[4:] != ".." || got[:4] == "...." {
+		t.Errorf("the identification is %q", got)
+	}
+	copy(c.mem[dataAt:], strings.Repeat(".", 64))
+	want("an identification of 64 bytes", request(8, 0, head, data(64, 2), status), 0)
+	if got := string(c.mem[dataAt:][:64]); got[20:] != strings.Repeat(".", 44) {
+		t.Errorf("the identification is %q", got)
+	}
+	want("an identification without a buffer", request(8, 0, head, status), 0)
+	want("a request of no kind", request(99, 0, head, status), 2)
+	want("a read into what is readable", request(0, 0, head, data(512, 0), status), 1)
+	c.want(0, 0, 0, make([]byte, 512), false)
+}
