@@ -304,7 +304,7 @@ func TestCredentials(t *testing.T) {
 }
 
 func TestReferencesRefused(t *testing.T) {
-	for _, ref := range []string{"", "oci://", "oci://host", "oci://host/UPPER", "s3://bucket", "s3://bucket/", "s3://bucket/a/../b", "ftp://user:s3cr3t@host/x?k=s3cr3t"} {
+	for _, ref := range []string{"", "oci://", "oci://host", "oci://host/UPPER", "s3://bucket", "s3://bucket/", "s3://bucket/a/../b", "s3://b/key", "ftp://user:s3cr3t@host/x?k=s3cr3t"} {
 		if _, err := remote.Open(ref, remote.Options{}); err == nil || strings.Contains(err.Error(), "s3cr3t") {
 			t.Errorf("%q: %v", ref, err)
 		}

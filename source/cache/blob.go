@@ -295,6 +295,11 @@ func (b *Blob) Claim(ctx context.Context, unit, n int64) (release func(), err er
 	}, nil
 }
 
+// waited is the error of a claim that another one prevented until ctx ended.
+func waited(ctx context.Context) error {
+	return fmt.Errorf("wait for another reader that fetches the same data: %w", context.Cause(ctx))
+}
+
 // claim waits for others of this Blob.
 func (s *segment) claim(ctx context.Context, first, n int64) error {
 	for {
@@ -316,7 +321,7 @@ func (s *segment) claim(ctx context.Context, first, n int64) error {
 		select {
 		case <-freed:
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return waited(ctx)
 		}
 	}
 }
@@ -341,7 +346,7 @@ func (s *segment) lock(ctx context.Context, first, n int64) error {
 		select {
 		case <-time.After(pause):
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return waited(ctx)
 		}
 	}
 }

@@ -165,7 +165,7 @@ func (d *Disk) describe(ctx context.Context, o Options) ([]byte, error) {
 	ask := ctx
 	if ok {
 		var cancel context.CancelFunc
-		ask, cancel = context.WithTimeout(ctx, offlineTimeout)
+		ask, cancel = context.WithTimeoutCause(ctx, offlineTimeout, timeoutError{offlineTimeout})
 		defer cancel()
 	}
 	text, err := d.repo.Description(ask)

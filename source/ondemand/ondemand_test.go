@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -245,7 +246,10 @@ const slack = 3 * time.Second
 func TestFaults(t *testing.T) {
 	t.Parallel()
 	least := 2_000 // reads against each fault
-	if os.Getenv("DMSNAP_DEEP") != "" {
+	switch {
+	case testing.Short():
+		least = 400
+	case os.Getenv("DMSNAP_DEEP") != "":
 		least = 10_000
 	}
 	const perRound = 100
@@ -411,6 +415,91 @@ func TestHungServerBlocksNothing(t *testing.T) {
 	got := make([]byte, 4096)
 	if _, err := snap.ReadAt(got, 2<<20); err != nil || !bytes.Equal(got[512:], g.content[2<<20+512:2<<20+4096]) || !bytes.Equal(got[:512], p[:512]) {
 		t.Errorf("%v, or other bytes", err)
+	}
+}
+
+// Many requests without an answer, to a server that answers others: reads of other units don't wait for them.
+func TestHungRequestsDelayNoOthers(t *testing.T) {
+	g := push(t, 13)
+	d := open(t, g.ref, ondemand.Options{})
+	got := make([]byte, 512)
+	if _, err := d.ReadAt(got, 0); err != nil { // the index is here then
+		t.Fatal(err)
+	}
+	g.faults.Set(testremote.Hang, 1)
+	var hung sync.WaitGroup
+	var last int64 // unit
+	for unit := int64(4); g.faults.Done() < 16; unit += 2 {
+		if unit >= diskSize/layer.UnitBytes-2 {
+			t.Fatalf("%d requests", g.faults.Done())
+		}
+		before := g.faults.Done()
+		hung.Go(func() { d.ReadAt(make([]byte, layer.UnitBytes), unit*layer.UnitBytes) })
+		for begun := time.Now(); g.faults.Done() == before && time.Since(begun) < 5*time.Second; {
+			time.Sleep(time.Millisecond)
+		}
+		last = unit
+	}
+	g.faults.Set("", 0)
+	begun, off := time.Now(), (last+1)*layer.UnitBytes
+	if _, err := d.ReadAt(got, off); err != nil || !bytes.Equal(got, g.content[off:][:512]) {
+		t.Errorf("%v, or other bytes", err)
+	}
+	if took := time.Since(begun); took > 5*time.Second { // before any connection is replaced
+		t.Errorf("it ended after %v", took)
+	}
+	d.Close()
+	hung.Wait()
+}
+
+// The error of a request without an answer says what was waited for, and where. Other attempts were made before.
+func TestWhatWasWaitedFor(t *testing.T) {
+	g := push(t, 14)
+	address := strings.TrimPrefix(strings.TrimSuffix(g.ref, "/golden/disk:1"), "oci://")
+	file := &testremote.Faults{Next: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"1"`)
+		http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(g.content))
+	})}
+	fileAddress := testremote.Start(t, file)
+	deaf := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+		<-ctx.Done()
+		return nil, ctx.Err()
+	}}
+	const timeout = 600 * time.Millisecond
+	check := func(what string, err error, want ...string) {
+		t.Helper()
+		if !errors.Is(err, remote.ErrUnreachable) {
+			t.Errorf("%s: %v", what, err)
+			return
+		}
+		for _, part := range append(want, remote.ErrUnreachable.Error()) {
+			if strings.Count(err.Error(), part) != 1 {
+				t.Errorf("%s: not once %q: %v", what, part, err)
+			}
+		}
+	}
+	try := func(ref string, transport http.RoundTripper) error {
+		_, err := ondemand.Open(context.Background(), ref, ondemand.Options{Cache: openCache(t, t.TempDir()), Remote: remote.Options{Timeout: timeout, Transport: transport}})
+		return err
+	}
+	for _, s := range []struct {
+		ref, address string
+		faults       *testremote.Faults
+	}{{g.ref, address, g.faults}, {"http://" + fileAddress + "/disk.img", fileAddress, file}} {
+		check("connect", try(s.ref, deaf), s.ref, "connect to "+s.address)
+		d := open(t, s.ref, ondemand.Options{Remote: remote.Options{Timeout: timeout}})
+		s.faults.Set(testremote.Hang, 1)
+		before := s.faults.Done()
+		check("open", try(s.ref, nil), s.ref, "wait for the response of "+s.address)
+		if n := s.faults.Done() - before; n < 2 {
+			t.Errorf("%d attempts to open %s", n, s.ref)
+		}
+		_, err := d.ReadAt(make([]byte, 4096), 3<<20)
+		check("read", err, s.ref, "wait for the response of "+s.address)
+		s.faults.Set(testremote.Stall, 1)
+		_, err = d.ReadAt(make([]byte, 4096), 3<<20)
+		check("stall", err, s.ref, "receive from "+s.address)
+		s.faults.Set("", 0)
 	}
 }
 

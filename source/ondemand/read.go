@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/layer"
@@ -25,7 +26,7 @@ func (d *Disk) newRequest() *request { return &request{d: d} }
 // context returns the request's; the requests of one read follow each other.
 func (r *request) context() context.Context {
 	if r.ctx == nil {
-		r.ctx, r.cancel = context.WithTimeoutCause(r.d.ctx, r.d.timeout, errTimeout)
+		r.ctx, r.cancel = context.WithTimeoutCause(r.d.ctx, r.d.timeout, timeoutError{r.d.timeout})
 	}
 	return r.ctx
 }
@@ -36,7 +37,11 @@ func (r *request) end() {
 	}
 }
 
-var errTimeout = fmt.Errorf("the data was not received in time: %w", context.DeadlineExceeded)
+// A timeoutError is the cause with which a context ends that bounds a request.
+type timeoutError struct{ bound time.Duration }
+
+func (e timeoutError) Error() string      { return fmt.Sprintf("not complete after %v", e.bound) }
+func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // wanted is a part that is not in the cache, and where it goes; nil: into the cache alone.
 type wanted struct {
@@ -261,14 +266,37 @@ type received struct {
 
 var memories = sync.Pool{New: func() any { return new(received) }}
 
-// receive makes one request, verifies what it received, and keeps it.
-func (d *Disk) receive(ctx context.Context, group []wanted) error {
+// slotWait is how long a read waits for one of the slots: those that have them may wait for answers that never come.
+const slotWait = time.Second
+
+// slot waits until fewer requests are in flight, a read no longer than slotWait.
+func (d *Disk) slot(ctx context.Context, read bool) (release func(), err error) {
 	select {
 	case d.slots <- struct{}{}:
-		defer func() { <-d.slots }()
-	case <-ctx.Done():
-		return block.WithPath(d.name, context.Cause(ctx))
+		return func() { <-d.slots }, nil
+	default:
 	}
+	var enough <-chan time.Time
+	if read {
+		enough = time.After(slotWait)
+	}
+	select {
+	case d.slots <- struct{}{}:
+		return func() { <-d.slots }, nil
+	case <-enough:
+		return func() {}, nil
+	case <-ctx.Done():
+		return nil, block.WithPath(d.name, fmt.Errorf("wait for other requests: %w", context.Cause(ctx)))
+	}
+}
+
+// receive makes one request, verifies what it received, and keeps it.
+func (d *Disk) receive(ctx context.Context, group []wanted) error {
+	release, err := d.slot(ctx, group[0].to != nil)
+	if err != nil {
+		return err
+	}
+	defer release()
 	memory := memories.Get().(*received)
 	defer memories.Put(memory)
 	first, last := group[0].frame, group[len(group)-1].frame

@@ -43,8 +43,8 @@ func (b *Blob) ReadRange(ctx context.Context, p []byte, off int64) error {
 	if off < 0 || off > b.size-int64(len(p)) {
 		return fmt.Errorf("%s: %d bytes at byte %d of %d", b.name, len(p), off, b.size)
 	}
-	err := attempts(ctx, b.timeout, func(ctx context.Context) (bool, error) {
-		n, err := b.attempt(ctx, p, off)
+	err := attempts(ctx, b.timeout, func(ctx context.Context, moved func()) (bool, error) {
+		n, err := b.attempt(ctx, p, off, moved)
 		p, off = p[n:], off+int64(n)
 		return n > 0, err
 	})
@@ -54,14 +54,18 @@ func (b *Blob) ReadRange(ctx context.Context, p []byte, off int64) error {
 	return nil
 }
 
-// attempts repeats do until it succeeds, fails permanently, or the timeout ends. do reports whether it came further: then the next
-// attempt follows soon.
-func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context) (further bool, err error)) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
+// attempts repeats do until it succeeds, fails permanently, or the timeout ends. do calls moved when it has received something, and reports
+// whether it came further: then the next attempt follows soon.
+func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context, moved func()) (further bool, err error)) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, timeout, timeoutError{"not complete after", timeout})
 	defer cancel()
 	pause := firstPause
 	for {
-		further, err := do(ctx)
+		further := false
+		err := whileMoving(ctx, timeout/stallPart, func(ctx context.Context, moved func()) (err error) {
+			further, err = do(ctx, moved)
+			return err
+		})
 		if err == nil {
 			return nil
 		}
@@ -94,23 +98,13 @@ func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Co
 }
 
 // attempt reads as far as one answer goes.
-func (b *Blob) attempt(ctx context.Context, p []byte, off int64) (n int, err error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	stall := b.timeout / stallPart
-	watchdog := time.AfterFunc(stall, func() { cancel(fmt.Errorf("nothing was received for %v", stall)) })
-	defer watchdog.Stop()
-	defer func() {
-		if err != nil && ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
-	}()
+func (b *Blob) attempt(ctx context.Context, p []byte, off int64, moved func()) (n int, err error) {
 	body, from, err := b.get(ctx, off, int64(len(p)))
 	if err != nil {
 		return 0, err
 	}
 	defer body.Close()
-	r := &watched{body, func() { watchdog.Reset(stall) }}
+	r := &watched{body, moved}
 	if _, err := io.CopyN(io.Discard, r, off-from); err != nil {
 		return 0, cut(err)
 	}

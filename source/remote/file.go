@@ -31,7 +31,7 @@ func OpenFile(ctx context.Context, name string, o Options) (*File, error) {
 		return nil, fmt.Errorf("%s: plain HTTP is used for loopback hosts only, unless it is allowed", shown)
 	}
 	f := &httpFile{client: o.newClient(), url: name, size: -1}
-	err = attempts(ctx, o.timeout(), func(ctx context.Context) (bool, error) {
+	err = attempts(ctx, o.timeout(), func(ctx context.Context, _ func()) (bool, error) {
 		body, _, err := f.get(ctx, 0, 1)
 		if err != nil {
 			return false, err

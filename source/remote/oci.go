@@ -95,7 +95,7 @@ func answered(err error) error {
 
 func (r *oci) Description(ctx context.Context) ([]byte, error) {
 	var text []byte
-	err := attempts(ctx, r.timeout, func(ctx context.Context) (bool, error) {
+	err := attempts(ctx, r.timeout, func(ctx context.Context, moved func()) (bool, error) {
 		answer, err := r.do(ctx, "manifests/"+r.ref.Reference, func(q *http.Request) { q.Header.Set("Accept", ocispec.MediaTypeImageManifest) })
 		if err != nil {
 			return false, err
@@ -104,7 +104,7 @@ func (r *oci) Description(ctx context.Context) ([]byte, error) {
 		if answer.StatusCode != http.StatusOK {
 			return false, newStatusError(answer.StatusCode, answer.Header)
 		}
-		text, err = io.ReadAll(io.LimitReader(answer.Body, maxManifest+1))
+		text, err = io.ReadAll(io.LimitReader(&watched{answer.Body, moved}, maxManifest+1))
 		return false, cut(err)
 	})
 	if err != nil {
@@ -191,14 +191,10 @@ func (r *oci) write(ctx context.Context, what string, do func(ctx context.Contex
 func writeAttempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context, moved func()) error) error {
 	pause := firstPause
 	for n := 1; ; n++ {
-		attempt, cancel := context.WithCancelCause(ctx)
-		watchdog := time.AfterFunc(timeout, func() { cancel(fmt.Errorf("%w for %v", ErrUnreachable, timeout)) })
-		err := do(attempt, func() { watchdog.Reset(timeout) })
-		if err != nil && attempt.Err() != nil {
-			err = context.Cause(attempt)
+		err := whileMoving(ctx, timeout, do)
+		if err != nil && errors.Is(err, context.DeadlineExceeded) {
+			err = fmt.Errorf("%w: %w", ErrUnreachable, err)
 		}
-		watchdog.Stop()
-		cancel(nil)
 		if err = clean(err); err == nil || n == 4 || ctx.Err() != nil || !mayPass(err) {
 			return err
 		}

@@ -14,6 +14,7 @@ import (
 
 	"github.com/minio/minio-go/v7"
 	s3credentials "github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 
 	"github.com/dmsnap/dmsnap/layer"
 )
@@ -30,6 +31,9 @@ func openS3(ref string, o Options) (Repository, error) {
 	bucket, key, is := strings.Cut(ref, "/")
 	if !is || bucket == "" || key == "" || strings.HasSuffix(key, "/") || path.Clean(key) != key {
 		return nil, fmt.Errorf("s3://%s: s3://BUCKET/KEY is required", ref)
+	}
+	if err := s3utils.CheckValidBucketName(bucket); err != nil { // a request would end with the answer of no server
+		return nil, fmt.Errorf("s3://%s: %w", ref, err)
 	}
 	endpoint := firstOf(os.Getenv("AWS_ENDPOINT_URL_S3"), os.Getenv("AWS_ENDPOINT_URL"), "https://s3.amazonaws.com")
 	u, err := url.Parse(endpoint)
@@ -68,13 +72,13 @@ func failed(err error) error {
 }
 
 func (s *s3) Description(ctx context.Context) (text []byte, err error) {
-	err = attempts(ctx, s.timeout, func(ctx context.Context) (bool, error) {
+	err = attempts(ctx, s.timeout, func(ctx context.Context, moved func()) (bool, error) {
 		body, _, _, err := s.core.GetObject(ctx, s.bucket, s.key, minio.GetObjectOptions{})
 		if err != nil {
 			return false, failed(err)
 		}
 		defer body.Close()
-		text, err = io.ReadAll(io.LimitReader(body, layer.MaxDescription+1))
+		text, err = io.ReadAll(io.LimitReader(&watched{body, moved}, layer.MaxDescription+1))
 		return false, cut(err)
 	})
 	if err != nil {
