@@ -365,8 +365,9 @@ func TestHungServerBlocksNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")
 	}
+	const timeout = 3 * time.Second
 	g := push(t, 4)
-	d := open(t, g.ref, ondemand.Options{Remote: remote.Options{Timeout: 3 * time.Second}})
+	d := open(t, g.ref, ondemand.Options{Remote: remote.Options{Timeout: timeout}})
 	p := make([]byte, 4096)
 	if _, err := d.ReadAt(p, 0); err != nil {
 		t.Fatal(err)
@@ -404,8 +405,15 @@ func TestHungServerBlocksNothing(t *testing.T) {
 		hung <- err
 	}
 	for range 2 {
-		if err := <-hung; !errors.Is(err, block.ErrUnavailable) {
-			t.Errorf("a request without an answer: %v", err)
+		select {
+		case err := <-hung:
+			if !errors.Is(err, block.ErrUnavailable) {
+				t.Errorf("a request without an answer: %v", err)
+			}
+		case <-time.After(timeout + slack):
+			t.Errorf("a request without an answer takes longer than %v", timeout)
+			d.Close() // which ends it
+			return
 		}
 	}
 	g.faults.Set("", 0) // the snapshot stays valid
@@ -428,20 +436,18 @@ func TestHungRequestsDelayNoOthers(t *testing.T) {
 	}
 	g.faults.Set(testremote.Hang, 1)
 	var hung sync.WaitGroup
-	var last int64 // unit
-	for unit := int64(4); g.faults.Done() < 16; unit += 2 {
-		if unit >= diskSize/layer.UnitBytes-2 {
-			t.Fatalf("%d requests", g.faults.Done())
-		}
-		before := g.faults.Done()
+	const last = 60 // unit
+	for unit := int64(4); unit < last; unit += 2 {
 		hung.Go(func() { d.ReadAt(make([]byte, layer.UnitBytes), unit*layer.UnitBytes) })
-		for begun := time.Now(); g.faults.Done() == before && time.Since(begun) < 5*time.Second; {
-			time.Sleep(time.Millisecond)
+	}
+	for begun := time.Now(); g.faults.Done() < 16; time.Sleep(time.Millisecond) {
+		if time.Since(begun) > 5*time.Second {
+			t.Errorf("%d requests", g.faults.Done())
+			break
 		}
-		last = unit
 	}
 	g.faults.Set("", 0)
-	begun, off := time.Now(), (last+1)*layer.UnitBytes
+	begun, off := time.Now(), int64(last+1)*layer.UnitBytes
 	if _, err := d.ReadAt(got, off); err != nil || !bytes.Equal(got, g.content[off:][:512]) {
 		t.Errorf("%v, or other bytes", err)
 	}
