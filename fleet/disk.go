@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/activity"
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
 	"github.com/dmsnap/dmsnap/source/stack"
@@ -101,9 +103,13 @@ func (f *Fleet) openSource(source, format string, raw bool) (cowfile.Origin, err
 	if err != nil {
 		return nil, err
 	}
-	if err := cowfile.CheckSize(file); err != nil {
+	err = block.WithPath(source, cowfile.CheckSize(file))
+	if _, statErr := os.Stat(source); err == nil && statErr == nil { // a file: only that has a side file
+		err = merge.CheckOrigin(source)
+	}
+	if err != nil {
 		file.Close()
-		return nil, block.WithPath(source, err)
+		return nil, err
 	}
 	return file, nil
 }

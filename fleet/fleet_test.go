@@ -17,8 +17,11 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/server/api"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 const testSize = 1 << 20
@@ -386,5 +389,32 @@ func waitFor(t testing.TB, what string, ok func() bool) {
 		if time.Now().After(end) {
 			t.Fatalf("%s: it took longer than 30 s", what)
 		}
+	}
+}
+
+// TestAddDiskOfAMixture: a disk into which a merge is not complete is refused as a base, and taken when it is.
+func TestAddDiskOfAMixture(t *testing.T) {
+	f := newFleet(t, Options{})
+	path := filepath.Join(t.TempDir(), "disk.img")
+	if err := os.WriteFile(path, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cow := block.NewMemory(1 << 20)
+	if _, err := store.Create(cow, ondisk.Layout{ChunkSectors: 8}, false); err != nil {
+		t.Fatal(err)
+	}
+	side, err := merge.Begin(path, "disk.cow", cow, nil, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	q := api.AddDiskRequest{Name: "mixture", Source: path, Raw: true}
+	if _, err := f.AddDisk(t.Context(), q); !errors.Is(err, merge.ErrMixture) {
+		t.Errorf("while the merge is not complete: %v", err)
+	}
+	if err := side.End(path); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.AddDisk(t.Context(), q); err != nil {
+		t.Error(err)
 	}
 }

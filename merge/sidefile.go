@@ -25,6 +25,9 @@ import (
 // origin alone is a mixture of both contents.
 var ErrUnfinished = errors.New("a merge into this origin is not complete")
 
+// ErrMixture reports what would be read of an origin into which a merge is not complete: a mixture of both contents.
+var ErrMixture = errors.New("what is read is a mixture")
+
 // ErrNoSideFile reports an origin for which no side file can be made: a block device, or a file in a directory that
 // can't be written to or has no space.
 var ErrNoSideFile = errors.New("no side file can be made beside the origin")
@@ -156,6 +159,31 @@ func ReadSideFile(origin string) (*SideFile, error) {
 		return nil, fmt.Errorf("%w, it seems: side file %s: %w; remove that file if no merge was cut short", ErrUnfinished, path, err)
 	}
 	return s, nil
+}
+
+// CheckOrigin returns ErrMixture where a merge into the origin at path is not complete and a store over it, or the origin alone if there
+// is none, shows a mixture for that reason; see [SideFile.Check]. It is called when the origin is open, so that no merge begins or ends
+// meanwhile.
+func CheckOrigin(path string, cows ...block.Device) error {
+	half, err := ReadSideFile(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist): // there is no origin
+		return nil
+	case err != nil:
+	case half == nil:
+		return nil
+	case len(cows) == 0:
+		err = half.Refuse()
+	}
+	for _, cow := range cows {
+		if err == nil {
+			err = half.Check(cow)
+		}
+	}
+	if errors.Is(err, ErrUnfinished) {
+		err = fmt.Errorf("%w: %v", ErrMixture, err) // without the advice to force a merge
+	}
+	return block.WithPath(path, err)
 }
 
 // CheckFurther refuses further disks of a volume group beside one of which there is a side file (ErrUnfinished): the merge was begun by an

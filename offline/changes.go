@@ -31,6 +31,9 @@ func OpenChanges(names []string, since string, o source.Options) (from *stream.S
 			return nil, nil, err
 		}
 		all = closers{dev}
+		if err := source.CheckComplete(names[0]); err != nil {
+			return nil, nil, err
+		}
 		return stream.Whole(dev), all, block.WithPath(names[0], cowfile.CheckSize(dev))
 	}
 	if since != "" {
@@ -54,6 +57,9 @@ func OpenChanges(names []string, since string, o source.Options) (from *stream.S
 		}
 		all = append(all, cow)
 		if err := source.CheckFormat(origin, path, cow); err != nil && !o.Raw {
+			return nil, nil, err
+		}
+		if err := source.CheckComplete(names[0], cow); err != nil {
 			return nil, nil, err
 		}
 		view, err := openView(origin, cow)
@@ -82,7 +88,12 @@ func Push(ctx context.Context, names []string, to remote.Repository, src source.
 func openStack(names []string, o source.Options) (base block.Device, stores []*store.Store, opened closers, err error) {
 	var origin *source.Disk
 	if len(names) == 1 {
-		origin, err = source.Open(names[0], o)
+		if origin, err = source.Open(names[0], o); err == nil {
+			err = source.CheckComplete(names[0])
+		}
+		if err != nil && origin != nil {
+			err = errors.Join(err, origin.Close())
+		}
 	} else if err = source.CheckDifferent(names[0], names[1]); err == nil {
 		origin, err = source.OpenOriginOf(names[0], names[1], o)
 	}
@@ -111,8 +122,11 @@ func openStack(names []string, o source.Options) (base block.Device, stores []*s
 		if err == nil {
 			err = errors.Join(s.Err(), s.CheckOrigin(origin.Size()))
 		}
+		if err = block.WithPath(path, err); err == nil && i == 0 {
+			err = source.CheckComplete(names[0], cow)
+		}
 		if err != nil {
-			return nil, nil, opened, block.WithPath(path, err)
+			return nil, nil, opened, err
 		}
 		stores = append(stores, s)
 	}

@@ -90,6 +90,11 @@ func Compact(ctx context.Context, path, out string, o CompactOptions) (res Compa
 	if err := cowfile.CheckStore(path, cow); err != nil {
 		return res, err
 	}
+	if o.Origin != "" {
+		if err := source.CheckComplete(o.Origin, cow); err != nil {
+			return res, err
+		}
+	}
 	p, err := compact.NewPlan(ctx, cow, opts)
 	if err != nil {
 		return res, block.WithPath(path, err)

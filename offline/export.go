@@ -101,6 +101,9 @@ func openExported(names []string, o ExportOptions) (*exported, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := source.CheckComplete(names[0]); err != nil {
+		return nil, errors.Join(err, dev.Close())
+	}
 	if source.IsFile(names[0]) && dev.Format() == ondisk.RawFormat {
 		return nil, errors.Join(fmt.Errorf("%s %w", names[0], ErrWholeDisk), dev.Close())
 	}

@@ -255,5 +255,5 @@ func (in *mergeInputs) planSiblings(undo string, res *MergeResult, prepared *mer
 
 // options are those of opening an origin and its store.
 func (o *MergeOptions) options() source.Options {
-	return source.Options{ReadOnly: o.DryRun, Used: o.Force, Raw: o.Raw, PVs: o.PVs}
+	return source.Options{ReadOnly: o.DryRun, Used: o.Force, Raw: o.Raw, PVs: o.PVs, Incomplete: true}
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/bytesize"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source"
 	"github.com/dmsnap/dmsnap/store"
@@ -122,6 +123,9 @@ func (w *receiving) receive(target string) (string, error) {
 	}
 	w.Inputs = append(w.Inputs, target)
 	err = cowfile.OriginOptions{Raw: w.Raw || w.from.Header().Kind == stream.Disk}.Check(dev)
+	if err == nil && !w.Force && !w.Check {
+		err = merge.CheckOrigin(target)
+	}
 	switch {
 	case err != nil:
 	case w.Check:
@@ -226,6 +230,9 @@ func (w *receiving) toStore() error {
 		return err
 	}
 	defer base.Close()
+	if err := merge.CheckOrigin(w.Origin); err != nil {
+		return err
+	}
 	if err = cowfile.CheckSize(base); err == nil {
 		err = store.CheckBlockSize(l, base)
 	}

@@ -280,10 +280,14 @@ func (s *Server) Device(name string) (block.Device, error) {
 	return v.dev, nil
 }
 
-// ExportAlone exports the origin as ExportOrigin does, and as the export "": for a server without snapshots.
+// ExportAlone exports the origin as ExportOrigin does, and as the export "": for a server without snapshots. An origin into which a merge is not
+// complete is refused (merge.ErrUnfinished): what is served would be a mixture.
 func (s *Server) ExportAlone() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if half := s.half.Load(); half != nil && !s.opts.Force {
+		return half.Refuse()
+	}
 	err := s.exportOrigin()
 	if err == nil && !s.hadDefault {
 		s.hadDefault = true

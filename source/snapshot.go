@@ -85,6 +85,9 @@ func (s *Sides) addSnapshot(name string, o Options) (*lvm.Volume, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := o.checkComplete(name, b.COW); err != nil {
+		return nil, err
+	}
 	d.Forward = block.NewForward(b.Origin)
 	s.COWs = append(s.COWs, &Disk{Forward: block.NewForward(b.COW), name: a.Store().String(), format: d.format, bottom: d.bottom, files: d.files, onlyRead: d.onlyRead})
 	s.Names = append(s.Names, name)
@@ -111,6 +114,9 @@ func (s *Sides) openPair(names []string, o Options) (err error) {
 			return err
 		}
 		s.closers, s.COWs, s.Names = append(s.closers, cow), append(s.COWs, cow), append(s.Names, name)
+		if err := o.checkComplete(names[0], cow); err != nil {
+			return err
+		}
 		if o.Raw {
 			continue
 		}

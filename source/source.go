@@ -26,6 +26,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/image"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/source/address"
 	"github.com/dmsnap/dmsnap/source/lvm"
@@ -70,6 +71,10 @@ type Options struct {
 	// SysFS is where sysfs is mounted, which says which volume groups are active on this host; empty: /sys. Their volumes are
 	// refused (lvm.ErrActive) unless Lock is block.LockShared.
 	SysFS string
+
+	// Incomplete: a store is opened with its origin also where a merge into that is not complete and the store shows a mixture
+	// (merge.ErrMixture), for programs that complete the merge or rescue what can be read: Warn is called then.
+	Incomplete bool
 
 	NBD    NBDOptions
 	Remote RemoteOptions
@@ -141,7 +146,8 @@ func OpenOrigin(name string, o Options) (*Disk, error) {
 	return d, nil
 }
 
-// OpenPair opens an origin in the format that a store records, and the device that holds the store.
+// OpenPair opens an origin in the format that a store records, and the device that holds the store. Where that shows a mixture they are refused
+// (merge.ErrMixture), see Options.Incomplete.
 func OpenPair(originName, cowName string, o Options) (origin, cow *Disk, err error) {
 	if origin, err = OpenOriginOf(originName, cowName, o); err != nil {
 		return nil, nil, err
@@ -153,12 +159,36 @@ func OpenPair(originName, cowName string, o Options) (origin, cow *Disk, err err
 	if err = cowfile.CheckStore(cowName, cow); err == nil && !o.Raw { // it may be another one by now
 		err = CheckFormat(origin, cowName, cow)
 	}
+	if err == nil {
+		err = o.checkComplete(originName, cow)
+	}
 	if err != nil {
 		cow.Close()
 		origin.Close()
 		return nil, nil, err
 	}
 	return origin, cow, nil
+}
+
+// CheckComplete is merge.CheckOrigin for the origin that a name stands for. What is no file here has no side file.
+func CheckComplete(name string, cows ...block.Device) error {
+	a, err := address.Parse(name)
+	if err != nil || isURI(a.Path) {
+		return err
+	}
+	return merge.CheckOrigin(a.Path, cows...)
+}
+
+// checkComplete is CheckComplete unless o says otherwise.
+func (o Options) checkComplete(name string, cows ...block.Device) error {
+	err := CheckComplete(name, cows...)
+	if o.Incomplete && errors.Is(err, merge.ErrMixture) {
+		if o.Warn != nil {
+			o.Warn(err.Error())
+		}
+		return nil
+	}
+	return err
 }
 
 // OpenOriginOf is OpenOrigin in the format that the label of a store records: ondisk.RawFormat without a label, and also

@@ -110,7 +110,10 @@ func (o *creation) create(originPath, cowPath string) (made created, err error) 
 	if err != nil {
 		return made, err
 	}
-	if err := checkDifferent(originPath, cowPath); err != nil {
+	if err = checkDifferent(originPath, cowPath); err == nil {
+		err = source.CheckComplete(originPath)
+	}
+	if err != nil {
 		return made, err
 	}
 	c, err := cowfile.Create(originPath, cowPath, cowfile.Options{ChunkSectors: sectors, Size: o.cowSize.bytes, Overwrite: o.force, Raw: o.disk.raw, Open: source.Opener(s)})

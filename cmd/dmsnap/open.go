@@ -30,6 +30,7 @@ type openDisk = *source.Disk
 // diskFlags are the flags of verbs that open disks by name.
 type diskFlags struct {
 	raw, follow   bool
+	incomplete    bool // see source.Options
 	backing, data string
 	certificates  string
 	reconnect     time.Duration
@@ -73,7 +74,7 @@ func (d *diskFlags) addRemote(f *pflag.FlagSet) {
 // options are those of package source.
 func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
-		DataFile: d.data, PVs: d.pvs, NBD: source.NBDOptions{Reconnect: d.reconnect},
+		DataFile: d.data, PVs: d.pvs, Incomplete: d.incomplete, NBD: source.NBDOptions{Reconnect: d.reconnect},
 		Warn: func(about string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", about) }}
 	s.Remote = d.remote.options(s.Warn)
 	var err error

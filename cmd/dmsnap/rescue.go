@@ -106,6 +106,7 @@ type rescued struct {
 // open opens what args name.
 func (o *rescueOptions) open(args []string) (r rescued, err error) {
 	r.inputs = args[:max(1, len(args)-1)]
+	o.disk.incomplete = true
 	if r.Sides, err = o.disk.openSides(r.inputs, o.liveRead); errors.Is(err, lvm.ErrNoSnapshot) && o.dryRun && len(args) == 2 {
 		r.inputs = args // and no OUT
 		r.Sides, err = o.disk.openSides(args, o.liveRead)

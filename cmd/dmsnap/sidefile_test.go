@@ -137,6 +137,52 @@ func TestKilledMergeTakenBack(t *testing.T) {
 	}
 }
 
+// While a merge is not complete nothing is read over the origin, made over it or written to it but with the stores of the merge. rescue reads it, and
+// says so.
+func TestMixtureIsRefused(t *testing.T) {
+	p, shown := bigPair(t)
+	before := p.withContent(t)
+	other, undo, stream := filepath.Join(p.dir, "other.cow"), filepath.Join(p.dir, "undo.cow"), filepath.Join(p.dir, "stream")
+	mustRun(t, "create", p.origin, other)
+	mustRun(t, "send", p.origin, other, "--output", stream)
+	halfMerged(t, p, "--undo", undo)
+	out, socket := filepath.Join(p.dir, "out"), filepath.Join(p.dir, "socket")
+	files := digests(t, p.dir)
+	for _, args := range [][]string{
+		{"export", p.origin, other, out},
+		{"export", "--format", "qcow2", p.origin, other, out},
+		{"diff", p.origin, other, p.cow},
+		{"diff", p.origin, p.cow, other},
+		{"send", p.origin, other, "--output", out},
+		{"send", p.origin, p.cow, "--since", other, "--output", out},
+		{"send", p.origin, "--output", out},
+		{"push", p.origin, "localhost:1/disk"},
+		{"push", p.origin, other, "localhost:1/disk"},
+		{"compact", other, out, "--origin", p.origin},
+		{"create", p.origin, out},
+		{"receive", stream, "--origin", p.origin, "--cow", out},
+		{"receive", stream, p.origin},
+		{"receive", stream, p.origin, "--undo", out},
+		{"serve", p.origin, "--read-only", "--socket", socket},
+		{"mount", p.origin, other, t.TempDir()},
+	} {
+		dmsnap(args...).wantRefused(t, "a merge into this origin is not complete", p.cow, ".merging")
+	}
+	wantSame(t, p.dir, files)
+	rescue := launch(t, "rescue", "--dry-run", p.origin, other)
+	if status := rescue.end(t); status != exitDone || !strings.Contains(rescue.stderr.String(), "warning: "+p.origin+": what is read is a mixture") {
+		t.Errorf("rescue: status %d, %s", status, &rescue.stderr)
+	}
+	for cow, want := range map[string][]byte{p.cow: shown, undo: before} {
+		if got := mustRun(t, "export", p.origin, cow, "-"); got != string(want) {
+			t.Errorf("%s shows something else", cow)
+		}
+	}
+	mustRun(t, "check", other, "--origin", p.origin)
+	mustRun(t, "merge", p.origin, p.cow, "--sibling", other)
+	mustRun(t, "export", p.origin, other, out)
+}
+
 // A merge that goes on says which undo store does not revert it any more.
 func TestMergeSaysWhichUndoStoreIsLost(t *testing.T) {
 	p, shown := bigPair(t)
