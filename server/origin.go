@@ -2,9 +2,12 @@ package server
 
 import (
 	"errors"
+	"fmt"
+	"log/slog"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 )
 
@@ -38,6 +41,10 @@ func (s *Server) exportOrigin() error {
 	err := s.addExport(nbd.Export{Name: s.name, Description: description("origin", s.path), Device: s.origin,
 		ReadOnly: s.file.ReadOnly() || s.originReadOnly(), MultiConn: true})
 	s.exported = s.exported || err == nil
+	if half := s.half.Load(); half != nil && err == nil && (s.merging == nil || s.merging.done()) {
+		s.log.Event(slog.LevelWarn, fmt.Sprintf("%s: until the merge of %s is started and the origin shows its content, this export shows a mixture", s.name, half.COW()),
+			"the origin is a mixture", merge.ErrMixture, slog.String("cow", half.COW()))
+	}
 	return err
 }
 

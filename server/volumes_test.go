@@ -401,8 +401,13 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	mergeLive := func(o Options) {
+	mergeLive := func(o Options, begun bool) {
+		said := false
+		o.Log = func(line string) { said = said || strings.Contains(line, "this export shows a mixture") }
 		s := open(o)
+		if err := s.ExportOrigin(); err != nil || said != begun {
+			t.Errorf("exporting the origin: %v; the log has the mixture: %v", err, said)
+		}
 		if _, err := s.StartMerge("a"); err != nil {
 			t.Fatal(err)
 		}
@@ -446,7 +451,7 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 			t.Error("the undo store is accepted during the live merge")
 		}
 		looked = true
-	}}})
+	}}}, true)
 	if !looked {
 		t.Error("the merge had no progress")
 	}
@@ -465,7 +470,7 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 	if err := errors.Join(merge.CheckUndo(part, cow, undo), cow.Close(), disk.Close()); err != nil {
 		t.Fatal(err)
 	}
-	mergeLive(again)
+	mergeLive(again, false)
 	write("and again", again)
 	disk, cow = openTwo(t, path, cowPath)
 	if err := merge.CheckUndo(parts(t, disk, "p1")[0], cow, undo); !errors.Is(err, merge.ErrNotUndo) {
