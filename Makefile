@@ -72,7 +72,7 @@ check-format:
 	@out=$$(gofmt -l $$(git ls-files '*.go' 2>/dev/null || find . -name '*.go')); \
 	 if [ -n "$$out" ]; then echo "gofmt would change:"; echo "$$out"; exit 1; fi
 
-# The race detector sleeps a second at the end of every process, unless told otherwise; many tests start processes.
+# The race detector sleeps a second at the end of every process, unless GORACE says otherwise; many tests start processes.
 .PHONY: race
 race: ## the tests under the race detector, but those of the page in a browser and of the tree (needs a C compiler)
 	@if [ -z "$(RACE)" ]; then echo "SKIPPED: no C compiler, so no race detector"; exit 0; fi; \
@@ -83,7 +83,7 @@ race-short: ## the same without the long random tests: what CI has time for
 	@$(MAKE) race RACEFLAGS=-short
 
 .PHONY: interop
-interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (skips aloud what is absent)
+interop: build ## real clients and file systems: libnbd, qemu, fio, e2fsprogs (what is absent is reported as SKIPPED)
 	$(GO) test -count=1 -v -run 'Interop' ./nbd ./source/qcow2 ./test/interop
 
 .PHONY: test-kernel

@@ -96,12 +96,12 @@ func TestProtocolTableComplete(t *testing.T) {
 	if len(names) < 60 {
 		t.Errorf("only %d names", len(names))
 	}
-	told := make(map[string]bool)
+	described := make(map[string]bool)
 	for _, n := range name.FindAllString(string(page), -1) {
-		told[n] = true
+		described[n] = true
 	}
 	for n := range names {
-		if !told[n] {
+		if !described[n] {
 			t.Errorf("docs/nbd.md says nothing of %s", n)
 		}
 	}

@@ -8,7 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [ -z "${REF:-}" ]; then
-	echo "REF=commit is needed: the one to compare with" >&2
+	echo "REF=commit is required: the one to compare with" >&2
 	exit 2
 fi
 go=${GO:-go}

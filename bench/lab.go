@@ -36,7 +36,7 @@ func (l *lab) close() error {
 
 func (l *lab) path(name string) string { return filepath.Join(l.dir, name) }
 
-// say tells on standard error how far the run is.
+// say reports on standard error how far the run is.
 func (l *lab) say(format string, args ...any) { fmt.Fprintf(os.Stderr, "bench: "+format+"\n", args...) }
 
 // image returns an image of random bytes of the origin's size, made when it is first asked for. Its pages are
@@ -147,7 +147,7 @@ func (s *server) answers(ready func(socket string) error, until time.Time) error
 		if ready(s.socket) == nil {
 			return nil
 		}
-		time.Sleep(100 * time.Microsecond) // nothing tells when a foreign process begins to listen
+		time.Sleep(100 * time.Microsecond) // nothing reports when a foreign process begins to listen
 	}
 	return errors.New("does not serve")
 }

@@ -121,7 +121,7 @@ func (l *lab) measure(ctx context.Context, rows []row, print func(*report, io.Wr
 			return fmt.Errorf("%s: %w", r.name, err)
 		}
 		report.Rows = append(report.Rows, result)
-		if l.out != "" { // what has been measured is kept, whatever becomes of the rest
+		if l.out != "" { // what has been measured is kept, whether the rest succeeds or not
 			if err := write(report, l.out); err != nil {
 				return err
 			}

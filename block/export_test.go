@@ -1,13 +1,13 @@
 package block
 
-// Abilities for tests, which make a File believe that its file system lacks one.
+// Abilities for tests, which make a File behave as if its file system lacked one.
 const (
 	DsyncWrite = dsyncWrite
 	PunchHole  = punchHole
 	ZeroRange  = zeroRange
 )
 
-// Forget makes f believe that abilities are lacking.
+// Forget makes f behave as if abilities were lacking.
 func (f *File) Forget(lacking ...ability) {
 	for _, a := range lacking {
 		f.lacks[a].Store(true)

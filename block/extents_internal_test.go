@@ -32,7 +32,7 @@ func TestExtentsRemembersData(t *testing.T) {
 			}
 			want(0, 4096, Extent{Length: 4096})
 			if to := f.knownData(mib); to != 4*mib {
-				t.Skipf("SKIPPED: the file system does not tell holes: data up to %d", to)
+				t.Skipf("SKIPPED: the file system does not report holes: data up to %d", to)
 			}
 			want(3*mib, 2*mib, Extent{Length: mib}, Extent{mib, Hole | ReadsZero})
 			if err := do(f); err != nil {

@@ -172,7 +172,7 @@ const fileExtents = 16
 // last page ends behind 2^63 has no data.
 const knownExtents = math.MaxInt64 - 4095
 
-// Extents tells data from holes; see [Extenter]. Space that was reserved and never written counts as a
+// Extents distinguishes data from holes; see [Extenter]. Space that was reserved and never written counts as a
 // hole. A block special file is all data. A call returns at most 16 extents.
 func (f *File) Extents(off, n int64) ([]Extent, error) {
 	if err := f.enter("extents", off, n); err != nil {
@@ -242,7 +242,7 @@ func (f *File) next(whence int, off, end int64) (int64, error) {
 	case err == nil:
 		return min(at, end), nil
 	case err == unix.EINVAL && whence == unix.SEEK_DATA:
-		return off, nil // the file system can't tell: all data
+		return off, nil // the file system can't report holes: all data
 	case err == unix.EINVAL:
 		return end, nil
 	case err == unix.ENXIO:
@@ -257,7 +257,7 @@ func (f *File) next(whence int, off, end int64) (int64, error) {
 }
 
 // HasSpace reports whether a range of a regular file has its space on the file system, written or reserved: a write to it
-// needs no more. Where the file system does not tell reserved space from holes, it is false for that.
+// needs no more. Where the file system does not distinguish reserved space from holes, it is false for that.
 func (f *File) HasSpace(off, n int64) bool {
 	if err := f.enter("has space", off, n); err != nil {
 		return false

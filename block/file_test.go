@@ -12,9 +12,10 @@ import (
 	"syscall"
 	"testing"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
-	"golang.org/x/sys/unix"
 )
 
 // directories are where files are tested: the ordinary file system of temporary files, and one in memory, which has
@@ -214,7 +215,7 @@ func TestFileExtents(t *testing.T) {
 			}
 			defer probe.Close()
 			if at, err := probe.Seek(0, unix.SEEK_DATA); at != 1<<20 {
-				t.Skipf("SKIPPED: the file system does not tell holes of a page: data at %d, %v", at, err)
+				t.Skipf("SKIPPED: the file system does not report holes of a page: data at %d, %v", at, err)
 			}
 			list, err := f.Extents(0, f.Size())
 			if err != nil {

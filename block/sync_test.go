@@ -143,16 +143,16 @@ func TestDurableWriteOnAFullFileSystem(t *testing.T) {
 // The kernel reports a lost write to one of two concurrent syncs; neither may succeed, in whichever order they return.
 func TestFailureIsSeenByTheSyncBeside(t *testing.T) {
 	f := create(t, filepath.Join(t.TempDir(), "x"), 8192)
-	told, goOn := make(chan struct{}), make(chan struct{})
+	reported, goOn := make(chan struct{}), make(chan struct{})
 	results := make(chan error, 2)
 	go func() {
 		results <- f.Synced(func() error {
-			close(told) // the kernel has reported to this one
+			close(reported) // the kernel has reported to this one
 			<-goOn
 			return syscall.EIO
 		})
 	}()
-	<-told
+	<-reported
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -162,7 +162,7 @@ func TestHeaderFindings(t *testing.T) {
 			t.Errorf("%s: found %v in %d slots, want %s in %d", c.name, r.Findings, r.Slots, c.want, c.slots)
 		}
 		if r := run(t, dev, check.Options{ChunkSectors: 8}); r.Exceptions != 1 {
-			t.Errorf("%s: told the chunk size it found %d exceptions", c.name, r.Exceptions)
+			t.Errorf("%s: with the chunk size given it found %d exceptions", c.name, r.Exceptions)
 		}
 	}
 }

@@ -39,8 +39,8 @@ var (
 	// ErrDamaged reports a store with problems that have to be repaired first (package repair).
 	ErrDamaged = errors.New("store is damaged")
 
-	// ErrNeedsOrigin reports a task that can't be done without the origin's bytes.
-	ErrNeedsOrigin = errors.New("the origin is needed")
+	// ErrNeedsOrigin reports a task that requires the origin's bytes.
+	ErrNeedsOrigin = errors.New("the origin is required")
 )
 
 // Options are the properties of the new store. With the zero value it has the same chunks, dense.

@@ -16,9 +16,9 @@ import (
 	"github.com/dmsnap/dmsnap/store"
 )
 
-// TestLaw: through whatever compacting makes of a store, the snapshot shows what it showed; check finds
+// TestSnapshotShowsTheSame: through whatever compacting makes of a store, the snapshot shows what it showed; check finds
 // nothing; and compacting that again gives the same bytes.
-func TestLaw(t *testing.T) {
+func TestSnapshotShowsTheSame(t *testing.T) {
 	rounds := 48
 	if testing.Short() {
 		rounds = 6
@@ -287,7 +287,7 @@ func TestFailures(t *testing.T) {
 	}
 	stop(boom)
 	if _, err := p.Write(ctx, block.NewMemory(p.Size())); !errors.Is(err, boom) {
-		t.Errorf("when told to stop: %v", err)
+		t.Errorf("when its context ends: %v", err)
 	}
 }
 

@@ -44,9 +44,9 @@ func unusedSectors(t *testing.T, cow block.Device) []bool {
 	return list
 }
 
-// TestPunchLaw: what the store uses keeps its bytes; every whole block that it does not use is given back; the
+// TestPunchKeepsWhatIsUsed: what the store uses keeps its bytes; every whole block that it does not use is given back; the
 // snapshot shows the same, goes on, and loads again.
-func TestPunchLaw(t *testing.T) {
+func TestPunchKeepsWhatIsUsed(t *testing.T) {
 	r := rand.New(rand.NewPCG(11, 11))
 	for i := range 24 {
 		w := newWorld(t, r, past{sectors: 1 << r.IntN(7), kind: snapshot.Persistent, holes: i%2 == 0, halfMerged: i%3 == 0, disk: 512 * (200 + r.Int64N(400))})
@@ -211,7 +211,7 @@ func TestPunchCutShort(t *testing.T) {
 	ctx, stop := context.WithCancelCause(t.Context())
 	given, err := compact.Punch(ctx, w.cow, func(done, total int64) { stop(boom) })
 	if !errors.Is(err, boom) || given == 0 || !bytes.Equal(shown(t, w.origin, w.cow), w.view) {
-		t.Errorf("when told to stop: %d bytes, %v", given, err)
+		t.Errorf("when its context ends: %d bytes, %v", given, err)
 	}
 	rest, err := compact.Punch(t.Context(), w.cow, nil)
 	if err != nil || rest <= given || !bytes.Equal(shown(t, w.origin, w.cow), w.view) {

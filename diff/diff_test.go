@@ -289,7 +289,7 @@ func kernelStore(t *testing.T, c kernelcase.Case) {
 	dev := block.MemoryFrom(origin)
 	cowDev := block.MemoryFrom(cow)
 	d := made(t)(diff.New(dev, open(t, cowDev)))
-	s, err := snapshot.NewOrigin(dev).Attach(cowDev, snapshot.Options{}) // writes nothing unless told to
+	s, err := snapshot.NewOrigin(dev).Attach(cowDev, snapshot.Options{}) // writes nothing unless asked to
 	if err != nil {
 		t.Fatal(err)
 	}

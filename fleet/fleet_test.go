@@ -330,7 +330,7 @@ func TestTwoFleetsOfOneDirectory(t *testing.T) {
 	}
 }
 
-// TestEvents has a subscriber see operations in their order, and one that is too slow be told.
+// TestEvents has a subscriber see operations in their order, and one that is too slow get that reported.
 // TestOperationsAreLogged: what is done is a line each with operation, disk and node.
 func TestOperationsAreLogged(t *testing.T) {
 	var records bytes.Buffer

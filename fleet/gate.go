@@ -7,7 +7,7 @@ import (
 )
 
 // A changeGate lets changes to a node through until it is locked, which waits until those in flight are done. It is a
-// sync.RWMutex whose Lock does not hold up all changes for as long as the slowest one in flight takes, for example one that
+// sync.RWMutex whose Lock does not delay all changes for as long as the slowest one in flight takes, for example one that
 // waits for its file system: it opens again after a grace, and tries later.
 //
 // RLock may not be called again before RUnlock by a goroutine that has it. The zero value is open.

@@ -48,7 +48,7 @@ func TestGateExcludes(t *testing.T) {
 	}
 }
 
-// A change that takes long holds up others for no longer than a grace, until locking has been tried for long enough; then it
+// A change that takes long delays others for no longer than a grace, until locking has been tried for long enough; then it
 // is waited for.
 func TestGateGrace(t *testing.T) {
 	for _, slow := range []time.Duration{0, 500 * time.Millisecond, 10 * time.Second} {

@@ -58,7 +58,7 @@ func TestHungRegistry(t *testing.T) {
 	hung.Go(func() { // the reference is another one, of which nothing is known here
 		_, failed[2] = f.AddDisk(context.Background(), api.AddDiskRequest{Name: "more", Source: strings.Replace(ref, ":1", ":2", 1)})
 	})
-	time.Sleep(timeout / 20) // for the requests to begin; one that begins later would be held up by nothing
+	time.Sleep(timeout / 20) // for the requests to begin; one that begins later would be delayed by nothing
 	put(t, other, 4096+100, "second")
 	put(t, local, 0, "third")
 	f.checkpoint("of-both", "vm", "local")

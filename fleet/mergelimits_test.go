@@ -135,7 +135,7 @@ func TestMergeOfLargerIsRefused(t *testing.T) {
 // fixedSize is an origin that can't be made longer.
 type fixedSize struct{ cowfile.Origin }
 
-// faultyOrigin is an origin whose writes and flushes fail as it is told.
+// faultyOrigin is an origin whose writes and flushes fail as the test asks.
 type faultyOrigin struct {
 	block.Forward
 	cowfile.Origin

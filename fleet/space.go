@@ -46,7 +46,7 @@ type account struct {
 	space   Space
 	used    int64            // by all layers
 	grown   map[string]int64 // by which the limit of a node has grown
-	refused bool             // a write, since writes that wait were last told to try again
+	refused bool             // a write, since writes that wait were last notified to try again
 }
 
 // usage is what a layer uses. accounts.mu guards it.

@@ -218,7 +218,7 @@ func TestDiskQuota(t *testing.T) {
 	select {
 	case <-changed:
 	case <-time.After(time.Minute):
-		t.Error("a write that waits is not told that a node was dropped")
+		t.Error("a write that waits is not notified that a node was dropped")
 	}
 	f.wantCounted("base")
 	f.SetSpace("base", Space{Disk: 1})

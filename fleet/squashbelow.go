@@ -73,7 +73,7 @@ func (s *squash) findAbove() (a above, err error) {
 	defer f.mu.Unlock()
 	for _, id := range s.own[1:] {
 		if f.state.kids[id] != 1 { // somebody rolled back to it meanwhile
-			return a, refuse(api.CodeInUse, "checkpoint %q is needed by others now", f.state.Layers[id].title())
+			return a, refuse(api.CodeInUse, "checkpoint %q is in use by others now", f.state.Layers[id].title())
 		}
 	}
 	on := map[uint64]bool{s.own[0]: true}

@@ -46,7 +46,7 @@ func SnapshotStatus(st *store.Store) snapshot.Status {
 
 // OpenStore loads a store. With written, which says that it has a writer, damage is retried: the store on disk is
 // loadable at every instant, but parts read at different instants may not match. It is for reports: what the operating system has
-// cached is believed (block.KeepCache).
+// cached is trusted (block.KeepCache).
 func OpenStore(cow block.Device, written bool) (st *store.Store, err error) {
 	tries := 1
 	if written {

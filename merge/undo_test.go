@@ -115,7 +115,7 @@ func wantShown(origin, cow block.Device, want []byte) error {
 	return err
 }
 
-// The law of merge --undo, for origins and stores of all shapes: the undo store shows the origin as it was,
+// The invariant of merge --undo, for origins and stores of all shapes: the undo store shows the origin as it was,
 // before the merge and after; the merge makes of the origin what it makes without; merging the undo store
 // brings every byte back.
 func TestUndoTakesAMergeBack(t *testing.T) {

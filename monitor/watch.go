@@ -102,7 +102,7 @@ func (w *Watcher) idle(now time.Time) bool {
 	return w.seen != nil && w.version() == w.seen && w.sampler.Same(now)
 }
 
-// publish tells the readers that there is a new report. mu is held.
+// publish notifies the readers that there is a new report. mu is held.
 func (w *Watcher) publish() {
 	for c := range w.readers {
 		select {

@@ -73,7 +73,7 @@ func TestAuthorizeRefusesWritesOfAnyClient(t *testing.T) {
 	p.request(wire.CmdWrite, 0, 7, 0, 512)
 	p.write(make([]byte, 512))
 	p.simple(7, wire.EPERM)
-	p.alive()
+	p.inSync()
 }
 
 // SetTLS is for handshakes from then on: clients of the old authority are refused.

@@ -38,14 +38,14 @@ func getBuffer(n uint32) *buffer {
 func (p *buffer) free() { buffers[p.class].Put(p) }
 
 const (
-	maxHeld = 64 << 20 // bytes of payloads of one connection under way, replies included
+	maxPayloadBytes = 64 << 20 // bytes of payloads of one connection under way, replies included
 	// smallPayload is the length up to which a payload does not count against the limit of the whole server: a client
 	// that reads and writes in small pieces never waits for others, and has at most maxInFlight of them.
 	smallPayload = 64 << 10
 )
 
-// held counts the bytes of payloads that a connection has in flight.
-type held struct {
+// payloadBytes counts the bytes of payloads that a connection has in flight.
+type payloadBytes struct {
 	conn          *conn
 	reads, writes account
 
@@ -54,13 +54,13 @@ type held struct {
 	room chan struct{} // of one: n went down
 }
 
-func (h *held) init(c *conn) {
+func (h *payloadBytes) init(c *conn) {
 	h.conn, h.room = c, make(chan struct{}, 1)
 	h.reads.class, h.writes.class = &c.export.readPayloads, &c.export.writePayloads
 }
 
 // account returns the account of the payloads of a command.
-func (h *held) account(cmd wire.Command) *account {
+func (h *payloadBytes) account(cmd wire.Command) *account {
 	if cmd == wire.CmdRead {
 		return &h.reads
 	}
@@ -69,7 +69,7 @@ func (h *held) account(cmd wire.Command) *account {
 
 // add waits until n more bytes may be under way, of this connection and of all; one payload of the connection always
 // is. It reports false when the connection ends meanwhile. One goroutine at a time calls it.
-func (h *held) add(n int64, cmd wire.Command) bool {
+func (h *payloadBytes) add(n int64, cmd wire.Command) bool {
 	for !h.fits(n) {
 		if !h.conn.wait(h.room) {
 			return false
@@ -82,10 +82,10 @@ func (h *held) add(n int64, cmd wire.Command) bool {
 	return true
 }
 
-func (h *held) fits(n int64) bool {
+func (h *payloadBytes) fits(n int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	if h.n > 0 && h.n+n > maxHeld {
+	if h.n > 0 && h.n+n > maxPayloadBytes {
 		return false
 	}
 	h.n += n
@@ -93,21 +93,21 @@ func (h *held) fits(n int64) bool {
 }
 
 // hasRoom reports whether add would not wait for n ≤ smallPayload bytes.
-func (h *held) hasRoom(n int64) bool {
+func (h *payloadBytes) hasRoom(n int64) bool {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return h.n+n <= maxHeld
+	return h.n+n <= maxPayloadBytes
 }
 
 // sub is the opposite of add.
-func (h *held) sub(n int64, cmd wire.Command) {
+func (h *payloadBytes) sub(n int64, cmd wire.Command) {
 	if n > smallPayload {
 		h.conn.server.payloads.give(n, h.account(cmd))
 	}
 	h.remove(n)
 }
 
-func (h *held) remove(n int64) {
+func (h *payloadBytes) remove(n int64) {
 	h.mu.Lock()
 	h.n -= n
 	h.mu.Unlock()

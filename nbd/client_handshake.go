@@ -60,7 +60,7 @@ func (h *clientHandshake) run(export string, contexts []string) error {
 		return err
 	}
 	if s := h.c.info; s.Size < 0 || s.MaxBlock == 0 {
-		return fmt.Errorf("handshake: the server tells of %d bytes, and %d at most a request", s.Size, s.MaxBlock)
+		return fmt.Errorf("handshake: the server announces blocks of %d bytes, and %d at most a request", s.Size, s.MaxBlock)
 	} else if s.MinBlock == 0 || s.MinBlock&(s.MinBlock-1) != 0 || s.MinBlock > maxMinBlock {
 		return fmt.Errorf("handshake: the server announces a minimum block size of %d bytes: want a power of two up to %d", s.MinBlock, maxMinBlock)
 	}
@@ -210,7 +210,7 @@ func (h *clientHandshake) begin(export string) error {
 		return h.exportName(export)
 	}
 	if err == nil && !seen {
-		return errors.New("handshake: the server did not tell the export's size")
+		return errors.New("handshake: the server did not send the export's size")
 	}
 	return err
 }

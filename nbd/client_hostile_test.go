@@ -104,7 +104,7 @@ func TestClientHandshake(t *testing.T) {
 		{"context that was not asked for", then(3, "0003e889045565a9 0000000a 00000004 00000007 00000001 'x:z"), "not asked"},
 		{"context without an ID", then(3, "0003e889045565a9 0000000a 00000004 00000002 0000"), "malformed"},
 		{"answers without end", then(3, strings.Repeat("0003e889045565a9 0000000a 00000004 00000007 00000002 'x:y ", 4096)), "more than 4096"},
-		{"hangs up", good[:1], "deadline"}, // our server here stays silent
+		{"disconnects", good[:1], "deadline"}, // our server here stays silent
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
@@ -175,7 +175,7 @@ func TestClientDistrustsReplies(t *testing.T) {
 		{name: "status that was not asked", reply: "668e33ef 0001 0005 " + first + "0000000c 00000002 00000008 00000000", want: "type 5"},
 		{name: "error message longer than the chunk", reply: "668e33ef 0001 8001 " + first + "00000006 00000005 0001", want: "malformed"},
 		{name: "error of a MiB", reply: "668e33ef 0001 8001 " + first + "00100000", want: "type 32769"},
-		{name: "hangs up", reply: "hang up", want: "EOF"},
+		{name: "disconnects", reply: "disconnect", want: "EOF"},
 
 		{name: "status", status: true, reply: "668e33ef 0000 0005 " + first + "0000000c 00000001 00000008 00000000 668e33ef 0001 0005 " + first + "0000000c 00000002 00000008 00000003"},
 		{name: "status, last one longer than asked", status: true, reply: "668e33ef 0001 0005 " + first + "00000014 00000002 00000004 00000003 ffffffff 00000003"},
@@ -195,7 +195,7 @@ func TestClientDistrustsReplies(t *testing.T) {
 			client, server := net.Pipe()
 			go func() {
 				defer server.Close()
-				say(server, append(append([]string{}, good...), strings.Replace(c.reply, "hang up", "", 1))...)
+				say(server, append(append([]string{}, good...), strings.Replace(c.reply, "disconnect", "", 1))...)
 			}()
 			cl, err := nbd.NewClient(context.Background(), client, "x", "x:y")
 			if err != nil {

@@ -45,9 +45,9 @@ type conn struct {
 	all      sync.WaitGroup
 	underWay atomic.Int32 // tasks that were read and not answered yet
 
-	inline inlineState
-	held   held
-	out    replies
+	inline  inlineState
+	payload payloadBytes
+	out     replies
 
 	stopping  atomic.Bool   // requests are refused
 	stopped   chan struct{} // closed when stopping is set
@@ -58,7 +58,7 @@ type conn struct {
 
 func newConn(s *Server, nc net.Conn, h *handshake, e *export) *conn {
 	c := &conn{server: s, export: e, nc: nc, structured: h.structured, readOnly: h.readOnly, contexts: h.contexts, r: h.r, stopped: make(chan struct{}), over: make(chan struct{})}
-	c.held.init(c)
+	c.payload.init(c)
 	c.out = replies{nc: nc, timeout: s.opts.StallTimeout}
 	c.inline.watchdog = inline.NewWatchdog(c.overdue)
 	return c

@@ -111,7 +111,7 @@ func TestCrowd(t *testing.T) {
 		p.nc.Close()
 	}
 	wait(t, "the crowd is gone", func() bool { c, _ := s.Counters("x"); return c.Connections == 1 && c.InFlight == 0 })
-	good.alive()
+	good.inSync()
 }
 
 // heap is how many bytes are reachable.

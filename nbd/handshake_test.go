@@ -59,13 +59,13 @@ func TestHandshakeByHand(t *testing.T) {
 			p.send(c.client)
 			p.expect(c.server)
 			if strings.HasPrefix(c.name, "EXPORT_NAME") || strings.HasPrefix(c.name, "GO") {
-				p.alive()
+				p.inSync()
 				p.request(wire.CmdDisconnect, 0, 0, 0, 0)
 			} else if !strings.Contains(c.client, "00000002 00000000") {
 				p.option(wire.OptAbort, nil)
 				p.answer(wire.OptAbort, wire.RepAck, "")
 			}
-			p.hungUp()
+			p.disconnected()
 		})
 	}
 }
@@ -95,7 +95,7 @@ func TestHandshakeRefuses(t *testing.T) {
 		{"GO without data", wire.OptGo, nil, wire.RepErrInvalid},
 		{"GO, name longer than the data", wire.OptGo, message("00000005 'disk 0000"), wire.RepErrInvalid},
 		{"GO, name of 4 GiB", wire.OptGo, message("ffffffff 'disk 0000"), wire.RepErrInvalid},
-		{"GO, fewer types than told", wire.OptGo, append(name("disk"), 0, 2, 0, 1), wire.RepErrInvalid},
+		{"GO, fewer types than announced", wire.OptGo, append(name("disk"), 0, 2, 0, 1), wire.RepErrInvalid},
 		{"GO, bytes behind the types", wire.OptGo, append(name("disk"), 0, 0, 1), wire.RepErrInvalid},
 		{"GO, no such export", wire.OptGo, append(name("disc"), 0, 0), wire.RepErrUnknown},
 		{"INFO, no such export", wire.OptInfo, append(name("Disk"), 0, 0), wire.RepErrUnknown},
@@ -122,7 +122,7 @@ func TestHandshakeRefuses(t *testing.T) {
 			p.skipAnswer(wire.RepInfo)
 			p.skipAnswer(wire.RepInfo)
 			p.answer(wire.OptGo, wire.RepAck, "")
-			p.alive()
+			p.inSync()
 		})
 	}
 	t.Run("meta contexts without structured replies", func(t *testing.T) {
@@ -136,7 +136,7 @@ func TestHandshakeRefuses(t *testing.T) {
 	})
 }
 
-func TestHandshakeHangsUp(t *testing.T) {
+func TestHandshakeDisconnects(t *testing.T) {
 	for what, client := range map[string]string{
 		"unknown client flag":      "00000007",
 		"bad option magic":         "00000003 4948415645xx4f5054 00000003 00000000",
@@ -152,7 +152,7 @@ func TestHandshakeHangsUp(t *testing.T) {
 			if what == "ABORT" {
 				p.answer(wire.OptAbort, wire.RepAck, "")
 			}
-			p.hungUp()
+			p.disconnected()
 		})
 	}
 	t.Run("a flood of options", func(t *testing.T) {
@@ -163,14 +163,14 @@ func TestHandshakeHangsUp(t *testing.T) {
 			p.option(77, nil)
 			p.skipAnswer(wire.RepErrUnsup)
 		}
-		p.hungUp()
+		p.disconnected()
 	})
 	for _, part := range []string{"", "0000", "00000003", "00000003 IHAVEOPT 0000", "00000003 IHAVEOPT 00000007 00000020 0000"} {
 		t.Run(fmt.Sprintf("half a message, %q", part), func(t *testing.T) {
 			_, uri := twoExports(t, nbd.Options{HandshakeTimeout: 50 * time.Millisecond})
 			p := connect(t, uri(""))
 			p.send(part)
-			p.hungUp()
+			p.disconnected()
 		})
 	}
 }

@@ -12,8 +12,8 @@ import (
 )
 
 // After many quick requests the next ones are carried out by the worker that reads them. One of those that the
-// device holds up then still holds up nobody: neither the replies of those before it that came with it, nor
-// those behind it. Afterwards requests of its kind are not trusted, and more of them may be held up at once.
+// device delays then still delays nobody: neither the replies of those before it that came with it, nor
+// those behind it. Afterwards requests of its kind are not trusted, and more of them may be delayed at once.
 func TestInlineRequestThatBlocks(t *testing.T) {
 	for _, k := range []blocktest.Kind{blocktest.Read, blocktest.Write} {
 		t.Run(fmt.Sprint(k), func(t *testing.T) {
@@ -40,7 +40,7 @@ func TestInlineRequestThatBlocks(t *testing.T) {
 				p.write(one(i))
 				answered()
 			}
-			// Four that come in one piece, of which the fourth is held up, and one more. (Where the machine was
+			// Four that come in one piece, of which the fourth is delayed, and one more. (Where the machine was
 			// slow a moment ago they may be carried out in any order.)
 			seen := 0
 			hold := dev.Hold(func(op blocktest.Op) bool {

@@ -15,7 +15,7 @@ import (
 )
 
 // tool returns a function that runs a program and returns what it printed; without the program the test is
-// skipped aloud.
+// reported as SKIPPED.
 func tool(t *testing.T, name, debianPackage string) func(args ...string) string {
 	t.Helper()
 	path, err := exec.LookPath(name)

@@ -25,7 +25,7 @@ func ofKind(k blocktest.Kind) func(blocktest.Op) bool {
 	return func(op blocktest.Op) bool { return op.Kind == k }
 }
 
-// A request that the device holds up holds up nobody behind it, whichever kind it is; not even as many as
+// A request that the device delays blocks nobody behind it, whichever kind it is; not even as many as
 // the connection may have but one.
 func TestSlowRequestsAreOvertaken(t *testing.T) {
 	for _, k := range []blocktest.Kind{blocktest.Read, blocktest.Write, blocktest.Flush} {
@@ -123,8 +123,8 @@ func TestShutdown(t *testing.T) {
 			p.request(wire.CmdRead, 0, 1, 0, 1)
 			<-h.Reached()
 			s.stop()
-			idle.hungUp()
-			shaking.hungUp()
+			idle.disconnected()
+			shaking.disconnected()
 			for i := range uint64(3) {
 				p.request(wire.CmdWrite, 0, 10+i, 0, 4)
 				p.send("'abcd")
@@ -137,7 +137,7 @@ func TestShutdown(t *testing.T) {
 			h.Release()
 			p.simple(1, 0)
 			p.expect("'x")
-			p.hungUp()
+			p.disconnected()
 			if err := <-s.ended; err != nil {
 				t.Error(err)
 			}
@@ -160,7 +160,7 @@ func TestShutdownReportsFlush(t *testing.T) {
 	}
 }
 
-// A peer that never reads its replies can't hold up the end, nor its own other requests' memory for ever.
+// A peer that never reads its replies can't delay the end, nor keep its own other requests' memory for ever.
 func TestPeerThatNeverReads(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")
@@ -197,7 +197,7 @@ func TestPeerThatNeverReads(t *testing.T) {
 			p.read(1 << 20)
 			time.Sleep(120 * time.Millisecond) // 3.8 s in all
 		}
-		p.alive()
+		p.inSync()
 	})
 }
 
@@ -214,10 +214,10 @@ func TestPeerThatStops(t *testing.T) {
 				p.nc.(*net.TCPConn).SetLinger(0)
 				p.nc.Close()
 			} else {
-				p.hungUp()
+				p.disconnected()
 			}
 		}
-		other.alive()
+		other.inSync()
 	}
 	p := begin(t, s.uri("x"), false)
 	p.send("25609513 0000")
@@ -226,7 +226,7 @@ func TestPeerThatStops(t *testing.T) {
 	if !bytes.Equal(dev.Bytes(), blocktest.Pattern(1<<20, 1)) {
 		t.Error("half a write was written")
 	}
-	other.alive()
+	other.inSync()
 }
 
 func TestIdleTimeout(t *testing.T) {
@@ -235,7 +235,7 @@ func TestIdleTimeout(t *testing.T) {
 	}
 	dev := blocktest.NewFaulty(block.NewMemory(4096), nil)
 	s := start(t, nbd.Options{IdleTimeout: 300 * time.Millisecond}, "unix", nbd.Export{Name: "x", Device: dev})
-	begin(t, s.uri("x"), false).hungUp()
+	begin(t, s.uri("x"), false).disconnected()
 	// Who waits for an answer is not idle.
 	p := begin(t, s.uri("x"), false)
 	h := dev.Hold(ofKind(blocktest.Flush))
@@ -245,7 +245,7 @@ func TestIdleTimeout(t *testing.T) {
 	time.Sleep(900 * time.Millisecond)
 	h.Release()
 	p.simple(1, 0)
-	p.hungUp()
+	p.disconnected()
 }
 
 func TestMaxConnections(t *testing.T) {
@@ -290,7 +290,7 @@ func TestRemove(t *testing.T) {
 	}
 	p.request(wire.CmdFlush, 0, 2, 0, 0)
 	p.simple(2, wire.ESHUTDOWN)
-	idle.hungUp()
+	idle.disconnected()
 	// The name is free at once, and the old connection has nothing to do with the new export.
 	if err := s.Add(nbd.Export{Name: "x", Device: block.NewMemory(8192)}); err != nil {
 		t.Fatal(err)
@@ -300,7 +300,7 @@ func TestRemove(t *testing.T) {
 	}
 	h.Release()
 	p.simple(1, 0)
-	p.hungUp()
+	p.disconnected()
 	if err := other.Flush(); err != nil {
 		t.Errorf("the other export: %v", err)
 	}
@@ -446,7 +446,7 @@ func TestPayloadsAreBounded(t *testing.T) {
 			t.Errorf("%d bytes", len(got))
 		}
 	}
-	// One that waits can be told to go.
+	// One that waits can be dropped.
 	holds = nil
 	for _, p := range peers[:3] {
 		h := dev.Hold(ofKind(blocktest.Read))
@@ -458,7 +458,7 @@ func TestPayloadsAreBounded(t *testing.T) {
 	peers[3].request(wire.CmdRead, 0, 2, 0, size)
 	s.stop()
 	peers[3].errorChunk(2, wire.ESHUTDOWN)
-	peers[3].hungUp()
+	peers[3].disconnected()
 	for i, h := range holds {
 		peers[i].nc.Close()
 		h.Release()

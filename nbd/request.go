@@ -44,7 +44,7 @@ func newTask(c *conn, r wire.Request) *task {
 // hold waits until the task may have a payload buffer, and sets it. When the connection stops meanwhile the request is
 // refused.
 func (t *task) hold() {
-	if !t.conn.held.add(int64(t.Length), t.Command) {
+	if !t.conn.payload.add(int64(t.Length), t.Command) {
 		t.errno, t.why = wire.ESHUTDOWN, goingAway
 		return
 	}
@@ -57,7 +57,7 @@ func (t *task) end() {
 	if t.payload != nil {
 		n := int64(len(t.payload.b))
 		t.payload.free()
-		c.held.sub(n, t.Command)
+		c.payload.sub(n, t.Command)
 	}
 	if t.entered {
 		c.export.requests.leave()

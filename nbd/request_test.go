@@ -89,7 +89,7 @@ func TestRequestsByHand(t *testing.T) {
 			before := mem.Bytes()
 			p.send(c.client)
 			p.expect(c.server)
-			p.alive()
+			p.inSync()
 			if after := mem.Bytes(); !strings.HasPrefix(c.server, ok) && !bytes.Equal(before, after) {
 				t.Error("a refused request changed the device")
 			} else if strings.HasPrefix(c.name, "WRITE") && strings.HasPrefix(c.server, ok) && bytes.Equal(before, after) {
@@ -110,7 +110,7 @@ func TestReadOnlyExport(t *testing.T) {
 		}
 		p.simple(uint64(i), wire.EPERM)
 	}
-	p.alive()
+	p.inSync()
 	if !bytes.Equal(mem.Bytes(), blocktest.Pattern(4096, 1)) {
 		t.Error("the device has changed")
 	}
@@ -131,22 +131,22 @@ func TestWriteTooLong(t *testing.T) {
 		p.request(wire.CmdWrite, 0, 1, 0, n)
 		p.write(make([]byte, n))
 		p.simple(1, wire.EINVAL)
-		p.alive()
+		p.inSync()
 	}
 	p := begin(t, uri("x"), false)
 	p.request(wire.CmdWrite, 0, 1, 0, 64<<20+1)
-	p.hungUp()
+	p.disconnected()
 	p = begin(t, uri("x"), true)
 	p.request(wire.CmdRead, wire.FlagDF, 1, 0, 32<<20+1)
 	p.errorChunk(1, wire.EOVERFLOW)
-	p.alive()
+	p.inSync()
 }
 
-func TestBadRequestMagicHangsUp(t *testing.T) {
+func TestBadRequestMagicDisconnects(t *testing.T) {
 	_, uri := serve(t, nbd.Options{}, nbd.Export{Name: "x", Device: block.NewMemory(4096)})
 	p := begin(t, uri("x"), false)
 	p.send("25609514 0000 0003 0000000000000001 0000000000000000 00000000")
-	p.hungUp()
+	p.disconnected()
 }
 
 // A long read is answered with holes and data in order, whatever its device knows of holes.
@@ -221,7 +221,7 @@ func TestBlockStatusIsBounded(t *testing.T) {
 		}
 	}
 	if replies < 16 {
-		t.Errorf("%d replies told 131072 descriptors", replies)
+		t.Errorf("%d replies had 131072 descriptors", replies)
 	}
 	if _, err := c.BlockStatus("x:missing", 0, 512); !errors.Is(err, errors.ErrUnsupported) {
 		t.Errorf("a context that the server lacks: %v", err)
@@ -325,7 +325,7 @@ func TestFUAIsDurable(t *testing.T) {
 				t.Errorf("command %d with FUA %v: durable %v", cmd, fua, got)
 			}
 		}
-		p.alive() // a flush
+		p.inSync() // a flush
 		if !bytes.Equal(dev.Durable(), dev.Bytes()) {
 			t.Error("after a flush something is not durable")
 		}

@@ -146,12 +146,12 @@ func TestTLSComesFirst(t *testing.T) {
 	}
 	p := connect(t, s.uri("x"))
 	p.send("00000003 IHAVEOPT 00000001 00000001 'x")
-	p.hungUp()
+	p.disconnected()
 
 	// What is sent in the clear behind STARTTLS is not taken for the first words of the encrypted stream.
 	p = connect(t, s.uri("x"))
 	p.send("00000003 IHAVEOPT 00000005 00000000 IHAVEOPT 00000003 00000000")
-	p.hungUp()
+	p.disconnected()
 
 	// What was settled in the clear counts no more, and TLS is started once.
 	s = start(t, nbd.Options{TLS: server}, "tcp", nbd.Export{Name: "x", Device: striped()})
@@ -210,7 +210,7 @@ func TestTLSPeerThatStops(t *testing.T) {
 	p := connect(t, s.uri("x"))
 	p.send("00000003 IHAVEOPT 00000005 00000000")
 	p.answer(wire.OptStartTLS, wire.RepAck, "")
-	p.hungUp()
+	p.disconnected()
 }
 
 func TestInteropTLS(t *testing.T) {

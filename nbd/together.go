@@ -45,7 +45,7 @@ func (c *conn) nextIsShortRead() bool {
 	}
 	head, _ := c.r.Peek(wire.RequestSize)
 	r := wire.DecodeRequest(head)
-	return r.Magic == wire.MagicRequest && r.Command == wire.CmdRead && c.mayInline(r) && c.held.hasRoom(int64(r.Length))
+	return r.Magic == wire.MagicRequest && r.Command == wire.CmdRead && c.mayInline(r) && c.payload.hasRoom(int64(r.Length))
 }
 
 // readTogether executes a short READ and those that follow it in the buffer, while holding reading. It reports whether the

@@ -103,7 +103,7 @@ func TestWaitingGoesOn(t *testing.T) {
 	p.request(wire.CmdWrite, 0, 4, 64<<10, 4096)
 	p.write(make([]byte, 4096))
 	p.simple(4, 0)
-	p.alive()
+	p.inSync()
 	dev.makeRoom()
 	for range 3 {
 		p.anySimple()
@@ -174,7 +174,7 @@ func TestWaitingIsAnswered(t *testing.T) {
 			began := time.Now()
 			go end(s, p)
 			p.simple(1, wire.ESHUTDOWN)
-			p.hungUp()
+			p.disconnected()
 			if took := time.Since(began); took > 4*time.Second {
 				t.Errorf("it took %v", took)
 			}
@@ -186,7 +186,7 @@ func TestWaitingIsAnswered(t *testing.T) {
 }
 
 // TestWaitingPayloadsLeaveAShare: clients whose long writes wait take no more than a part of the memory for payloads.
-// Long requests of others go on, on the same export and on another; and dead clients give their part back.
+// Long requests of others go on, on the same export and on another; and clients that are gone give their part back.
 func TestWaitingPayloadsLeaveAShare(t *testing.T) {
 	const long, size = 32 << 20, 64 << 20
 	dev := newFullDevice(size, long)
@@ -225,7 +225,7 @@ func TestWaitingPayloadsLeaveAShare(t *testing.T) {
 		p.nc.Close()
 	}
 	writers.Wait()
-	wait(t, "the dead have nothing", func() bool { c, _ := s.Counters("x"); return c.Connections == 0 && c.InFlight == 0 && c.Waiting == 0 })
+	wait(t, "closed connections have nothing", func() bool { c, _ := s.Counters("x"); return c.Connections == 0 && c.InFlight == 0 && c.Waiting == 0 })
 	good()
 	p := begin(t, s.uri("x"), false)
 	dev.makeRoom()
@@ -233,7 +233,7 @@ func TestWaitingPayloadsLeaveAShare(t *testing.T) {
 	p.write(make([]byte, long))
 	p.simple(1, 0)
 	if got := dev.content(); len(got) != 1 {
-		t.Errorf("%d writes were made, want the one of the living", len(got))
+		t.Errorf("%d writes were made, want the one of the connection that is open", len(got))
 	}
 }
 

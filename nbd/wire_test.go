@@ -123,8 +123,8 @@ func (p *peer) expect(text string) {
 	}
 }
 
-// hungUp wants the connection to end, with nothing more to read.
-func (p *peer) hungUp() {
+// disconnected wants the connection to end, with nothing more to read.
+func (p *peer) disconnected() {
 	p.t.Helper()
 	var b [64]byte
 	n, err := p.nc.Read(b[:])
@@ -214,8 +214,8 @@ func (p *peer) errorChunk(cookie uint64, errno wire.Errno) {
 	}
 }
 
-// alive wants the connection to be in step: a request is answered.
-func (p *peer) alive() {
+// inSync wants the connection to be in sync: a request is answered.
+func (p *peer) inSync() {
 	p.t.Helper()
 	p.request(wire.CmdFlush, 0, 0xa11fe, 0, 0)
 	p.simple(0xa11fe, 0)

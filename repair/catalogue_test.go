@@ -126,24 +126,24 @@ func TestDamageCatalogue(t *testing.T) {
 					t.Errorf("without the chunk size: %v", err)
 				}
 			}
-			if out := d.mend(t, &golden, dev); out != nil {
+			if out := d.repaired(t, &golden, dev); out != nil {
 				second := checked(t, out, d.origin)
 				print(&golden, second)
 				if repairable := problem.Repair != check.NotRepairable; repairable != second.Clean() {
-					t.Errorf("the table says that repair mends it: %s; then check finds %v", problem.Repair, second.Findings)
+					t.Errorf("the table says that this is repairable: %s; then check finds %v", problem.Repair, second.Findings)
 				}
 				if st, err := store.Open(out); err != nil || st.Err() != nil {
 					t.Errorf("the repaired store does not open: %v", err)
 				}
 			} else if problem.Repair != check.NotRepairable {
-				t.Error("the table says that repair mends it")
+				t.Error("the table says that this is repairable")
 			}
 			if !bytes.Equal(dev.Bytes(), before) {
 				t.Error("the damaged store was changed")
 			}
 			compare(t, filepath.Join(folder, "golden.txt"), golden.String())
 			if problem.Repair != check.NotRepairable {
-				d.mendInPlace(t, dev)
+				d.repairInPlace(t, dev)
 			}
 		})
 	}
@@ -162,8 +162,8 @@ func compare(t *testing.T, path, got string) {
 	}
 }
 
-// mend repairs into a new device, or returns nil where that is refused.
-func (d damaged) mend(t *testing.T, golden *bytes.Buffer, dev block.Device) *block.Memory {
+// repaired repairs into a new device, or returns nil where that is refused.
+func (d damaged) repaired(t *testing.T, golden *bytes.Buffer, dev block.Device) *block.Memory {
 	t.Helper()
 	p, err := repair.NewPlan(t.Context(), dev, d.repair)
 	if errors.Is(err, repair.ErrNotRepairable) {
@@ -220,8 +220,8 @@ func sameData(t *testing.T, d damaged, dev, out block.Device) {
 	}
 }
 
-// mendInPlace repairs a copy in place and reverts that.
-func (d damaged) mendInPlace(t *testing.T, dev disk) {
+// repairInPlace repairs a copy in place and reverts that.
+func (d damaged) repairInPlace(t *testing.T, dev disk) {
 	t.Helper()
 	copied := disk{block.MemoryFrom(dev.Bytes()), d}
 	p, err := repair.NewPlan(t.Context(), copied, d.repair)

@@ -31,13 +31,13 @@ func rescued(t *testing.T, origin, cow block.Device) ([]byte, []rescue.Range) {
 		t.Fatal(err)
 	}
 	out := block.NewMemory(r.Size())
-	var told int64
-	ranges, err := r.Write(t.Context(), out, func(done int64) { told = done })
+	var progress int64
+	ranges, err := r.Write(t.Context(), out, func(done int64) { progress = done })
 	if err != nil {
 		t.Fatal(err)
 	}
-	if told != r.Size() {
-		t.Errorf("progress ended at %d of %d", told, r.Size())
+	if progress != r.Size() {
+		t.Errorf("progress ended at %d of %d", progress, r.Size())
 	}
 	end := int64(0)
 	for _, x := range ranges {

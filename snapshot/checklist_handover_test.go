@@ -20,7 +20,7 @@ import (
 // load loads a second table on a snapshot's COW device.
 func (r *rig) load(c *cow, o snapshot.Options) *snapshot.Snapshot {
 	r.t.Helper()
-	o.Notify = r.tell
+	o.Notify = r.notify
 	s, err := r.origin.Load(c.dev, o)
 	if err != nil {
 		r.t.Fatal(err)

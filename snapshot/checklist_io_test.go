@@ -228,7 +228,7 @@ func TestC045GrowingIsNoticed(t *testing.T) {
 	wantStatus(t, s, "32/32 16")
 }
 
-func TestC046ReadsGoWhereTheChunkLives(t *testing.T) {
+func TestC046ReadsGoWhereTheChunkIs(t *testing.T) {
 	r, _, s := standard(t, 1024, 1024)
 	write(t, s, 8, 8, 1)
 	r.log.Clear()

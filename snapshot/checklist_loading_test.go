@@ -69,7 +69,7 @@ func TestC033AreaPastTheEnd(t *testing.T) {
 	wantStatus(t, s, "35/35 3")
 }
 
-func TestC034SlotsBehindTheEndStayDead(t *testing.T) {
+func TestC034SlotsBehindTheEndStayVoid(t *testing.T) {
 	// One after the end mark, one further on in the same area, in another block of it.
 	img := image(32, 320*32, pair{5, 2}, pair{6, 0}, pair{7, 3})
 	copy(img[32*sector+300*16:], img[32*sector:][:16])

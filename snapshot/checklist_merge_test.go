@@ -25,7 +25,7 @@ func mergeOf(t *testing.T, img []byte, originSectors int64) (*rig, *cow, *snapsh
 	t.Helper()
 	r := newRig(t, originSectors)
 	c := r.cowOf("COW", img)
-	m, err := r.origin.LoadMerge(c.dev, snapshot.Options{Notify: r.tell})
+	m, err := r.origin.LoadMerge(c.dev, snapshot.Options{Notify: r.notify})
 	if err != nil {
 		t.Fatal(err)
 	}

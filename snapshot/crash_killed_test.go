@@ -16,7 +16,7 @@ import (
 // one takes over, and reads what the disks have in their caches; then the power is cut.
 
 // afterKill has a new process take over at a moment, write to all of the origin, and lose its power. What a
-// valid snapshot showed is still to be shown, whatever of both lives reached the disks.
+// valid snapshot showed is still to be shown, whatever of both runs reached the disks.
 func (m *moment) afterKill(choices blocktest.Choices) error {
 	var none, all *blocktest.Image
 	for img := range m.cut.Images(blocktest.Choices{All: 1, Limit: 1}) { // nothing survived, everything did, …
@@ -27,7 +27,7 @@ func (m *moment) afterKill(choices blocktest.Choices) error {
 		}
 	}
 	if all == nil {
-		return nil // nothing is pending: the power cut tells as much
+		return nil // nothing is pending: the power cut shows as much
 	}
 	var power blocktest.Power
 	next := *m
@@ -85,7 +85,7 @@ func (m *moment) mergeAfterKill(power *blocktest.Power, o *snapshot.Origin, choi
 	return m.cutAgain(power, choices)
 }
 
-// cutAgain checks images of the second death.
+// cutAgain checks images of the second power cut.
 func (m *moment) cutAgain(power *blocktest.Power, choices blocktest.Choices) error {
 	m.cut = power.Cut()
 	for img := range m.cut.Images(choices) {

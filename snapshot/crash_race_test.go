@@ -41,7 +41,7 @@ func writesDuringStep(t *testing.T, l *lab) {
 		stepped := held(hold, func() { l.step(2) })
 		l.read()
 		other.read()
-		l.write(35, 2) // nobody's chunk
+		l.write(35, 2) // a chunk of no snapshot
 		l.write(4, 1)  // in the COW device, not in the window
 		back := meanwhile(func() {
 			l.write(24, 4)

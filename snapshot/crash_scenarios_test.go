@@ -37,12 +37,12 @@ var scenarios = []scenario{
 	{"merge by runs", mergeByRuns, 40},
 	{"merge over areas", mergeOverAreas, 104},
 	{"merge beside others", mergeBesideOthers, 40},
-	{"merge in two lives", mergeInTwoLives, 72},
+	{"merge across a restart", mergeAcrossRestart, 72},
 	{"short last chunk", shortLastChunk, 43},
 }
 
 // writeBackScenarios are those whose origin writes are held in memory, as far as they may be. What fails then is
-// told to a later call, so the fault tests leave them out.
+// reported to a later call, so the fault tests leave them out.
 var writeBackScenarios = []scenario{
 	{"origin writes, written back", writingBack(1<<20, originWrites), 48},
 	{"origin writes, written back for want of space only", writingBack(8<<10, originWrites), 48},
@@ -50,7 +50,7 @@ var writeBackScenarios = []scenario{
 	{"reloads, written back", writingBack(1<<20, reloads), 80},
 	{"overflow by the origin, written back", writingBack(1<<20, overflowByOrigin), 48},
 	{"merge beside others, written back", writingBack(1<<20, mergeBesideOthers), 40},
-	{"merge in two lives, written back", writingBack(1<<20, mergeInTwoLives), 72},
+	{"merge across a restart, written back", writingBack(1<<20, mergeAcrossRestart), 72},
 	{"short last chunk, written back", writingBack(1<<20, shortLastChunk), 43},
 }
 
@@ -337,7 +337,7 @@ func mergeBesideOthers(t *testing.T, l *lab) {
 	b.close()
 }
 
-func mergeInTwoLives(t *testing.T, l *lab) {
+func mergeAcrossRestart(t *testing.T, l *lab) {
 	s, other := l.cow(140, persistent(1)), l.cow(140, persistent(8))
 	s.attach()
 	other.attach()

@@ -308,7 +308,7 @@ func (l *lab) compare(c call, err error, want outcome, lost []*labCOW, before ma
 	}
 	want.fails = want.fails || c.want != nil && !sick[c.on] // else it may have space left
 	if err == nil && want.fails {
-		return errors.New("nobody was told")
+		return errors.New("nothing was reported")
 	}
 	if err != nil && !want.fails && !l.mayFail(c, sick) {
 		return fmt.Errorf("failed: %w", err)

@@ -56,7 +56,7 @@ var lies = map[string]func(l *liar, p []byte, off int64){
 // or the lie made no difference; going on ends in the right origin.
 //
 // What cannot be promised without checksums: a lie about data is merged as it was read, and what a store
-// said when it was loaded is believed.
+// said when it was loaded is used.
 func TestLiesAboutSlotsDropNothing(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")

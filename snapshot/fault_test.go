@@ -28,7 +28,7 @@ var ways = []way{
 	{name: "every second from then on", err: syscall.EIO, odd: true},
 }
 
-// TestFaults fails each operation of each disk of each scenario, and holds what the user is told, and what it
+// TestFaults fails each operation of each disk of each scenario, and holds what is reported to the user, and what it
 // costs, against the rules in fault_call_test.go. Afterwards the disks are whole again: a merge is finished,
 // everything is closed, and what is on the disks then, and what a power cut could have left, is asked all that
 // check asks. Each operation fails in one way, in all ways when there is time.
@@ -149,7 +149,7 @@ func (l *lab) faulted(t *testing.T, sc scenario) int {
 
 // restart has a new process take over at a moment, which opens the disks as the page caches show them, writes to all of
 // the origin, and loses its power. What a snapshot was promised to show it shows afterwards, or it is invalid: what is in
-// a cache and not on the disk was not believed.
+// a cache and not on the disk was not trusted.
 func (l *lab) restart(m *moment) error {
 	l.inject = nil
 	open := func(disk *blocktest.Crash) block.Device {

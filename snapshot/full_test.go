@@ -132,7 +132,7 @@ func TestFullPauseWaitsForRoom(t *testing.T) {
 	write(t, s, 0, 8, 1)
 	one := pause(t, t.Context(), writing(s, 48, 8, 2))
 	two := pause(t, t.Context(), writing(r.origin, 480, 1, 3))
-	wantRead(t, s, 480, r.old(480, 8)) // nothing is held up but the two
+	wantRead(t, s, 480, r.old(480, 8)) // nothing waits but the two
 	wantRead(t, r.origin, 480, r.old(480, 8))
 	other := r.attach(r.cow("OTHER", 1024), snapshot.Options{ChunkSectors: 8})
 	write(t, other, 8, 8, 5)

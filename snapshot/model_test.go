@@ -258,7 +258,7 @@ func (w *world) compareAll() error {
 		for _, e := range es {
 			for end := at + e.Length/sector; at < end; at++ {
 				if got := e.Flags == snapshot.InCOW; got != p.model.InCOW(at) {
-					return fmt.Errorf("snapshot %d: sector %d lives in the COW device: %v, the model says %v", i, at, got, !got)
+					return fmt.Errorf("snapshot %d: sector %d is in the COW device: %v, the model says %v", i, at, got, !got)
 				}
 			}
 		}

@@ -27,10 +27,10 @@ func cachedCOW(t *testing.T) (disk *block.Memory, cache *blocktest.PageCache) {
 	return disk, cache
 }
 
-// TestSlotsOfAFailedFlushAreNotBelieved: slots that a failed flush left in the cache are not loaded by the next
+// TestSlotsOfAFailedFlushAreNotTrusted: slots that a failed flush left in the cache are not loaded by the next
 // process. If they were, its flushes would find nothing to write, the origin would be overwritten, and a power cut would
 // leave neither the exception nor the old data.
-func TestSlotsOfAFailedFlushAreNotBelieved(t *testing.T) {
+func TestSlotsOfAFailedFlushAreNotTrusted(t *testing.T) {
 	disk, cache := cachedCOW(t)
 	before := blocktest.Pattern(64<<10, 1)
 	origin := block.MemoryFrom(before)
@@ -132,7 +132,7 @@ func TestLostDataIsNotShown(t *testing.T) {
 	}
 	wantRead(t, s, 88, before[88*sector:])
 	if err := s.Close(); err == nil {
-		t.Error("close: nobody is told")
+		t.Error("close: nothing is reported")
 	}
 
 	again, err := snapshot.NewOrigin(origin).Attach(cache.Open(), snapshot.Options{})

@@ -30,14 +30,14 @@ type rig struct {
 	origin *snapshot.Origin
 	before []byte // the origin's first content
 
-	telling sync.Mutex // guards events, which concurrent requests report
-	events  []snapshot.Event
+	notifying sync.Mutex // guards events, which concurrent requests report
+	events    []snapshot.Event
 }
 
-// tell is Options.Notify.
-func (r *rig) tell(e snapshot.Event) {
-	r.telling.Lock()
-	defer r.telling.Unlock()
+// notify is Options.Notify.
+func (r *rig) notify(e snapshot.Event) {
+	r.notifying.Lock()
+	defer r.notifying.Unlock()
 	r.events = append(r.events, e)
 }
 
@@ -74,7 +74,7 @@ func (r *rig) cowOf(name string, content []byte) *cow {
 // store is invalid or the test failed it on purpose.
 func (r *rig) attach(c *cow, o snapshot.Options) *snapshot.Snapshot {
 	r.t.Helper()
-	o.Notify = r.tell
+	o.Notify = r.notify
 	s, err := r.origin.Attach(c.dev, o)
 	if err != nil {
 		r.t.Fatal(err)

@@ -139,7 +139,7 @@ func (w *worker) request() error {
 	return err
 }
 
-// work has all workers make n requests each, at once, with others who end when they are told to.
+// work has all workers make n requests each, at once, with others who end when they are asked to.
 func (c *crowd) work(n int, ws []*worker, others ...func(ended <-chan struct{}) error) {
 	c.t.Helper()
 	var working, attending sync.WaitGroup
@@ -215,7 +215,7 @@ func pausing(p *pairOf) func(<-chan struct{}) error {
 	}
 }
 
-// coming attaches snapshots and detaches them, in turn handed over. Each shows one moment as long as it lives.
+// coming attaches snapshots and detaches them, in turn handed over. Each shows one moment as long as it is attached.
 func (c *crowd) coming(ended <-chan struct{}) error {
 	for i := 0; i < 3 || !closed(ended); i++ {
 		memory := block.NewMemory(8192 * sector)

@@ -310,7 +310,7 @@ func TestOneFullSnapshotCostsNoOther(t *testing.T) {
 	r := newRig(t, 4096, snapshot.WriteBack(1<<20, time.Hour))
 	opts := snapshot.Options{ChunkSectors: 8, OnFull: snapshot.FullFail}
 	good, full := r.cow("GOOD", 4096), r.cow("FULL", 4096)
-	s, victim := r.attach(good, opts), r.attach(full, opts)
+	s, without := r.attach(good, opts), r.attach(full, opts)
 	write(t, r.origin, 80, 8, 1)
 	full.faults.Set(noSpaceFor(8, 8))
 	if err := r.origin.Flush(); !errors.Is(err, snapshot.ErrNoRoom) {
@@ -320,7 +320,7 @@ func TestOneFullSnapshotCostsNoOther(t *testing.T) {
 		t.Errorf("close: %v", err)
 	}
 	wantHeader(t, good, headerValid)
-	wantStatus(t, victim, "24/4096 16")
+	wantStatus(t, without, "24/4096 16")
 	if err := r.origin.Flush(); !errors.Is(err, snapshot.ErrNoRoom) {
 		t.Errorf("flush: %v", err)
 	}

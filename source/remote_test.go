@@ -87,7 +87,7 @@ func process(t *testing.T, name string, args ...string) func() {
 	})
 }
 
-// peers are our own server, nbdkit and qemu-nbd over one file; those that are not installed are skipped aloud.
+// peers are our own server, nbdkit and qemu-nbd over one file; those that are not installed are reported as SKIPPED.
 func peers(t *testing.T, run func(t *testing.T, p *peer)) {
 	path := rawFile(t)
 	for name, start := range map[string]func(t *testing.T, socket string) func(){

@@ -282,9 +282,9 @@ func (o *ordered) lines() string {
 	return strings.ReplaceAll(strings.TrimSpace(o.log.String()), "\n", "; ")
 }
 
-// TestTornSlotsStayDead: slots that a torn write left after the end mark, in a block that the next batch does not
+// TestTornSlotsStayVoid: slots that a torn write left after the end mark, in a block that the next batch does not
 // write, do not come to life when the batches after a power cut fill the block before it (H4, H8).
-func TestTornSlotsStayDead(t *testing.T) {
+func TestTornSlotsStayVoid(t *testing.T) {
 	const c = 16 // an area is two blocks
 	layout := ondisk.Layout{ChunkSectors: c}
 	crash := blocktest.NewCrash(make([]byte, 300*c*sector))
@@ -320,9 +320,9 @@ func TestTornSlotsStayDead(t *testing.T) {
 	}
 }
 
-// TestVoidSlotsStayDead: whatever stands after the end mark when a store is loaded, a batch that ends at the edge of a
+// TestVoidSlotsStayVoid: whatever stands after the end mark when a store is loaded, a batch that ends at the edge of a
 // block, of an area or of what is written at once does not join it.
-func TestVoidSlotsStayDead(t *testing.T) {
+func TestVoidSlotsStayVoid(t *testing.T) {
 	for _, c := range []struct {
 		chunk       uint32
 		loaded, add uint64

@@ -533,8 +533,8 @@ func TestTheMarkPassesAFailedFlush(t *testing.T) {
 	}
 }
 
-// TestAMergeBelievesMemory: what a device says of the slots once, and wrongly, neither merges nor drops.
-func TestAMergeBelievesMemory(t *testing.T) {
+// TestAMergeTrustsMemory: what a device says of the slots once, and wrongly, neither merges nor drops.
+func TestAMergeTrustsMemory(t *testing.T) {
 	mem := block.NewMemory(1024 * sector)
 	lying := &liar{Forward: block.NewForward(mem)}
 	s, err := store.Create(lying, ondisk.Layout{ChunkSectors: 8}, false)

@@ -27,7 +27,7 @@ type applier struct {
 	compared int64       // bytes of the disk in the records of held
 	writing  bool        // held is written
 
-	begun int64 // byte of the disk before which the disk was told to write
+	begun int64 // byte of the disk before which the disk was asked to write
 	since int64 // bytes that were written since
 }
 
@@ -87,7 +87,7 @@ func (a *applier) collect(e *examined) error {
 	if a.compared += e.count.Data + e.count.Zero; a.compared < a.o.CompareFirst {
 		return nil
 	}
-	return a.writeHeld()
+	return a.flushBuffer()
 }
 
 // judgeGap compares what is in no record, from byte off to byte end, with zeros: of a whole disk it must be.
@@ -106,8 +106,8 @@ func (a *applier) judgeGap(off, end int64) error {
 	return nil
 }
 
-// writeHeld writes what was held, and from then on nothing is held.
-func (a *applier) writeHeld() error {
+// flushBuffer writes what was buffered, and from then on nothing is.
+func (a *applier) flushBuffer() error {
 	a.writing = true
 	for _, e := range a.held {
 		if err := a.finish(e); err != nil {

@@ -86,7 +86,7 @@ func (r *Reader) Apply(ctx context.Context, target block.Device, o ApplyOptions)
 		err = a.judgeGap(a.end, r.header.Size)
 	}
 	if err == nil {
-		err = a.writeHeld()
+		err = a.flushBuffer()
 	}
 	if err == nil {
 		err = a.zeroGap(r.header.Size)

@@ -14,7 +14,7 @@
 //
 // # Guarantees
 //
-//   - Nothing of a frame is believed before its digests were verified, and nothing is written before the beginning of
+//   - Nothing of a frame is used before its digests were verified, and nothing is written before the beginning of
 //     the stream (ApplyOptions.CompareFirst bytes) was compared with the target.
 //   - When Apply returns without an error the target holds the new bytes durably, and the stream was complete.
 //   - Memory is bounded, whatever the stream says: see ApplyOptions.CompareFirst.

@@ -224,7 +224,7 @@ func oldOrNew(t testing.TB, has, old, new []byte, unit int) {
 	}
 }
 
-// Each changed bit of a stream is noticed before its frame is believed.
+// Each changed bit of a stream is noticed before its frame is used.
 func TestChangedAnywhere(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")

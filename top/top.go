@@ -3,7 +3,7 @@
 //
 //	err := top.Run(ctx, api.NewClient("dmsnap.ctl"), top.Options{})
 //
-// Without a terminal, [Once] returns one report, and [Text] writes it. Everything is told by words and not by colours.
+// Without a terminal, [Once] returns one report, and [Text] writes it. Everything is shown by words and not by colours.
 package top
 
 import (

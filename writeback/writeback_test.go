@@ -343,8 +343,8 @@ func TestFinishNamesWhatIsLost(t *testing.T) {
 	}
 }
 
-// TestReserveTellsAFullDisk without changing it.
-func TestReserveTellsAFullDisk(t *testing.T) {
+// TestReserveReportsAFullDisk without changing it.
+func TestReserveReportsAFullDisk(t *testing.T) {
 	quota := blocktest.NewQuota(block.NewMemory(1<<20), 16<<10, true)
 	dev := writeback.New(quota, writeback.Options{Limit: 1 << 20, Delay: time.Hour})
 	if err := dev.WriteBack(fill(8, 1), 80*sector); err != nil {

@@ -84,10 +84,10 @@ type frontEnd struct {
 	depth int
 	size  int64 // of the disk, in bytes
 
-	free  []uint16
-	avail uint16 // requests made available, as the ring counts
-	told  uint16 // avail when the back-end was notified last
-	seen  uint16 // requests completed
+	free     []uint16
+	avail    uint16 // requests made available, as the ring counts
+	notified uint16 // avail when the back-end was notified last
+	seen     uint16 // requests completed
 }
 
 func (v *frontEnd) close() {
@@ -138,7 +138,7 @@ func (v *frontEnd) negotiate(memory uint64) error {
 	}
 	const wanted = featFlush | featIndirect | featEventIdx | featProtocol | featVersion1
 	if binary.LittleEndian.Uint64(offered)&wanted != wanted {
-		return fmt.Errorf("features 0x%x: not all that are needed", offered)
+		return fmt.Errorf("features 0x%x: not all that are required", offered)
 	}
 	if _, err := v.ask(getProtocolFeatures, nil); err != nil {
 		return err
@@ -300,12 +300,12 @@ func (v *frontEnd) word(at int) *uint32 { return (*uint32)(unsafe.Pointer(&v.mem
 
 // notify publishes what was offered, and kicks if the back-end wants that.
 func (v *frontEnd) notify() error {
-	old := v.told
+	old := v.notified
 	if old == v.avail {
 		return nil
 	}
 	atomic.StoreUint32(v.word(availAt), uint32(v.avail)<<16)
-	v.told = v.avail
+	v.notified = v.avail
 	event := uint16(atomic.LoadUint32(v.word(usedAt + 4 + 8*ringSize)))
 	if v.avail-event-1 >= v.avail-old {
 		return nil

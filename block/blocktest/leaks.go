@@ -21,8 +21,8 @@ func RunAll(m *testing.M) int {
 }
 
 // leftGoroutines returns the stacks of goroutines that run this module's code and don't end in time.
-func leftGoroutines(patience time.Duration) string {
-	for end := time.Now().Add(patience); ; time.Sleep(10 * time.Millisecond) {
+func leftGoroutines(timeout time.Duration) string {
+	for end := time.Now().Add(timeout); ; time.Sleep(10 * time.Millisecond) {
 		buf := make([]byte, 1<<20)
 		buf = buf[:runtime.Stack(buf, true)]
 		var left []string

@@ -97,7 +97,7 @@ func TestPageCacheAfterAFailedFlush(t *testing.T) {
 	}
 }
 
-func TestPageCacheTellsTheNextOpener(t *testing.T) {
+func TestPageCacheReportsToTheNextOpener(t *testing.T) {
 	c := blocktest.NewPageCache(block.NewMemory(64<<10), nil)
 	write(t, c.Open(), 0, "lost")
 	c.Set(blocktest.FailKind(blocktest.Write, syscall.ENOSPC))

@@ -68,7 +68,7 @@ func TestLogPauseAndTake(t *testing.T) {
 	}
 }
 
-// The log tells whether an operation had returned when another began, which its order alone does not.
+// The log shows whether an operation had returned when another began, which its order alone does not.
 func TestBefore(t *testing.T) {
 	var log blocktest.Log
 	slow := blocktest.NewFaulty(block.NewMemory(4096), nil)

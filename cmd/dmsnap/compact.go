@@ -105,7 +105,7 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 		res.LastStored.Off, res.LastStored.Off+res.LastStored.Length)
 }
 
-// helpCompact says which verb helps with what compact refuses.
+// helpCompact names the verb that is the remedy for what compact refuses.
 func helpCompact(err error) error {
 	switch {
 	case errors.Is(err, store.ErrInvalid):

@@ -69,7 +69,7 @@ func TestCompactVerb(t *testing.T) {
 	}
 }
 
-// What compact refuses: with the verb that helps, and with nothing touched.
+// What compact refuses: with the verb that is the remedy, and with nothing touched.
 func TestCompactRefuses(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")

@@ -214,7 +214,7 @@ func TestList(t *testing.T) {
 	}
 }
 
-// The looking verbs refuse a store in use and say what helps; --live-read looks.
+// Verbs that only read refuse a store in use and name the remedy; --live-read reads it.
 func TestLiveRead(t *testing.T) {
 	p := newPair(t)
 	p.withStore(t)

@@ -154,7 +154,7 @@ func TestMannersOfKilled(t *testing.T) {
 	}
 	big := bigKit(t)
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)) // a moment is what this test is about
-	lives, cut, each := 0, 0, 2
+	runs, cut, each := 0, 0, 2
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		each = 40
 	}
@@ -185,7 +185,7 @@ func TestMannersOfKilled(t *testing.T) {
 			time.Sleep(delay)
 			p.Process.Signal(sig)
 			status := p.end(t)
-			lives++
+			runs++
 			when := sig.String() + " after " + delay.String() + " of " + took.String()
 			if status == exitSignal+int(sig) || status == -1 {
 				cut++
@@ -204,7 +204,7 @@ func TestMannersOfKilled(t *testing.T) {
 			t.Run(c.args, func(t *testing.T) { kill(t, c) })
 		}
 	}
-	t.Logf("%d lives, %d cut short", lives, cut)
+	t.Logf("%d runs, %d cut short", runs, cut)
 	if cut == 0 {
 		t.Error("none was cut short")
 	}

@@ -55,7 +55,7 @@ func TestSendFromADaemonKilled(t *testing.T) {
 	d, was, is := newServedDisk(t, 32<<20)
 	target := filepath.Join(filepath.Dir(d.dir), "copy.img")
 	r := rand.New(rand.NewPCG(uint64(time.Now().UnixNano()), 1)) // a moment is what this test is about
-	transfer := func(victim int, after time.Duration) (complete bool) {
+	transfer := func(killed int, after time.Duration) (complete bool) {
 		pr, pw, err := os.Pipe()
 		if err != nil {
 			t.Fatal(err)
@@ -74,7 +74,7 @@ func TestSendFromADaemonKilled(t *testing.T) {
 		pr.Close()
 		pw.Close()
 		time.Sleep(after)
-		switch victim {
+		switch killed {
 		case 1:
 			sender.Process.Kill()
 		case 2:
@@ -83,7 +83,7 @@ func TestSendFromADaemonKilled(t *testing.T) {
 			d.kill(t)
 		}
 		sent, received := sender.Wait(), receiver.Wait()
-		if sent != nil && victim == 0 {
+		if sent != nil && killed == 0 {
 			t.Error(&said)
 		}
 		return sent == nil && received == nil
@@ -100,7 +100,7 @@ func TestSendFromADaemonKilled(t *testing.T) {
 	}
 	for round := range rounds {
 		writeFile(t, target, was)
-		for victim := 1; victim <= 4; victim++ {
+		for killed := 1; killed <= 4; killed++ {
 			c, err := nbd.Dial(t.Context(), d.uri("vm1"))
 			if err != nil {
 				t.Fatal(err)
@@ -120,16 +120,16 @@ func TestSendFromADaemonKilled(t *testing.T) {
 					}
 				}
 			})
-			complete := transfer(victim, time.Duration(r.Int64N(int64(took))))
+			complete := transfer(killed, time.Duration(r.Int64N(int64(took))))
 			close(stop)
 			writer.Wait()
-			if victim == 3 {
+			if killed == 3 {
 				d.start(t)
 			}
 			if !complete {
 				cut++
 			}
-			if victim == 4 && !complete {
+			if killed == 4 && !complete {
 				t.Fatalf("round %d: left alone it fails: %s", round, &d.stderr)
 			}
 		}

@@ -64,7 +64,7 @@ func TestSnapshotOverTheWire(t *testing.T) {
 		t.Error("the default export is another disk")
 	}
 	// Five chunks live in the COW file: 0, 24 and 25, 122, 256.
-	var lives []int64
+	var inCOW []int64
 	for off := int64(0); off < c.Size(); {
 		es, err := c.BlockStatus("dmsnap:changed", off, c.Size()-off)
 		if err != nil {
@@ -72,13 +72,13 @@ func TestSnapshotOverTheWire(t *testing.T) {
 		}
 		for _, e := range es {
 			if e.Flags == snapshot.InCOW {
-				lives = append(lives, off/4096, e.Length)
+				inCOW = append(inCOW, off/4096, e.Length)
 			}
 			off += e.Length
 		}
 	}
-	if want := []int64{0, 4096, 24, 8192, 122, 4096, 256, 2048}; !equal(lives, want) {
-		t.Errorf("dmsnap:changed tells %v, want %v", lives, want)
+	if want := []int64{0, 4096, 24, 8192, 122, 4096, 256, 2048}; !equal(inCOW, want) {
+		t.Errorf("dmsnap:changed reports %v, want %v", inCOW, want)
 	}
 	if err := c.Discard(24*4096, 8192); err != nil {
 		t.Fatal(err)

@@ -95,7 +95,7 @@ var expected = []api.Code{api.CodeNameTaken, api.CodeNoSuchNode, api.CodeNoSuchC
 	api.CodeNotAncestor, api.CodeInUse}
 
 // TestCrowd has 50 clients make requests of all kinds about few names, while others write. Nothing fails but in expected ways,
-// events tell what happened, and afterwards the tree is what its files are.
+// events report what happened, and afterwards the tree is what its files are.
 func TestCrowd(t *testing.T) {
 	const clients = 50
 	calls := 20

@@ -21,7 +21,7 @@ import (
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
-// Each request is refused with fewer rights than its route has, and no other code tells what there is.
+// Each request is refused with fewer rights than its route has, and no other code shows what exists.
 func TestRights(t *testing.T) {
 	s := newFakeServer(t)
 	for _, r := range routes() {

@@ -333,7 +333,7 @@ func TestLargeWindow(t *testing.T) {
 	})
 }
 
-// TestStream: a window gets its turn while small owners come without end.
+// TestStream: a window is granted while small owners come without end.
 func TestStream(t *testing.T) {
 	var g Gate
 	var done atomic.Bool

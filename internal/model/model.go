@@ -17,7 +17,7 @@ import (
 // Sector is the size of a sector in bytes.
 const Sector = 512
 
-// Result is what becomes of a request.
+// Result is the result of a request.
 type Result int
 
 const (

@@ -22,7 +22,7 @@ func world(sectors int64, c Config) (*Origin, *Snapshot) {
 
 func fill(n int64, x byte) []byte { return bytes.Repeat([]byte{x}, int(n*Sector)) }
 
-// shows tells the first byte of each sector.
+// shows returns the first byte of each sector.
 func shows(b []byte) string {
 	s := ""
 	for i := 0; i < len(b); i += Sector {

@@ -149,7 +149,7 @@ func TestValidName(t *testing.T) {
 
 func TestIsError(t *testing.T) {
 	if wire.RepMetaContext.IsError() || !wire.RepErrUnsup.IsError() || wire.ChunkBlockStatus.IsError() || !wire.ChunkError.IsError() {
-		t.Error("errors are told by the top bit")
+		t.Error("the top bit marks errors")
 	}
 }
 

@@ -237,13 +237,13 @@ func (m *metadata) readVolumes(s *section) error {
 				}
 			}
 			if seg.kind == "snapshot" {
-				if err := m.readTie(v, seg); err != nil {
+				if err := m.readSnapshotLink(v, seg); err != nil {
 					return fmt.Errorf("snapshot %q: %w", v.name, err)
 				}
 			}
 		}
 	}
-	return m.checkTies()
+	return m.checkSnapshotLinks()
 }
 
 // read reads a volume and its segments. The error is that of the volume alone.
@@ -319,9 +319,9 @@ func (v *volume) read(s *section, extent int64) error {
 	return problem
 }
 
-// readTie reads the segment of a volume that joins an origin and a COW volume (docs/spec/lvm2.md §8). What is wrong here
+// readSnapshotLink reads the segment of a volume that joins an origin and a COW volume (docs/spec/lvm2.md §8). What is wrong here
 // makes it uncertain what other volumes show: the error is one of the whole group.
-func (m *metadata) readTie(v *volume, seg segment) error {
+func (m *metadata) readSnapshotLink(v *volume, seg segment) error {
 	t := &snapshotSegment{name: v.name, extents: seg.count}
 	v.joins = t
 	if len(v.segments) != 1 {
@@ -361,8 +361,8 @@ func (m *metadata) readTie(v *volume, seg segment) error {
 	return nil
 }
 
-// checkTies refuses snapshots of snapshots, and two merges into one origin.
-func (m *metadata) checkTies() error {
+// checkSnapshotLinks refuses snapshots of snapshots, and two merges into one origin.
+func (m *metadata) checkSnapshotLinks() error {
 	for _, v := range m.volumes {
 		t := v.joins
 		if t == nil {

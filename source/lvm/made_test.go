@@ -596,8 +596,8 @@ func snapshotText(name string, extents int, keys string) textVolume {
 	return textVolume{name, "", seg(0, extents, "snapshot", "chunk_size = 8\n"+keys)}
 }
 
-// TestTiesRefused: what a broken snapshot makes uncertain.
-func TestTiesRefused(t *testing.T) {
+// TestWrongLinksRefused: what a broken snapshot makes uncertain.
+func TestWrongLinksRefused(t *testing.T) {
 	base, cow := textVolume{"base", "", linear(0, 32, "pv1", 0)}, textVolume{"cow", "", linear(0, 64, "pv1", 40)}
 	for name, c := range map[string]struct {
 		snapshots []textVolume

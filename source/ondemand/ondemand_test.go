@@ -176,7 +176,7 @@ func TestDevice(t *testing.T) {
 }
 
 // The first read of a disk: the manifest has the description, and the pages of the index that lead there are requested side by side. A
-// manifest with another description is not believed.
+// manifest with another description is not trusted.
 func TestFirstRead(t *testing.T) {
 	base := block.NewMemory(600 * layer.UnitBytes) // more than a small index
 	for unit := range int64(600) {

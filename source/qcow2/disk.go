@@ -103,7 +103,7 @@ const (
 	extentPieces = 256
 )
 
-// Extents tells where the disk is known to be zeros and where the image has no space for it; see block.Extenter.
+// Extents reports where the disk is known to be zeros and where the image has no space for it; see block.Extenter.
 func (d *Disk) Extents(off, n int64) ([]block.Extent, error) {
 	if err := block.CheckRange("extents", off, n, d.size); err != nil {
 		return nil, err

@@ -240,7 +240,7 @@ func (c *conn) receive(timeout time.Duration) (a answer, err error) {
 		}
 		var known bool
 		if q, known = c.pending[h.Cookie]; !known || a.cookie != 0 && a.cookie != h.Cookie || h.Length > 33<<20 {
-			return a, fmt.Errorf("a reply of %d bytes for cookie %d amid those for %d", h.Length, h.Cookie, a.cookie)
+			return a, fmt.Errorf("a reply of %d bytes for cookie %d between those for %d", h.Length, h.Cookie, a.cookie)
 		}
 		a.cookie = h.Cookie
 		p := make([]byte, h.Length)

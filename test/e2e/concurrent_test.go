@@ -183,11 +183,11 @@ func TestConcurrent(t *testing.T) {
 		first = uint64(time.Now().UnixNano())
 	}
 	end := time.Now().Add(budget(t) / 4)
-	lives, writes := 0, 0
+	runs, writes := 0, 0
 	for seed := first; seed == first || time.Now().Before(end) && !given; seed++ {
 		c := &crowd{seed: seed, r: rand.New(rand.NewPCG(seed, 77)), size: crowdSectors * sectorSize, dir: newFolder(t)}
 		l, err := c.live(t)
-		lives += l
+		runs += l
 		for _, w := range c.writers {
 			writes += w.writes
 		}
@@ -195,10 +195,10 @@ func TestConcurrent(t *testing.T) {
 			t.Fatalf("seed %d: %v", seed, err)
 		}
 	}
-	t.Logf("%d lives, %d writes", lives, writes)
+	t.Logf("%d runs, %d writes", runs, writes)
 }
 
-func (c *crowd) live(t *testing.T) (lives int, err error) {
+func (c *crowd) live(t *testing.T) (runs int, err error) {
 	folder := c.dir
 	if c.seed%3 > 0 {
 		if err := os.Mkdir(c.dir+"/m", 0o700); err != nil {
@@ -240,12 +240,12 @@ func (c *crowd) live(t *testing.T) (lives int, err error) {
 		c.writers = append(c.writers, w)
 	}
 	for range 3 {
-		lives++
+		runs++
 		if merged, err := c.life(); err != nil || merged {
-			return lives, err
+			return runs, err
 		}
 	}
-	return lives, nil
+	return runs, nil
 }
 
 func writeDurably(path string, p []byte) error {

@@ -231,7 +231,7 @@ func TestOriginWithoutRoom(t *testing.T) {
 }
 
 // A COW device without space for its slots costs no other snapshot anything.
-func TestLackOfRoomHasOneVictim(t *testing.T) {
+func TestLackOfSpaceFailsOneSnapshot(t *testing.T) {
 	const size = 256 << 10
 	r := newRig(t, size, size, "v", "w")
 	r.serve([]string{"v", "w"})
@@ -294,7 +294,7 @@ func TestMergeThatIsDoneIsDurable(t *testing.T) {
 	}
 }
 
-// it is not believed: the next process overwrites the origin, flushes, and loses its power.
+// it is not trusted: the next process overwrites the origin, flushes, and loses its power.
 func TestPageCacheAfterAFailedFlush(t *testing.T) {
 	const size = 256 << 10
 	for skip := range 3 {

@@ -122,7 +122,7 @@ func runSeed(t *testing.T, seed uint64, talk bool, counts map[string]int) (err e
 	return nil
 }
 
-// fuzz is the life of a world.
+// fuzz is the run of a world.
 func (w *world) fuzz() {
 	ops := []struct {
 		weight int
@@ -135,8 +135,8 @@ func (w *world) fuzz() {
 	for _, o := range ops {
 		total += o.weight
 	}
-	lives := 2 + int(w.seed%4)
-	for life := range lives {
+	runs := 2 + int(w.seed%4)
+	for run := range runs {
 		w.next()
 		w.start()
 		inject := -1
@@ -182,7 +182,7 @@ func (w *world) fuzz() {
 		if len(w.views) == 0 {
 			w.newView(true)
 		}
-		if life < lives-1 || w.chance(50) {
+		if run < runs-1 || w.chance(50) {
 			for range w.r.IntN(3) {
 				w.next()
 				w.opOffline()

@@ -12,7 +12,7 @@ import (
 	"time"
 )
 
-// What a world does between two lives of its server: offline verbs, which must show the same.
+// What a world does between two runs of its server: offline verbs, which must show the same.
 
 // opOffline runs one verb on a snapshot that is valid.
 func (w *world) opOffline() {

@@ -52,7 +52,7 @@ type view struct {
 	d         *device
 	invalid   bool // it was seen to be
 	// doubted: errors of its COW device went on, and with --on-full invalidate a mark that could not be made
-	// durable does not hold up the origin. It may be valid and wrong.
+	// durable does not block the origin. It may be valid and wrong.
 	doubted bool
 	limited bool
 	size    int64 // of its COW file, when limited
@@ -185,7 +185,7 @@ func (w *world) newView(offline bool) {
 			}
 			return
 		}
-		// The origin as it was when the answer came; a client alone can't tell it from a little earlier.
+		// The origin as it was when the answer came; a client alone can't distinguish it from a little earlier.
 		v.d = w.origin.clone()
 		v.d.evicted = w.origin.evicted
 	}
@@ -217,7 +217,7 @@ func (w *world) start() {
 	for _, d := range w.devices() {
 		d.evicted = false
 	}
-	w.count("lives")
+	w.count("runs")
 	w.logf("serve %s", strings.Join(args[1:], " "))
 	for _, v := range w.views {
 		if v.invalid {

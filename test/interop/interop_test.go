@@ -1,6 +1,6 @@
 // Package interop_test runs the built dmsnap against the clients and file systems that people use:
 // libnbd's tools and Python, qemu's, fio, e2fsprogs. `make interop` starts it; what a machine lacks is
-// skipped aloud.
+// reported as SKIPPED.
 package interop_test
 
 import (
@@ -48,7 +48,7 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// tool finds a program, also where only root's PATH has it, or skips the test aloud.
+// tool finds a program, also where only root's PATH has it, or skips the test with SKIPPED.
 func tool(t *testing.T, name, debianPackage string) string {
 	t.Helper()
 	for _, p := range []string{name, "/sbin/" + name, "/usr/sbin/" + name} {

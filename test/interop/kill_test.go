@@ -96,7 +96,7 @@ func (w *world) awaitWrite(name string, began time.Time) {
 	}
 }
 
-// fioWithNBD finds a fio that speaks NBD, or skips the test aloud.
+// fioWithNBD finds a fio that speaks NBD, or skips the test with SKIPPED.
 func fioWithNBD(t *testing.T) string {
 	t.Helper()
 	fio := tool(t, "fio", "fio")

@@ -86,7 +86,7 @@ func afterwards(s script) []step {
 	}
 }
 
-// TestExchange hands stores over in both directions at all stages of their lives: the other side shows
+// TestExchange hands stores over in both directions at all stages: the other side shows
 // the same content and status, takes further writes the same way, and merges to the same origin.
 func TestExchange(t *testing.T) {
 	need(t)
@@ -130,7 +130,7 @@ func exchange(t *testing.T, st stage, oursFirst bool) {
 	handedOver(t, k, st.s, b)
 }
 
-// handedOver is told what both sides have before they load a store: they must agree on it, and on all that is done to it
+// handedOver gets what both sides have before they load a store: they must agree on it, and on all that is done to it
 // afterwards.
 func handedOver(t *testing.T, k *kernel, s script, b images) {
 	t.Helper()

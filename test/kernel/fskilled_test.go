@@ -28,7 +28,7 @@ func TestFileSystemKilled(t *testing.T) {
 	}
 }
 
-// needFileSystem skips the test aloud where a file system can't be made or served to the kernel.
+// needFileSystem skips the test with SKIPPED where a file system can't be made or served to the kernel.
 func needFileSystem(t *testing.T, fs fileSystem) {
 	t.Helper()
 	need(t)

@@ -216,7 +216,7 @@ func TestHazardH3MergesThatMustBeRefused(t *testing.T) {
 	}
 }
 
-// H4: slots after the end of the exceptions come alive when the end is overwritten.
+// H4: slots after the end of the exceptions become valid when the end is overwritten.
 func TestHazardH4SlotsBehindTheEnd(t *testing.T) {
 	s := script{originSectors: 160, snaps: []snapConf{{store: "P", chunk: 8, cowSectors: 400, length: 160}}}
 	b := s.before()

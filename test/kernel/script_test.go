@@ -87,13 +87,13 @@ func newScript(seed uint64) script {
 
 func newSnapConf(r *rand.Rand, originSectors int64) snapConf {
 	c := snapConf{length: originSectors}
-	// Small chunks fill areas, which is where most can go wrong; large ones have their turn.
+	// Small chunks fill areas, which is where most can go wrong; large ones are used as well.
 	c.chunk = 1 << r.IntN(4)
 	if r.IntN(3) == 0 {
 		c.chunk = 1 << r.IntN(11)
 	}
 	c.store = []string{"P", "P", "P", "PO", "PO", "N"}[r.IntN(6)]
-	// Shorter ones end with a chunk: a write behind the end is not held up for the copy of a chunk that
+	// Shorter ones end with a chunk: a write behind the end does not wait for the copy of a chunk that
 	// straddles it, so what the COW device gets behind the end, which nobody sees, is chance.
 	if r.IntN(8) == 0 && originSectors > c.chunk {
 		c.length = c.chunk * (1 + r.Int64N(originSectors/c.chunk))

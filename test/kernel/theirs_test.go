@@ -186,7 +186,7 @@ func (k *kernel) merged(name string) string {
 	return ""
 }
 
-// mergeFor loads a snapshot-merge table for the devices disk and cow0 afresh, with every write to the origin held up
+// mergeFor loads a snapshot-merge table for the devices disk and cow0 afresh, with every write to the origin waiting
 // for a moment, and takes it away again after the given number of milliseconds: the step under way is completed, the
 // rest stays. It returns the last status.
 func (k *kernel) mergeFor(ms, originSectors int64, c snapConf) string {

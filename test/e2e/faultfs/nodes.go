@@ -266,7 +266,7 @@ func (d *folder) statfs(out *fuse.StatfsOut) {
 	out.Bavail, out.Files, out.Ffree = out.Bfree, 1<<20, 1<<20
 }
 
-// fill tells what a file is. The times never change: the kernel must not drop its pages for that.
+// fill reports what a file is. The times never change: the kernel must not drop its pages for that.
 func (f *file) fill(out *fuse.Attr) {
 	out.Ino, out.Mode, out.Nlink = f.ino, syscall.S_IFREG|f.mode, 1
 	out.Uid, out.Gid = f.uid, f.gid

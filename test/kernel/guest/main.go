@@ -1,8 +1,8 @@
 // Guest is the first process of a guest kernel: it mounts what a system needs, and then does what the
-// test on the host tells it, line by line (package job). It is static, so that it runs in user-mode Linux
+// test on the host sends it, line by line (package job). It is static, so that it runs in user-mode Linux
 // over the host's files as well as in an initramfs.
 //
-// It is told by variables of the kernel's command line: DMSNAP_LINE, the device of the line to the host; DMSNAP_SHARE,
+// Its parameters are variables of the kernel's command line: DMSNAP_LINE, the device of the line to the host; DMSNAP_SHARE,
 // "hostfs:DIR" or "9p:TAG"; DMSNAP_MODULES, the directory with modules.dep, where the modules were not loaded from an
 // initramfs; DMSNAP_ROOT, the tag of the host's root directory, where they were.
 package main

@@ -51,7 +51,7 @@ func qemuKernel() (image, modules string, err error) {
 }
 
 // QEMU boots a distribution's kernel with two CPUs, without the help of hardware. Its root directory is the host's,
-// read-only. What the guest wrote to a disk and was told of is in the host's file.
+// read-only. What the guest wrote to a disk, and what was acknowledged, is in the host's file.
 func QEMU(c Config) (*Machine, error) {
 	image, modules, err := qemuKernel()
 	if err != nil {

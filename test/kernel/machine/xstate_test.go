@@ -11,7 +11,7 @@ import (
 )
 
 // The program stops a child under ptrace and sets its extended registers by a buffer that is too short, as user-mode
-// Linux does on a processor with AMX. It changes one register in the part that the buffer has and prints what becomes of
+// Linux does on a processor with AMX. It changes one register in the part that the buffer has and prints the result of
 // it, and of the rest of the state.
 const shortState = `
 #include <elf.h>
