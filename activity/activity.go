@@ -6,8 +6,12 @@
 //	c := a.Counts()
 //	cells := a.Writes(64) // in 64 parts of the disk, how many requests changed each
 //
-// An observed device adds two readings of the clock and a few atomic additions to a request, about a tenth of a
-// microsecond. It passes on everything that the underlying device can do.
+// # Guarantees
+//
+//   - An observed device passes on every request, every ability and every error of the underlying device. It adds two readings of
+//     the clock and a few atomic additions to a request, about a tenth of a microsecond, and no lock.
+//   - All methods may be called concurrently. Counters never become smaller; those of one call of Counts may be of slightly
+//     different moments.
 package activity
 
 import (

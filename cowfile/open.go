@@ -6,8 +6,17 @@
 //
 // Origins in other formats, over NBD, or inside a disk are opened by an [Opener]: package source has one.
 //
-// What it opens is locked as block.Options say (docs/decisions/0001-locks.md). A COW file that Create makes has its
-// name only when the store in it is complete and durable. Every error names the path.
+// # Guarantees
+//
+//   - What is opened is locked as [block.Options] say (docs/decisions/0001-locks.md) until it is closed; what others use is
+//     block.ErrInUse.
+//   - A COW file that Create makes has its name only when the store in it is complete and durable. When Create fails no file
+//     is left that was not there before, and a file or device that holds something is not changed without
+//     Options.Overwrite. CreateUnsynced leaves durability to the caller.
+//   - An origin and a COW device that share a byte are refused (snapshot.ErrSameDevice), whatever they are called.
+//   - Errors name the path and wrap their cause: errors.Is finds [ErrSize], [ErrOnlyRead], [ErrOtherVersion] and those of
+//     packages block, image, ondisk and store.
+//   - Functions may be called concurrently; of two that create the same file one fails. Devices are those of package block.
 package cowfile
 
 import (

@@ -6,7 +6,7 @@
 //	err = image.CheckRaw(dev)     // a disk's own bytes, or a container that has to be converted first?
 //	err = image.CheckEmpty(dev)   // may something new be put here, with nothing lost?
 //
-// All of them only read. They look at both ends of a device, since several signatures are at its end (the second GPT,
+// Guarantees: all of them only read. They look at both ends of a device, since several signatures are at its end (the second GPT,
 // RAID members), read a bounded number of bytes whatever the device holds, and return no error for content that they do
 // not understand. They may be called concurrently.
 package image

@@ -4,8 +4,18 @@
 //	d, err := inspect.Look(ctx, "disk.img", dev)
 //	parts := inspect.Parts([]inspect.Image{{Path: "disk.img", Dev: dev, InUse: d.InUse}})
 //
-// Nothing is written, and disks in use are read as well. Text that comes from a disk is as it is there: quote it. The types
-// have the names of the JSON of dmsnap inspect. Functions may be called concurrently.
+// [Disks] does all of it for names of package source, and [TextWriter] shows results to people. The types have the names of
+// the JSON of the command dmsnap.
+//
+// # Guarantees
+//
+//   - Nothing is written, and no lock is taken that excludes a writer: disks in use are read as well. What is read of one
+//     while it is written may be of different moments; [OpenStore] and [Check] read damage again before they report it.
+//   - For [Look], [Parts] and [Disks] the content of a disk is never an error: damage and unknown content are described in the
+//     results, and an error is one of opening or reading a disk. Functions that are given a store return its errors.
+//   - Text that comes from a disk is as it is there: quote it. A TextWriter does.
+//   - Functions may be called concurrently, also for the same device. A result belongs to the caller, and its methods must
+//     not be called concurrently.
 package inspect
 
 import (

@@ -6,7 +6,14 @@
 //	r.Add(begin.Since())
 //	h := r.Histogram() // a copy, in plain numbers
 //
-// A Recorder is ready in its zero value and may be used concurrently.
+// # Guarantees
+//
+//   - A [Recorder] is ready in its zero value, must not be copied after its first use, and may be used concurrently: Add is
+//     two atomic additions, without a lock or an allocation.
+//   - A [Histogram] is plain numbers that change no more. Its Count is the sum of its buckets. A duration that is added
+//     while it is made may be in Buckets and not yet in Total, or the other way round.
+//   - Buckets have fixed bounds, powers of two from 1 µs to 8.4 s, so that histograms can be added ([Histogram.Plus]).
+//   - Nothing here returns an error. A duration below 0 is counted in the first bucket.
 package latency
 
 import (

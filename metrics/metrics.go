@@ -4,8 +4,18 @@
 //	http.Handle("/metrics", h)
 //
 // Counters are those of the report that the function returns for each scrape, so they are as new as that. Durations are
-// histograms for each disk, not for each node: a thousand nodes stay some twenty thousand numbers. Nothing in this package
-// touches the path of a request. It depends on the Prometheus client library, and nothing of the library depends on it.
+// histograms for each disk, not for each node: a thousand nodes stay some twenty thousand numbers. docs/operations.md lists
+// the metrics.
+//
+// # Guarantees
+//
+//   - The handler may be used concurrently, and calls the function concurrently: at most four scrapes are answered at a
+//     time, more are answered with status 503.
+//   - When the function fails, the scrape still succeeds: dmsnap_up is 0, and there are only the metrics of the process.
+//   - The handler asks for no token and reads no other part of a request than its headers: who may scrape is decided by the
+//     caller (package web). Nothing in this package is executed for requests of the clients of disks.
+//
+// It depends on the Prometheus client library (docs/decisions/0013-metrics.md), and nothing of the library depends on it.
 package metrics
 
 import (

@@ -8,7 +8,19 @@
 //		}
 //	}
 //
-// It sends no requests by itself, and reads nothing but the free space of the file systems that hold the files of layers.
+// A [Watcher] does that in the background, for several readers: its Run makes reports, [Watcher.Latest] returns the last one.
+//
+// # Guarantees
+//
+//   - The package sends no requests by itself, and reads nothing but the free space of the file systems that hold the files
+//     of layers. What a report says is of the moment at which the caller's function read the tree.
+//   - The methods of a Watcher may be called concurrently, Run once. A [Sampler], [Alerts] and a [Window] belong to one
+//     goroutine. A [Report] that was returned is not changed any more.
+//   - The only errors are those of the function that reads the tree. After one, Latest returns the last report with that
+//     error, and the next step tries again.
+//   - An alert begins once and ends once, with a margin, however often the number crosses its threshold in between. A
+//     forecast is absent until there is enough to base it on.
+//   - Memory is bounded: at most 64 samples for each element of the last tree.
 package monitor
 
 import "time"

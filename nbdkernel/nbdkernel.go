@@ -7,6 +7,13 @@
 // Attach does the handshake and hands the connections over to the kernel, which speaks to the server by itself: the device
 // stays when the process ends, and fails when the server does. [Hold] stays between them instead and reconnects.
 //
+// # Guarantees
+//
+//   - Attach returns when the device can be used, or leaves none. Options that the kernel would ignore, or do in another way, are
+//     refused with the reason.
+//   - Detach makes what was written durable first, and refuses a device in use; with force neither stops it.
+//   - Functions may be called concurrently, for different devices.
+//
 // It needs the kernel module nbd, and CAP_SYS_ADMIN to attach and detach. The package uses genetlink
 // (docs/decisions/0011-genetlink.md); no core package imports it.
 package nbdkernel

@@ -3,8 +3,8 @@
 //
 //	res, err := offline.Merge(ctx, []string{"disk.img", "disk.cow"}, offline.MergeOptions{Undo: "before.cow"})
 //
-// Names are those of package source. What is changed is locked until the call returns. A call that was interrupted, by its context
-// or by a crash, is repeated to continue it. Calls on different disks may be concurrent.
+// Names are those of package source. Guarantees: what is changed is locked until the call returns. A call that was
+// interrupted, by its context or by a crash, is repeated to continue it. Calls on different disks may be concurrent.
 package offline
 
 import (

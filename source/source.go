@@ -6,13 +6,16 @@
 //	d, err := source.Open("nbd://backup/vm1#p2", source.Options{ReadOnly: true})
 //	d, err := source.Open("oci://registry.example/golden/debian:13", source.Options{ReadOnly: true})
 //
-// A name is an address of package source/address whose path may be an NBD URI or a reference of package source/remote. What a disk names itself (backing files,
-// data files) is opened only as far as Options say.
+// A name is an address of package source/address whose path may be an NBD URI or a reference of package source/remote. A
+// [Disk] is a block.Device and a cowfile.Origin.
 //
-// A [Disk] is a block.Device and a cowfile.Origin. Its methods may be called concurrently, Close after the last of them.
-// Raw files and block devices are opened for writing too; qcow2 images and NBD exports are only read
-// (cowfile.ErrOnlyRead). Locks are those of
-// package block, on every file that is open (docs/decisions/0001-locks.md).
+// # Guarantees
+//
+//   - Methods of a Disk may be called concurrently, Close after the last of them.
+//   - Raw files and block devices are opened for writing too; qcow2 images and NBD exports are only read
+//     (cowfile.ErrOnlyRead).
+//   - What a disk names itself (backing files, data files) is opened only as far as Options say.
+//   - Locks are those of package block, on every file that is open (docs/decisions/0001-locks.md).
 package source
 
 import (
@@ -94,7 +97,7 @@ type NBDOptions struct {
 	Timeout time.Duration
 }
 
-// A Disk is an open disk.
+// Guarantees: a Disk is an open disk.
 type Disk struct {
 	block.Forward // to what was asked for
 	name          string

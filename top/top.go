@@ -4,6 +4,14 @@
 //	err := top.Run(ctx, api.NewClient("dmsnap.ctl"), top.Options{})
 //
 // Without a terminal, [Once] returns one report, and [Text] writes it. Everything is shown by words and not by colours.
+//
+// # Guarantees
+//
+//   - Everything is read and changed by the control API: a server that can't be reached or refuses an action is shown with
+//     its message, and asked again. An action that removes something is executed after a confirmation.
+//   - Run returns nil when the user or ctx ends it, with the terminal restored; the error is that of the terminal, or of a
+//     server that never answered. Once returns the error of the server, or the cause of ctx.
+//   - Run uses the terminal alone: one at a time. Once and Text may be called concurrently.
 package top
 
 import (

@@ -10,6 +10,8 @@
 // are executed concurrently and complete in any order. A FLUSH covers all writes that completed before it. Where the
 // driver negotiated no write cache, or turned it off, each write is durable when it completes.
 //
+// # Guarantees
+//
 // Front-ends and guests are not trusted: addresses, lengths and indices are checked on private copies. A driver that
 // breaks the rules loses its ring, a front-end its connection, also one that truncates the memory it shared.
 // Memory is bounded: at most 16 requests of a session use the device at a time, with at most 1 MiB each, and beside them one

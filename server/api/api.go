@@ -5,7 +5,7 @@
 //	status, err := c.Status(ctx)
 //	vm2, err := c.Attach(ctx, api.AttachRequest{Name: "vm2", COW: "/srv/vm2.cow", Create: true})
 //
-// The JSON names are stable: fields are added, never renamed or removed. An error that the server reports is an
+// Guarantees: the JSON names are stable: fields are added, never renamed or removed. An error that the server reports is an
 // [*Error] with a code. A Client may be used concurrently.
 package api
 

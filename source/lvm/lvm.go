@@ -7,6 +7,8 @@
 //	volume, err := group.Volume("root")
 //	dev, err := volume.Open(lvm.Active)
 //
+// # Guarantees
+//
 // Metadata is never written. A volume of which it is not certain which bytes it has is refused, with the reason; the rest of its
 // group stays readable. Metadata is taken for hostile: memory and time are bounded by its length. Names in it
 // hold the letters, digits and signs that LVM allows; other strings may hold anything, so quote them.

@@ -4,8 +4,10 @@
 //	table, err := partition.Read(disk, 0)
 //	dev, err := table.Open(2) // partition 2
 //
-// Partitions are numbered as Linux does. Nothing is written to a table, and whatever is in one costs bounded memory and time.
-// The format is in docs/spec/lvm2.md §2.
+// Partitions are numbered as Linux does. The format is in docs/spec/lvm2.md §2.
+//
+// Guarantees: nothing is written to a table, whatever is in one costs bounded memory and time, and a partition is never read
+// or written outside its range.
 package partition
 
 import (

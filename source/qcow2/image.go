@@ -11,6 +11,8 @@
 // An image opens nothing else by itself: a backing file or an external data file that it names is supplied by the caller
 // ([Options]), or the image is refused.
 //
+// # Guarantees
+//
 // Any bytes may stand in the file: a damaged image is an *ondisk.CorruptError with the place, memory is bounded (16 KiB
 // pages of tables up to 8 MiB, decompressed clusters up to 8 MiB, and two clusters for each concurrent read), and a lookup
 // has depth two, so that no loop is possible. Clusters that begin behind the end of the file are errors: the file is
