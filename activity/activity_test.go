@@ -65,7 +65,9 @@ func TestFailedWrite(t *testing.T) {
 	}
 }
 
-type readOnly struct{ *block.Memory }
+type readOnly struct {
+	*block.Memory // only WriteAt is called
+}
 
 func (readOnly) WriteAt([]byte, int64) (int, error) { return 0, block.ErrReadOnly }
 

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
 )
 
 var sparseModes = []block.Sparse{block.LongHoles, block.AllHoles, block.IntoZeros}
@@ -29,9 +30,6 @@ func patchwork(rng *rand.Rand, n int) []byte {
 	return p
 }
 
-// onlyData hides what a device can do but read and write.
-type onlyData struct{ block.Device }
-
 // What is copied is what was there, over whatever the target held, and nothing beside it is touched.
 func TestCopyCopies(t *testing.T) {
 	rng := rand.New(rand.NewPCG(18, 1))
@@ -46,10 +44,10 @@ func TestCopyCopies(t *testing.T) {
 		}
 		dst = block.MemoryFrom(bytes.Clone(want))
 		if rng.IntN(2) == 0 {
-			src = onlyData{src}
+			src = blocktest.Plain(src)
 		}
 		if rng.IntN(2) == 0 {
-			dst = onlyData{dst}
+			dst = blocktest.Plain(dst)
 		}
 		from, to := rng.Int64N(size/512)*512, rng.Int64N(size/512)*512
 		n := rng.Int64N(size - max(from, to) + 1)
@@ -136,8 +134,8 @@ func TestCopyKeepsHoles(t *testing.T) {
 }
 
 type countedReads struct {
-	block.Forward
-	bytes int64
+	block.Forward // of a device in memory, which has no cached reads
+	bytes         int64
 }
 
 func (c *countedReads) ReadAt(p []byte, off int64) (int, error) {

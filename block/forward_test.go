@@ -58,19 +58,19 @@ func TestForwardHasEveryAbility(t *testing.T) {
 
 // uncomparable is a device whose type can't be compared.
 type uncomparable struct {
-	block.Device
-	tags []string
+	block.Device // only how it is compared matters
+	tags         []string
 }
 
 // holding compares only at run time.
 type holding struct {
-	block.Device
-	value any
+	block.Device // only how it is compared matters
+	value        any
 }
 
 type named struct {
-	block.Device
-	name string
+	block.Device // only how it is compared matters
+	name         string
 }
 
 func (n named) Identity() string { return n.name }

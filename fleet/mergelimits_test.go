@@ -137,7 +137,7 @@ type fixedSize struct{ cowfile.Origin }
 
 // faultyOrigin is an origin whose writes and flushes fail as the test asks.
 type faultyOrigin struct {
-	block.Forward
+	block.Forward // the methods below say which of the two is meant where both have one
 	cowfile.Origin
 }
 

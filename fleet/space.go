@@ -235,10 +235,10 @@ func (a *accounts) keep(l *layer, n int64) {
 
 // A layerDevice is the file of a layer within the limits of its disk. Its methods may be called concurrently.
 type layerDevice struct {
-	block.Forward
-	fleet  *Fleet
-	layer  *layer
-	layout ondisk.Layout
+	block.Forward // a last write is the mark of the store, which limits never refuse
+	fleet         *Fleet
+	layer         *layer
+	layout        ondisk.Layout
 
 	// holes: chunks that are in the store may have no space, since they were trimmed.
 	holes atomic.Bool
@@ -288,6 +288,14 @@ func (d *layerDevice) WriteAt(p []byte, off int64) (n int, err error) {
 		return err
 	})
 	return n, err
+}
+
+// WriteDurableAt is WriteAt, durable when it returns.
+func (d *layerDevice) WriteDurableAt(p []byte, off int64) error {
+	if !d.holes.Load() || !d.limited() {
+		return d.Forward.WriteDurableAt(p, off)
+	}
+	return d.fill(off, int64(len(p)), func() error { return d.Forward.WriteDurableAt(p, off) })
 }
 
 // fill does a write that may need space for chunks that were trimmed. Writes of the store's own are never refused.

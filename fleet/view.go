@@ -182,6 +182,9 @@ func (d *nodeDevice) WriteDurableAt(p []byte, off int64) error {
 	return d.change(true, writeOf(p, off))
 }
 
+// WriteLastAt is ErrUnsupported: a flush of a node covers more than its top.
+func (d *nodeDevice) WriteLastAt([]byte, int64) error { return block.ErrUnsupported }
+
 func writeOf(p []byte, off int64) func(*snapshot.Snapshot) error {
 	return func(s *snapshot.Snapshot) error {
 		_, err := s.WriteAt(p, off)

@@ -139,9 +139,9 @@ func TestCheckEmptyUnreadable(t *testing.T) {
 
 // failing has a byte that can't be read, and does not know its holes.
 type failing struct {
-	block.Device
-	at  int64
-	err error
+	block.Device // without extents: all is read
+	at           int64
+	err          error
 }
 
 func (f failing) ReadAt(p []byte, off int64) (int, error) {

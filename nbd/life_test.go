@@ -351,10 +351,10 @@ func TestRemoveUnderLoad(t *testing.T) {
 
 // closable is a device that may not be used any more once closed is set.
 type closable struct {
-	*block.Memory
-	t      *testing.T
-	mu     sync.RWMutex
-	closed bool
+	*block.Memory // the clients here send plain writes
+	t             *testing.T
+	mu            sync.RWMutex
+	closed        bool
 }
 
 func (c *closable) WriteAt(p []byte, off int64) (int, error) {

@@ -10,6 +10,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/check"
 	"github.com/dmsnap/dmsnap/internal/kernelcase"
 	"github.com/dmsnap/dmsnap/internal/undo"
@@ -207,7 +208,7 @@ func TestNoRoomInPlace(t *testing.T) {
 		b = append(b, slots(i, i+2)...)
 	}
 	dev := image(b, 34, l)
-	p, err := repair.NewPlan(t.Context(), struct{ block.Device }{dev}, repair.Options{})
+	p, err := repair.NewPlan(t.Context(), blocktest.Plain(dev), repair.Options{})
 	if err != nil {
 		t.Fatal(err)
 	}

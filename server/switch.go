@@ -58,6 +58,12 @@ func (s *switchDevice) WriteDurableAt(p []byte, off int64) error {
 	return s.Forward.WriteDurableAt(p, off)
 }
 
+// WriteLastAt writes durably, whatever failed before.
+func (s *switchDevice) WriteLastAt(p []byte, off int64) error {
+	defer s.changes.Add(1)
+	return s.Forward.WriteLastAt(p, off)
+}
+
 func (s *switchDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	defer s.changed()
 	return s.Forward.ZeroAt(off, n, flags)

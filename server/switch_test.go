@@ -27,7 +27,7 @@ func TestSwitchDeviceIsDirtyAfterFallbacks(t *testing.T) {
 		"zero":    func(dev block.Device) error { return block.Zero(dev, 0, 512, 0) },
 		"discard": func(dev block.Device) error { return block.Discard(dev, 0, 512) },
 	} {
-		s := newSwitchDevice(struct{ block.Device }{block.NewMemory(1 << 20)})
+		s := newSwitchDevice(blocktest.Plain(block.NewMemory(1 << 20)))
 		if err := change(s); err != nil || !s.dirty.Load() {
 			t.Errorf("%s: %v, dirty %v", name, err, s.dirty.Load())
 		}

@@ -394,6 +394,8 @@ func (a *areaLog) BeginRead(off, n int64) {
 	}
 }
 
+func (*areaLog) ReadCached([]block.Read) int { return 0 } // all by ReadAt
+
 func (a *areaLog) ReadAt(p []byte, off int64) (int, error) {
 	if area := a.area(off); off > 0 && (!a.dropped[area] || area > 0 && !a.begun[area]) {
 		a.t.Errorf("area %d is read; dropped: %v, begun before: %v", area, a.dropped[area], a.begun[area])
@@ -590,6 +592,8 @@ type liar struct {
 	block.Forward
 	lie func([]byte)
 }
+
+func (*liar) ReadCached([]block.Read) int { return 0 } // all by ReadAt
 
 func (l *liar) ReadAt(p []byte, off int64) (int, error) {
 	n, err := l.Forward.ReadAt(p, off)

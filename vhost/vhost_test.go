@@ -398,9 +398,9 @@ func TestOfferedTwice(t *testing.T) {
 
 // A meanwhile is a device that stops its first read or write until goOn can be received from.
 type meanwhile struct {
-	block.Forward
-	calls      atomic.Int32
-	seen, goOn chan struct{}
+	block.Forward // the requests here are plain reads and writes
+	calls         atomic.Int32
+	seen, goOn    chan struct{}
 }
 
 func (m *meanwhile) stop() {
@@ -409,6 +409,8 @@ func (m *meanwhile) stop() {
 		<-m.goOn
 	}
 }
+
+func (*meanwhile) ReadCached([]block.Read) int { return 0 } // all by ReadAt
 
 func (m *meanwhile) ReadAt(p []byte, off int64) (int, error) {
 	m.stop()

@@ -284,7 +284,7 @@ func TestWrittenInTime(t *testing.T) {
 
 // TestAFailedFlushIsPermanent, also where the underlying device forgets it.
 func TestAFailedFlushIsPermanent(t *testing.T) {
-	forgetful := &forgetful{Device: block.NewMemory(1 << 20), fail: true}
+	forgetful := &forgetful{Forward: block.NewForward(block.NewMemory(1 << 20)), fail: true}
 	dev := writeback.New(forgetful, writeback.Options{Limit: 1 << 20, Delay: time.Hour})
 	for range 2 {
 		if err := dev.Flush(); !errors.Is(err, syscall.EIO) {
@@ -298,7 +298,7 @@ func TestAFailedFlushIsPermanent(t *testing.T) {
 }
 
 type forgetful struct {
-	block.Device
+	block.Forward
 	fail bool
 }
 
@@ -306,7 +306,7 @@ func (f *forgetful) Flush() error {
 	if f.fail {
 		return syscall.EIO
 	}
-	return f.Device.Flush()
+	return f.Forward.Flush()
 }
 
 // TestCloseNamesWhatIsLost: at the end each block is tried, and those that can't be written are named, with neighbours

@@ -18,11 +18,11 @@ import (
 
 // counted is a device that counts what is done to each block, and flushes.
 type counted struct {
-	*block.Memory
-	unit    int64
-	reads   []atomic.Int32
-	writes  []atomic.Int32
-	flushes atomic.Int64
+	*block.Memory // the servers here get plain reads and writes
+	unit          int64
+	reads         []atomic.Int32
+	writes        []atomic.Int32
+	flushes       atomic.Int64
 }
 
 func newCounted(size, unit int64) *counted {

@@ -46,7 +46,7 @@ func RunForward(t *testing.T, wrap func(t *testing.T, lower block.Device) block.
 		}
 		t.Run("without "+c.methods[0], func(t *testing.T) {
 			p := &plainDevice{Device: block.MemoryFrom(Pattern(forwardSize, 20))}
-			dev := wrap(t, struct{ block.Device }{p})
+			dev := wrap(t, Plain(p))
 			p.take()
 			c.check(t, dev, p)
 		})
@@ -295,9 +295,9 @@ func (c forwardCall) check(t *testing.T, wrap func(t *testing.T, lower block.Dev
 
 // plainDevice has the four methods alone. It notes what changes it.
 type plainDevice struct {
-	block.Device
-	mu    sync.Mutex
-	calls []string
+	block.Device // its abilities are what is to be missed
+	mu           sync.Mutex
+	calls        []string
 }
 
 func (p *plainDevice) note(call string) {
@@ -408,7 +408,7 @@ var plainCalls = []plainCall{
 		}
 	}},
 	{[]string{"Identity"}, func(t *testing.T, dev block.Device, _ *plainDevice) {
-		other := struct{ block.Device }{block.NewMemory(0)}
+		other := Plain(block.NewMemory(0))
 		if !block.Same(dev, dev) || block.Same(dev, other) || block.Same(dev, block.NewForward(other)) {
 			t.Errorf("same as itself: %v; as another disk: %v, %v", block.Same(dev, dev), block.Same(dev, other), block.Same(dev, block.NewForward(other)))
 		}

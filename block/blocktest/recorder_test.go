@@ -13,7 +13,7 @@ import (
 func TestLogPrintsAllDevicesInOrder(t *testing.T) {
 	var log blocktest.Log
 	origin := log.Record("ORIGIN", block.NewMemory(1<<20))
-	cow := log.Record("COW", plain{block.NewMemory(1 << 20)})
+	cow := log.Record("COW", blocktest.Plain(block.NewMemory(1<<20)))
 
 	origin.ReadAt(make([]byte, 4096), 4096)
 	p := []byte("0123456789abcdef")

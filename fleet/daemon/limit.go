@@ -83,6 +83,11 @@ func (d *limitedDevice) WriteDurableAt(p []byte, off int64) error {
 	return d.Forward.WriteDurableAt(p, off)
 }
 
+func (d *limitedDevice) WriteLastAt(p []byte, off int64) error {
+	d.write(int64(len(p)))
+	return d.Forward.WriteLastAt(p, off)
+}
+
 func (d *limitedDevice) ZeroAt(off, n int64, flags block.ZeroFlags) error {
 	d.write(0) // zeros are holes
 	return d.Forward.ZeroAt(off, n, flags)

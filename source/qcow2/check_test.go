@@ -265,8 +265,8 @@ func TestCheckIsBounded(t *testing.T) {
 
 // longer is a device that goes on with zeros.
 type longer struct {
-	block.Device
-	size int64
+	block.Device // without its extents, which end earlier
+	size         int64
 }
 
 func (l longer) Size() int64 { return l.size }

@@ -276,8 +276,8 @@ func TestExportSizes(t *testing.T) {
 
 // A sparse is a disk of zeros with one sector of 0x5a.
 type sparse struct {
-	block.Device
-	size, at int64
+	block.Device // nil: it is only read
+	size, at     int64
 }
 
 func (s *sparse) Size() int64 { return s.size }
