@@ -6,6 +6,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -104,14 +105,19 @@ func TestRevalidate(t *testing.T) {
 	}
 	wantContent(t, again, valid)
 	wantContent(t, p.cow, invalid)
-	saved := 0
+	saved, explained := 0, 0
 	o := offline.RepairOptions{Saved: func() {
 		saved++
 		wantContent(t, p.cow, invalid)
+	}, Explain: func(about string) {
+		explained++
+		if wantContent(t, p.cow, invalid); !strings.Contains(about, "are certain; all other ranges show the current content of the origin") {
+			t.Errorf("it says %q", about)
+		}
 	}}
 	for _, changed := range []bool{true, false} {
-		if res, err := offline.RevalidateInPlace(t.Context(), p.cow, undo, o); err != nil || res.Changed != changed || saved != 1 {
-			t.Fatalf("%+v, %v, saved %d times", res, err, saved)
+		if res, err := offline.RevalidateInPlace(t.Context(), p.cow, undo, o); err != nil || res.Changed != changed || saved != 1 || explained != 1 {
+			t.Fatalf("%+v, %v, saved %d times, explained %d times", res, err, saved, explained)
 		}
 		got, err := os.ReadFile(p.cow)
 		if err != nil {

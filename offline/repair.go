@@ -22,6 +22,9 @@ type RepairOptions struct {
 	Force        bool           // replace the output, or the undo file, if it exists
 	Progress     func(done, total int64)
 	Saved        func() // is called when the undo file is durable, before anything is changed
+
+	// Explain is called with what it means to mark a store itself valid, before that is done.
+	Explain func(about string)
 }
 
 // Repair writes a sound copy of the damaged store of path, a COW device or the address of a snapshot volume, to the new file out,
@@ -95,13 +98,18 @@ func (r RevalidateResult) WriteText(w io.Writer) (err error) {
 		_, err = fmt.Fprintf(w, "%s: is already valid; nothing was changed\n", r.Path)
 		return err
 	}
-	store, what := r.of, fmt.Sprintf("%s: a valid copy of %s", r.Path, r.of)
-	if r.of == "" {
-		store, what = r.Path, r.Path+": valid again"
+	if r.of == "" { // RepairOptions.Explain had the rest
+		_, err = fmt.Fprintf(w, "%s: valid again\n", r.Path)
+		return err
 	}
-	_, err = fmt.Fprintf(w, "%s: %s are certain; all other ranges show the current content of the origin, and ranges that were "+
-		"overwritten since the store became invalid can no longer be distinguished\n%s\n", store, bytesize.Text(r.Kept), what)
+	_, err = fmt.Fprintf(w, "%s\n%s: a valid copy of %s\n", meaning(r.of, r.Kept), r.Path, r.of)
 	return err
+}
+
+// meaning says what a store shows that was invalid and is valid again.
+func meaning(path string, kept int64) string {
+	return fmt.Sprintf("%s: %s are certain; all other ranges show the current content of the origin, and ranges that were "+
+		"overwritten since the store became invalid can no longer be distinguished", path, bytesize.Text(kept))
 }
 
 // Revalidate writes a copy of the invalid store of path that is marked valid to the new file out: rescue.Revalidation says what that
@@ -134,6 +142,15 @@ func RevalidateInPlace(ctx context.Context, path, undo string, o RepairOptions) 
 	v, err := rescue.NewRevalidation(ctx, cow)
 	changed := false
 	if err == nil {
+		saved := o.Saved
+		o.Saved = func() {
+			if saved != nil {
+				saved()
+			}
+			if o.Explain != nil {
+				o.Explain(meaning(path, v.KeptBytes()))
+			}
+		}
 		changed, err = v.InPlace(ctx, o.saving(undo, path))
 	}
 	if err != nil {

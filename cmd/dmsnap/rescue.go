@@ -226,6 +226,9 @@ func (o *rescueOptions) markValid(c *cobra.Command, args []string) (err error) {
 	r := offline.RepairOptions{Force: o.force}
 	var res offline.RevalidateResult
 	if o.inPlace {
+		if !o.asJSON { // what is not certain can't be distinguished afterwards
+			r.Explain = func(about string) { fmt.Fprintf(c.ErrOrStderr(), "dmsnap: %s\n", about) }
+		}
 		res, err = offline.RevalidateInPlace(ctx, args[0], o.undo, r)
 	} else if r.Source, err = o.disk.options(block.Options{Lock: readingLock(o.liveRead)}); err == nil {
 		res, err = offline.Revalidate(ctx, args[0], args[1], r)
