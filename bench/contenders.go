@@ -264,6 +264,11 @@ func (t *target) readAgain() error {
 			}
 		}
 	}
+	return readAgain(files)
+}
+
+// readAgain is target.readAgain of files alone.
+func readAgain(files []string) error {
 	for _, path := range files {
 		info, err := os.Stat(path)
 		if err != nil || !info.Mode().IsRegular() {
