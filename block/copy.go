@@ -2,6 +2,7 @@ package block
 
 import (
 	"bytes"
+	"strings"
 
 	"github.com/dmsnap/dmsnap/internal/scratch"
 )
@@ -33,7 +34,15 @@ type CopyError struct {
 	Err error
 }
 
-func (e *CopyError) Error() string { return e.Op + ": " + e.Err.Error() }
+// Error names the operation once: many devices do it, too.
+func (e *CopyError) Error() string {
+	text := e.Err.Error()
+	if strings.HasPrefix(text, e.Op+" ") {
+		return text
+	}
+	return e.Op + ": " + text
+}
+
 func (e *CopyError) Unwrap() error { return e.Err }
 
 // Copy copies n bytes of src, from byte from on, to byte to of dst. Ranges that read as zeros stay or become holes as

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"path/filepath"
 	"syscall"
@@ -209,5 +210,32 @@ func TestCopyErrors(t *testing.T) {
 	end := errors.New("end")
 	if err := block.Copy(dst, 0, src, 0, 4096, 0, func(int64) error { return end }); err != end {
 		t.Errorf("the caller's error: %v", err)
+	}
+}
+
+// An error of a device beneath that names the operation, or the bytes, is not wrapped in the same words.
+func TestErrorsSayReadOnce(t *testing.T) {
+	file := &fs.PathError{Op: "read", Path: "disk.img", Err: fmt.Errorf("at byte 8192: %w", syscall.EIO)}
+	server := errors.New("oci://host/disk: no answer")
+	inner := block.NewReadError(8192, 4096, "byte 5 of layer 2", file)
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{&block.CopyError{Op: "read", Err: file}, "read disk.img: at byte 8192: input/output error"},
+		{&block.CopyError{Op: "write", Err: server}, "write: oci://host/disk: no answer"},
+		{inner, "read 4096 bytes of the disk at byte 8192 from byte 5 of layer 2: disk.img: at byte 8192: input/output error"},
+		{block.NewReadError(0, 16384, "the origin", inner), inner.Error()},
+		{&block.CopyError{Op: "read", Err: inner}, inner.Error()},
+		{block.NewReadError(0, 8192, "", server), "read 8192 bytes of the disk at byte 0: oci://host/disk: no answer"},
+		{block.NewReadError(0, 8192, "byte 3 of the COW device", inner), "read 8192 bytes of the disk at byte 0 from byte 3 of the COW device: " +
+			"4096 bytes of the disk at byte 8192 from byte 5 of layer 2: disk.img: at byte 8192: input/output error"}, // other bytes
+	} {
+		if c.err.Error() != c.want {
+			t.Errorf("%v\nnot %s", c.err, c.want)
+		}
+		if !errors.Is(c.err, file) && !errors.Is(c.err, server) {
+			t.Errorf("%v: the cause is lost", c.err)
+		}
 	}
 }

@@ -292,7 +292,7 @@ func (w *writer) stretch(s stretch) error {
 			return nil // all of it
 		case !errors.As(err, &failed):
 			return err
-		case failed.Op != "read":
+		case failed.Op != "read", errors.Is(err, block.ErrUnavailable): // a server that gives no answer has lost nothing
 			return failed.Err
 		}
 		n := min(s.end-s.off, copyBytes)

@@ -372,3 +372,23 @@ func TestDamage(t *testing.T) {
 		t.Errorf("cancelled: %v", err)
 	}
 }
+
+// A server that gives no answer has lost nothing: the rescue ends, and says so.
+func TestUnavailable(t *testing.T) {
+	origin, cow, _ := overflowed(t, 5, 8)
+	reads := 0
+	away := blocktest.NewFaulty(origin, func(op blocktest.Op) error {
+		if op.Kind == blocktest.Read {
+			reads++
+			return block.ErrUnavailable
+		}
+		return nil
+	})
+	r, err := rescue.Open(t.Context(), away, cow, rescue.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := r.Write(t.Context(), block.NewMemory(r.Size()), nil); !errors.Is(err, block.ErrUnavailable) || reads != 1 {
+		t.Errorf("%d reads, %v", reads, err)
+	}
+}

@@ -79,7 +79,7 @@ func (v *View) ReadAt(p []byte, off int64) (int, error) {
 			if stored {
 				where = fmt.Sprintf("byte %d of the COW device", at)
 			}
-			return done, fmt.Errorf("read %d bytes of the disk at byte %d from %s: %w", n, off, where, err)
+			return done, block.NewReadError(off, n, where, err)
 		}
 		done, off = done+int(n), off+n
 	}

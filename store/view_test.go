@@ -3,6 +3,7 @@ package store_test
 import (
 	"bytes"
 	"errors"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"testing"
@@ -160,5 +161,24 @@ func TestViewBeginsReads(t *testing.T) {
 	}
 	if want := []block.Range{{Off: at, Length: 4096}}; !slices.Equal(cow.ranges, want) {
 		t.Errorf("of the COW device %v, want %v", cow.ranges, want)
+	}
+}
+
+// A read that fails beneath several views names the bytes once.
+func TestViewErrors(t *testing.T) {
+	file := &fs.PathError{Op: "read", Path: "disk.img", Err: errors.New("at byte 0: broken")}
+	var dev block.Device = blocktest.NewFaulty(block.NewMemory(1<<20), blocktest.FailKind(blocktest.Read, file))
+	for range 3 {
+		st, err := store.Create(block.NewMemory(1<<20), ondisk.Layout{ChunkSectors: 8}, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if dev, err = store.NewView(dev, st); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := dev.ReadAt(make([]byte, 4096), 8192)
+	if !errors.Is(err, file) || err.Error() != "read 4096 bytes of the disk at byte 8192 from the origin: disk.img: at byte 0: broken" {
+		t.Error(err)
 	}
 }

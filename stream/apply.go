@@ -3,6 +3,7 @@ package stream
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"iter"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -154,7 +155,7 @@ func (a *applier) put(p piece) error {
 		_, err = a.target.WriteAt(p.data, p.off)
 	}
 	if err != nil {
-		return fmt.Errorf("write %d bytes of the target at byte %d: %w", p.length, p.off, err)
+		return ofTarget("write", p.off, p.length, err)
 	}
 	a.result.Written += p.length
 	a.since += p.length
@@ -196,13 +197,21 @@ func (a *applier) mustBeZero(off, n int64) error {
 	return nil
 }
 
+// ofTarget is the error of reading or writing n bytes of the target. That of a file says itself what failed where.
+func ofTarget(op string, off, n int64, err error) error {
+	if named, is := errors.AsType[*fs.PathError](err); is && named.Op == op {
+		return err
+	}
+	return fmt.Errorf("%s %d bytes of the target at byte %d: %w", op, n, off, err)
+}
+
 // readsZero reads a range, and returns a *MismatchError for a byte that is not zero.
 func (a *applier) readsZero(off, n int64) error {
 	return scratch.With(maxData, func(buffer []byte) error {
 		for n > 0 {
 			b := buffer[:min(n, maxData)]
 			if _, err := a.target.ReadAt(b, off); err != nil {
-				return fmt.Errorf("read %d bytes of the target at byte %d: %w", len(b), off, err)
+				return ofTarget("read", off, int64(len(b)), err)
 			}
 			for at := 0; at < len(b); at += Block {
 				if p := b[at:min(at+Block, len(b))]; !block.IsZero(p) {

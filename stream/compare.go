@@ -58,7 +58,7 @@ func (a *applier) examine(f *frame) (*examined, error) {
 func (a *applier) compare(e *examined, r record, has []byte) error {
 	if a.target != nil {
 		if err := block.ReadSparse(a.target, has, r.off); err != nil {
-			return fmt.Errorf("read %d bytes of the target at byte %d: %w", r.length, r.off, err)
+			return ofTarget("read", r.off, r.length, err)
 		}
 	}
 	return r.blocks(func(off, n int64, fresh, sum, old []byte) error {

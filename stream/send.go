@@ -132,14 +132,14 @@ func (s *sender) pack(job []span) (*packet, error) {
 			fresh := free[:j.length]
 			free = free[j.length:]
 			if err := block.ReadSparse(s.new, fresh, j.off); err != nil {
-				return fmt.Errorf("read %d bytes at byte %d: %w", j.length, j.off, err)
+				return block.NewReadError(j.off, j.length, "", err)
 			}
 			if s.old == nil {
 				b.add(j.off, fresh, nil)
 				continue
 			}
 			if err := block.ReadSparse(s.old, old[:j.length], j.off); err != nil {
-				return fmt.Errorf("read the %d bytes at byte %d as they were: %w", j.length, j.off, err)
+				return fmt.Errorf("as it was: %w", block.NewReadError(j.off, j.length, "", err))
 			}
 			b.add(j.off, fresh, old[:j.length])
 		}

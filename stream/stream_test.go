@@ -6,7 +6,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"math/rand/v2"
+	"strings"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -466,6 +468,35 @@ func TestFailures(t *testing.T) {
 	}
 	if _, err := r.Apply(ctx, deviceWith(t, h.states[0]), stream.ApplyOptions{}); !errors.Is(err, boom) {
 		t.Errorf("cancelled receiver: %v", err)
+	}
+}
+
+// The error of a file that is sent or received names it, and says once what failed.
+func TestFailuresSayItOnce(t *testing.T) {
+	h := newHistory(t, 14, 256<<10, 8)
+	from, err := stream.Between(h.origin, h.stores[0], h.stores[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := sent(t, from, stream.SendOptions{})
+	for _, op := range []blocktest.Kind{blocktest.Read, blocktest.Write} {
+		file := &fs.PathError{Op: op.String(), Path: "target.img", Err: errors.New("at byte 0: broken")}
+		target := blocktest.NewFaulty(deviceWith(t, h.states[0]), blocktest.FailKind(op, file))
+		if _, err := apply(target, s, stream.ApplyOptions{}); err == nil || strings.Count(err.Error(), op.String()+" ") != 1 {
+			t.Errorf("%v: %v", op, err)
+		}
+	}
+	file := &fs.PathError{Op: "read", Path: "disk.img", Err: errors.New("at byte 0: broken")}
+	bad := blocktest.NewFaulty(h.origin, blocktest.FailKind(blocktest.Read, file))
+	broken, err := stream.Between(bad, h.stores[0], h.stores[1])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, source := range []*stream.Source{stream.Whole(bad), broken} {
+		_, err := stream.Send(context.Background(), io.Discard, source, stream.SendOptions{})
+		if !errors.Is(err, file) || strings.Count(err.Error(), "read ") != 1 || strings.Count(err.Error(), "of the disk at byte") != 1 {
+			t.Error(err)
+		}
 	}
 }
 

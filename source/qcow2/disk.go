@@ -93,7 +93,7 @@ func readPadded(dev block.Device, p []byte, off int64, what string) error {
 		return nil
 	}
 	if _, err := dev.ReadAt(p[:n], off); err != nil {
-		return fmt.Errorf("read %d bytes at byte %d of %s: %w", n, off, what, err)
+		return fmt.Errorf("%d bytes at byte %d of %s: %w", n, off, what, err)
 	}
 	return nil
 }

@@ -54,7 +54,7 @@ func (c *Chain) ReadAt(p []byte, off int64) (int, error) {
 		if at.dev == nil {
 			clear(to)
 		} else if err := at.read(to); err != nil {
-			return done, fmt.Errorf("read %d bytes of the disk at byte %d from %s: %w", at.follow, off, at, err)
+			return done, block.NewReadError(off, at.follow, at.String(), err)
 		}
 		done, off = done+int(at.follow), off+at.follow
 	}
