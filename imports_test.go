@@ -21,10 +21,10 @@ const module = "github.com/dmsnap/dmsnap"
 var levels = map[string]int{
 	".":                0, // the page of the module: documentation alone
 	"internal/scratch": 0,
-	"latency":          0, "notify": 0, "internal/eventlog": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/inline": 0, "internal/lines": 0, "internal/text": 0,
+	"latency":          0, "notify": 0, "internal/bytesize": 0, "internal/jsonlist": 0, "internal/inline": 0, "internal/lines": 0, "internal/text": 0,
 	"layer":         0,
 	"source/remote": 1, "source/cache": 1, "source/ondemand": 2,
-	"internal/progress": 1,
+	"internal/progress": 1, "internal/eventlog": 1,
 	"block":             1, "ondisk": 1,
 	"block/blocktest": 2,
 	"writeback":       2, "activity": 2,

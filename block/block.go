@@ -36,6 +36,8 @@ import (
 	"reflect"
 	"strings"
 	"syscall"
+
+	"github.com/dmsnap/dmsnap/internal/text"
 )
 
 // SectorSize is the unit of the snapshot format and of device sizes, in bytes.
@@ -404,8 +406,9 @@ func Identity(dev Device) string {
 	return ""
 }
 
-// WithPath adds the path, unless it is empty, to an error that does not name it already.
+// WithPath adds the path, unless it is empty, to an error that does not name it already. What is secret in a URL is left out.
 func WithPath(path string, err error) error {
+	path = text.WithoutSecrets(path)
 	if err == nil || path == "" || strings.Contains(" "+err.Error(), " "+path+":") {
 		return err
 	}

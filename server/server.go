@@ -40,6 +40,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/eventlog"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/nbd"
 	"github.com/dmsnap/dmsnap/server/api"
@@ -213,7 +214,7 @@ func Open(path string, o Options) (*Server, error) {
 			log.Event(slog.LevelError, "origin: "+unwritten+": "+err.Error(), unwritten, err)
 		}
 	}))
-	s := &Server{path: path, name: OriginName, address: d.Address, file: whole, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
+	s := &Server{path: text.WithoutSecrets(path), name: OriginName, address: d.Address, file: whole, origin: snapshot.NewOrigin(originDevice(d.Dev), opts...), volumes: d.Volume,
 		opts: o, log: log, nbd: nbd.NewServer(o.NBD), vhost: newVhost(o)}
 	if d.Volume != nil {
 		s.name = d.Volume.Name

@@ -8,6 +8,8 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/dmsnap/dmsnap/internal/text"
 )
 
 // Exit statuses. Scripts can distinguish "no" from an error.
@@ -43,7 +45,7 @@ func exitStatus(err error, stderr io.Writer) int {
 	case errors.Is(err, errNo):
 		return exitNo
 	}
-	fmt.Fprintf(stderr, "dmsnap: %v\n", err)
+	fmt.Fprintf(stderr, "dmsnap: %s\n", text.WithoutSecrets(err.Error()))
 	if errors.As(err, &i) {
 		return exitSignal + int(i.signal)
 	}

@@ -75,7 +75,7 @@ func (d *diskFlags) addRemote(f *pflag.FlagSet) {
 func (d *diskFlags) options(o block.Options) (source.Options, error) {
 	s := source.Options{ReadOnly: o.ReadOnly, Lock: o.Lock, Used: o.Used, Raw: d.raw, Follow: d.follow, BackingFile: d.backing,
 		DataFile: d.data, PVs: d.pvs, Incomplete: d.incomplete, NBD: source.NBDOptions{Reconnect: d.reconnect},
-		Warn: func(about string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", about) }}
+		Warn: func(about string) { fmt.Fprintf(os.Stderr, "dmsnap: warning: %s\n", text.WithoutSecrets(about)) }}
 	s.Remote = d.remote.options(s.Warn)
 	var err error
 	if d.certificates != "" {

@@ -5,10 +5,12 @@ import (
 	"io"
 	"log/slog"
 	"time"
+
+	"github.com/dmsnap/dmsnap/internal/text"
 )
 
 // Writer returns a function that writes lines to w, each after a prefix, and never blocks: lines are dropped while w is
-// blocked. end writes the remaining ones, and waits for that for one second at most.
+// blocked. Lines are written without what is secret in URLs. end writes the remaining ones, and waits for that for one second at most.
 func Writer(w io.Writer, prefix string) (log func(string), end func()) {
 	lines := make(chan string, 64)
 	quit, done := make(chan struct{}), make(chan struct{})
@@ -32,7 +34,7 @@ func Writer(w io.Writer, prefix string) (log func(string), end func()) {
 	}()
 	return func(s string) {
 			select {
-			case lines <- s:
+			case lines <- text.WithoutSecrets(s):
 			default:
 			}
 		}, func() {

@@ -23,3 +23,20 @@ func TestNamesAndCounts(t *testing.T) {
 		t.Errorf("%s, %s", one, two)
 	}
 }
+
+func TestWithoutSecrets(t *testing.T) {
+	for s, want := range map[string]string{
+		"disk.img: no such file":                                     "disk.img: no such file",
+		"http://me:s3cr3t@host:1/disk.img?sig=s3cr3t":                "http://host:1/disk.img",
+		"https://host?sig=s3cr3t: gone":                              "https://host: gone",
+		`Get "https://h/x?a=s3cr3t&b=s3cr3t": EOF (http://s3cr3t@h)`: `Get "https://h/x": EOF (http://h)`,
+		"'https://h/x?s3cr3t', twice https://s3cr3t:@h/a@b":          "'https://h/x', twice https://h/a@b",
+		"oci://host/repo@sha256:12 and s3://b/k":                     "oci://host/repo@sha256:12 and s3://b/k",
+		"nbd+unix:///vm1?socket=/run/s.sock":                         "nbd+unix:///vm1?socket=/run/s.sock",
+		"ftp://user:s3cr3t@host/x?k=s3cr3t":                          "ftp://host/x",
+	} {
+		if got := WithoutSecrets(s); got != want {
+			t.Errorf("%s: %s, not %s", s, got, want)
+		}
+	}
+}

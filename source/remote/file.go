@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"strings"
 
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/layer"
 )
 
@@ -22,7 +23,7 @@ func (f *File) Identity() layer.Digest { return f.id }
 
 // OpenFile opens a file. The server must give a strong entity tag, by which other versions are recognised.
 func OpenFile(ctx context.Context, name string, o Options) (*File, error) {
-	shown := hideSecrets(name)
+	shown := text.WithoutSecrets(name)
 	u, err := url.Parse(name)
 	switch {
 	case err != nil || u.Host == "":

@@ -37,10 +37,10 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"regexp"
 	"strings"
 	"time"
 
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/layer"
 )
 
@@ -108,7 +108,7 @@ func Open(ref string, o Options) (Repository, error) {
 	case "s3":
 		return openS3(rest, o)
 	}
-	return nil, fmt.Errorf("%s: a reference begins with oci:// or s3://", hideSecrets(ref))
+	return nil, fmt.Errorf("%s: a reference begins with oci:// or s3://", text.WithoutSecrets(ref))
 }
 
 // IsReference reports whether a name is that of a disk in a registry or an object store.
@@ -213,13 +213,6 @@ func mayPass(err error) bool {
 // errFinal reports what does not change by another attempt.
 var errFinal = errors.New("refused")
 
-var queries = regexp.MustCompile(`(://[^\s"?]*)\?[^\s"]*`)
-var users = regexp.MustCompile(`://[^\s"/@]*@`)
-
-func hideSecrets(text string) string {
-	return users.ReplaceAllString(queries.ReplaceAllString(text, "$1"), "://")
-}
-
 // cleanError is an error without secrets in its text.
 type cleanError struct {
 	text string
@@ -238,8 +231,8 @@ func clean(err error) error {
 	if errors.As(err, &u) {
 		err = u.Err
 	}
-	if text := hideSecrets(err.Error()); text != err.Error() {
-		return &cleanError{text, err}
+	if clean := text.WithoutSecrets(err.Error()); clean != err.Error() {
+		return &cleanError{clean, err}
 	}
 	return err
 }
