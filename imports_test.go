@@ -25,7 +25,7 @@ var levels = map[string]int{
 	"layer":         0,
 	"source/remote": 1, "source/cache": 1, "source/ondemand": 2,
 	"internal/progress": 1, "internal/eventlog": 1,
-	"block":             1, "ondisk": 1,
+	"block": 1, "ondisk": 1,
 	"block/blocktest": 2,
 	"writeback":       2, "activity": 2,
 	"internal/chunkmap": 2, "internal/gate": 2,
