@@ -11,6 +11,7 @@ import (
 	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // A liveMerge is a live merge, from its start on.
@@ -75,6 +76,9 @@ func (s *Server) StartMerge(name string) (api.Merge, error) {
 	})
 	if err != nil {
 		err = block.WithPath(v.path, err)
+		if errors.Is(err, store.ErrInvalid) {
+			err = refuse(api.CodeInvalid, "%v: there is nothing to merge", err)
+		}
 		if wasReadOnly {
 			err = errors.Join(err, s.file.DenyWrites())
 		}

@@ -232,7 +232,10 @@ func (m *Merging) open() (*store.Store, error) {
 //
 // Errors: ErrSourceRunning; that of the source's last Sync, or of a Flush when the store was loaded as invalid,
 // with nothing changed.
-func (m *Merging) Resume() error {
+func (m *Merging) Resume() error { return m.resume(false) }
+
+// resume is Resume. It refuses a handover's source that is invalid, with mustBeValid: the merge would be the origin alone.
+func (m *Merging) resume(mustBeValid bool) error {
 	o := m.origin
 	o.writeOut() // as in Snapshot.Resume
 	o.mu.Lock()
@@ -250,6 +253,9 @@ func (m *Merging) Resume() error {
 	if src := m.source; src != nil {
 		if !src.suspended {
 			return ErrSourceRunning
+		}
+		if mustBeValid && src.invalid.Load() { // what was written out above may have been the cause
+			return src.store.Err()
 		}
 		if !src.invalid.Load() {
 			// A merge reads the slots on disk.
@@ -282,14 +288,20 @@ func (m *Merging) Resume() error {
 // The origin shows the snapshot's content at once; Step copies it. The snapshot itself reports Invalid and refuses
 // requests from then on (docs/spec/dm-snapshot.md §7.7); close it when convenient.
 //
-// When it fails the snapshot is as before, suspended if it was.
+// When it fails the snapshot is as before, suspended if it was. A snapshot that becomes invalid meanwhile is refused
+// (store.ErrInvalid): what is written out of memory of the origin needs its exceptions, and its COW device may fail. One that was
+// invalid before is merged as the kernel does it: the origin shows itself alone (docs/spec/dm-snapshot.md §7.5).
 func (s *Snapshot) BeginMerge() (*Merging, error) {
-	return s.BeginMergeAfter(func() error { return nil })
+	return s.beginMerge(func() error { return nil }, !s.invalid.Load())
 }
 
-// BeginMergeAfter is BeginMerge, and calls ready before the origin shows the snapshot's content, when the snapshot is
-// suspended. An error of ready refuses the merge. BeginMergeAfter may fail after ready succeeded.
+// BeginMergeAfter is BeginMerge of a snapshot that must be valid, and calls ready before the origin shows the snapshot's content, when the
+// snapshot is suspended. An error of ready refuses the merge. BeginMergeAfter may fail after ready succeeded.
 func (s *Snapshot) BeginMergeAfter(ready func() error) (*Merging, error) {
+	return s.beginMerge(ready, true)
+}
+
+func (s *Snapshot) beginMerge(ready func() error, mustBeValid bool) (*Merging, error) {
 	suspended, err := s.isSuspended()
 	if err != nil {
 		return nil, err
@@ -302,7 +314,7 @@ func (s *Snapshot) BeginMergeAfter(ready func() error) (*Merging, error) {
 		err = ready()
 	}
 	if err == nil {
-		err = m.Resume()
+		err = m.resume(mustBeValid)
 	}
 	if err != nil {
 		m.Close()

@@ -11,7 +11,52 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
 )
+
+// TestMergeOfASnapshotThatIsLostMeanwhile: when a merge begins, what is in memory of the origin is written out, for which the snapshot's exceptions
+// must be durable. They can't be, so the snapshot is lost, and the merge is refused: the origin would show itself, where its clients expect the
+// snapshot's content. Another snapshot can be merged.
+func TestMergeOfASnapshotThatIsLostMeanwhile(t *testing.T) {
+	for _, begin := range []func(s *snapshot.Snapshot) (*snapshot.Merging, error){
+		(*snapshot.Snapshot).BeginMerge,
+		func(s *snapshot.Snapshot) (*snapshot.Merging, error) {
+			return s.BeginMergeAfter(func() error { return nil })
+		},
+	} {
+		r := newRig(t, 1024, snapshot.WriteBack(1<<20, time.Hour))
+		c := r.cow("COW", 2048)
+		s, other := r.attach(c, snapshot.Options{ChunkSectors: 8}), r.attach(r.cow("OTHER", 2048), snapshot.Options{ChunkSectors: 8})
+		write(t, s, 0, 8, 7)
+		write(t, other, 0, 8, 5)
+		write(t, r.origin, 64, 8, 9) // stays in memory
+		failed := false
+		c.faults.Set(func(op blocktest.Op) error { // once: the snapshot can be marked invalid
+			if op.Kind != blocktest.Flush || failed {
+				return nil
+			}
+			failed = true
+			return syscall.EIO
+		})
+		if m, err := begin(s); !errors.Is(err, store.ErrInvalid) || m != nil {
+			t.Fatalf("merge of a snapshot whose flush failed: %v", err)
+		}
+		c.faults.Set(nil)
+		wantRead(t, r.origin, 0, r.old(0, 8))
+		wantRead(t, r.origin, 64, fill(8, 9))
+		if _, err := s.ReadAt(make([]byte, 512), 0); !errors.Is(err, store.ErrInvalid) {
+			t.Errorf("a read of the snapshot: %v", err)
+		}
+		m, err := other.BeginMerge()
+		if err != nil {
+			t.Fatal(err)
+		}
+		wantRead(t, r.origin, 0, fill(8, 5))
+		if err := m.Close(); err != nil {
+			t.Error(err)
+		}
+	}
+}
 
 // TestRefusedMergeChangesNothing: origin writes that are in memory can't be written out, so a merge is refused. The snapshot is not
 // left suspended for the same reason, and the merge is possible as soon as there is space again.
