@@ -403,7 +403,7 @@ func TestAddDiskOfAMixture(t *testing.T) {
 	if _, err := store.Create(cow, ondisk.Layout{ChunkSectors: 8}, false); err != nil {
 		t.Fatal(err)
 	}
-	side, err := merge.Begin(path, "disk.cow", cow, nil, false)
+	side, err := merge.Begin(path, "disk.cow", cow, nil, nil, false)
 	if err != nil {
 		t.Fatal(err)
 	}

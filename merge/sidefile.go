@@ -62,8 +62,8 @@ type sideFileBody struct {
 	// Back is the undo store that is being merged, to revert the merge.
 	Back *takingBack `json:"taking_back,omitempty"`
 
-	// Kept are the ids of the MergeLabels of the other snapshots during a live merge: they show over the mixture what
-	// they showed before it.
+	// Kept are the ids of the MergeLabels of other snapshots that preserve what the merge overwrites: they show over the mixture
+	// what they showed before it.
 	Kept []string `json:"kept,omitempty"`
 }
 
@@ -281,10 +281,11 @@ func (s *SideFile) findUndo(id string) int {
 // Begin makes the side file durable, for an offline merge of cow into the origin, with the id in cow's first sector
 // before it. If a side file exists, the merge of cow continues, or is reverted, or cow is refused (ErrUnfinished, nothing
 // is changed) unless replace is set. ErrNoSideFile: none can be made. It is called before the first byte of the origin is
-// written. A new side file has the undo store of the merge, which may be nil, from the first moment; where the merge continues,
+// written. Siblings, which preserve what is overwritten, get ids as in [BeginLive]; where the merge continues, those alone that have
+// preserved it from its beginning on. A new side file has the undo store of the merge, which may be nil, from the first moment; where the merge continues,
 // [SideFile.Continue] is called afterwards. Also where no side file can be made, the first sector of cow says from then on whether
 // the merge goes on without the undo store that was made for it: [CheckUndo] refuses that later.
-func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bool) (*SideFile, error) {
+func Begin(origin, cowPath string, cow block.Device, siblings []Sibling, kept *UndoStore, replace bool) (*SideFile, error) {
 	m := mergedDevice(cow)
 	s, err := begin(origin, cowPath, m, replace)
 	none := errors.Is(err, ErrNoSideFile)
@@ -302,7 +303,18 @@ func Begin(origin, cowPath string, cow block.Device, kept *UndoStore, replace bo
 	if err != nil {
 		return s, err
 	}
+	for _, b := range siblings {
+		s.keep(mergedDevice(b.COW))
+	}
 	return s, s.write(origin)
+}
+
+// keep lists another snapshot that preserves what is overwritten from now on, if it has preserved it so far. One that can't be given an id is
+// left out.
+func (s *SideFile) keep(m merged) {
+	if id, err := m.id(); err == nil && (s.old == nil || slices.Contains(s.old.Kept, id)) {
+		s.now.Kept = append(s.now.Kept, id)
+	}
 }
 
 // BeginLive is Begin for a live merge of a snapshot, and gives ids to the other snapshots of the origin too: they keep
@@ -322,9 +334,8 @@ func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.
 	}
 	var attached []string // undo stores
 	for _, o := range others {
-		if id, err := mergedSnapshot(o).id(); err == nil {
-			side.now.Kept = append(side.now.Kept, id)
-			_, undos, _ := readIDs(o.COW())
+		side.keep(mergedSnapshot(o))
+		if _, undos, err := readIDs(o.COW()); err == nil {
 			attached = append(attached, undos)
 		}
 	}

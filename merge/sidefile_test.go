@@ -50,7 +50,7 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 			return nil
 		}
 		offline := func(origin, cow block.Device) error {
-			s, err := merge.Begin(path, "cow", cow, nil, false)
+			s, err := merge.Begin(path, "cow", cow, nil, nil, false)
 			if err != nil {
 				return err
 			}
@@ -79,7 +79,7 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 			if err := half.Check(other.cow); !errors.Is(err, merge.ErrUnfinished) {
 				t.Fatalf("another store: %v", err)
 			}
-			if _, err := merge.Begin(path, "other", other.cow, nil, false); !errors.Is(err, merge.ErrUnfinished) {
+			if _, err := merge.Begin(path, "other", other.cow, nil, nil, false); !errors.Is(err, merge.ErrUnfinished) {
 				t.Fatalf("another store: %v", err)
 			}
 		}
@@ -101,7 +101,7 @@ func TestNoSideFileOfADevice(t *testing.T) {
 	w := newUndoWorld(t, rand.New(rand.NewPCG(1, 1)), 700, 8, 20, snapshot.Persistent)
 	undo := w.undoStore(t)
 	for _, kept := range []*merge.UndoStore{{Path: "undo", Device: undo}, nil} {
-		if _, err := merge.Begin("/dev/null", "cow", w.cow, kept, false); !errors.Is(err, merge.ErrNoSideFile) {
+		if _, err := merge.Begin("/dev/null", "cow", w.cow, nil, kept, false); !errors.Is(err, merge.ErrNoSideFile) {
 			t.Errorf("%v", err)
 		}
 		if err := merge.CheckUndo(w.origin, w.cow, undo); errors.Is(err, merge.ErrNotUndo) != (kept == nil) {

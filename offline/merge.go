@@ -210,7 +210,7 @@ func (o *MergeOptions) continueUndo(in *mergeInputs, begun *merge.SideFile, prep
 
 // begin writes the side file, or returns nil if none can be made. undo is nil, or the undo store of a merge that begins.
 func (o *MergeOptions) begin(in *mergeInputs, undo *merge.UndoStore) (*merge.SideFile, error) {
-	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, undo, o.Force)
+	begun, err := merge.Begin(in.files[0], in.cowName, in.cow, in.siblings, undo, o.Force)
 	if errors.Is(err, merge.ErrNoSideFile) {
 		if o.NoSideFile != nil {
 			o.NoSideFile(in.originName, err)

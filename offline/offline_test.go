@@ -170,7 +170,7 @@ func TestSecondUndoStoreNotNoted(t *testing.T) {
 		}
 	}
 	writeUndo(first)
-	if _, err := merge.Begin(p.origin, p.cow, cow, nil, false); err != nil {
+	if _, err := merge.Begin(p.origin, p.cow, cow, nil, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancelCause(t.Context())

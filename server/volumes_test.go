@@ -429,7 +429,7 @@ func TestLiveMergeOfAPartition(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err = merge.Begin(path, cowPath, cow, &merge.UndoStore{Path: undoPath, Device: undo}, false); err != nil {
+	if _, err = merge.Begin(path, cowPath, cow, nil, &merge.UndoStore{Path: undoPath, Device: undo}, false); err != nil {
 		t.Fatal(err)
 	}
 	accepted := func() bool {

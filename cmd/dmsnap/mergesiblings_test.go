@@ -201,7 +201,7 @@ func beginMerge(t *testing.T, snapshot string, pvs ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := merge.Begin(source.Path(snapshot), snapshot, cow, nil, false); err != nil {
+	if _, err := merge.Begin(source.Path(snapshot), snapshot, cow, nil, nil, false); err != nil {
 		t.Fatal(err)
 	}
 	if err := cow.Close(); err != nil {
