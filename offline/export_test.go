@@ -109,11 +109,12 @@ func TestRevalidate(t *testing.T) {
 	o := offline.RepairOptions{Saved: func() {
 		saved++
 		wantContent(t, p.cow, invalid)
-	}, Explain: func(about string) {
+	}, Explain: func(about string) error {
 		explained++
 		if wantContent(t, p.cow, invalid); !strings.Contains(about, "are certain; all other ranges show the current content of the origin") {
 			t.Errorf("it says %q", about)
 		}
+		return nil
 	}}
 	for _, changed := range []bool{true, false} {
 		if res, err := offline.RevalidateInPlace(t.Context(), p.cow, undo, o); err != nil || res.Changed != changed || saved != 1 || explained != 1 {

@@ -23,8 +23,9 @@ type RepairOptions struct {
 	Progress     func(done, total int64)
 	Saved        func() // is called when the undo file is durable, before anything is changed
 
-	// Explain is called with what it means to mark a store itself valid, before that is done.
-	Explain func(about string)
+	// Explain is called with what it means to mark a store itself valid, when the undo file is durable and before that is done. With an error
+	// it is not done.
+	Explain func(about string) error
 }
 
 // Repair writes a sound copy of the damaged store of path, a COW device or the address of a snapshot volume, to the new file out,
@@ -142,16 +143,17 @@ func RevalidateInPlace(ctx context.Context, path, undo string, o RepairOptions) 
 	v, err := rescue.NewRevalidation(ctx, cow)
 	changed := false
 	if err == nil {
-		saved := o.Saved
-		o.Saved = func() {
-			if saved != nil {
-				saved()
+		save := o.saving(undo, path)
+		changed, err = v.InPlace(ctx, func(write func(io.Writer) error) error {
+			if err := save(write); err != nil || o.Explain == nil {
+				return err
 			}
-			if o.Explain != nil {
-				o.Explain(meaning(path, v.KeptBytes()))
+			err := o.Explain(meaning(path, v.KeptBytes()))
+			if err != nil {
+				err = errors.Join(err, os.Remove(undo))
 			}
-		}
-		changed, err = v.InPlace(ctx, o.saving(undo, path))
+			return err
+		})
 	}
 	if err != nil {
 		return res, block.WithPath(path, err)

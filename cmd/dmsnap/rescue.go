@@ -227,7 +227,7 @@ func (o *rescueOptions) markValid(c *cobra.Command, args []string) (err error) {
 	var res offline.RevalidateResult
 	if o.inPlace {
 		if !o.asJSON { // what is not certain can't be distinguished afterwards
-			r.Explain = func(about string) { fmt.Fprintf(c.ErrOrStderr(), "dmsnap: %s\n", about) }
+			r.Explain = func(about string) error { return printf(c, "%s\n", about) }
 		}
 		res, err = offline.RevalidateInPlace(ctx, args[0], o.undo, r)
 	} else if r.Source, err = o.disk.options(block.Options{Lock: readingLock(o.liveRead)}); err == nil {

@@ -217,7 +217,8 @@ func TestQuotaOfARunningNode(t *testing.T) {
 			t.Fatal(err)
 		}
 		tree, err := s.Tree(ctx)
-		if e := tree.Elements[len(tree.Elements)-1]; err != nil || e.AllocatedBytes > quota || e.Figures.State != api.StateOK {
+		// The map of a file that was fragmented when it was written out is 4 KiB on ext4, and in no quota (docs/fleet.md).
+		if e := tree.Elements[len(tree.Elements)-1]; err != nil || e.AllocatedBytes > quota+4096 || e.Figures.State != api.StateOK {
 			t.Errorf("%d chunks use %d bytes, %+v, %v", next, e.AllocatedBytes, e.Figures, err)
 		}
 	}
