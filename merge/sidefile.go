@@ -1,6 +1,7 @@
 package merge
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
 	"encoding/json"
@@ -19,6 +20,7 @@ import (
 	"github.com/dmsnap/dmsnap/internal/undo"
 	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // ErrUnfinished reports an origin that a merge of another COW device has started to change and not completed: the
@@ -304,40 +306,48 @@ func Begin(origin, cowPath string, cow block.Device, siblings []Sibling, kept *U
 		return s, err
 	}
 	for _, b := range siblings {
-		s.keep(mergedDevice(b.COW))
+		if err := s.keep(mergedDevice(b.COW)); err != nil {
+			return s, block.WithPath(b.Name, err)
+		}
 	}
 	return s, s.write(origin)
 }
 
-// keep lists another snapshot that preserves what is overwritten from now on, if it has preserved it so far. One that can't be given an id is
-// left out.
-func (s *SideFile) keep(m merged) {
-	if id, err := m.id(); err == nil && (s.old == nil || slices.Contains(s.old.Kept, id)) {
+// keep lists another snapshot that preserves what is overwritten from now on, if it has preserved it so far.
+func (s *SideFile) keep(m merged) error {
+	id, err := m.id()
+	if err == nil && (s.old == nil || slices.Contains(s.old.Kept, id)) {
 		s.now.Kept = append(s.now.Kept, id)
 	}
+	return err
 }
 
 // BeginLive is Begin for a live merge of a snapshot, and gives ids to the other snapshots of the origin too: they keep
-// what the merge overwrites. One that can't be given an id is left out. It is called while s takes no writes.
+// what the merge overwrites. One that is transient or lost is left out; where another one can't be given an id, the merge is refused, since that
+// would not be accepted afterwards. It is called while s takes no writes.
 //
 // No undo store of the merge reverts it from then on, since clients write to the origin, unless it is one of the other snapshots;
 // the first sector of the merged COW device says so too.
 func BeginLive(origin, cowPath string, s *snapshot.Snapshot, others []*snapshot.Snapshot, replace bool) (*SideFile, error) {
 	side, err := begin(origin, cowPath, mergedSnapshot(s), replace)
-	if err == nil || errors.Is(err, ErrNoSideFile) {
-		if ended := EndUndo(s); ended != nil {
-			return side, ended
-		}
+	if errors.Is(err, ErrNoSideFile) {
+		return side, cmp.Or(EndUndo(s), err)
 	}
 	if err != nil {
 		return side, err
 	}
 	var attached []string // undo stores
 	for _, o := range others {
-		side.keep(mergedSnapshot(o))
+		err := side.keep(mergedSnapshot(o))
+		if err != nil && !errors.Is(err, store.ErrNoMerge) && !errors.Is(err, store.ErrInvalid) {
+			return side, fmt.Errorf("another snapshot: %w", err)
+		}
 		if _, undos, err := readIDs(o.COW()); err == nil {
 			attached = append(attached, undos)
 		}
+	}
+	if err := EndUndo(s); err != nil {
+		return side, err
 	}
 	side.now.Undo = slices.DeleteFunc(slices.Clone(side.now.Undo), func(u undoStore) bool {
 		lost := !slices.Contains(attached, u.ID)

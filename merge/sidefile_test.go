@@ -6,12 +6,15 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"syscall"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/merge"
+	"github.com/dmsnap/dmsnap/ondisk"
 	"github.com/dmsnap/dmsnap/snapshot"
+	"github.com/dmsnap/dmsnap/store"
 )
 
 // sideOrigin is a file that side files are made beside; what it holds is of no matter to them.
@@ -90,6 +93,54 @@ func TestSideFileWhileTheOriginIsAMixture(t *testing.T) {
 			t.Fatalf("complete: %v, %v", half, err)
 		}
 		w.wantMerged(t)
+	}
+}
+
+// TestOtherSnapshotWithoutAnID: a live merge is refused when another snapshot, which preserves what it overwrites, can't be given the id by which it
+// is accepted afterwards. One that is lost has nothing to preserve.
+func TestOtherSnapshotWithoutAnID(t *testing.T) {
+	path, w := sideOrigin(t), newWorld(t, 20, 8)
+	o := snapshot.NewOrigin(w.origin)
+	s, err := o.Attach(w.cow, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	memory := block.NewMemory(w.cow.Size())
+	faulty := blocktest.NewFaulty(memory, nil)
+	if _, err := store.Create(memory, ondisk.Layout{ChunkSectors: 8}, false); err != nil {
+		t.Fatal(err)
+	}
+	other, err := o.Attach(faulty, snapshot.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	begin := func() error {
+		m, err := s.BeginMergeAfter(func() error {
+			_, err := merge.BeginLive(path, "cow", s, []*snapshot.Snapshot{other}, false)
+			return err
+		})
+		if err == nil {
+			err = m.Close()
+		}
+		return err
+	}
+	faulty.Set(blocktest.FailKind(blocktest.Read, syscall.EIO))
+	if err := begin(); !errors.Is(err, syscall.EIO) {
+		t.Errorf("its header can't be read: %v", err)
+	}
+	if half, err := merge.ReadSideFile(path); half != nil || err != nil {
+		t.Errorf("its header can't be read: the side file is %v, %v", half, err)
+	}
+	faulty.Set(nil)
+	if err := begin(); err != nil {
+		t.Fatal(err)
+	}
+	half, err := merge.ReadSideFile(path)
+	if err != nil || half == nil || half.Check(memory) != nil {
+		t.Errorf("the other snapshot is not accepted: %v, %v", half, err)
+	}
+	if err := other.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
