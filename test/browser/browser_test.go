@@ -132,12 +132,23 @@ func eval[T any](p *page, expression string) T {
 // until waits until an expression is true.
 func (p *page) until(expression string) {
 	p.t.Helper()
-	for end := time.Now().Add(60 * time.Second); !eval[bool](p, expression); time.Sleep(50 * time.Millisecond) {
+	for end := time.Now().Add(60 * time.Second); !p.holds(expression); time.Sleep(50 * time.Millisecond) {
 		if time.Now().After(end) {
 			p.picture("failed-" + p.t.Name())
 			p.t.Fatalf("not in time: %s\n%s", expression, eval[string](p, "document.body.innerText"))
 		}
 	}
+}
+
+// holds reports whether an expression is true. On a busy machine the browser may still exchange the page for the one that was navigated to, and
+// then cancels the question.
+func (p *page) holds(expression string) bool {
+	p.t.Helper()
+	v, err := chromedp.Run(p.ctx, chromedp.Evaluate[bool](expression))
+	if err != nil && !strings.Contains(err.Error(), "Inspected target navigated or closed") {
+		p.t.Fatalf("%s: %v", expression, err)
+	}
+	return err == nil && v
 }
 
 // text is what an element shows.
