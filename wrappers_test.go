@@ -98,31 +98,36 @@ func deviceOf(e ast.Expr, pkg string) string {
 	return ""
 }
 
-// TestNoDeviceIsEmbedded: a struct that embeds a block.Device hides the optional abilities of the device from the functions of package
+// TestWrappers holds all structs that embed a device against two rules.
+func TestWrappers(t *testing.T) {
+	all, methods, structs := wrappers(t)
+	if structs < 1000 || len(all) < 50 {
+		t.Errorf("%d structs were looked at, of which %d embed a device", structs, len(all))
+	}
+	noDeviceIsEmbedded(t, all)
+	overrideTogether(t, all, methods)
+}
+
+// noDeviceIsEmbedded: a struct that embeds a block.Device hides the optional abilities of the device from the functions of package
 // block: holes are read then, for one. A device that wraps another one embeds a block.Forward. A test that needs a device without
 // abilities has blocktest.Plain, or says why at the field.
-func TestNoDeviceIsEmbedded(t *testing.T) {
-	all, _, structs := wrappers(t)
+func noDeviceIsEmbedded(t *testing.T, all map[string]wrapper) {
 	for _, w := range all {
 		test := strings.HasSuffix(w.place.Filename, "_test.go") || strings.HasPrefix(w.place.Filename, "block/blocktest/")
 		if w.embedded == "Device" && !(test && w.reason) {
 			t.Errorf("%s: embeds a block.Device: embed a block.Forward, use blocktest.Plain, or give it a name", w.place)
 		}
 	}
-	if structs < 1000 || len(all) < 50 {
-		t.Errorf("%d structs were looked at, of which %d embed a device", structs, len(all))
-	}
 }
 
-// TestWrappersOverrideTogether: a struct that embeds a device with abilities and changes how it is written or read changes the
+// overrideTogether: a struct that embeds a device with abilities and changes how it is written or read changes the
 // other methods that do the same, too: else a durable write goes past its WriteAt. What does not has the reason at the field.
-func TestWrappersOverrideTogether(t *testing.T) {
+func overrideTogether(t *testing.T, all map[string]wrapper, methods map[string][]string) {
 	together := map[string][]string{
 		"WriteAt": {"WriteDurableAt", "WriteLastAt", "ZeroAt"},
 		"ReadAt":  {"ReadCached"},
 	}
 	lacks := map[string][]string{"Memory": {"WriteLastAt", "ReadCached"}, "File": {}, "Forward": {}, "Device": {"WriteDurableAt", "WriteLastAt", "ZeroAt", "ReadCached"}}
-	all, methods, _ := wrappers(t)
 	for name, w := range all {
 		for changed, others := range together {
 			if !slices.Contains(methods[name], changed) {

@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/dmsnap/dmsnap/block"
@@ -474,17 +475,34 @@ func (w *walk) part() uint64 {
 	return uint64(1 + w.r.IntN(8))
 }
 
+// anyWrite is a write of some bytes, somewhere.
+func (w *walk) anyWrite() (off int64, b []byte) {
+	off, b = w.r.Int64N(int64(len(w.old))-4096), make([]byte, 1+w.r.IntN(4096))
+	w.log = append(w.log, fmt.Sprintf("write %d bytes at %d", len(b), off))
+	for i := range b {
+		b[i] = byte(w.r.Uint32())
+	}
+	return off, b
+}
+
+// fill writes to the snapshot before there is any merge.
+func (w *walk) fill() {
+	w.withStore(w.t, w.cow, func(s *snapshot.Snapshot) {
+		for range 24 {
+			off, b := w.anyWrite()
+			if _, err := s.WriteAt(b, off); err != nil {
+				w.t.Fatal(err)
+			}
+		}
+	})
+}
+
 // write writes to the snapshot, when it may be served.
 func (w *walk) write() {
 	if w.merging != "" && !w.accepted(w.cow) {
 		return
 	}
-	off, n := w.r.Int64N(int64(len(w.old))-4096), 1+w.r.IntN(4096)
-	w.log = append(w.log, fmt.Sprintf("write %d bytes at %d", n, off))
-	b := make([]byte, n)
-	for i := range b {
-		b[i] = byte(w.r.Uint32())
-	}
+	off, b := w.anyWrite()
 	w.pair.write(w.t, w.cow, off, b)
 	if w.merging == w.cow {
 		copy(w.shown[off:], b)
@@ -700,47 +718,58 @@ func TestRandomMergesAndUndoStores(t *testing.T) {
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		seeds = 4000
 	}
+	var mu sync.Mutex
 	ended := map[string]int{}
-	for seed := range uint64(seeds) {
-		dir := t.TempDir()
-		w := &walk{pair: &pair{dir: dir, origin: filepath.Join(dir, "disk.img"), cow: filepath.Join(dir, "disk.cow")}, t: t, sibling: filepath.Join(dir, "sibling.cow"),
-			r: rand.New(rand.NewPCG(seed, 16)), made: map[string][]byte{}, ended: ended}
-		w.old = make([]byte, 64*4096)
-		for i := range w.old {
-			w.old[i] = byte(w.r.Uint32())
-		}
-		if err := os.WriteFile(w.origin, w.old, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		for _, cow := range []string{w.cow, w.sibling} {
-			if _, err := cowfile.Create(w.origin, cow, cowfile.Options{Size: 2 << 20}); err != nil {
-				t.Fatal(err)
-			}
-		}
-		func() {
-			defer func() {
-				if t.Failed() {
-					t.Logf("seed %d", seed)
-					for _, line := range w.log {
-						t.Log(line)
-					}
+	t.Run("seeds", func(t *testing.T) { // which wait for the disk
+		for seed := range uint64(seeds) {
+			t.Run(fmt.Sprint(seed), func(t *testing.T) {
+				t.Parallel()
+				w := randomMerges(t, seed)
+				mu.Lock()
+				defer mu.Unlock()
+				for how, n := range w.ended {
+					ended[how] += n
 				}
-			}()
-			for range 24 {
-				w.write()
-			}
-			for range 16 {
-				w.step()
-			}
-		}()
-		checkStore(t, w.cow)
-		checkStore(t, w.sibling)
-		for undo := range w.made {
-			checkStore(t, undo)
+			})
 		}
-	}
+	})
 	t.Logf("%v", ended)
 	if ended["complete"] == 0 || ended["taken back"] == 0 || ended["sibling accepted"] == 0 {
 		t.Error("all merges ended in the same way")
 	}
+}
+
+func randomMerges(t *testing.T, seed uint64) *walk {
+	dir := t.TempDir()
+	w := &walk{pair: &pair{dir: dir, origin: filepath.Join(dir, "disk.img"), cow: filepath.Join(dir, "disk.cow")}, t: t, sibling: filepath.Join(dir, "sibling.cow"),
+		r: rand.New(rand.NewPCG(seed, 16)), made: map[string][]byte{}, ended: map[string]int{}}
+	w.old = make([]byte, 64*4096)
+	for i := range w.old {
+		w.old[i] = byte(w.r.Uint32())
+	}
+	if err := os.WriteFile(w.origin, w.old, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, cow := range []string{w.cow, w.sibling} {
+		if _, err := cowfile.Create(w.origin, cow, cowfile.Options{Size: 2 << 20}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	defer func() {
+		if t.Failed() {
+			for _, line := range w.log {
+				t.Log(line)
+			}
+		}
+	}()
+	w.fill()
+	for range 16 {
+		w.step()
+	}
+	checkStore(t, w.cow)
+	checkStore(t, w.sibling)
+	for undo := range w.made {
+		checkStore(t, undo)
+	}
+	return w
 }
