@@ -60,6 +60,7 @@ func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Co
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, timeoutError{"not complete after", timeout})
 	defer cancel()
 	pause := firstPause
+	var before error // of the attempt before
 	for {
 		further := false
 		err := whileMoving(ctx, timeout/stallPart, func(ctx context.Context, moved func()) (err error) {
@@ -69,10 +70,14 @@ func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Co
 		if err == nil {
 			return nil
 		}
+		if before != nil && ctx.Err() != nil && err == context.Cause(ctx) {
+			err = before // the time was over before this attempt waited for anything
+		}
 		err = clean(err)
 		if !mayPass(err) {
 			return err
 		}
+		before = err
 		if further {
 			pause = firstPause
 		}
