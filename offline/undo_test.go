@@ -713,7 +713,7 @@ func (w *walk) fresh(path string) {
 func TestRandomMergesAndUndoStores(t *testing.T) {
 	seeds := 100
 	if testing.Short() {
-		seeds = 40
+		seeds = 16
 	}
 	if os.Getenv("DMSNAP_DEEP") != "" {
 		seeds = 4000
