@@ -281,7 +281,10 @@ func (c *Cache) Blob(kind Kind, key layer.Digest, name string) (*Blob, error) {
 	if kind == Index {
 		b.unit = layer.PageBytes
 	}
-	return b, b.makeDir()
+	if err := b.makeDir(); err != nil && !errors.Is(err, unix.ENOSPC) && !errors.Is(err, unix.EDQUOT) { // else Put tries again
+		return nil, err
+	}
+	return b, nil
 }
 
 func (b *Blob) makeDir() error {

@@ -123,7 +123,7 @@ func (x *index) receive(ctx context.Context, pages []byte, number int64) error {
 
 // fetch receives a page: with the root those that lead to the start and to the end of the disk, and with leaves in order some that follow.
 func (x *index) fetch(ctx context.Context, id layer.PageID) ([]byte, error) {
-	release, err := x.cache.Claim(ctx, id.Number, 1)
+	release, err := claim(ctx, x.cache, id.Number, 1)
 	if err != nil {
 		return nil, err
 	}

@@ -18,6 +18,7 @@ package ondemand
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"iter"
@@ -27,6 +28,7 @@ import (
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
+	"github.com/dmsnap/dmsnap/internal/text"
 	"github.com/dmsnap/dmsnap/layer"
 	"github.com/dmsnap/dmsnap/source/cache"
 	"github.com/dmsnap/dmsnap/source/remote"
@@ -135,8 +137,52 @@ func (d *Disk) Repository() remote.Repository { return d.repo }
 // Fetched returns the number of requests for data and the bytes that they received.
 func (d *Disk) Fetched() (requests, bytes int64) { return d.requests.Load(), d.received.Load() }
 
+// openVersion opens the version of a file that the server has, or had when it was last opened and the server gives no answer.
+func openVersion(ctx context.Context, name string, o Options) (*remote.File, error) {
+	shown := text.WithoutSecrets(name)
+	var known remote.Version
+	kept, ok := o.Cache.Reference(shown)
+	ok = ok && json.Unmarshal(kept, &known) == nil
+	ask, cancel := askFor(ctx, ok)
+	defer cancel()
+	f, err := remote.OpenFile(ask, name, o.Remote)
+	switch {
+	case err == nil:
+		kept, err = json.Marshal(f.Version())
+		o.keep(shown, kept)
+		return f, err
+	case ok && ctx.Err() == nil && errors.Is(err, remote.ErrUnreachable):
+		if f, failed := remote.OpenVersion(name, known, o.Remote); failed == nil {
+			o.logOffline(err)
+			return f, nil
+		}
+	}
+	return nil, err
+}
+
+// keep remembers what a name refers to. Without space for that the disk can be read nevertheless, while the server gives answers.
+func (o Options) keep(name string, text []byte) {
+	if err := o.Cache.SaveReference(name, text); err != nil && o.Log != nil {
+		o.Log(fmt.Sprintf("%s: it can't be opened without the server: %v", name, err))
+	}
+}
+
+// askFor bounds the first request, less where the cache knows the answer of last time.
+func askFor(ctx context.Context, known bool) (context.Context, context.CancelFunc) {
+	if !known {
+		return ctx, func() {}
+	}
+	return context.WithTimeoutCause(ctx, offlineTimeout, timeoutError{offlineTimeout})
+}
+
+func (o Options) logOffline(err error) {
+	if o.Log != nil {
+		o.Log(fmt.Sprintf("%v; the disk of last time is used", err))
+	}
+}
+
 func (d *Disk) openFile(ctx context.Context, name string, o Options) error {
-	f, err := remote.OpenFile(ctx, name, o.Remote)
+	f, err := openVersion(ctx, name, o)
 	if err != nil {
 		return err
 	}
@@ -162,20 +208,15 @@ func (d *Disk) describe(ctx context.Context, o Options) ([]byte, error) {
 	if ok && strings.Contains(d.name, "@sha256:") {
 		return known, nil // it can't name anything else
 	}
-	ask := ctx
-	if ok {
-		var cancel context.CancelFunc
-		ask, cancel = context.WithTimeoutCause(ctx, offlineTimeout, timeoutError{offlineTimeout})
-		defer cancel()
-	}
-	text, err := d.repo.Description(ask)
+	ask, cancel := askFor(ctx, ok)
+	defer cancel()
+	described, err := d.repo.Description(ask)
 	switch {
 	case err == nil:
-		return text, o.Cache.SaveReference(d.name, text)
+		o.keep(d.name, described)
+		return described, nil
 	case ok && ctx.Err() == nil && errors.Is(err, remote.ErrUnreachable):
-		if o.Log != nil {
-			o.Log(fmt.Sprintf("%v; the disk of last time is used", err))
-		}
+		o.logOffline(err)
 		return known, nil
 	}
 	return nil, err

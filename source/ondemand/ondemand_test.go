@@ -538,30 +538,81 @@ func TestForksFetchOnce(t *testing.T) {
 	}
 }
 
-// What is in the cache can be read without the server; a reference names the disk of last time.
+// What is in the cache can be read without the server; a reference names the disk of last time, and a URL the version of last time.
 func TestOffline(t *testing.T) {
 	if testing.Short() {
 		t.Skip("long")
 	}
 	g := push(t, 6)
+	file := &testremote.File{}
+	file.Set(`"v1"`, g.content)
+	fileFaults := &testremote.Faults{Next: file}
+	url := "http://" + testremote.Start(t, fileFaults) + "/disk.img"
+	for _, c := range []struct {
+		ref, other string
+		faults     *testremote.Faults
+	}{{g.ref, strings.Replace(g.ref, ":1", ":2", 1), g.faults}, {url, strings.Replace(url, "disk.img", "other.img", 1), fileFaults}} {
+		dir := t.TempDir()
+		d := open(t, c.ref, ondemand.Options{Cache: openCache(t, dir)})
+		got := make([]byte, diskSize)
+		if _, err := d.ReadAt(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		c.faults.Set(testremote.Hang, 1)
+		var logged []string
+		o := ondemand.Options{Cache: openCache(t, dir), Remote: remote.Options{Timeout: time.Second}, Log: func(s string) { logged = append(logged, s) }}
+		again := open(t, c.ref, o)
+		if err := readSome(t, again, g.content, 200, 1); err != nil {
+			t.Error(err)
+		}
+		if len(logged) != 1 || again.ID() != d.ID() {
+			t.Errorf("%q", logged)
+		}
+		if _, err := ondemand.Open(context.Background(), c.other, o); !errors.Is(err, remote.ErrUnreachable) {
+			t.Error(err)
+		}
+		c.faults.Set("", 0)
+	}
+	// A file that was replaced meanwhile is noticed as soon as it is fetched from.
+	o := ondemand.Options{Cache: openCache(t, t.TempDir()), Remote: remote.Options{Timeout: time.Second}}
+	open(t, url, o)
+	fileFaults.Set(testremote.Hang, 1)
+	d := open(t, url, o)
+	file.Set(`"v2"`, g.content)
+	fileFaults.Set("", 0)
+	if _, err := d.ReadAt(make([]byte, 512), 0); !errors.Is(err, remote.ErrChanged) {
+		t.Error(err)
+	}
+}
+
+// Without space in the cache a disk can be read: it is fetched again and again.
+func TestNoSpaceForTheCache(t *testing.T) {
+	g := push(t, 15)
 	dir := t.TempDir()
-	d := open(t, g.ref, ondemand.Options{Cache: openCache(t, dir)})
-	got := make([]byte, diskSize)
-	if _, err := d.ReadAt(got, 0); err != nil {
-		t.Fatal(err)
+	o := ondemand.Options{Cache: openCache(t, dir)}
+	d := open(t, g.ref, o)
+	for _, c := range []struct {
+		what string
+		hide string // has no space for a file any more: it is a file itself
+	}{{"segments", "data-*"}, {"pages", "index-*"}, {"references", "references"}} {
+		paths, err := filepath.Glob(filepath.Join(dir, "v1", c.hide))
+		if err != nil || len(paths) == 0 {
+			t.Fatalf("%s: %q, %v", c.what, paths, err)
+		}
+		for _, path := range paths {
+			if err := errors.Join(os.RemoveAll(path), os.WriteFile(path, nil, 0o600)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := readSome(t, d, g.content, 100, 1); err != nil {
+			t.Errorf("%s: %v", c.what, err)
+		}
 	}
-	g.faults.Set(testremote.Hang, 1)
 	var logged []string
-	o := ondemand.Options{Cache: openCache(t, dir), Remote: remote.Options{Timeout: time.Second}, Log: func(s string) { logged = append(logged, s) }}
-	again := open(t, g.ref, o)
-	if err := readSome(t, again, g.content, 200, 1); err != nil {
-		t.Error(err)
-	}
-	if len(logged) != 1 || again.ID() != d.ID() {
-		t.Errorf("%q", logged)
-	}
-	if _, err := ondemand.Open(context.Background(), strings.Replace(g.ref, ":1", ":2", 1), o); !errors.Is(err, remote.ErrUnreachable) {
-		t.Error(err)
+	o.Log = func(s string) { logged = append(logged, s) }
+	d = open(t, g.ref, o)
+	if err := readSome(t, d, g.content, 100, 1); err != nil || len(logged) != 1 {
+		t.Errorf("%v, %q", err, logged)
 	}
 }
 

@@ -220,6 +220,15 @@ func together(first, last, next wanted) bool {
 	return (next.frame == last.frame || next.frame.Off == last.frame.Off+int64(last.frame.Packed)) && end-first.frame.Off <= mostTogether
 }
 
+// claim is [cache.Blob.Claim] where the cache has space for what is fetched. Else others fetch it, too.
+func claim(ctx context.Context, c *cache.Blob, unit, n int64) (release func(), err error) {
+	release, err = c.Claim(ctx, unit, n)
+	if err != nil && ctx.Err() == nil {
+		return func() {}, nil
+	}
+	return release, err
+}
+
 // verifyAttempts is how often data with a wrong digest is fetched.
 const verifyAttempts = 3
 
@@ -227,7 +236,7 @@ const verifyAttempts = 3
 func (d *Disk) fetch(ctx context.Context, group []wanted) error {
 	first, last := group[0], group[len(group)-1]
 	if !d.direct {
-		release, err := first.blob.cache.Claim(ctx, first.unit, last.unit-first.unit+1)
+		release, err := claim(ctx, first.blob.cache, first.unit, last.unit-first.unit+1)
 		if err != nil {
 			return block.WithPath(d.name, err)
 		}
