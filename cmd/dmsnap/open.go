@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"time"
 
@@ -153,7 +154,9 @@ func advise(err error) error {
 	case errors.Is(err, merge.ErrUnfinished):
 		return fmt.Errorf("%w; --force continues anyway", err)
 	case errors.Is(err, cowfile.ErrOtherVersion):
-		return fmt.Errorf("%w; use the reference with its digest, or --raw if the content is the same", err)
+		return fmt.Errorf("%w; use that version, instead of a tag the digest, or --raw if the content is the same", err)
+	case errors.Is(err, http.ErrSchemeMismatch):
+		return fmt.Errorf("%w; --insecure allows plain HTTP", err)
 	case errors.Is(err, lvm.ErrActive):
 		return fmt.Errorf("%w; deactivate it first (vgchange -an)", err)
 	case errors.Is(err, ondisk.ErrNoStore):
