@@ -6,6 +6,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -191,5 +192,25 @@ func TestLinksResolve(t *testing.T) {
 	})
 	if err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestPackagesOfContributors: CONTRIBUTING.md names the Debian packages that .ci/run installs.
+func TestPackagesOfContributors(t *testing.T) {
+	packages := func(file, begin, end string) []string {
+		b, err := os.ReadFile(file)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, list, found := strings.Cut(string(b), begin)
+		list, _, ended := strings.Cut(list, end)
+		if !found || !ended {
+			t.Fatalf("%s has no list of packages", file)
+		}
+		return strings.Fields(strings.ReplaceAll(list, "\\", ""))
+	}
+	page, ci := packages("CONTRIBUTING.md", "apt-get install ", "\n\n"), packages(".ci/run", "packages=(", ")")
+	if !slices.Equal(page, ci) || len(ci) < 10 {
+		t.Errorf("CONTRIBUTING.md has %q, .ci/run %q", page, ci)
 	}
 }
