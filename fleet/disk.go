@@ -81,7 +81,10 @@ func (p prefix) Refresh() (int64, error) { return p.size, nil }
 // openDisk opens the disk of a record.
 func (f *Fleet) openDisk(r *diskRecord) *disk {
 	d := &disk{name: r.Name, size: r.Size}
-	file, err := f.openSource(r.Source, r.Format, r.Raw)
+	file, err := f.openSource(r.Source, r.Format, r.Raw, f.mergeMark(r))
+	if err == nil && r.Merging == "" { // the process may have ended between the mark and the record
+		f.unmark(r)
+	}
 	if d.err = err; err == nil && (file.Size() < r.Size || file.Size() > max(r.Size, r.Growing)) {
 		d.err = fmt.Errorf("%s: it has %d bytes, and had %d", r.Source, file.Size(), r.Size)
 		file.Close()
@@ -98,14 +101,15 @@ func (d *disk) setFile(file cowfile.Origin) {
 	d.chain = stack.New(d.ground, d.size)
 }
 
-func (f *Fleet) openSource(source, format string, raw bool) (cowfile.Origin, error) {
+// openSource opens a disk. One into which a merge is not complete is refused, but for the merge of own.
+func (f *Fleet) openSource(source, format string, raw bool, own merge.DaemonMerge) (cowfile.Origin, error) {
 	file, err := f.opts.Open(source, cowfile.OriginOptions{Options: block.Options{ReadOnly: true, Lock: block.LockRead}, Raw: raw, Format: format})
 	if err != nil {
 		return nil, err
 	}
 	err = block.WithPath(source, cowfile.CheckSize(file))
 	if _, statErr := os.Stat(source); err == nil && statErr == nil { // a file: only that has a side file
-		err = merge.CheckOrigin(source)
+		err = own.Check(source)
 	}
 	if err != nil {
 		file.Close()
@@ -135,7 +139,7 @@ func (f *Fleet) AddDisk(ctx context.Context, q api.AddDiskRequest) (api.Disk, er
 	if err != nil {
 		return api.Disk{}, err
 	}
-	file, err := f.openSource(q.Source, q.Format, q.Raw) // other operations go on: it may wait for a server
+	file, err := f.openSource(q.Source, q.Format, q.Raw, merge.DaemonMerge{}) // other operations go on: it may wait for a server
 	if err != nil {
 		return api.Disk{}, err
 	}

@@ -2,14 +2,18 @@ package fleet
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
+	"log/slog"
+	"os"
 	"slices"
 	"sync/atomic"
 	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/internal/text"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 	"github.com/dmsnap/dmsnap/source/stack"
 	"github.com/dmsnap/dmsnap/store"
@@ -113,7 +117,7 @@ func (m *treeMerge) prepare(ctx context.Context) (err error) {
 	again := f.state.Disks[d.name].Merging != ""
 	f.mu.Unlock()
 	if again {
-		return nil
+		return f.mark(d)
 	}
 	if size := m.node.dev.size; size > d.size {
 		err = f.growDisk(d, size)
@@ -123,7 +127,56 @@ func (m *treeMerge) prepare(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	return f.recordDisk(d, "merge", func(r *diskRecord) { r.Merging, r.MergeBase = m.node.name, d.preserve.id })
+	if err := f.mark(d); err != nil {
+		return err
+	}
+	if err := f.recordDisk(d, "merge", func(r *diskRecord) { r.Merging, r.MergeBase = m.node.name, d.preserve.id }); err != nil {
+		f.unmarkDisk(d)
+		return err
+	}
+	return nil
+}
+
+// mergeMark is the side file of a merge into a disk, by which other programs know that it is a mixture, also when no daemon runs.
+func (f *Fleet) mergeMark(r *diskRecord) merge.DaemonMerge {
+	sum := sha256.Sum256(fmt.Appendf(nil, "merge into disk %s of %d", r.Name, r.Created.UnixNano()))
+	return merge.DaemonMerge{Dir: f.dir, ID: [16]byte(sum[:16])}
+}
+
+// mark marks a disk as a mixture before anything is copied into it. Where that is not possible, a block device for one, the journal alone
+// shows it.
+func (f *Fleet) mark(d *disk) error {
+	f.mu.Lock()
+	r := *f.state.Disks[d.name]
+	f.mu.Unlock()
+	if _, err := os.Stat(r.Source); err != nil {
+		return nil // no file: a part of a disk, or an export
+	}
+	err := f.mergeMark(&r).Begin(r.Source)
+	if errors.Is(err, merge.ErrNoSideFile) {
+		const what = "if the daemon ends before this merge is complete, only its state shows that the disk is a mixture"
+		f.log.Event(slog.LevelWarn, fmt.Sprintf("%s: %v: %s", r.Name, err, what), what, err, slog.String("disk", r.Name))
+		return nil
+	}
+	return err
+}
+
+// unmarkDisk is unmark of an open disk.
+func (f *Fleet) unmarkDisk(d *disk) {
+	f.mu.Lock()
+	r := *f.state.Disks[d.name]
+	f.mu.Unlock()
+	f.unmark(&r)
+}
+
+// unmark removes the mark of a disk that is no mixture.
+func (f *Fleet) unmark(r *diskRecord) {
+	if _, err := os.Stat(r.Source); err != nil {
+		return
+	}
+	if err := f.mergeMark(r).End(r.Source); err != nil {
+		f.logError("disk "+r.Name+" is no mixture, and its mark can't be removed", err)
+	}
 }
 
 // canMerge refuses a merge that is not possible. mu is held.
@@ -320,6 +373,7 @@ func (m *treeMerge) finish(ctx context.Context) error {
 	if old != nil {
 		old.origin.RetryPaused()
 		old.unpin()
+		f.unmarkDisk(m.disk)
 		f.notice()
 		f.exportAgain(m.disk)
 	}

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -239,16 +240,21 @@ func TestKilledMerge(t *testing.T) {
 		shown[name] = readAll(t, f.dial(name))
 	}
 	type killed struct {
-		dir string
-		op  string
+		dir    string
+		op     string
+		marked bool // the disk, as a mixture
 	}
 	var kills []killed
 	where := testhost.ShortDir(t)
 	f.mu.Lock()
 	f.appended = func(c *change) {
-		k := killed{filepath.Join(where, fmt.Sprint(len(kills))), c.Op}
+		k := killed{dir: filepath.Join(where, fmt.Sprint(len(kills))), op: c.Op}
 		copyDirectory(t, f.dir, filepath.Join(k.dir, "f"))
 		copyFile(t, f.golden, filepath.Join(k.dir, "golden.img"))
+		if _, err := os.Stat(f.golden + ".merging"); err == nil {
+			copyFile(t, f.golden+".merging", filepath.Join(k.dir, "golden.img.merging"))
+			k.marked = true
+		}
 		kills = append(kills, k)
 	}
 	f.mu.Unlock()
@@ -272,6 +278,9 @@ func TestKilledMerge(t *testing.T) {
 		}
 		tg := &testFleet{Fleet: g, t: t}
 		if s.Disks["golden"].Merging != "" {
+			if !k.marked {
+				t.Errorf("killed after %q: the disk is not marked as a mixture", ops)
+			}
 			tg.waitMerged("golden")
 			if got, _ := os.ReadFile(filepath.Join(k.dir, "golden.img")); !bytes.Equal(got, shown["a"]) {
 				t.Errorf("killed after %q: the merge is not complete", ops)
@@ -284,6 +293,9 @@ func TestKilledMerge(t *testing.T) {
 		}
 		if err := g.Close(); err != nil {
 			t.Error(err)
+		}
+		if err := merge.CheckOrigin(filepath.Join(k.dir, "golden.img")); err != nil {
+			t.Errorf("killed after %q, and completed: %v", ops, err)
 		}
 		checkLayers(t, filepath.Join(k.dir, "f"))
 	}

@@ -14,6 +14,7 @@ import (
 	"github.com/dmsnap/dmsnap/block/blocktest"
 	"github.com/dmsnap/dmsnap/cowfile"
 	"github.com/dmsnap/dmsnap/internal/testhost"
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -328,8 +329,15 @@ func takeBack(t *testing.T, size int64) {
 		t.Errorf("%+v %v", d, err)
 	}
 	failing.Store(false)
+	disk := filepath.Join(where, "base.img")
+	if err := merge.CheckOrigin(disk); !errors.Is(err, merge.ErrMixture) {
+		t.Errorf("a merge that failed: %v", err)
+	}
 	if _, err := f.TakeBackMerge(t.Context(), "big"); err != nil {
 		t.Fatal(err)
+	}
+	if err := merge.CheckOrigin(disk); err != nil {
+		t.Errorf("a merge that was taken back: %v", err)
 	}
 	if got, want := readAll(t, f.dial("base")), append(bytes.Clone(before), make([]byte, size-testSize)...); !bytes.Equal(got, want) {
 		t.Errorf("the disk differs from what it was at byte %d", firstDifference(got, want))

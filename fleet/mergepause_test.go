@@ -1,9 +1,12 @@
 package fleet
 
 import (
+	"errors"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/dmsnap/dmsnap/merge"
 	"github.com/dmsnap/dmsnap/server/api"
 )
 
@@ -39,6 +42,9 @@ func TestPausedMerge(t *testing.T) {
 		if err != nil || d.Merge == nil || d.Merge.State != api.MergePaused || d.Merge.CopiedBytes != 0 {
 			t.Errorf("while it is paused: %+v, %v", d.Merge, err)
 		}
+		if err := merge.CheckOrigin(f.golden); !errors.Is(err, merge.ErrMixture) || !strings.Contains(err.Error(), f.dir) {
+			t.Errorf("the disk is not marked as a mixture: %v", err)
+		}
 		put(t, f.nodes["vm"].dev, 0, "during")
 		if err := f.Drop(t.Context(), "vm"); codeOf(err) != api.CodeInUse {
 			t.Errorf("drop of a node whose merge is paused: %v", err)
@@ -58,6 +64,9 @@ func TestPausedMerge(t *testing.T) {
 		}
 		want(t, f.disks["golden"].file, 0, "during")
 		want(t, f.disks["golden"].file, 199*4096, "merged")
+		if err := merge.CheckOrigin(f.golden); err != nil {
+			t.Errorf("the merge is complete: %v", err)
+		}
 		f.stop()
 	}
 }

@@ -105,6 +105,7 @@ func (m *treeMerge) endTakeBack(ctx context.Context, failed error) error {
 	if err := f.recordDisk(d, "take back", func(r *diskRecord) { r.Merging, r.MergeBase = "", 0 }); err != nil {
 		return err
 	}
+	f.unmarkDisk(d)
 	f.mu.Lock()
 	d.merge = nil
 	f.publish(api.Event{Seq: f.state.Seq, Kind: api.EventMergeTakenBack, Name: m.node.name, Disk: d.name})

@@ -56,13 +56,16 @@ type SideFile struct {
 // sideFileBody is the content of a side file.
 type sideFileBody struct {
 	About string `json:"about"` // for people
-	COW   string `json:"cow"`   // the path as it was; for messages only
+	COW   string `json:"cow"`   // the path as it was; for messages only. Of a daemon's merge its directory
 	ID    string `json:"id"`    // of COW's MergeLabel
 
 	// Undo are the undo stores of this merge, in the order in which they were made.
 	Undo []undoStore `json:"undo,omitempty"`
 	// Back is the undo store that is being merged, to revert the merge.
 	Back *takingBack `json:"taking_back,omitempty"`
+
+	// Daemon: it is the merge of a daemon, in whose layers the rest is. ID is its own.
+	Daemon bool `json:"daemon,omitempty"`
 
 	// Kept are the ids of the MergeLabels of other snapshots that preserve what the merge overwrites: they show over the mixture
 	// what they showed before it.
@@ -188,6 +191,48 @@ func CheckOrigin(path string, cows ...block.Device) error {
 	return block.WithPath(path, err)
 }
 
+// A DaemonMerge is the merge of a daemon, which keeps in Dir what is not merged yet. It has a side file like the merge of a COW device, so that
+// nothing else uses the origin, and no store belongs to it.
+type DaemonMerge struct {
+	Dir string
+	ID  [16]byte // by which the daemon knows its side file
+}
+
+// Begin makes the side file durable, before the first byte of the origin changes. One of another merge is ErrUnfinished, and where none can be made
+// is ErrNoSideFile.
+func (d DaemonMerge) Begin(origin string) error {
+	if err := d.Check(origin); err != nil {
+		return err
+	}
+	path, err := sideFilePath(origin)
+	if err != nil {
+		return err
+	}
+	s := &SideFile{path: path, now: sideFileBody{About: sideFileAbout, COW: absolute(d.Dir), ID: hex.EncodeToString(d.ID[:]), Daemon: true}}
+	return s.write(origin)
+}
+
+// Check is CheckOrigin for the daemon.
+func (d DaemonMerge) Check(origin string) error {
+	if s, err := ReadSideFile(origin); err == nil && d.has(s) {
+		return nil
+	}
+	return CheckOrigin(origin)
+}
+
+// End removes the side file, durably, if it is that of the daemon.
+func (d DaemonMerge) End(origin string) error {
+	s, err := ReadSideFile(origin)
+	if err != nil || !d.has(s) {
+		return err
+	}
+	return s.remove()
+}
+
+func (d DaemonMerge) has(s *SideFile) bool {
+	return s != nil && s.now.Daemon && s.now.ID == hex.EncodeToString(d.ID[:])
+}
+
 // CheckFurther refuses further disks of a volume group beside one of which there is a side file (ErrUnfinished): the merge was begun by an
 // address of that disk, and is continued by it.
 func CheckFurther(disks ...string) error {
@@ -226,6 +271,9 @@ func (s *SideFile) Lost() []LostUndo { return s.lost }
 
 // Refuse returns the error for a COW device that does not belong to the merge.
 func (s *SideFile) Refuse() error {
+	if s.now.Daemon {
+		return fmt.Errorf("%w: that of the daemon in %s, which continues it when it runs; if the origin was replaced, remove %s", ErrUnfinished, s.now.COW, s.path)
+	}
 	if back := s.now.Back; s.InPart() {
 		return fmt.Errorf("%w: that of %s was reverted by %s to where it was when that undo store was made, after it had begun, and %s does not have all of it any more. Merge an undo store that was made before; if the origin was restored by other means, remove %s",
 			ErrUnfinished, s.now.COW, back.COW, s.now.COW, s.path)
@@ -242,7 +290,7 @@ func (s *SideFile) Check(cow block.Device) error {
 	if err != nil {
 		return err
 	}
-	if s.now.Back != nil && merging == s.now.Back.ID || s.now.Back == nil && merging == s.now.ID || s.undoStore(undos) != nil || s.keeps(merging) {
+	if s.now.Back != nil && merging == s.now.Back.ID || s.now.Back == nil && !s.now.Daemon && merging == s.now.ID || s.undoStore(undos) != nil || s.keeps(merging) {
 		return nil
 	}
 	return s.Refuse()
