@@ -444,14 +444,19 @@ func (w *world) stop(how string) {
 	w.lookAtDisks(how, clean)
 }
 
-// dropCacheOf drops what is cached of the COW file of that name, whose flush failed: a mark that could not be made durable
-// may stand in the cache and not on the disk, and the cache may be dropped at any time.
+// dropCacheOf drops what is cached of the file of that name, whose flush failed: a mark that could not be made durable, or what was written
+// to the origin, may stand in the cache and not on the disk, and the cache may be dropped at any time. A snapshot that is made of such an
+// origin would change then.
 func (w *world) dropCacheOf(file string) {
+	paths := []string{w.originPath}
 	for _, v := range w.views {
-		if file != v.name+".cow" {
+		paths = append(paths, v.cow)
+	}
+	for _, path := range paths {
+		if file != filepath.Base(path) {
 			continue
 		}
-		f, err := os.Open(v.cow)
+		f, err := os.Open(path)
 		w.must(err, "drop the cache")
 		err = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
 		f.Close()
