@@ -44,6 +44,13 @@ func (k *killer) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
+// command is one that may be killed: its temporary files are removed at the end of the test.
+func (k *killer) command(t *testing.T, args ...string) *exec.Cmd {
+	c := exec.Command(program(t), args...)
+	c.Env = append(os.Environ(), "TMPDIR="+t.TempDir())
+	return c
+}
+
 // atEach runs a command again and again, each time killed at a later request; the last time it is not killed. prepare is called before each run, check
 // after each that was killed. It is killed before a request is passed on, and before its answer is; with -short at one of these, in turn.
 func (k *killer) atEach(t *testing.T, prepare, check func(), args ...string) {
@@ -55,7 +62,7 @@ func (k *killer) atEach(t *testing.T, prepare, check func(), args ...string) {
 		prepare()
 		var out bytes.Buffer
 		k.mu.Lock()
-		k.cmd, k.seen, k.at, k.after, k.killed = exec.Command(program(t), args...), 0, n/2, n%2 == 1, false
+		k.cmd, k.seen, k.at, k.after, k.killed = k.command(t, args...), 0, n/2, n%2 == 1, false
 		k.cmd.Stdout, k.cmd.Stderr = &out, &out
 		err := k.cmd.Start()
 		k.mu.Unlock()
@@ -96,7 +103,7 @@ func (k *killer) atRandom(t *testing.T, prepare, check func(), args ...string) {
 	took := time.Since(began)
 	for n := 0; n < rounds && !t.Failed(); n++ {
 		prepare()
-		c := exec.Command(program(t), args...)
+		c := k.command(t, args...)
 		if err := c.Start(); err != nil {
 			t.Fatal(err)
 		}
