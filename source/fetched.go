@@ -3,6 +3,7 @@ package source
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,6 +32,8 @@ type RemoteOptions struct {
 	Prefetch string
 	// Log, where not nil, is called with events that no read reports.
 	Log func(line string)
+	// Context, where not nil, ends what waits for a server while a disk is opened.
+	Context context.Context
 }
 
 // OpenCache opens the cache of the options.
@@ -78,7 +81,7 @@ func (d *Disk) openFetched(name string, o Options) (block.Device, error) {
 		return nil, fmt.Errorf("cache: %w", err)
 	}
 	d.closers = append(d.closers, of.Cache)
-	if d.fetched, err = ondemand.Open(context.Background(), name, of); err != nil {
+	if d.fetched, err = ondemand.Open(cmp.Or(o.Remote.Context, context.Background()), name, of); err != nil {
 		return nil, err
 	}
 	if d.closers = append(d.closers, d.fetched); r != nil {

@@ -85,12 +85,13 @@ func (o *compactOptions) compactInto(c *cobra.Command, path, out string) error {
 	if err != nil {
 		return err
 	}
+	ctx, stop := untilSignal()
+	defer stop()
+	o.disk.remote.Context = ctx
 	from, err := o.disk.options(block.Options{})
 	if err != nil {
 		return err
 	}
-	ctx, stop := untilSignal()
-	defer stop()
 	bar := progress.New(c.ErrOrStderr(), "compact")
 	res, err := offline.Compact(ctx, path, out, offline.CompactOptions{Origin: o.origin, Source: from, DropUnchanged: o.dropUnchanged,
 		ChunkSectors: sectors, Force: o.force, Progress: bar.Show})

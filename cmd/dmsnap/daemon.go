@@ -108,6 +108,7 @@ func (o *daemonOptions) run(ctx context.Context, reload <-chan struct{}, stdout,
 	if o.Group, err = groupID(o.group); err != nil {
 		return err
 	}
+	o.disk.remote.Context = ctx
 	disk, err := o.disk.options(block.Options{})
 	if err != nil {
 		return err

@@ -62,6 +62,7 @@ An invalid snapshot is refused.`,
 				}
 				defer done()
 			}
+			disk.remote.Context = ctx
 			if o.Source, err = disk.options(block.Options{}); err != nil {
 				return err
 			}

@@ -40,6 +40,7 @@ Exit status: 0 the format is known, 1 it is unknown or --check found a problem, 
 		RunE: func(c *cobra.Command, args []string) error {
 			ctx, stop := untilSignal()
 			defer stop()
+			disk.remote.Context = ctx
 			opts, err := disk.options(block.Options{})
 			if err != nil {
 				return err

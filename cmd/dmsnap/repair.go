@@ -87,6 +87,7 @@ func (o *repairOptions) args(args []string) error {
 func (o *repairOptions) repair(c *cobra.Command, args []string) (err error) {
 	ctx, stop := untilSignal()
 	defer stop()
+	o.disk.remote.Context = ctx
 	bar := progress.New(c.ErrOrStderr(), "repair")
 	saved := false
 	r := offline.RepairOptions{Force: o.force, Progress: bar.Show, Saved: func() { saved = true }}

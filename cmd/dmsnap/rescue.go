@@ -223,6 +223,7 @@ func (o *rescueOptions) printResult(c *cobra.Command, r *rescue.Rescue, ranges [
 func (o *rescueOptions) markValid(c *cobra.Command, args []string) (err error) {
 	ctx, stop := untilSignal()
 	defer stop()
+	o.disk.remote.Context = ctx
 	r := offline.RepairOptions{Force: o.force}
 	var res offline.RevalidateResult
 	if o.inPlace {

@@ -212,6 +212,7 @@ func (o *serveOptions) run(ctx context.Context, originPath string, cows []string
 			cancel()
 		}()
 	}
+	o.disk.remote.Context = ctx
 	s, err := o.open(originPath, list, files, log)
 	if err != nil {
 		return errors.Join(advise(err), files.close())

@@ -57,6 +57,7 @@ func (b *Blob) ReadRange(ctx context.Context, p []byte, off int64) error {
 // attempts repeats do until it succeeds, fails permanently, or the timeout ends. do calls moved when it has received something, and reports
 // whether it came further: then the next attempt follows soon.
 func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context, moved func()) (further bool, err error)) error {
+	caller := ctx
 	ctx, cancel := context.WithTimeoutCause(ctx, timeout, timeoutError{"not complete after", timeout})
 	defer cancel()
 	pause := firstPause
@@ -94,6 +95,9 @@ func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Co
 		case <-time.After(wait):
 			continue
 		case <-ctx.Done():
+		}
+		if cause := context.Cause(caller); cause != nil && !errors.Is(cause, context.DeadlineExceeded) {
+			return cause // the caller does not wait any more
 		}
 		if s == nil {
 			err = fmt.Errorf("%w: %w", ErrUnreachable, err)
