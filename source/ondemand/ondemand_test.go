@@ -471,7 +471,7 @@ func TestWhatWasWaitedFor(t *testing.T) {
 		<-ctx.Done()
 		return nil, ctx.Err()
 	}}
-	const timeout = 600 * time.Millisecond
+	const timeout = time.Second
 	check := func(what string, err error, want ...string) {
 		t.Helper()
 		if !errors.Is(err, remote.ErrUnreachable) {
