@@ -524,7 +524,7 @@ func (s *SideFile) Continue(origin string, p *Prepared, kept *UndoStore, force b
 				return fmt.Errorf("undo store of the merge: %w", block.WithPath(u.Path, err))
 			}
 			lost = errors.Join(lost, err)
-			if lost != nil && after != "" {
+			if lost != nil && after != "" && u.Path != "" { // without a path it was listed by a version that looked at none
 				u.After, lost = after, nil
 			}
 		case at < 0 || s.findUndo(u.After) < 0:
