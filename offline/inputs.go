@@ -42,8 +42,14 @@ func openMerge(names []string, o MergeOptions) (in *mergeInputs, err error) {
 			err = merge.CheckFurther(o.PVs...)
 		}
 	} else if len(names) == 2 {
+		if !o.DryRun && !source.IsFile(names[0]) { // before a server is waited for
+			err = source.CheckWritable(names[0])
+		}
 		var origin, cow *source.Disk
-		if origin, cow, err = source.OpenPair(names[0], names[1], o.options()); err == nil {
+		if err == nil {
+			origin, cow, err = source.OpenPair(names[0], names[1], o.options())
+		}
+		if err == nil {
 			in.origin, in.cow, in.closers = origin, cow, closers{cow, origin}
 			in.cowName, in.files = names[1], append(in.files, names[1])
 		}

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/cowfile"
@@ -347,6 +348,18 @@ func TestUndoStoreAfterALostOne(t *testing.T) {
 	p.wantRefused(t, first)
 	p.merge(t, p.cow, offline.MergeOptions{})
 	wantContent(t, p.origin, p.shown)
+}
+
+// TestMergeIntoARemoteDisk: what is only read is refused before its server is waited for.
+func TestMergeIntoARemoteDisk(t *testing.T) {
+	p := newPair(t)
+	for _, origin := range []string{"nbd://192.0.2.1/disk", "oci://192.0.2.1/disk:1", "https://192.0.2.1/disk.img"} {
+		began := time.Now()
+		_, err := offline.Merge(t.Context(), []string{origin, p.cow}, offline.MergeOptions{})
+		if !errors.Is(err, cowfile.ErrOnlyRead) || time.Since(began) > 5*time.Second {
+			t.Errorf("%s: %v, after %v", origin, err, time.Since(began))
+		}
+	}
 }
 
 // TestUndoStoresInTurn: while one is being merged, a later one, which has less, is refused, and an older one is not.
