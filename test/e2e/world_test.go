@@ -183,6 +183,7 @@ func (w *world) newView(offline bool) {
 			} else if err == nil && !v.limited {
 				w.fail("the refused attach left %s", v.cow)
 			}
+			w.must(syncDir(w.cowDir), "COW folder") // a power cut would bring back what was made before
 			return
 		}
 		// The origin as it was when the answer came; a client alone can't distinguish it from a little earlier.
