@@ -11,26 +11,22 @@ import (
 
 // A signal ends a verb that waits for a server while it opens a disk.
 func TestInterruptedWhileOpening(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
 	k := newKit(t)
-	ref := "oci://" + l.Addr().String() + "/golden/disk"
-	for _, args := range []string{"export REF OUT", "inspect REF", "serve REF COW --socket SOCKET", "compact COW OUT --origin REF", "diff REF COW", "push ORIGIN REF", "send REF --output OUT"} {
-		k.path["REF"] = ref
+	for _, args := range []string{"export REF OUT", "inspect REF", "serve REF COW --socket SOCKET", "compact COW OUT --origin REF", "diff REF COW", "push ORIGIN REF", "push REF localhost:1/disk", "send REF --output OUT"} {
+		l, err := net.Listen("tcp", "127.0.0.1:0") // its own: a verb may connect more than once
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		k.path["REF"] = "oci://" + l.Addr().String() + "/golden/disk"
 		p := launch(t, append(k.expand(args), "--cache-dir="+t.TempDir())...)
 		l.(*net.TCPListener).SetDeadline(time.Now().Add(20 * time.Second))
-		var conn net.Conn
-		for sent := 0; sent == 0; { // without a request: a connection that the program before had made as well
-			if conn, err = l.Accept(); err != nil {
-				t.Fatalf("%s: %v, %s", args, err, p.stderr.String())
-			}
-			sent, _ = conn.Read(make([]byte, 1)) // then it waits for the response
-			if sent == 0 {
-				conn.Close()
-			}
+		conn, err := l.Accept()
+		if err != nil {
+			t.Fatalf("%s: %v, %s", args, err, p.stderr.String())
+		}
+		if n, err := conn.Read(make([]byte, 1)); n != 1 { // it waits for the response
+			t.Fatalf("%s: %v", args, err)
 		}
 		if err := p.Process.Signal(syscall.SIGINT); err != nil {
 			t.Fatal(err)

@@ -91,6 +91,7 @@ docker or podman login; of S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, its s
 
 // push pushes what names, or a node, stand for.
 func (d *diskFlags) push(ctx context.Context, control string, names []string, to remote.Repository, o publish.Options) (made publish.Pushed, err error) {
+	d.remote.Context = ctx
 	s, err := d.options(block.Options{ReadOnly: true})
 	switch {
 	case err != nil:

@@ -94,6 +94,7 @@ func (o *sendOptions) run(c *cobra.Command, args []string) (err error) {
 	}
 	ctx, stop := untilSignal()
 	defer stop()
+	o.disk.remote.Context = ctx
 	from, opened, err := o.open(ctx, args)
 	if err != nil {
 		return err
