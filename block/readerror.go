@@ -28,9 +28,7 @@ func (e *ReadError) Error() string {
 	if from != "" {
 		from = " from " + from
 	}
-	if rest, is := strings.CutPrefix(text, "read "); is { // of a file: its name, and the byte of it
-		return fmt.Sprintf("read %d bytes of the disk at byte %d%s: %s", e.Length, e.Off, from, rest)
-	}
+	text = strings.TrimPrefix(text, "read ") // of a file: its name, and the byte of it, follow
 	return fmt.Sprintf("read %d bytes of the disk at byte %d%s: %s", e.Length, e.Off, from, text)
 }
 

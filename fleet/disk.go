@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"os"
 	"sync/atomic"
 
 	"github.com/dmsnap/dmsnap/activity"
@@ -108,7 +107,7 @@ func (f *Fleet) openSource(source, format string, raw bool, own merge.DaemonMerg
 		return nil, err
 	}
 	err = block.WithPath(source, cowfile.CheckSize(file))
-	if _, statErr := os.Stat(source); err == nil && statErr == nil { // a file: only that has a side file
+	if err == nil && hasSideFile(source) {
 		err = own.Check(source)
 	}
 	if err != nil {

@@ -143,14 +143,20 @@ func (f *Fleet) mergeMark(r *diskRecord) merge.DaemonMerge {
 	return merge.DaemonMerge{Dir: f.dir, ID: [16]byte(sum[:16])}
 }
 
+// hasSideFile reports whether a side file may be beside what is named: not for a part of a disk, or an export.
+func hasSideFile(source string) bool {
+	_, err := os.Stat(source)
+	return err == nil
+}
+
 // mark marks a disk as a mixture before anything is copied into it. Where that is not possible, a block device for one, the journal alone
 // shows it.
 func (f *Fleet) mark(d *disk) error {
 	f.mu.Lock()
 	r := *f.state.Disks[d.name]
 	f.mu.Unlock()
-	if _, err := os.Stat(r.Source); err != nil {
-		return nil // no file: a part of a disk, or an export
+	if !hasSideFile(r.Source) {
+		return nil
 	}
 	err := f.mergeMark(&r).Begin(r.Source)
 	if errors.Is(err, merge.ErrNoSideFile) {
@@ -171,7 +177,7 @@ func (f *Fleet) unmarkDisk(d *disk) {
 
 // unmark removes the mark of a disk that is no mixture.
 func (f *Fleet) unmark(r *diskRecord) {
-	if _, err := os.Stat(r.Source); err != nil {
+	if !hasSideFile(r.Source) {
 		return
 	}
 	if err := f.mergeMark(r).End(r.Source); err != nil {

@@ -339,18 +339,21 @@ func Begin(origin, cowPath string, cow block.Device, siblings []Sibling, kept *U
 	m := mergedDevice(cow)
 	s, err := begin(origin, cowPath, m, replace)
 	none := errors.Is(err, ErrNoSideFile)
+	if err != nil && !none {
+		return s, err
+	}
 	if none {
 		s = &SideFile{}
 	}
-	if (err == nil || none) && s.old == nil {
-		if noted := s.noteUndo(kept); noted != nil {
-			return s, noted
+	if s.old == nil {
+		if err := s.noteUndo(kept); err != nil {
+			return s, err
 		}
-		if ended := s.endUnlisted(m); ended != nil {
-			return s, ended
+		if err := s.endUnlisted(m); err != nil {
+			return s, err
 		}
 	}
-	if err != nil {
+	if none {
 		return s, err
 	}
 	for _, b := range siblings {

@@ -172,7 +172,7 @@ func askFor(ctx context.Context, known bool) (context.Context, context.CancelFun
 	if !known {
 		return ctx, func() {}
 	}
-	return context.WithTimeoutCause(ctx, offlineTimeout, timeoutError{offlineTimeout})
+	return remote.WithTimeout(ctx, offlineTimeout)
 }
 
 func (o Options) logOffline(err error) {

@@ -12,6 +12,7 @@ import (
 	"github.com/dmsnap/dmsnap/block"
 	"github.com/dmsnap/dmsnap/layer"
 	"github.com/dmsnap/dmsnap/source/cache"
+	"github.com/dmsnap/dmsnap/source/remote"
 )
 
 // A request is one read. Its deadline begins when it first needs the server.
@@ -26,7 +27,7 @@ func (d *Disk) newRequest() *request { return &request{d: d} }
 // context returns the request's; the requests of one read follow each other.
 func (r *request) context() context.Context {
 	if r.ctx == nil {
-		r.ctx, r.cancel = context.WithTimeoutCause(r.d.ctx, r.d.timeout, timeoutError{r.d.timeout})
+		r.ctx, r.cancel = remote.WithTimeout(r.d.ctx, r.d.timeout)
 	}
 	return r.ctx
 }
@@ -36,12 +37,6 @@ func (r *request) end() {
 		r.cancel()
 	}
 }
-
-// A timeoutError is the cause with which a context ends that bounds a request.
-type timeoutError struct{ bound time.Duration }
-
-func (e timeoutError) Error() string      { return fmt.Sprintf("not complete after %v", e.bound) }
-func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
 // wanted is a part that is not in the cache, and where it goes; nil: into the cache alone.
 type wanted struct {

@@ -58,7 +58,7 @@ func (b *Blob) ReadRange(ctx context.Context, p []byte, off int64) error {
 // whether it came further: then the next attempt follows soon.
 func attempts(ctx context.Context, timeout time.Duration, do func(ctx context.Context, moved func()) (further bool, err error)) error {
 	caller := ctx
-	ctx, cancel := context.WithTimeoutCause(ctx, timeout, timeoutError{"not complete after", timeout})
+	ctx, cancel := WithTimeout(ctx, timeout)
 	defer cancel()
 	pause := firstPause
 	var before error // of the attempt before

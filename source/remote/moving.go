@@ -18,6 +18,11 @@ type timeoutError struct {
 func (e timeoutError) Error() string      { return fmt.Sprintf("%s %v", e.what, e.bound) }
 func (timeoutError) Is(target error) bool { return target == context.DeadlineExceeded }
 
+// WithTimeout is context.WithTimeout with a cause that says the bound, and is context.DeadlineExceeded.
+func WithTimeout(ctx context.Context, bound time.Duration) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, bound, timeoutError{"not complete after", bound})
+}
+
 // whileMoving calls do with a context that ends when do has not called moved for a time. If the context ended, the error says what
 // was waited for.
 func whileMoving(ctx context.Context, stall time.Duration, do func(ctx context.Context, moved func()) error) error {
